@@ -1,0 +1,123 @@
+"""Contracts of the compiled kernels.
+
+All buffers are C-contiguous, native-endian and of the exact dtype named; others raise ValueError,
+as do shapes and numbers that do not fit together. Integers too large for int64 (the seed: uint64)
+raise OverflowError. Each call releases the GIL while it works; the caller lets no other thread
+write to a buffer that a call was given. Two calls that mark one `words` count as two writers even
+when their clusters differ.
+
+A bitmap holds block i in bit `i & 63` of `words[i >> 6]`. An `entries` array is an L2 table, or a
+part of one, as it lies in the file: big-endian bytes viewed as native uint64. `words_per_entry` is
+there for extended L2 (2), which raises ValueError for now.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+HASH_KERNEL: str
+"""What `hash_blocks` runs on: "libxxhash x.y.z" (compiled in), or "python-xxhash"."""
+
+def mark_allocated(
+    entries: NDArray[np.uint64],
+    first_cluster: int,
+    cluster_bits: int,
+    words: NDArray[np.uint64],
+    blocks: int,
+    words_per_entry: int = 1,
+) -> int:
+    """Set the bit of every block touched by a cluster that stores data.
+
+    entries: uint64[n], the entries of clusters first_cluster .. first_cluster + n - 1 of the
+    volume. One stores data if it is compressed (bit 62), or has no zero flag (bit 0) and an offset.
+    Nothing is checked here: `decode_l2` finds entries that are invalid, such as a zero flag in a
+    version 2 image.
+    words: uint64[>= ceil(blocks / 64)]. Bits are only added; those from `blocks` on stay 0.
+
+    Returns the number of such clusters that begin before the end of the last block.
+    """
+
+def mark_changed(
+    a: NDArray[np.uint64],
+    b: NDArray[np.uint64],
+    first_cluster: int,
+    cluster_bits: int,
+    words: NDArray[np.uint64],
+    blocks: int,
+    words_per_entry: int = 1,
+) -> int:
+    """Set the bit of every block touched by a cluster whose entries differ.
+
+    COPIED (bit 63) does not count as a difference, every other bit does.
+
+    a, b: uint64[n] each, otherwise as `mark_allocated`. Give zeros for a table that one side lacks.
+
+    Returns the number of such clusters that begin before the end of the last block.
+    """
+
+def decode_l2(
+    entries: NDArray[np.uint64],
+    cluster_bits: int,
+    version: int,
+    file_size: int,
+    kinds: NDArray[np.uint8],
+    offsets: NDArray[np.uint64],
+    lengths: NDArray[np.uint32],
+    words_per_entry: int = 1,
+) -> int:
+    """Classify entries in qemu's order and find where in the file their clusters are.
+
+    entries: uint64[n]; kinds, offsets and lengths have n rows too, row i for entry i.
+    kinds: 0 unallocated, 1 normal, 2 zero plain, 3 zero allocated, 4 compressed.
+    offsets: host byte offset, 0 where there is none. lengths: for a compressed cluster the upper
+    bound of its compressed size in bytes, 1 to 4 MiB; its end may lie past the end of the file.
+    Otherwise 0.
+    version: 2 or 3. file_size: bytes.
+
+    Returns -1, or the index of the first invalid entry: a host offset that is not a multiple of the
+    cluster size (kinds 1 and 3) or is at or past file_size (kinds 1, 3 and 4), or a zero flag in a
+    version 2 image. Rows from that index on are left as they were.
+    """
+
+def bitmap_runs(words: NDArray[np.uint64], first: int, stop: int, runs: NDArray[np.int64]) -> tuple[int, int]:
+    """Find the runs [start, stop) of set bits within [first, stop), in order.
+
+    words: uint64 with at least `stop` bits. runs: int64[m, 2], m > 0; at most m rows are written.
+    Runs are maximal within [first, stop): one that goes on outside is cut there.
+
+    Returns (rows written, the next bit to look at). The latter is `stop` when nothing is left.
+    """
+
+def hash_blocks(data: NDArray[np.uint8], block_size: int, seed: int, digests: NDArray[np.uint8]) -> None:
+    """Write the XXH3-128 digest of each block of `data`, in the canonical big-endian form.
+
+    data: uint8[n * block_size]. seed: 0 to 2**64 - 1. digests: uint8[n, 16]. Equal to
+    `xxhash.xxh3_128_digest(block, seed)`, whichever HASH_KERNEL is in use. Without the compiled one
+    the GIL is held between blocks.
+    """
+
+def zero_blocks(data: NDArray[np.uint8], block_size: int, flags: NDArray[np.uint8]) -> int:
+    """Set flags[i] to 1 where block i of `data` is all zero bytes, else to 0.
+
+    data: uint8[n * block_size]. flags: uint8[n]. Returns the number of zero blocks.
+    """
+
+def copy_ranges(
+    source: NDArray[np.uint8],
+    source_offsets: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    target: NDArray[np.uint8],
+    target_offsets: NDArray[np.int64],
+) -> int:
+    """Copy ranges of bytes from one buffer to another, in order.
+
+    source_offsets, lengths, target_offsets: int64[n], bytes. All ranges are checked before any is
+    copied: one that is negative or not wholly inside its buffer raises ValueError. Buffers may
+    overlap; each range is then copied as if through a third one.
+
+    Returns the number of bytes copied.
+    """
+
+def _hash_with_package(
+    data: NDArray[np.uint8], block_size: int, seed: int, digests: NDArray[np.uint8]
+) -> None:
+    """Do the work of `hash_blocks` without the compiled hash: for shapes already checked, n > 0."""

@@ -1,0 +1,252 @@
+"""The frame that every object of a repository is wrapped in.
+
+A frame is a fixed header, a table of sections, and the sections' bytes. The header names the kind and the
+format version, carries the features a reader must know, the object's own id (the XXH3-128 of its name
+below the repository's prefix, so that an object answered under another's name is noticed), a checksum of
+the whole object and one of header and table alone, for readers that fetch sections by range.
+Byte layout: docs/format.md, "Frame". All integers are little-endian. No I/O.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import xxhash
+import zstandard
+
+from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+
+__all__ = [
+    "FORMAT_VERSION",
+    "Codec",
+    "Frame",
+    "Kind",
+    "Section",
+    "SectionEntry",
+    "json_bytes",
+    "open_frame",
+    "parse_front",
+    "read_json",
+    "seal",
+]
+
+Buffer = bytes | bytearray | memoryview
+
+FORMAT_VERSION = 1
+_KNOWN_FEATURES = 0
+_MAX_SECTIONS = 64
+_MAX_PLAIN = 1 << 30
+
+# magic, version, section count, reserved, features, total length, object id, front checksum, checksum
+_HEADER = struct.Struct("<8sHHIQQ16sQ16s")
+_ENTRY = struct.Struct("<IIQQQQ")  # kind, codec, offset, stored length, plain length, checksum
+_FRONT_SUM_AT = 48
+_CHECKSUM_AT = 56
+HEADER_SIZE = _HEADER.size
+
+
+class Kind(enum.Enum):
+    """What an object is; the value is its magic."""
+
+    REPOSITORY = b"ISLANDRP"
+    RECORD = b"ISLANDCR"
+    STOP = b"ISLANDST"
+    MANIFEST = b"ISLANDMF"
+    PACK = b"ISLANDPK"
+
+
+class Codec(enum.IntEnum):
+    """How a section's bytes are stored. Values from 128 on are kept for sealed (encrypted) sections."""
+
+    PLAIN = 0
+    ZSTD = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """One section to be sealed: its kind (a number local to the object's kind) and its plain bytes.
+
+    The bytes come in parts, which are one after the other; `compress` wants a single part.
+    """
+
+    kind: int
+    parts: Sequence[Buffer]
+    compress: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class SectionEntry:
+    """One row of the section table. Offsets and lengths are in bytes, from the start of the object."""
+
+    kind: int
+    codec: int
+    offset: int
+    stored: int
+    plain: int
+    checksum: int
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A checked object: its section table, and the buffer (not copied) that the sections lie in."""
+
+    name: str
+    length: int
+    checksum: bytes
+    entries: Mapping[int, SectionEntry]
+    data: memoryview
+
+    def section(self, kind: int, limit: int = _MAX_PLAIN) -> memoryview:
+        """Plain bytes of a section, checked; at most `limit` bytes, else DamagedObjectError."""
+        entry = self.entries.get(kind)
+        if entry is None:
+            raise DamagedObjectError(f"object {self.name} lacks section {kind}; it is damaged")
+        stored = self.data[entry.offset : entry.offset + entry.stored]
+        return _plain(self.name, entry, stored, limit)
+
+
+def _object_id(name: str) -> bytes:
+    return xxhash.xxh3_128_digest(name.encode())
+
+
+def json_bytes(value: Mapping[str, Any]) -> bytes:
+    """`value` as canonical JSON: sorted keys, no blanks, UTF-8."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return text.encode("utf-8", "surrogateescape")
+
+
+def read_json(name: str, data: Buffer) -> dict[str, Any]:
+    """The JSON object in `data`, a section of object `name`."""
+    try:
+        value = json.loads(bytes(data).decode("utf-8", "surrogateescape"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise DamagedObjectError(f"object {name} holds unreadable metadata; it is damaged")
+    return value
+
+
+def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffer], bytes]:
+    """Frame `sections` as object `name`.
+
+    Returns the object as buffers to be sent in order (large plain sections are not copied) and its
+    checksum. Sections keep the order given; each kind occurs once.
+    """
+    bodies: list[Buffer] = []
+    rows = []
+    offset = HEADER_SIZE + _ENTRY.size * len(sections)
+    for section in sections:
+        parts, codec = _encode(section)
+        checksum = xxhash.xxh3_64()
+        for part in parts:
+            checksum.update(part)
+        size, plain = _size(parts), _size(section.parts)
+        rows.append(_ENTRY.pack(section.kind, codec, offset, size, plain, checksum.intdigest()))
+        bodies += parts
+        offset += size
+    front = bytearray(HEADER_SIZE) + b"".join(rows)
+    _HEADER.pack_into(
+        front, 0, kind.value, FORMAT_VERSION, len(sections), 0, 0, offset, _object_id(name), 0, b""
+    )
+    struct.pack_into("<Q", front, _FRONT_SUM_AT, xxhash.xxh3_64_intdigest(front))
+    whole = xxhash.xxh3_128(front)
+    for body in bodies:
+        whole.update(body)
+    front[_CHECKSUM_AT:HEADER_SIZE] = whole.digest()
+    return [bytes(front), *bodies], whole.digest()
+
+
+def _size(parts: Sequence[Buffer]) -> int:
+    return sum(memoryview(part).nbytes for part in parts)
+
+
+def _encode(section: Section) -> tuple[Sequence[Buffer], Codec]:
+    """A section's stored bytes: compressed where that is wanted and saves."""
+    if section.compress:
+        (plain,) = section.parts
+        packed = zstandard.ZstdCompressor(level=3).compress(plain)
+        if len(packed) < memoryview(plain).nbytes:
+            return [packed], Codec.ZSTD
+    return section.parts, Codec.PLAIN
+
+
+def parse_front(kind: Kind, name: str, front: Buffer) -> tuple[dict[int, SectionEntry], int, bytes]:
+    """Header and section table from the first bytes of object `name`.
+
+    Returns the table by section kind, the object's whole length and its checksum. `front` may be longer
+    than header and table; if it is shorter, or any field is wrong, DamagedObjectError (or
+    UnsupportedObjectError for a version or feature that this reader does not know).
+    """
+    view = memoryview(front).cast("B")
+    if view.nbytes < HEADER_SIZE:
+        raise DamagedObjectError(f"object {name} is cut short; restore it or delete its snapshots")
+    magic, version, count, _, features, length, oid, front_sum, checksum = _HEADER.unpack_from(view)
+    if magic != kind.value:
+        raise DamagedObjectError(f"object {name} is not a {kind.name.lower()}; it is damaged")
+    if version != FORMAT_VERSION or features & ~_KNOWN_FEATURES:
+        raise UnsupportedObjectError(
+            f"object {name} has format version {version}, features {features:#x}, which this island "
+            "does not know; use a newer one"
+        )
+    end = HEADER_SIZE + count * _ENTRY.size
+    if count > _MAX_SECTIONS or view.nbytes < end or length < end:
+        raise DamagedObjectError(f"object {name} has a damaged section table")
+    head = bytearray(view[:end])
+    head[_FRONT_SUM_AT:HEADER_SIZE] = bytes(HEADER_SIZE - _FRONT_SUM_AT)
+    if xxhash.xxh3_64_intdigest(head) != front_sum:
+        raise DamagedObjectError(f"object {name} has a damaged header (checksum differs)")
+    if oid != _object_id(name):
+        raise DamagedObjectError(f"object {name} holds another object's bytes")
+    rows = (SectionEntry(*row) for row in _ENTRY.iter_unpack(view[HEADER_SIZE:end]))
+    entries = {row.kind: row for row in rows}
+    if len(entries) != count or any(e.offset < end or e.offset + e.stored > length for e in entries.values()):
+        raise DamagedObjectError(f"object {name} has a damaged section table")
+    return entries, length, checksum
+
+
+def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
+    """Check a whole object: header, id, length and the checksum over all of it."""
+    view = memoryview(data).cast("B").toreadonly()
+    entries, length, checksum = parse_front(kind, name, view)
+    if view.nbytes != length:
+        raise DamagedObjectError(f"object {name} is {view.nbytes} bytes and should be {length}")
+    whole = xxhash.xxh3_128(view[:_CHECKSUM_AT])
+    whole.update(bytes(HEADER_SIZE - _CHECKSUM_AT))
+    whole.update(view[HEADER_SIZE:])
+    if whole.digest() != checksum:
+        raise DamagedObjectError(f"object {name} is damaged (checksum differs)")
+    return Frame(name, length, checksum, entries, view)
+
+
+def _plain(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> memoryview:
+    """A section's plain bytes from its stored ones; both lengths and the checksum are checked."""
+    if stored.nbytes != entry.stored or xxhash.xxh3_64_intdigest(stored) != entry.checksum:
+        raise DamagedObjectError(f"object {name}, section {entry.kind}: checksum differs")
+    if entry.plain > min(limit, _MAX_PLAIN):
+        raise DamagedObjectError(f"object {name}, section {entry.kind} is too large")
+    if entry.codec == Codec.PLAIN:
+        plain = stored
+    elif entry.codec == Codec.ZSTD:
+        plain = memoryview(_inflate(name, stored, entry.plain))
+    else:
+        raise UnsupportedObjectError(
+            f"object {name} uses section codec {entry.codec}, which this island does not know"
+        )
+    if plain.nbytes != entry.plain:
+        raise DamagedObjectError(f"object {name}, section {entry.kind} has the wrong length")
+    return plain
+
+
+def _inflate(name: str, stored: memoryview, size: int) -> bytes:
+    """Decompress one zstd frame that must announce exactly `size` bytes before any is allocated."""
+    try:
+        if zstandard.frame_content_size(stored) != size:
+            raise DamagedObjectError(f"object {name} holds a section of the wrong length")
+        return zstandard.ZstdDecompressor().decompress(stored)
+    except zstandard.ZstdError as error:
+        raise DamagedObjectError(f"object {name} holds an unreadable section") from error

@@ -1,0 +1,164 @@
+"""Who may use an image now: our own lock on it, and the locks that qemu keeps on it.
+
+qemu marks its use of a file by open-file-description locks on single bytes (qemu's block/file-posix.c,
+RAW_LOCK_PERM_BASE and RAW_LOCK_SHARED_BASE): a read lock on byte 100 + p says "I use permission p", one
+on byte 200 + p says "nobody else may", with p = 1 for writing. It takes its own locks first and then
+looks for those of others, and so does this module: whoever comes second sees the first. Nothing of this
+binds programs other than qemu's, nor qemu started with file.locking=off.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import struct
+from types import TracebackType
+from typing import Self
+
+from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
+
+__all__ = ["ImageLock", "writer_present"]
+
+_WRITE_USED = 101
+_WRITE_UNSHARED = 201
+# struct flock with 64-bit offsets: l_type, l_whence, l_start, l_len, l_pid; "0q" pads the end as C does
+_FLOCK = struct.Struct("@hhqqi0q")
+
+
+def writer_present(fd: int) -> bool:
+    """Tell whether a process of qemu's has the file of descriptor `fd` open for writing, right now.
+
+    The descriptor may be read-only. Locks taken through this very descriptor are not seen. Another answer
+    may be true a moment later, unless an `ImageLock` holds off writers. IslandError where the file
+    system has no such locks.
+    """
+    try:
+        return _byte_is_locked(fd, _WRITE_USED)
+    except OSError as error:
+        raise IslandError(
+            f"Whether the image is open for writing cannot be told, because its file system "
+            f"answers {_reason(error)} to lock requests; keep it on a local file system."
+        ) from error
+
+
+class ImageLock:
+    """One snapshot at a time per image; and, where asked, no new writer meanwhile. A context manager.
+
+    Entered, it holds an exclusive flock on the image itself, through a read-only descriptor of its own
+    (`fd`, which the caller may read through and must not close): RefusedError if another snapshot holds
+    it, NotFoundError if there is no such file. The lock is on the file and not on its name, and is gone
+    when the process is, however it ends. Opening the same image again through another `ImageLock` is
+    refused within one process too.
+
+    With `hold_off_writers` qemu cannot open the image for writing until the end: for reading an image's
+    active table, where no internal snapshot keeps the clusters still. ImageInUseError if a process
+    already has it open for writing. A virtual machine that is started meanwhile fails to start, and
+    our own qemu-img is refused as well. Readers are not disturbed.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], hold_off_writers: bool = False) -> None:
+        self.path = os.fspath(path)
+        self._hold_off_writers = hold_off_writers
+        self._fd = -1
+
+    @property
+    def fd(self) -> int:
+        """The read-only descriptor that holds the locks; -1 while they are not held."""
+        return self._fd
+
+    def __enter__(self) -> Self:
+        if self._fd >= 0:
+            raise RefusedError(f"The lock of image {self.path!r} is already held.")
+        fd = _open_image(self.path)
+        try:
+            _lock_out_snapshots(fd, self.path)
+            if self._hold_off_writers:
+                _lock_out_writers(fd, self.path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self._fd = fd
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        fd, self._fd = self._fd, -1
+        os.close(fd)
+
+
+def _open_image(path: str) -> int:
+    """Open a regular file for reading; O_NONBLOCK so that a pipe of that name cannot hold us up."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"There is no image {path!r}; check the path.") from error
+    except (OSError, ValueError) as error:
+        raise IslandError(
+            f"Image {path!r} cannot be opened for reading ({_reason(error)}); "
+            f"run as a user who may read it."
+        ) from error
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise RefusedError(f"{path!r} is not a regular file; name the file that holds the image.")
+    return fd
+
+
+def _lock_out_snapshots(fd: int, path: str) -> None:
+    """Take the exclusive flock, and make sure that the path still leads to the file it is on."""
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RefusedError(
+            f"Another snapshot of image {path!r} is running; try again when it has ended."
+        ) from error
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
+    try:
+        replaced = not os.path.samestat(os.fstat(fd), os.stat(path))
+    except OSError:
+        replaced = True
+    if replaced:
+        raise RefusedError(f"Image {path!r} was replaced by another file just now; try again.")
+
+
+def _lock_out_writers(fd: int, path: str) -> None:
+    """Forbid writing to qemu, and only then look whether someone does: the other order has a window."""
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, _WRITE_UNSHARED))
+        in_use = _byte_is_locked(fd, _WRITE_USED)
+    except BlockingIOError:
+        in_use = True
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
+    if in_use:
+        raise ImageInUseError(
+            f"Image {path!r} is open for writing in another process; "
+            f"stop that process, or name its QMP socket."
+        )
+
+
+def _byte_is_locked(fd: int, byte: int) -> bool:
+    """Ask for a write lock that is not taken: any lock of another descriptor on `byte` is in its way."""
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _flock(fcntl.F_WRLCK, byte))
+    kind: int = _FLOCK.unpack(answer)[0]
+    return kind != fcntl.F_UNLCK
+
+
+def _flock(kind: int, byte: int) -> bytes:
+    return _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0)
+
+
+def _cannot_lock(path: str, error: OSError) -> IslandError:
+    return IslandError(
+        f"Image {path!r} cannot be locked ({_reason(error)}); keep it on a local file system."
+    )
+
+
+def _reason(error: Exception) -> str:
+    """The system's own words, without the number and the file name that str() adds."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,0 +1,321 @@
+"""Following and appending to one lineage's catalog.
+
+Reading: records are fetched by exact name, from the newest checkpoint that is known on; the end is a
+confirmed absence, and an epoch ends where its stop object is. Appending: only by the lineage's owner, under
+its local lock; the bytes are on local disk before they are sent, are read back afterwards, and count only
+if the epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from island_fast.catalog import (
+    CHECKPOINT_EVERY,
+    Record,
+    State,
+    catalog_name,
+    decode_record,
+    encode_record,
+    stop_name,
+)
+from island_fast.errors import ConflictError, DamagedObjectError, NotFoundError, ObjectMissingError
+from island_fast.frame import Kind, Section, json_bytes, seal
+from island_fast.local import LineageFiles
+from island_fast.slots import SnapshotNumbers
+from island_fast.stores.base import Store
+
+__all__ = ["Lineage"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in the catalog: the record last applied."""
+
+    epoch: int
+    number: int
+    checksum: str
+    owner: str
+    host: str
+    seed: int
+
+
+class Lineage:
+    """One lineage of a repository. Not thread-safe; `refresh` before use.
+
+    `state`, `owner` and `seed` tell what the newest record says. `numbers` is the numbering that every pack
+    key and slot key of this object is in.
+    """
+
+    def __init__(self, store: Store, files: LineageFiles, name: str) -> None:
+        self.store = store
+        self.files = files
+        self.name = name
+        self.numbers = SnapshotNumbers()
+        self.state = State()
+        self._place: _Place | None = None
+        self._stopped = False  # the epoch has ended and no next one has begun
+
+    @property
+    def exists(self) -> bool:
+        """Whether a record was found."""
+        return self._place is not None
+
+    @property
+    def owner(self) -> str:
+        """Writer id of the owner."""
+        return self._at.owner
+
+    @property
+    def owner_host(self) -> str:
+        """Name of the host that took ownership."""
+        return self._at.host
+
+    @property
+    def epoch(self) -> int:
+        """How often the lineage changed hands."""
+        return self._at.epoch
+
+    @property
+    def seed(self) -> int:
+        """Seed of the digests of the lineage's blocks."""
+        return self._at.seed
+
+    @property
+    def _at(self) -> _Place:
+        if self._place is None:
+            raise NotFoundError(f"volume {self.name} has no snapshots in {self.store.location}")
+        return self._place
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the local lock, with the outcome of an earlier record settled and the catalog read."""
+        with self.files.lock():
+            self._settle()
+            self.refresh()
+            yield
+
+    # Reading.
+
+    def refresh(self) -> None:
+        """Read what was appended since the last time. ObjectMissingError is never raised: see `exists`."""
+        if self._place is None:
+            self._start()
+        while True:
+            self._follow()
+            if self._place is None:
+                return
+            self._stopped = self.store.head(stop_name(self.name, self._place.epoch)) is not None
+            if not self._stopped or not self._enter(self._place.epoch + 1):
+                return
+
+    def _start(self) -> None:
+        """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
+        cached = [name for name in self.files.cached_names("catalog") if "stop" not in name]
+        if cached and self._replay(*_numbers(cached[-1])):
+            return
+        epoch = 0
+        while self.store.head(stop_name(self.name, epoch)):
+            epoch += 1
+        last = self._last(epoch)
+        if last is None and epoch:  # stopped, and its adopter got no further
+            epoch -= 1
+            last = self._last(epoch)
+        if last is not None and not self._replay(epoch, last):
+            raise DamagedObjectError(
+                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
+            )
+
+    def _last(self, epoch: int) -> int | None:
+        """Number of the last record of `epoch`, by doubling and halving; None if there is none."""
+
+        def there(number: int) -> bool:
+            return self.store.head(catalog_name(self.name, epoch, number)) is not None
+
+        if not there(0):
+            return None
+        low, high = 0, 1
+        while there(high):
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if there(middle) else (low, middle)
+        return low
+
+    def _replay(self, epoch: int, last: int) -> bool:
+        """Apply the records of `epoch` from the checkpoint at or before `last` on; False if one lacks."""
+        for number in range(last - last % CHECKPOINT_EVERY, last + 1):
+            data = self._fetch(epoch, number)
+            if data is None:
+                self._place = None
+                return False
+            self._apply(epoch, number, data)
+        return True
+
+    def _follow(self) -> None:
+        """Apply the records that come after the present place."""
+        while self._place is not None:
+            number = self._place.number + 1
+            data = self._fetch(self._place.epoch, number)
+            if data is None:
+                return
+            self._apply(self._place.epoch, number, data)
+
+    def _enter(self, epoch: int) -> bool:
+        """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
+        data = self._fetch(epoch, 0)
+        if data is not None:
+            self._apply(epoch, 0, data)
+        return data is not None
+
+    def _fetch(self, epoch: int, number: int) -> bytes | None:
+        """A record's bytes from cache or store; None if the store confirms that there is none."""
+        name = catalog_name(self.name, epoch, number)
+        if (data := self.files.cached(name)) is not None:
+            with contextlib.suppress(DamagedObjectError):
+                decode_record(name, data, SnapshotNumbers())
+                return data
+        try:
+            fetched = bytes(self.store.get(name, newest=True))
+        except ObjectMissingError:
+            return None
+        decode_record(name, fetched, SnapshotNumbers())
+        self.files.cache(name, fetched)
+        return fetched
+
+    def _apply(self, epoch: int, number: int, data: bytes) -> None:
+        """Apply one record; it must be the one that follows the present place."""
+        name = catalog_name(self.name, epoch, number)
+        record, checksum = decode_record(name, data, self.numbers)
+        place = self._place
+        follows = place is None or record.previous == place.checksum or record.event == "owner"
+        named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
+        if not (follows and named and (place is not None or record.state is not None)):
+            raise DamagedObjectError(
+                f"volume {self.name}: catalog record {name} does not follow the one before it; "
+                "nothing can be deleted until this is mended"
+            )
+        self.state = self.state.after(record)
+        self._place = _Place(epoch, number, checksum, record.writer, record.host, record.seed)
+
+    # Writing.
+
+    def create(self, writer: str) -> None:
+        """Write record 0, which names the owner, before the lineage's first pack. Under the lock."""
+        self.files.make()
+        self._place = None
+        self._append(_owner_record(self.name, 0, None, writer, secrets.randbits(63), State()))
+
+    def append(self, record: Record, writer: str) -> None:
+        """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
+
+        ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
+        outcome is unknown: then it is settled before anything else happens in the lineage.
+        """
+        self.require_owner(writer)
+        at = self._at
+        record = replace(
+            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=writer,
+            host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
+        )  # fmt: skip
+        if record.number % CHECKPOINT_EVERY == 0:
+            record = replace(record, state=self.state.after(record))
+        self._append(record)
+
+    def require_owner(self, writer: str) -> None:
+        """ConflictError, with the way out, unless `writer` owns the lineage."""
+        if self._stopped:
+            raise ConflictError(
+                f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
+                "on the host that is to own it"
+            )
+        if self.owner != writer:
+            raise ConflictError(
+                f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
+                f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
+            )
+
+    def adopt(self, writer: str) -> None:
+        """Make `writer` the owner: end the epoch, read it to its end, begin the next. Under the lock.
+
+        Safe to repeat after an interruption. Records that the former owner appends later mean nothing.
+        """
+        epoch = self._at.epoch
+        name = stop_name(self.name, epoch)
+        if not self.store.head(name):
+            meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
+            parts, _ = seal(Kind.STOP, name, [Section(1, [meta])])
+            with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                self.store.put(name, parts)
+        self._follow()
+        at = self._at
+        self._append(_owner_record(self.name, epoch + 1, at.checksum, writer, at.seed, self.state))
+        self._stopped = False
+
+    def _append(self, record: Record) -> None:
+        name = catalog_name(self.name, record.epoch, record.number)
+        data, _ = encode_record(name, record, self.numbers)
+        self.files.set_pending(name.rpartition("/")[2], data)
+        self._send(name, data)
+        if self.store.head(stop_name(self.name, record.epoch)):
+            self.files.clear_pending(name.rpartition("/")[2])
+            self._place = None
+            raise ConflictError(
+                f"volume {self.name} was adopted by another host while this ran; nothing was changed"
+            )
+        self._apply(record.epoch, record.number, data)
+        self.files.cache(name, data)
+        self.files.clear_pending(name.rpartition("/")[2])
+
+    def _send(self, name: str, data: bytes) -> None:
+        """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+        try:
+            self.store.put(name, [data])
+            same = bytes(self.store.get(name, newest=True)) == data
+        except ConflictError:
+            same = False
+        if not same:
+            self.files.clear_pending(name.rpartition("/")[2])
+            self._place = None
+            raise ConflictError(
+                f"volume {self.name} was written by another host at the same moment; run the command "
+                f"again, and see 'island list --volume {self.name}'"
+            )
+
+    def _settle(self) -> None:
+        """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
+        for last, data in self.files.pending():
+            name = f"{self.name}/catalog/{last}"
+            with contextlib.suppress(DamagedObjectError, ConflictError):
+                decode_record(name, data, SnapshotNumbers())
+                self._send(name, data)
+            self.files.clear_pending(last)
+
+
+def _owner_record(
+    lineage: str, epoch: int, previous: str | None, writer: str, seed: int, state: State
+) -> Record:
+    """The first record of an epoch: who owns the lineage, and its whole state."""
+    return Record(
+        lineage=lineage,
+        epoch=epoch,
+        number=0,
+        writer=writer,
+        host=socket.gethostname(),
+        previous=previous,
+        time=time.time_ns(),
+        event="owner",
+        seed=seed,
+        state=state,
+    )
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    """Epoch and number from the last component of a record's name."""
+    epoch, _, number = name.partition("-")
+    return int(epoch), int(number)

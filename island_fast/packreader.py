@@ -1,0 +1,197 @@
+"""Reading packs of a lineage: their indexes from the local cache or the store, their blocks from the store.
+
+Packs are asked for by pack key; the catalog tells the current full name. A pack that is gone under its name
+was repacked or swept: the catalog is read again, and only if the name stays is the pack missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.catalog import pack_full_name
+from island_fast.errors import DamagedObjectError, ObjectMissingError
+from island_fast.lineage import Lineage
+from island_fast.manifest import Runs
+from island_fast.pack import (
+    Index,
+    front_size,
+    open_pack,
+    read_front,
+    stored_ranges,
+)
+
+__all__ = ["KnownDigests", "PackReader"]
+
+Int64s = NDArray[np.int64]
+Bytes2D = NDArray[np.uint8]
+T = TypeVar("T")
+
+_INDEXES_KEPT = 64
+
+
+@dataclass(slots=True)
+class Fetched:
+    """Work done so far: objects asked for, and bytes that came."""
+
+    objects: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a pack is now: its full name, its slots, and the object's size in bytes."""
+
+    name: str
+    slots: int
+    size: int
+
+
+class PackReader:
+    """Reads packs of `lineage`, which must have been refreshed. Thread-safe.
+
+    `fetched` counts what the store was asked for; what the local cache answers is not in it.
+    """
+
+    def __init__(self, lineage: Lineage) -> None:
+        self.fetched = Fetched()
+        self._lineage = lineage
+        self._lock = threading.Lock()
+        self._indexes: OrderedDict[str, Index] = OrderedDict()
+
+    def index(self, key: int) -> Index:
+        """The index of the pack with this key."""
+        return self._following(key, self._index)
+
+    def whole(self, key: int) -> tuple[Index, memoryview]:
+        """The whole pack, checked, and its index."""
+        return self._following(key, self._whole)
+
+    def blocks(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        """The stored bytes of each of `slots` (ascending), fetched in ranges merged over gaps <= `gap`."""
+        return self._following(key, lambda place: self._blocks(place, slots, gap))
+
+    def slots(self, key: int) -> int:
+        """How many slots the catalog says that the pack has."""
+        return int(self._lineage.state.packs.slots[self._row(key)])
+
+    def _row(self, key: int) -> int:
+        row = int(self._lineage.state.packs.find(np.array([key], np.int64))[0])
+        if row < 0:
+            raise DamagedObjectError(
+                f"volume {self._lineage.name}: a manifest names a pack that its catalog does not; run "
+                "'island verify'"
+            )
+        return row
+
+    def _place(self, key: int) -> _Place:
+        with self._lock:
+            packs = self._lineage.state.packs
+            row = self._row(key)
+            name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
+            return _Place(name, int(packs.slots[row]), int(packs.size[row]))
+
+    def _following(self, key: int, fetch: Callable[[_Place], T]) -> T:
+        """`fetch(place)`, again under the newer name if the pack was repacked meanwhile.
+
+        What came damaged is fetched once more before it is believed: another replica may answer.
+        """
+        place = self._place(key)
+        try:
+            return fetch(place)
+        except ObjectMissingError:
+            with self._lock:
+                self._lineage.refresh()
+            newer = self._place(key)
+            if newer == place:
+                raise DamagedObjectError(
+                    f"pack {place.name} is missing from {self._lineage.store.location}; the snapshots "
+                    "that need it are damaged"
+                ) from None
+            return fetch(newer)
+        except DamagedObjectError:
+            return fetch(place)
+
+    def _index(self, place: _Place) -> Index:
+        name = place.name
+        with self._lock:
+            if name in self._indexes:
+                self._indexes.move_to_end(name)
+                return self._indexes[name]
+        index = self._cached_index(name) or self._fetched_index(place)
+        with self._lock:
+            self._indexes[name] = index
+            if len(self._indexes) > _INDEXES_KEPT:
+                self._indexes.popitem(last=False)
+        return index
+
+    def _cached_index(self, name: str) -> Index | None:
+        front = self._lineage.files.cached(name)
+        if front is not None:
+            with contextlib.suppress(DamagedObjectError):
+                return read_front(name, front)
+        return None
+
+    def _fetched_index(self, place: _Place) -> Index:
+        length = min(front_size(place.slots), place.size)
+        (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
+        self._count(front.nbytes)
+        index = read_front(place.name, front)
+        self._lineage.files.cache(place.name, front[: index.data_start])
+        return index
+
+    def _whole(self, place: _Place) -> tuple[Index, memoryview]:
+        data = self._lineage.store.get(place.name)
+        self._count(data.nbytes)
+        return open_pack(place.name, data)
+
+    def _blocks(self, place: _Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        index = self._index(place)
+        offsets, lengths = stored_ranges(index, wanted)
+        ends = offsets + lengths
+        first = np.flatnonzero(np.append(True, offsets[1:] - ends[:-1] > gap))
+        last = np.append(first[1:], offsets.size) - 1
+        spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
+        parts = self._lineage.store.get_ranges(place.name, [(int(o), int(n)) for o, n in spans])
+        self._count(sum(part.nbytes for part in parts))
+        owner = np.searchsorted(first, np.arange(offsets.size), side="right") - 1
+        starts = offsets - offsets[first][owner]
+        cuts = zip(owner.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
+        return index, [parts[o][a:b] for o, a, b in cuts]
+
+    def _count(self, size: int) -> None:
+        with self._lock:
+            self.fetched.objects += 1
+            self.fetched.bytes += size
+
+
+class KnownDigests:
+    """Digests of a snapshot's blocks, from the indexes of the packs that its runs name.
+
+    It answers only "is this block the same?"; what a snapshot inherits always comes from the manifest.
+    `runs` hold pack keys.
+    """
+
+    def __init__(self, runs: Runs, packs: PackReader) -> None:
+        self._runs = runs
+        self._packs = packs
+
+    def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
+        """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
+        answer = np.zeros(blocks.size, np.bool_)
+        named, row, offset = self._runs.locate(blocks)
+        keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
+        for key in np.unique(keys):
+            mine = keys == key
+            index = self._packs.index(int(key))
+            stored_ranges(index, slots[mine])  # refuses slots that the pack does not hold
+            known = index.rows["digest"][slots[mine]]
+            answer[named[mine]] = (known == digests[named[mine]]).all(axis=1)
+        return answer

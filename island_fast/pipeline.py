@@ -1,0 +1,331 @@
+"""The two streams of blocks: from an image into packs, and from packs into an image.
+
+Both are bounded: a fixed number of buffers, batches and packs are in flight, whatever the volume's size.
+Sending: the calling thread reads and hashes, workers compress, workers upload; packs are filled in volume
+order. Restoring: each worker takes a pack, checks and decodes it, and writes its blocks to their place.
+The first error ends the stream and is raised in the calling thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast import _diff
+from island_fast.catalog import pack_name
+from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
+from island_fast.errors import DamagedObjectError
+from island_fast.frame import Buffer
+from island_fast.manifest import Runs
+from island_fast.pack import (
+    MAX_SLOTS,
+    PACK_SIZE,
+    Index,
+    PackHeader,
+    compress_blocks,
+    digest_blocks,
+    seal_pack,
+    stored_ranges,
+    unpack_blocks,
+)
+from island_fast.packreader import KnownDigests, PackReader
+from island_fast.progress import Progress
+from island_fast.stores.base import Store
+
+__all__ = ["WORKERS", "PackRow", "Sent", "receive", "send"]
+
+Int64s = NDArray[np.int64]
+Bytes2D = NDArray[np.uint8]
+
+BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
+WORKERS = 3  # packs in flight, in either direction
+_COMPRESSING = 4  # batches read and not yet in a pack
+
+
+@dataclass(frozen=True, slots=True)
+class PackRow:
+    """A pack that was written: its number, full name, object size in bytes, and slots."""
+
+    number: int
+    name: str
+    size: int
+    slots: int
+    front: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Stored blocks of one batch: their numbers, bytes back to back, and index columns."""
+
+    blocks: Int64s
+    data: bytes
+    lengths: Int64s
+    codecs: NDArray[np.uint8]
+    digests: Bytes2D
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """What sending gave.
+
+    `packs` were written; `runs` tell where stored blocks are (`pack` is a pack number); `same` are blocks
+    found to be what the parent has.
+    """
+
+    packs: list[PackRow]
+    runs: Runs
+    same: DirtyMap
+
+
+def send(
+    read: Callable[[Int64s, Bytes2D], None],
+    data: DirtyMap,
+    known: KnownDigests,
+    sink: PackSink,
+    progress: Progress,
+) -> Sent:
+    """Read the blocks in `data`, and send those that are neither zero nor known to `sink`.
+
+    `read(blocks, rows)` fills uint8[n, BLOCK_SIZE]. Returns when every pack is durable.
+    """
+    same = DirtyMap(data.blocks)
+    total, done = data.count(), 0
+    waiting: deque[Future[_Batch]] = deque()
+    buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_COMPRESSING + 1))
+    with _pool(os.cpu_count() or 1, "compress") as pool, sink:
+        for blocks in data.batches(BATCH):
+            if len(waiting) == _COMPRESSING:
+                sink.add(waiting.popleft().result())
+            rows = buffers[0][: blocks.size]
+            buffers.rotate(-1)
+            read(blocks, rows)
+            waiting.append(_prepare(pool, blocks, rows, known, same, sink.seed))
+            done += blocks.size
+            progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
+        while waiting:
+            sink.add(waiting.popleft().result())
+    return Sent(sink.written, sink.runs(), same)
+
+
+def _prepare(
+    pool: ThreadPoolExecutor,
+    blocks: Int64s,
+    rows: Bytes2D,
+    known: KnownDigests,
+    same: DirtyMap,
+    seed: int,
+) -> Future[_Batch]:
+    """Hash a batch, note blocks that are known, and have the rest (less zeros) compressed."""
+    digests = digest_blocks(rows, seed)
+    equal = known.same(blocks, digests)
+    same |= DirtyMap.from_indices(same.blocks, blocks[equal])
+    zero = np.empty(blocks.size, np.uint8)
+    _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
+    keep = ~equal & (zero == 0)
+    if not keep.all():
+        blocks, rows, digests = blocks[keep], rows[keep], digests[keep]
+    return pool.submit(_compress, blocks, rows, digests)
+
+
+def _compress(blocks: Int64s, rows: Bytes2D, digests: Bytes2D) -> _Batch:
+    stored, codecs = compress_blocks(rows)
+    lengths = np.fromiter(map(len, stored), np.int64, len(stored))
+    return _Batch(blocks, b"".join(stored), lengths, codecs, digests)
+
+
+@contextmanager
+def _pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+    """A pool whose queued work is dropped, and whose running work is waited for, at the end."""
+    pool = ThreadPoolExecutor(workers, thread_name_prefix=f"island-{name}")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+@dataclass(slots=True)
+class _Open:
+    """The pack that is being filled."""
+
+    data: list[Buffer] = field(default_factory=list)
+    blocks: list[Int64s] = field(default_factory=list)
+    lengths: list[Int64s] = field(default_factory=list)
+    codecs: list[NDArray[np.uint8]] = field(default_factory=list)
+    digests: list[Bytes2D] = field(default_factory=list)
+    size: int = 0
+    slots: int = 0
+
+
+class PackSink:
+    """Fills packs in the order of `add` and uploads them, at most WORKERS at a time.
+
+    A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
+    by an exception drops what is not sent. `written` is complete only afterwards.
+    """
+
+    def __init__(self, store: Store, header: PackHeader, attempt: int) -> None:
+        self.seed = header.seed
+        self.written: list[PackRow] = []
+        self._store = store
+        self._header = header
+        self._attempt = attempt
+        self._open = _Open()
+        self._blocks: list[Int64s] = []  # of each pack, in slot order
+        self._uploads: deque[Future[PackRow]] = deque()
+        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="island-upload")
+
+    def __enter__(self) -> PackSink:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._seal()
+                self._wait(0)
+        finally:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, batch: _Batch) -> None:
+        """Put the blocks of `batch` behind those added before; may wait for an upload."""
+        if not batch.blocks.size:
+            return
+        pack = self._open
+        if pack.size + len(batch.data) > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
+            self._seal()
+            pack = self._open
+        pack.data.append(batch.data)
+        pack.blocks.append(batch.blocks)
+        pack.lengths.append(batch.lengths)
+        pack.codecs.append(batch.codecs)
+        pack.digests.append(batch.digests)
+        pack.size += len(batch.data)
+        pack.slots += batch.blocks.size
+
+    def runs(self) -> Runs:
+        """Where each block went: runs over blocks, slots and pack numbers."""
+        if not self._blocks:
+            return Runs.empty()
+        sizes = [blocks.size for blocks in self._blocks]
+        blocks = np.concatenate(self._blocks)
+        pack = np.repeat(np.arange(len(sizes)), sizes)
+        slot = np.concatenate([np.arange(size) for size in sizes])
+        first = np.append(True, (np.diff(blocks) != 1) | (np.diff(pack) != 0))
+        at = np.flatnonzero(first)
+        length = np.diff(np.append(at, blocks.size))
+        return Runs(blocks[at], length, pack[at].astype(np.int64), slot[at].astype(np.int64))
+
+    def _seal(self) -> None:
+        """Send the open pack on its way, when it holds anything, and open the next."""
+        pack, self._open = self._open, _Open()
+        if not pack.slots:
+            return
+        number = len(self._blocks)
+        self._blocks.append(np.concatenate(pack.blocks))
+        self._wait(WORKERS - 1)
+        self._uploads.append(self._pool.submit(self._upload, number, pack))
+
+    def _wait(self, most: int) -> None:
+        while len(self._uploads) > most:
+            self.written.append(self._uploads.popleft().result())
+
+    def _upload(self, number: int, pack: _Open) -> PackRow:
+        header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
+        name = pack_name(header.lineage, header.snapshot, number, self._attempt)
+        parts, size = seal_pack(
+            name,
+            header,
+            pack.data,
+            np.concatenate(pack.lengths),
+            np.concatenate(pack.codecs),
+            np.concatenate(pack.digests),
+        )
+        self._store.put(name, parts)
+        front = b"".join(parts[: len(parts) - len(pack.data)])
+        return PackRow(number, name, size, pack.slots, front)
+
+
+def receive(
+    runs: Runs,
+    packs: PackReader,
+    write: Callable[[Int64s, Bytes2D], None],
+    gap: int,
+    progress: Progress,
+) -> None:
+    """Fetch every block that `runs` (with pack keys) name, check it, and `write(blocks, rows)` it.
+
+    Each pack is fetched once: whole when at least half of its slots are wanted, else by ranges merged over
+    gaps of at most `gap` bytes. Blocks come in no particular order, from several threads.
+    """
+    order = np.argsort(runs.pack, kind="stable")
+    keys, first = np.unique(runs.pack[order], return_index=True)
+    bounds = np.append(first, len(runs))
+    jobs = [(int(key), order[bounds[i] : bounds[i + 1]]) for i, key in enumerate(keys)]
+    jobs.sort(key=lambda job: int(runs.start[job[1][0]]))  # the volume's order: the disk likes it
+    lock, done, total = threading.Lock(), 0, runs.blocks * BLOCK_SIZE
+
+    def told(blocks: int) -> None:
+        nonlocal done
+        with lock:
+            done += blocks * BLOCK_SIZE
+            progress("restore", done, total)
+
+    with _pool(WORKERS, "restore") as pool:
+        waiting: deque[Future[None]] = deque()
+        for key, rows in jobs:
+            if len(waiting) == 2 * WORKERS:
+                waiting.popleft().result()
+            waiting.append(pool.submit(_unpack, packs, key, _rows(runs, rows), write, gap, told))
+        while waiting:
+            waiting.popleft().result()
+
+
+def _rows(runs: Runs, rows: Int64s) -> Runs:
+    return Runs(runs.start[rows], runs.length[rows], runs.pack[rows], runs.slot[rows])
+
+
+def _unpack(
+    packs: PackReader,
+    key: int,
+    runs: Runs,
+    write: Callable[[Int64s, Bytes2D], None],
+    gap: int,
+    told: Callable[[int], None],
+) -> None:
+    """Fetch, check and write the blocks that one pack holds."""
+    blocks, slots = _expand(runs)
+    if slots.size > MAX_SLOTS:
+        raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
+    order = np.argsort(slots, kind="stable")
+    blocks, slots = blocks[order], slots[order]
+    index, stored = _stored(packs, key, slots, gap)
+    out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
+    for at in range(0, slots.size, BATCH):
+        part = slice(at, at + BATCH)
+        rows = out[: slots[part].size]
+        unpack_blocks(index, slots[part], stored[part], rows)
+        write(blocks[part], rows)
+        told(len(rows))
+
+
+def _stored(packs: PackReader, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+    """Stored bytes of each of `slots`, by whichever way moves less."""
+    if 2 * slots.size < packs.slots(key):
+        return packs.blocks(key, slots, gap)
+    index, data = packs.whole(key)
+    offsets, lengths = stored_ranges(index, slots)
+    spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
+    return index, [data[a:b] for a, b in spans]
+
+
+def _expand(runs: Runs) -> tuple[Int64s, Int64s]:
+    """Block numbers and slots of runs, one row a block."""
+    within = np.arange(runs.blocks) - np.repeat(np.cumsum(runs.length) - runs.length, runs.length)
+    return np.repeat(runs.start, runs.length) + within, np.repeat(runs.slot, runs.length) + within

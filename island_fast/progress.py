@@ -1,0 +1,14 @@
+"""How long work tells that it goes on: a phase's name, units done, and units in all."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+__all__ = ["Progress", "silent"]
+
+Progress = Callable[[str, int, int], None]
+"""Called as progress(phase, done, total), in bytes; phases are "scan", "send" and "restore"."""
+
+
+def silent(phase: str, done: int, total: int) -> None:
+    """Tell nobody."""

@@ -1,0 +1,355 @@
+"""The qcow2 header: bytes of the first cluster to a checked value.
+
+Source: the qcow2 specification (docs/interop/qcow2), section "Header" and "Header extensions", with
+the limits that qemu applies on top of it. All numbers on disk are big-endian. The bytes are hostile
+input: a guest or a tenant may have written them, so nothing here follows a name, allocates by a
+number from the header, or goes on past a feature that it does not know.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from island_fast.errors import DamagedImageError, UnsupportedImageError
+from island_fast.qcow2.names import escape
+
+__all__ = [
+    "COPIED",
+    "L1_ENTRIES_LIMIT",
+    "MAGIC",
+    "MAX_VOLUME_SIZE",
+    "Extension",
+    "Header",
+    "check_l1_span",
+    "header_span",
+    "parse_header",
+]
+
+MAGIC = b"QFI\xfb"
+COPIED = 1 << 63
+"""Flag of an L1 or L2 entry: the cluster has exactly one reference and may be written in place."""
+
+L1_ENTRIES_LIMIT = 4 << 20
+"""qemu's limit for one L1 table: 32 MiB."""
+
+MAX_VOLUME_SIZE = 64 << 40
+"""Largest volume that is read, in bytes: a dirty map stays within 128 MiB for any header."""
+
+_SNAPSHOTS_LIMIT = 65536
+_REFCOUNT_TABLE_LIMIT = 8 << 20
+
+_FIXED = struct.Struct(">4sIQIIQIIQQIIQ")
+_FIXED_V3 = struct.Struct(">QQQII")
+_V2_LENGTH = _FIXED.size
+_V3_LENGTH = _FIXED.size + _FIXED_V3.size
+
+_DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
+_READABLE = _DIRTY | _CORRUPT | _COMPRESSION
+_LAZY_REFCOUNTS = 1
+_RAW_DATA_FILE = 2
+
+_FEATURE_NAMES = 0x6803F857
+_FEATURE_ENTRY = 48
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """One header extension: its type and its bytes, not interpreted."""
+
+    kind: int
+    data: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What the first cluster says, checked against qemu's limits and the size of the file.
+
+    `size` is the volume in bytes, rounded down to 512 as qemu does. Offsets are bytes in the file
+    and cluster aligned. Refcount fields are checked and kept, and no reader uses them.
+    """
+
+    version: int
+    cluster_bits: int
+    size: int
+    l1_offset: int
+    l1_size: int
+    refcount_offset: int
+    refcount_clusters: int
+    refcount_bits: int
+    snapshot_count: int
+    snapshots_offset: int
+    incompatible: int
+    compatible: int
+    autoclear: int
+    compression: str
+    backing_name: bytes | None
+    crypt: int
+    extensions: tuple[Extension, ...]
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes of one cluster: 512 to 2 MiB."""
+        return 1 << self.cluster_bits
+
+    @property
+    def table_entries(self) -> int:
+        """Entries of one L2 table."""
+        return self.cluster_size // 8
+
+    @property
+    def table_span(self) -> int:
+        """Bytes of the volume that one L2 table, so one L1 entry, covers."""
+        return self.cluster_size * self.table_entries
+
+    @property
+    def dirty(self) -> bool:
+        """Reference counts may be stale; the tables are right for reading."""
+        return bool(self.incompatible & _DIRTY)
+
+    @property
+    def corrupt(self) -> bool:
+        """A writer found the image broken: readable, but no table diff on it is sound."""
+        return bool(self.incompatible & _CORRUPT)
+
+    @property
+    def lazy_refcounts(self) -> bool:
+        """Whether writers may put off reference count updates."""
+        return bool(self.compatible & _LAZY_REFCOUNTS)
+
+    def l1_entries(self, disk_size: int) -> int:
+        """L1 entries that a volume of `disk_size` bytes needs; later ones are VM state or unused."""
+        return -(-disk_size // self.table_span)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """The header as it stands on disk, nothing checked yet."""
+
+    version: int
+    backing_offset: int
+    backing_length: int
+    cluster_bits: int
+    size: int
+    crypt: int
+    l1_size: int
+    l1_offset: int
+    refcount_offset: int
+    refcount_clusters: int
+    snapshot_count: int
+    snapshots_offset: int
+    incompatible: int = 0
+    compatible: int = 0
+    autoclear: int = 0
+    refcount_order: int = 4
+    length: int = _V2_LENGTH
+    compression: int = 0
+
+
+def header_span(data: bytes) -> int:
+    """How many bytes of the file `parse_header` needs, from its first 24: one cluster.
+
+    Raises DamagedImageError: not a qcow2 file, or no possible cluster size.
+    """
+    if data[:4] != MAGIC:
+        what = "is empty" if not data else "does not begin with the qcow2 magic"
+        raise DamagedImageError(f"not a qcow2 image: the file {what}; check the path, or say that it is raw")
+    if len(data) < _V2_LENGTH:
+        raise _cut_header(len(data))
+    bits = int.from_bytes(data[20:24], "big")
+    if not 9 <= bits <= 21:
+        raise DamagedImageError(
+            f"the qcow2 header gives clusters of 2^{bits} bytes, where 2^9 to 2^21 exist;"
+            " restore the image from a good copy"
+        )
+    return 1 << bits
+
+
+def parse_header(data: bytes, file_size: int) -> Header:
+    """The checked header.
+
+    data: the first cluster of the file (see `header_span`), or the whole file if it is shorter.
+    file_size: bytes in the file; every table must lie inside.
+
+    Raises UnsupportedImageError: a feature that is not read, named: version, backing file, external
+    data file, encryption, extended L2, unknown incompatible feature.
+    Raises DamagedImageError: the header contradicts the format, qemu's limits or the size of the
+    file.
+    """
+    span = header_span(data)
+    fields = _unpack(data)
+    _refuse_features(fields, data)
+    if fields.length > span:
+        raise _bad(f"its length ({fields.length} bytes) exceeds the cluster")
+    if len(data) < min(span, file_size):
+        raise ValueError(f"parse_header needs the first {span} bytes")
+    extensions = tuple(_extensions(data[:span], fields.length))
+    _check_geometry(fields, file_size)
+    return Header(
+        version=fields.version,
+        cluster_bits=fields.cluster_bits,
+        size=fields.size // 512 * 512,
+        l1_offset=fields.l1_offset,
+        l1_size=fields.l1_size,
+        refcount_offset=fields.refcount_offset,
+        refcount_clusters=fields.refcount_clusters,
+        refcount_bits=1 << fields.refcount_order,
+        snapshot_count=fields.snapshot_count,
+        snapshots_offset=fields.snapshots_offset,
+        incompatible=fields.incompatible,
+        compatible=fields.compatible,
+        autoclear=fields.autoclear,
+        compression="zstd" if fields.compression else "zlib",
+        backing_name=None,
+        crypt=fields.crypt,
+        extensions=extensions,
+    )
+
+
+def check_l1_span(offset: int, entries: int, cluster_size: int, file_size: int, whose: str) -> None:
+    """Raise DamagedImageError unless an L1 table lies aligned and whole inside the file."""
+    if entries > L1_ENTRIES_LIMIT:
+        raise _bad(f"the L1 table of {whose} has {entries} entries, over the limit of 4194304")
+    if offset % cluster_size:
+        raise _bad(f"the L1 table of {whose} is at {offset}, which is not cluster aligned")
+    if entries and (offset == 0 or offset + 8 * entries > file_size):
+        raise _bad(
+            f"the L1 table of {whose} ({8 * entries} bytes at {offset}) is not inside the file"
+            f" of {file_size} bytes, which may have been cut off"
+        )
+
+
+def _bad(what: str) -> DamagedImageError:
+    return DamagedImageError(f"damaged qcow2 image: {what}; restore it from a good copy")
+
+
+def _cut_header(length: int) -> DamagedImageError:
+    return _bad(f"the file ends inside the header, after {length} bytes")
+
+
+def _unpack(data: bytes) -> _Fields:
+    """The fields of version 2 or 3; what lies past a version 2 header is never looked at."""
+    (_, version, backing_offset, backing_length, bits, size, crypt, l1_size, l1_offset, rc_offset,
+     rc_clusters, snapshots, snapshots_offset) = _FIXED.unpack_from(data)  # fmt: skip
+    if version not in (2, 3):
+        raise UnsupportedImageError(
+            f"qcow2 version {version} is not read, only 2 and 3; convert the image with qemu-img"
+        )
+    fields = _Fields(version, backing_offset, backing_length, bits, size, crypt, l1_size, l1_offset,
+                     rc_offset, rc_clusters, snapshots, snapshots_offset)  # fmt: skip
+    if version == 2:
+        return fields
+    if len(data) < _V3_LENGTH:
+        raise _cut_header(len(data))
+    incompatible, compatible, autoclear, order, length = _FIXED_V3.unpack_from(data, _FIXED.size)
+    if length < _V3_LENGTH:
+        raise _bad(f"its header is {length} bytes long, where version 3 has at least {_V3_LENGTH}")
+    if length > len(data):
+        raise _cut_header(len(data))
+    return replace(
+        fields,
+        incompatible=incompatible,
+        compatible=compatible,
+        autoclear=autoclear,
+        refcount_order=order,
+        length=length,
+        compression=data[104] if length > 104 else 0,
+    )
+
+
+def _refuse_features(fields: _Fields, data: bytes) -> None:
+    """Refuse, by name and before anything depends on it, what this reader does not know."""
+    _refuse_incompatible(fields, data)
+    if fields.crypt:
+        method = {1: "AES", 2: "LUKS"}.get(fields.crypt, f"method {fields.crypt}")
+        raise UnsupportedImageError(
+            f"the image is encrypted ({method}), which is not read; decrypt it with qemu-img convert"
+        )
+    if fields.backing_offset:
+        name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
+        raise UnsupportedImageError(
+            f"the image has a backing file ('{name}'), which is not followed;"
+            " merge it with qemu-img rebase -b ''"
+        )
+    if fields.autoclear & _RAW_DATA_FILE:
+        raise _bad("it claims a raw external data file and has none")
+
+
+def _refuse_incompatible(fields: _Fields, data: bytes) -> None:
+    bits = fields.incompatible
+    if bits & _DATA_FILE:
+        raise UnsupportedImageError(
+            "the image keeps its data in an external data file, which is not read;"
+            " convert it to a plain qcow2 image with qemu-img convert"
+        )
+    if bits & _EXTENDED_L2:
+        raise UnsupportedImageError(
+            "the image has extended L2 entries (subclusters), which are not read;"
+            " convert it with qemu-img convert -o extended_l2=off"
+        )
+    unknown = bits & ~(_READABLE | _DATA_FILE | _EXTENDED_L2)
+    if unknown:
+        names = ", ".join(_feature_names(unknown, data, fields.length))
+        raise UnsupportedImageError(
+            f"the image uses unknown incompatible features: {names}; convert it with the program that made it"
+        )
+    if fields.compression > 1:
+        raise UnsupportedImageError(
+            f"compression type {fields.compression} is not read, only zlib and zstd;"
+            " convert the image with qemu-img convert"
+        )
+    if bool(bits & _COMPRESSION) != bool(fields.compression):
+        raise _bad("its compression type contradicts its feature bits")
+
+
+def _feature_names(bits: int, data: bytes, length: int) -> Iterator[str]:
+    """Names of feature bits, as far as the image's own (untrusted) table knows them."""
+    known: dict[int, str] = {}
+    for extension in _extensions(data, length):
+        if extension.kind == _FEATURE_NAMES:
+            table = extension.data[: 128 * _FEATURE_ENTRY]
+            for at in range(0, len(table) - _FEATURE_ENTRY + 1, _FEATURE_ENTRY):
+                if table[at] == 0:
+                    known[table[at + 1]] = escape(table[at + 2 : at + 48].split(b"\0")[0])
+    for bit in range(64):
+        if bits >> bit & 1:
+            yield f"bit {bit} ({known[bit]})" if bit in known else f"bit {bit}"
+
+
+def _extensions(data: bytes, start: int) -> Iterator[Extension]:
+    """The extensions up to the terminator or, as qemu accepts, the end of the cluster."""
+    while start + 8 <= len(data):
+        kind, length = struct.unpack_from(">II", data, start)
+        if kind == 0:
+            return
+        start += 8
+        if length > len(data) - start:
+            raise _bad(f"header extension {kind:#010x} ({length} bytes) runs past the cluster")
+        yield Extension(kind, data[start : start + length])
+        start += -(-length // 8) * 8
+
+
+def _check_geometry(fields: _Fields, file_size: int) -> None:
+    """Tables aligned, inside the file and within qemu's limits; the volume within ours."""
+    cluster = 1 << fields.cluster_bits
+    if fields.refcount_order > 6:
+        raise _bad(f"its reference counts are 2^{fields.refcount_order} bits wide, over 64")
+    if not 0 < fields.refcount_clusters <= _REFCOUNT_TABLE_LIMIT // cluster:
+        raise _bad(f"its reference count table has {fields.refcount_clusters} clusters")
+    if fields.refcount_offset % cluster or not 0 < fields.refcount_offset < file_size:
+        raise _bad(f"its reference count table is at {fields.refcount_offset}, outside the file")
+    if fields.snapshot_count > _SNAPSHOTS_LIMIT:
+        raise _bad(f"it claims {fields.snapshot_count} internal snapshots, over 65536")
+    if fields.snapshot_count and (
+        fields.snapshots_offset % cluster or not 0 < fields.snapshots_offset < file_size
+    ):
+        raise _bad(f"its snapshot table is at {fields.snapshots_offset}, outside the file")
+    check_l1_span(fields.l1_offset, fields.l1_size, cluster, file_size, "the volume")
+    needed = -(-fields.size // (cluster * cluster // 8))
+    if fields.l1_size < needed:
+        raise _bad(f"its L1 table has {fields.l1_size} entries where its size needs {needed}")
+    if fields.size > MAX_VOLUME_SIZE:
+        raise UnsupportedImageError(
+            f"the volume has {fields.size} bytes, over the limit of 64 TiB; make it smaller"
+        )

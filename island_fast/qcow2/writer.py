@@ -1,0 +1,239 @@
+"""New images, written to their final place by several threads at once.
+
+A qcow2 image is version 3, 16 bit reference counts, lazy refcounts, no backing file, and may be
+born with one internal snapshot: the pinned base, which shares every table and cluster with the
+volume (two references each, COPIED clear), so that the next snapshot of it is incremental. The
+header goes last: what was interrupted is not a qcow2 image. Source: the qcow2 specification.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import struct
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+
+from island_fast.dirtymap import BLOCK_BITS, BLOCK_SIZE
+from island_fast.errors import IslandError
+from island_fast.qcow2.header import COPIED, MAGIC
+from island_fast.qcow2.layout import REFCOUNT_BITS, Layout, plan_layout
+from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, pack_snapshot
+from island_fast.qcow2.vectored import transfers, write_all
+
+__all__ = ["Qcow2Writer", "RawWriter"]
+
+_BATCH = 4 << 20
+_HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIQ")
+_HEADER_LENGTH = 112
+_LAZY_REFCOUNTS = 1
+
+_Ints = npt.NDArray[np.int64]
+_Bytes = npt.NDArray[np.uint8]
+
+
+class RawWriter:
+    """Writes a raw image. The file descriptor stays the caller's, who also syncs and renames."""
+
+    def __init__(self, fd: int, volume_size: int) -> None:
+        """Size the file: `fd` is an empty regular file open for writing."""
+        _size_file(fd, volume_size)
+        self._fd = fd
+        self._volume_size = volume_size
+
+    def write(self, blocks: _Ints, data: _Bytes) -> None:
+        """Put row i of `data` (uint8[n, 65536]) at block `blocks[i]`, cut at the volume's end.
+
+        Any order, each block at most once; several threads may write at once.
+
+        Raises IslandError: the file system failed or is full.
+        """
+        _check_rows(blocks, data)
+        if len(blocks) and (blocks.min() < 0 or blocks.max() << BLOCK_BITS >= self._volume_size):
+            raise ValueError("a block outside the volume")
+        _write_rows(self._fd, blocks << BLOCK_BITS, blocks, data, self._volume_size)
+
+    def finish(self) -> None:
+        """Nothing is left to do: the file has its size and holes read as zeros."""
+
+
+class Qcow2Writer:
+    """Writes a qcow2 image. The file descriptor stays the caller's, who also syncs and renames."""
+
+    def __init__(
+        self,
+        fd: int,
+        volume_size: int,
+        data_runs: _Ints,
+        cluster_bits: int = 16,
+        pin: PinnedBase | None = None,
+    ) -> None:
+        """Lay the image out and size the file.
+
+        fd: an empty regular file open for writing.
+        volume_size: bytes, a multiple of 512.
+        data_runs: int64[k, 2], runs (start, stop) of the blocks that will be written.
+        cluster_bits: 16 to 21.
+        pin: the internal snapshot to be born with. Its disk size may be smaller than the volume;
+            then all data lies inside it.
+
+        Raises UnsupportedImageError: no qcow2 image can hold a volume of this size.
+        Raises IslandError: the file system refuses the size.
+        """
+        self._fd = fd
+        self._volume_size = volume_size
+        self._pin = pin
+        # The entry's length does not depend on where its L1 will be.
+        table = len(_pin_entry(pin, 0, 0)) if pin is not None else 0
+        self._layout = plan_layout(
+            volume_size, data_runs, cluster_bits, None if pin is None else (pin.disk_size, table)
+        )
+        _size_file(fd, self._layout.clusters << cluster_bits)
+
+    def write(self, blocks: _Ints, data: _Bytes) -> None:
+        """Put row i of `data` (uint8[n, 65536]) where block `blocks[i]` belongs.
+
+        Any order, each block at most once; several threads may write at once. A block of the data
+        runs that is never written reads as zeros.
+
+        Raises IslandError: the file system failed or is full.
+        """
+        _check_rows(blocks, data)
+        _write_rows(self._fd, self._layout.offsets(blocks), blocks, data, self._volume_size)
+
+    def finish(self) -> None:
+        """Write the tables, then the header: after this the file is an image. No sync.
+
+        Raises IslandError: the file system failed or is full.
+        """
+        layout = self._layout
+        for cluster, part in _tables(layout, self._flag):
+            self._put(cluster, part)
+        self._write_l1()
+        for cluster, part in _refcounts(layout, 1 if self._pin is None else 2):
+            self._put(cluster, part)
+        self._put(layout.refcount_table, _refcount_table(layout))
+        if self._pin is not None:
+            entry = _pin_entry(self._pin, layout.pin_l1 << layout.cluster_bits, layout.pin_l1_size)
+            self._put(layout.snapshots, np.frombuffer(entry, np.uint8))
+        self._put(0, np.frombuffer(self._header(), np.uint8))
+
+    @property
+    def _flag(self) -> int:
+        """COPIED for everything, unless the pinned base shares it."""
+        return COPIED if self._pin is None else 0
+
+    def _put(self, cluster: int, part: npt.NDArray[np.generic]) -> None:
+        data = np.ascontiguousarray(part).view(np.uint8).reshape(-1).data
+        write_all(self._fd, [data], cluster << self._layout.cluster_bits)
+
+    def _write_l1(self) -> None:
+        layout = self._layout
+        numbers, _ = layout.table_runs.within(0, layout.l1_size)
+        entries = np.zeros(layout.l1_size, np.uint64)
+        entries[numbers] = _entries(layout.tables, len(numbers), layout.cluster_bits, self._flag)
+        table = entries.astype(">u8")
+        self._put(layout.l1, table)
+        if self._pin is not None:
+            self._put(layout.pin_l1, table[: layout.pin_l1_size])
+
+    def _header(self) -> bytes:
+        layout, bits = self._layout, self._layout.cluster_bits
+        pins = 0 if self._pin is None else 1
+        return _HEADER.pack(
+            MAGIC, 3, 0, 0, bits, self._volume_size, 0, layout.l1_size, layout.l1 << bits,
+            layout.refcount_table << bits, layout.refcount_table_clusters, pins,
+            layout.snapshots << bits if pins else 0, 0, _LAZY_REFCOUNTS, 0,
+            REFCOUNT_BITS.bit_length() - 1, _HEADER_LENGTH, 0,
+        )  # fmt: skip
+
+
+def _pin_entry(pin: PinnedBase, l1_offset: int, l1_size: int) -> bytes:
+    return pack_snapshot(
+        InternalSnapshot(
+            id=pin.id,
+            name=pin.name,
+            seconds=pin.seconds,
+            nanoseconds=pin.nanoseconds,
+            disk_size=pin.disk_size,
+            l1_offset=l1_offset,
+            l1_size=l1_size,
+            vm_state_size=0,
+        )
+    )
+
+
+def _entries(first: int, count: int, cluster_bits: int, flag: int) -> npt.NDArray[np.uint64]:
+    """L1 or L2 entries for `count` consecutive clusters of the file."""
+    clusters = np.arange(first, first + count, dtype=np.uint64)
+    return (clusters << np.uint64(cluster_bits)) | np.uint64(flag)
+
+
+def _tables(layout: Layout, flag: int) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
+    """(cluster of the file, entries) of the L2 tables, a few tables at a time."""
+    bits = layout.cluster_bits - 3
+    step = max(1, _BATCH >> layout.cluster_bits)
+    runs = layout.table_runs
+    rows = zip(runs.starts.tolist(), runs.stops.tolist(), runs.ranks.tolist(), strict=True)
+    for start, stop, rank in rows:
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            clusters, data_rank = layout.data_runs.within(first << bits, last << bits)
+            entries = np.zeros((last - first) << bits, ">u8")
+            entries[clusters - (first << bits)] = _entries(
+                layout.data + data_rank, len(clusters), layout.cluster_bits, flag
+            )
+            yield layout.tables + rank + first - start, entries
+
+
+def _refcounts(layout: Layout, shared: int) -> Iterator[tuple[int, npt.NDArray[np.generic]]]:
+    """(cluster of the file, counts) of refcount blocks: 1 up to the L2 tables, then `shared`."""
+    per_block = layout.cluster_size * 8 // REFCOUNT_BITS
+    step = max(1, _BATCH >> layout.cluster_bits)
+    for block in range(0, layout.refcount_block_count, step):
+        count = min(step, layout.refcount_block_count - block) * per_block
+        first = block * per_block
+        counts = np.full(count, shared, ">u2")
+        counts[: max(layout.tables - first, 0)] = 1
+        counts[max(layout.clusters - first, 0) :] = 0
+        yield layout.refcount_blocks + block, counts
+
+
+def _refcount_table(layout: Layout) -> npt.NDArray[np.generic]:
+    count = layout.refcount_block_count
+    return _entries(layout.refcount_blocks, count, layout.cluster_bits, 0).astype(">u8")
+
+
+def _size_file(fd: int, size: int) -> None:
+    """Give an empty regular file its size, all holes."""
+    status = os.fstat(fd)
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
+        raise ValueError("an image is written to an empty regular file")
+    try:
+        os.ftruncate(fd, size)
+    except OSError as error:
+        raise IslandError(
+            f"the file system refuses an image of {size} bytes: {error.strerror};"
+            " use larger clusters or another file system"
+        ) from error
+
+
+def _check_rows(blocks: _Ints, data: _Bytes) -> None:
+    if data.shape != (len(blocks), BLOCK_SIZE) or not data.flags.c_contiguous:
+        raise ValueError("write wants int64[n] and contiguous uint8[n, 65536]")
+
+
+def _write_rows(fd: int, offsets: _Ints, blocks: _Ints, data: _Bytes, volume_size: int) -> None:
+    """Write each row at its offset, the row that reaches past the volume only up to its end."""
+    whole = (blocks + 1) << BLOCK_BITS <= volume_size
+    rows = np.flatnonzero(whole)
+    flat = data.reshape(-1).data
+    if len(rows):
+        for transfer in transfers(offsets[rows], rows, BLOCK_SIZE, flat):
+            write_all(fd, transfer.buffers, transfer.offset)
+    for row in np.flatnonzero(~whole).tolist():
+        length = max(0, volume_size - (int(blocks[row]) << BLOCK_BITS))
+        begin = row * BLOCK_SIZE
+        write_all(fd, [flat[begin : begin + length]], int(offsets[row]))

@@ -1,0 +1,388 @@
+"""The orchestrator: a repository and the verbs on it.
+
+A repository is a store plus a prefix, holding an object `repository` with its id. Each verb brings the
+layers below into their order; the order in which objects become durable (packs, manifest, record) is in
+`taking.py`, for deletes and sweeps in `reclaim.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from island_fast import reclaim
+from island_fast.catalog import SnapshotRow, manifest_name
+from island_fast.errors import (
+    ConflictError,
+    DamagedObjectError,
+    NotFoundError,
+    ObjectMissingError,
+    RefusedError,
+    UsageError,
+)
+from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.lineage import Lineage
+from island_fast.local import LocalState
+from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, Manifest, decode
+from island_fast.packreader import PackReader
+from island_fast.progress import Progress, silent
+from island_fast.restoring import restore
+from island_fast.results import (
+    Adopted,
+    Deleted,
+    Restored,
+    Snapshot,
+    SnapshotTaken,
+    Swept,
+    timestamp,
+)
+from island_fast.source import Source, pinned_lineage
+from island_fast.stores import Store, open_store
+from island_fast.taking import Request, take
+
+__all__ = ["Found", "Repository"]
+
+_NAME = "repository"
+_META = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A live snapshot and the lineage, just refreshed, that it is in."""
+
+    lineage: Lineage
+    row: SnapshotRow
+
+
+class Repository:
+    """An open repository. Owns its store; a context manager. Not thread-safe.
+
+    `state` is this host's local state. With `create`, a repository that is not there is made by the first
+    snapshot; without, it is a NotFoundError.
+    """
+
+    def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
+        self.store = store
+        self.state = state
+        self._id = self._read_id(create)
+
+    @classmethod
+    def open(cls, url: str, *, state: LocalState | None = None, create: bool = False) -> Self:
+        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX."""
+        store = open_store(url, create_ok=create)
+        try:
+            return cls(store, state or LocalState(), create=create)
+        except BaseException:
+            store.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.store.close()
+
+    @property
+    def id(self) -> str:
+        """The repository's random id, 32 hex digits."""
+        return self._id
+
+    def _read_id(self, create: bool) -> str:
+        try:
+            data = self.store.get(_NAME)
+        except ObjectMissingError:
+            if not create:
+                raise self._not_one() from None
+            return self._create()
+        meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+        if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
+            raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
+        return str(meta["id"])
+
+    def _not_one(self) -> NotFoundError:
+        return NotFoundError(
+            f"{self.store.location} is not an island repository; check the path, or take a first "
+            "snapshot into an empty one"
+        )
+
+    def _create(self) -> str:
+        """Write the object `repository` where nothing is yet; the first of two creators wins."""
+        foreign = next(self.store.list(""), None) or next(self.store.folders(""), None)
+        if foreign is not None:
+            raise self._not_one()
+        meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
+        parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
+        try:
+            self.store.put(_NAME, parts)
+        except ConflictError:
+            return self._read_id(create=False)
+        return str(meta["id"])
+
+    # Finding.
+
+    def lineage(self, name: str) -> Lineage:
+        """The lineage `name`, not yet read; UsageError if that cannot be one's name."""
+        if not LINEAGE_PATTERN.fullmatch(name) or name == _NAME:
+            raise UsageError(
+                f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
+            )
+        return Lineage(self.store, self.state.lineage(self.id, name), name)
+
+    def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
+        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows."""
+        names = [volume] if volume else sorted(self.store.folders(""))
+        for name in names:
+            if volume or LINEAGE_PATTERN.fullmatch(name):
+                lineage = self.lineage(name)
+                self._refresh(lineage)
+                if lineage.exists:
+                    yield lineage
+                elif volume:
+                    raise NotFoundError(
+                        f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
+                    )
+
+    def _refresh(self, lineage: Lineage) -> None:
+        """Read the catalog; a record of unknown outcome of this host's is settled first."""
+        if lineage.files.pending():
+            with lineage.locked():
+                return
+        lineage.refresh()
+
+    def find(self, reference: str) -> Found:
+        """The snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        volume, at, wanted = reference.rpartition("@")
+        if not at and not wanted:
+            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
+        found = []
+        for lineage in self.lineages(volume or None):
+            if at and wanted == "latest":
+                rows = [row for row in (lineage.state.newest(),) if row]
+            else:
+                rows = [row for key, row in lineage.state.live.items() if key.startswith(wanted)]
+            found += [Found(lineage, row) for row in rows if wanted]
+        if len(found) > 1:
+            raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
+        if not found:
+            raise NotFoundError(
+                f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
+            )
+        return found[0]
+
+    def manifest(self, lineage: Lineage, row: SnapshotRow) -> Manifest:
+        """The manifest of a snapshot, from the local cache or the store, checked against the catalog."""
+        name = manifest_name(lineage.name, row.id, row.attempt)
+        data = lineage.files.cached(name)
+        if data is not None:
+            try:
+                return self._checked(name, data, row)
+            except DamagedObjectError:
+                lineage.files.uncache(name)
+        fetched = self.store.get(name)
+        manifest = self._checked(name, fetched, row)
+        lineage.files.cache(name, fetched)
+        return manifest
+
+    def _checked(self, name: str, data: bytes | memoryview, row: SnapshotRow) -> Manifest:
+        manifest, checksum = decode(name, data)
+        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+        return manifest
+
+    # Verbs.
+
+    def snapshot(
+        self,
+        image: str | Path,
+        *,
+        volume: str | None = None,
+        label: str = "",
+        qmp: str | Path | None = None,
+        pin: bool = True,
+        at: str | None = None,
+        full: bool = False,
+        properties: Mapping[str, str] | None = None,
+        progress: Progress = silent,
+    ) -> SnapshotTaken:
+        """Take a snapshot of the qcow2 file `image`.
+
+        `volume` names the lineage (default: that of the image's pin, else what this host remembers of the
+        file, else the file's stem). `qmp` is the monitor socket of the process that has the image open.
+        Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
+        snapshot; `full` scans in full although a table diff would be sound.
+        """
+        if qmp and not pin:
+            raise UsageError("a volume in use can only be read through a pin; leave out --no-pin")
+        path = Path(os.path.realpath(image))
+        with Source(path, Path(qmp) if qmp else None, hold=not pin and at is None) as source:
+            lineage = self._lineage_for(source, volume)
+            request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
+            return take(lineage, source, request, lambda row: self.manifest(lineage, row), progress)
+
+    def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
+        """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
+        name = (
+            volume
+            or self._pinned_lineage(source)
+            or self.state.lineage_of(self.id, source.path)
+            or source.path.stem
+        )
+        lineage = self.lineage(name)
+        self._refresh(lineage)
+        if lineage.exists:
+            lineage.require_owner(self.state.writer)
+            known = lineage.files.image() in (None, str(source.path))
+            if not known and not _holds_pin(source, lineage):
+                raise RefusedError(
+                    f"{self.store.location} already has a volume {name}, and {source.path} has neither "
+                    f"its pin nor is it known as its image; give another name with --volume, or run "
+                    f"'island adopt {name}' if it is that volume"
+                )
+        return lineage
+
+    def _pinned_lineage(self, source: Source) -> str | None:
+        """The lineage, owned by this host, that the image holds a valid pin of."""
+        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.image.snapshots)]
+        for name in dict.fromkeys(filter(None, pinned)):
+            lineage = self.lineage(name)
+            self._refresh(lineage)
+            if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
+                return name
+        return None
+
+    def restore(
+        self,
+        reference: str,
+        target: str | Path,
+        *,
+        image_format: str = "qcow2",
+        progress: Progress = silent,
+    ) -> Restored:
+        """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw"."""
+        found = self.find(reference)
+        manifest = self.manifest(found.lineage, found.row)
+        return restore(found.lineage, found.row, manifest, Path(target), image_format, progress)
+
+    def snapshots(self, volume: str | None = None) -> list[Snapshot]:
+        """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""
+        return [
+            describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
+        ]
+
+    def show(self, reference: str) -> Snapshot:
+        """One snapshot."""
+        found = self.find(reference)
+        return describe(found.lineage, found.row)
+
+    def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
+        """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
+        answers: list[Deleted] = []
+        found = {f.row.id: f for f in map(self.find, references)}
+        lineages = {f.lineage.name: f.lineage for f in found.values()}
+        for snapshot, one in found.items():
+            lineage = lineages[one.lineage.name]
+            if dry_run:
+                deletion = self._plan_delete(lineage, lineage.state.live[snapshot])
+                lineage.state = lineage.state.after(deletion.record)
+            else:
+                deletion = self._delete(lineage, snapshot)
+            answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
+        return answers
+
+    def _delete(self, lineage: Lineage, snapshot: str) -> reclaim.Deletion:
+        with lineage.locked():
+            lineage.require_owner(self.state.writer)
+            row = lineage.state.live.get(snapshot)
+            if row is None:
+                raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
+            for registration, alive in lineage.files.running():
+                if alive and registration.parent == snapshot:
+                    raise RefusedError(
+                        f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
+                        "delete it when that has ended"
+                    )
+            deletion = self._plan_delete(lineage, row)
+            lineage.append(deletion.record, self.state.writer)
+            lineage.files.retire(row.id, row.attempt, row.parent)
+            return deletion
+
+    def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
+        return reclaim.plan_delete(
+            lineage, row, lambda r: self.manifest(lineage, r), PackReader(lineage), time.time_ns()
+        )
+
+    def sweep(self, *, grace: float | None = None, dry_run: bool = False) -> list[Swept]:
+        """Remove what no snapshot needs from every lineage that this host owns."""
+        grace = self.store.grace if grace is None else grace
+        answers = []
+        for lineage in self.lineages():
+            if lineage.owner == self.state.writer:
+                with lineage.locked():
+                    self._give_up_registrations(lineage, grace, dry_run)
+                    plan = reclaim.plan_sweep(lineage, grace)
+                    if not dry_run:
+                        reclaim.execute_sweep(lineage, plan, self.state.writer, time.time_ns())
+                answers.append(_swept(lineage.name, plan))
+        return answers
+
+    def _give_up_registrations(self, lineage: Lineage, grace: float, dry_run: bool) -> None:
+        """Forget snapshots in progress whose process is gone and that are older than the grace."""
+        if dry_run:
+            return
+        for snapshot in lineage.files.abandoned(max(grace, reclaim.GARBAGE_AGE)):
+            lineage.files.unregister(snapshot)
+
+    def adopt(self, volume: str) -> Adopted:
+        """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
+        lineage = self.lineage(volume)
+        with lineage.locked():
+            if not lineage.exists:
+                raise NotFoundError(
+                    f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
+                )
+            lineage.adopt(self.state.writer)
+            lineage.files.set_image(None)
+            return Adopted(volume, len(lineage.state.live), lineage.epoch)
+
+
+def _holds_pin(source: Source, lineage: Lineage) -> bool:
+    """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
+    pins = [row.pin for row in lineage.state.live.values()]
+    pins += [row.pin for row in lineage.state.dropped.values()]
+    return any(source.image.find(pin) for pin in pins)
+
+
+def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
+    """A snapshot as `list` and `show` tell it."""
+    return Snapshot(
+        snapshot=row.id,
+        lineage=lineage.name,
+        parent=row.parent,
+        volume=lineage.name,
+        label=row.label,
+        created=timestamp(row.created),
+        volume_size=row.volume_size,
+        bytes_stored=row.stored + row.manifest_size,
+    )
+
+
+def _swept(volume: str, plan: reclaim.SweepPlan) -> Swept:
+    return Swept(
+        volume=volume,
+        objects_removed=plan.objects,
+        packs_repacked=len(plan.repacked),
+        bytes_removed=plan.removed,
+        bytes_rewritten=plan.rewritten,
+        bytes_freed=plan.removed - plan.rewritten,
+    )

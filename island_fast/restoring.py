@@ -1,0 +1,129 @@
+"""Restoring a snapshot: one manifest, each pack once, straight into a new image.
+
+The target's layout is known before the first block comes, so workers write blocks to their final place. The
+image is made under a temporary name beside the target and gets its own only when it is whole and on disk.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from island_fast.catalog import SnapshotRow
+from island_fast.dirtymap import BLOCK_SIZE
+from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.lineage import Lineage
+from island_fast.manifest import Manifest
+from island_fast.packreader import PackReader
+from island_fast.pipeline import receive
+from island_fast.progress import Progress
+from island_fast.qcow2 import Qcow2Writer, RawWriter
+from island_fast.results import Restored
+
+__all__ = ["restore"]
+
+
+def restore(
+    lineage: Lineage,
+    row: SnapshotRow,
+    manifest: Manifest,
+    target: Path,
+    image_format: str,
+    progress: Progress,
+) -> Restored:
+    """Write the snapshot's volume to `target`, which must not exist, as "qcow2" or "raw".
+
+    A qcow2 holds the pinned base in its snapshot table, so that its next snapshot is incremental.
+    """
+    began = time.monotonic()
+    packs = PackReader(lineage)
+    keys = manifest.packs.keys(lineage.numbers)
+    runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
+    with new_file(target) as fd:
+        writer: Qcow2Writer | RawWriter
+        if image_format == "qcow2":
+            writer = Qcow2Writer(
+                fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), manifest.pin
+            )
+        else:
+            writer = RawWriter(fd, manifest.volume_size)
+        try:
+            receive(runs, packs, writer.write, lineage.store.range_gap, progress)
+        except NotFoundError as error:
+            lineage.refresh()
+            if row.id not in lineage.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted while it was restored") from error
+            raise
+        writer.finish()
+    return Restored(
+        snapshot=row.id,
+        target=str(target),
+        format=image_format,
+        volume_size=manifest.volume_size,
+        bytes_read=packs.fetched.bytes + row.manifest_size,
+        bytes_written=runs.blocks * BLOCK_SIZE,
+        objects_read=packs.fetched.objects + 1,
+        seconds=time.monotonic() - began,
+    )
+
+
+def _cluster_bits(manifest: Manifest) -> int:
+    """The cluster size of the image that was stored, where a block still fits in one; else 64 KiB."""
+    try:
+        bits = int(manifest.properties.get("qcow2.cluster_bits", "16"))
+    except ValueError:
+        return 16
+    return bits if 16 <= bits <= 21 else 16
+
+
+@contextlib.contextmanager
+def new_file(target: Path) -> Iterator[int]:
+    """A descriptor of a new file that becomes `target` when the body ends well, and else disappears.
+
+    The file is on disk before it gets its name; a target that exists is refused, also at the last moment.
+    """
+    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(4)}")
+    if os.path.lexists(target):
+        raise RefusedError(f"{target} exists already; name another target or remove it first")
+    try:
+        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise IslandError(f"{target} cannot be made: {error.strerror}") from error
+    try:
+        with _named(target):
+            try:
+                yield fd
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+            os.link(temporary, target)
+            _sync_folder(target.parent)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+@contextlib.contextmanager
+def _named(target: Path) -> Iterator[None]:
+    """Turn a failure of the target's file system into a sentence."""
+    try:
+        yield
+    except FileExistsError as error:
+        raise RefusedError(f"{target} was made by someone else meanwhile; it is left alone") from error
+    except OSError as error:
+        raise IslandError(
+            f"{target} cannot be written: {error.strerror}; free space or name another place"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,121 @@
+"""What each verb answers: the values that doors show and programs read.
+
+`as_json` gives plain types under the names that the command line documents. Sizes are in bytes, times in
+seconds; `created` is ISO 8601 in UTC.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+__all__ = [
+    "Adopted",
+    "Deleted",
+    "Restored",
+    "Snapshot",
+    "SnapshotTaken",
+    "Swept",
+    "timestamp",
+]
+
+
+def timestamp(nanoseconds: int) -> str:
+    """Nanoseconds since 1970 UTC as ISO 8601 with whole seconds, such as 2026-01-31T12:00:00Z."""
+    return datetime.fromtimestamp(nanoseconds // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    def as_json(self) -> dict[str, Any]:
+        """The answer as one JSON object."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot(_Answer):
+    """A snapshot that is there. `bytes_stored` is the size of the objects it wrote."""
+
+    snapshot: str
+    lineage: str
+    parent: str | None
+    volume: str
+    label: str
+    created: str
+    volume_size: int
+    bytes_stored: int
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotTaken(_Answer):
+    """A snapshot just made, by which rule and why, and the work it took.
+
+    `blocks_candidate` may have changed, `blocks_changed` differ from the parent; `bytes_read` is data read
+    from the image; `notes` are sentences for the user about what was left behind.
+    """
+
+    snapshot: str
+    lineage: str
+    parent: str | None
+    volume: str
+    label: str
+    volume_size: int
+    rule: str
+    reason: str
+    blocks_candidate: int
+    blocks_changed: int
+    bytes_read: int
+    bytes_stored: int
+    objects_written: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Restored(_Answer):
+    """A volume written from a snapshot. `bytes_read` came from the store, `bytes_written` are data."""
+
+    snapshot: str
+    target: str
+    format: str
+    volume_size: int
+    bytes_read: int
+    bytes_written: int
+    objects_read: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Deleted(_Answer):
+    """A snapshot taken out of the catalog, or what that would do.
+
+    `bytes_unreferenced` are the stored bytes of slots that no snapshot needs any more and its manifest;
+    `bytes_freed` is what the next sweep removes because of it, less what that rewrites.
+    """
+
+    snapshot: str
+    volume: str
+    bytes_unreferenced: int
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swept(_Answer):
+    """What a sweep did in one lineage, or would do. `bytes_freed` is removed less rewritten."""
+
+    volume: str
+    objects_removed: int
+    packs_repacked: int
+    bytes_removed: int
+    bytes_rewritten: int
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Adopted(_Answer):
+    """A lineage that this host owns now."""
+
+    volume: str
+    snapshots: int
+    epoch: int

@@ -1,0 +1,187 @@
+"""A real qemu-storage-daemon over one qcow2 image, for tests that need a guest's writes without a guest.
+
+It serves the image over NBD on a unix socket, to be written to by qemu-io, and obeys QMP on another.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+__all__ = [
+    "StorageDaemon",
+    "create_qcow2",
+    "needs_qemu",
+    "needs_storage_daemon",
+    "qemu_io",
+    "wait_for_socket",
+]
+
+STORAGE_DAEMON = "qemu-storage-daemon"
+_PATIENCE = 20.0  # seconds for a daemon to start or to end
+
+needs_qemu = pytest.mark.skipif(
+    shutil.which("qemu-img") is None or shutil.which("qemu-io") is None,
+    reason="qemu-img and qemu-io (package qemu-utils) are not installed",
+)
+needs_storage_daemon = pytest.mark.skipif(
+    shutil.which(STORAGE_DAEMON) is None or shutil.which("qemu-io") is None,
+    reason=f"{STORAGE_DAEMON} (Debian 12: package qemu-system-common) or qemu-io is not installed",
+)
+
+
+class StorageDaemon:
+    """A daemon that holds `image` open for writing, from `start` (or `with`) to `stop` or `kill`.
+
+    The sockets are in a short temporary folder of their own (a unix socket's path has at most 107
+    bytes). `node` is the qcow2 node's name; the export has the same name. `cwd` with a relative `image`
+    makes a daemon that knows its image by a relative name only.
+    """
+
+    def __init__(
+        self,
+        image: str | os.PathLike[str],
+        *,
+        node: str = "disk",
+        options: Sequence[str] = (),
+        cwd: str | os.PathLike[str] | None = None,
+    ) -> None:
+        self.image = os.fspath(image)
+        self.node = node
+        self._options = list(options)
+        self._cwd = cwd
+        self._folder = Path(tempfile.mkdtemp(prefix="island-qsd-"))
+        self.qmp_socket = self._folder / "qmp"
+        self.nbd_socket = self._folder / "nbd"
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the daemon is not running"
+        return self._process.pid
+
+    @property
+    def uri(self) -> str:
+        return f"nbd+unix:///{self.node}?socket={self.nbd_socket}"
+
+    def start(self) -> None:
+        name = self.image.replace(",", ",,")
+        command = [
+            *[STORAGE_DAEMON, "--blockdev"],
+            f"driver=qcow2,node-name={self.node},file.driver=file,file.filename={name}",
+            *self._options,
+            *["--nbd-server", f"addr.type=unix,addr.path={self.nbd_socket}"],
+            *["--export", f"type=nbd,id=e,node-name={self.node},name={self.node},writable=on"],
+            *["--chardev", f"socket,path={self.qmp_socket},server=on,wait=off,id=m"],
+            *["--monitor", "chardev=m"],
+        ]
+        with (self._folder / "log").open("wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=self._cwd
+            )
+        try:
+            wait_for_socket(self._process, self.nbd_socket)
+            wait_for_socket(self._process, self.qmp_socket, connect=False)
+        except BaseException as error:
+            error.add_note((self._folder / "log").read_text(errors="replace"))
+            self.kill()
+            raise
+
+    def io(self, *commands: str) -> str:
+        """Run qemu-io commands on the volume as a guest would; what they printed comes back."""
+        return qemu_io(self.uri, *commands, image_format="raw")
+
+    def write(self, offset: int, length: int, pattern: int) -> None:
+        """Write one byte value over a range of the volume, in bytes; qemu-io flushes as it ends."""
+        self.io(f"write -q -P {pattern} {offset} {length}")
+
+    def stop(self) -> int:
+        """End the daemon as a host would; it flushes and closes its image. Its exit status comes back."""
+        return self._end(signal.SIGTERM)
+
+    def kill(self) -> int:
+        """End the daemon as a crash of it would; what it holds in memory is lost."""
+        return self._end(signal.SIGKILL)
+
+    def _end(self, number: signal.Signals) -> int:
+        process, self._process = self._process, None
+        status = 0
+        if process is not None:
+            process.send_signal(number)
+            try:
+                status = process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+        shutil.rmtree(self._folder, ignore_errors=True)
+        return status
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def wait_for_socket(process: subprocess.Popen[bytes], path: Path, *, connect: bool = True) -> None:
+    """Return when `process` listens on `path`; connecting is the proof, where a connection is harmless."""
+    deadline = time.monotonic() + _PATIENCE
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"{process.args!r} ended with status {process.returncode}"
+        if not connect and path.exists():
+            return
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+            return
+        time.sleep(0.01)
+    raise TimeoutError(f"{path} did not appear")
+
+
+def qemu_io(
+    target: str | os.PathLike[str], *commands: str, image_format: str = "qcow2", read_only: bool = False
+) -> str:
+    """Run qemu-io commands on a target; CalledProcessError when one fails, also a pattern that differs."""
+    words = ["qemu-io", "-f", image_format, *(["-r"] if read_only else [])]
+    for command in commands:
+        words += ["-c", command]
+    result = subprocess.run(
+        [*words, os.fspath(target)], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+    )
+    failed = "Pattern verification failed" in result.stdout
+    if result.returncode or failed:
+        raise subprocess.CalledProcessError(
+            result.returncode or 1, words, result.stdout, result.stderr
+        )
+    return result.stdout
+
+
+def create_qcow2(path: Path, size: int, **options: object) -> Path:
+    """Make an empty qcow2 image of `size` bytes, with lazy reference counts unless told otherwise."""
+    settings = {"lazy_refcounts": "on", **options}
+    words = ",".join(f"{key}={value}" for key, value in settings.items())
+    subprocess.run(
+        ["qemu-img", "create", "-q", "-f", "qcow2", "-o", words, f"{path}", f"{size}"],
+        stdin=subprocess.DEVNULL,
+        check=True,
+        timeout=120,
+    )
+    return path
