@@ -110,9 +110,9 @@ def copy_ranges(
 ) -> int:
     """Copy ranges of bytes from one buffer to another, in order.
 
-    source_offsets, lengths, target_offsets: int64[n], bytes. All ranges are checked before any is
-    copied: one that is negative or not wholly inside its buffer raises ValueError. Buffers may
-    overlap; each range is then copied as if through a third one.
+    source_offsets, lengths, target_offsets: int64[n], bytes. All ranges are checked before any is copied:
+    one that is negative or not wholly inside its buffer raises ValueError. Source and target may overlap,
+    each range is then copied as if through a third buffer; the target must not overlap the three columns.
 
     Returns the number of bytes copied.
     """

@@ -134,7 +134,7 @@ class DirtyMap:
     def iter_runs(self, max_rows: int = 65536) -> Iterator[Int64s]:
         """The maximal runs of set blocks, in order, in arrays of 1 to `max_rows` rows.
 
-        The map may be changed meanwhile; what is changed behind the last run given is seen.
+        The arrays are the caller's. The map must not change meanwhile.
         """
         return self._runs_within(0, self._blocks, max_rows)
 
@@ -146,7 +146,7 @@ class DirtyMap:
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
     def batches(self, max_blocks: int) -> Iterator[Int64s]:
-        """The set blocks in order, in arrays of 1 to `max_blocks`; memory stays bounded."""
+        """The set blocks in order, in arrays of 1 to `max_blocks`, with bounded memory."""
         if max_blocks < 1:
             raise ValueError(f"a batch of {max_blocks} blocks cannot hold any")
         for runs in self.iter_runs():

@@ -18,15 +18,18 @@ from dataclasses import dataclass, replace
 from island_fast.catalog import (
     CHECKPOINT_EVERY,
     Record,
+    SnapshotRow,
     State,
     catalog_name,
     decode_record,
     encode_record,
+    manifest_name,
     stop_name,
 )
 from island_fast.errors import ConflictError, DamagedObjectError, NotFoundError, ObjectMissingError
 from island_fast.frame import Kind, Section, json_bytes, seal
 from island_fast.local import LineageFiles
+from island_fast.manifest import Manifest, decode
 from island_fast.slots import SnapshotNumbers
 from island_fast.stores.base import Store
 
@@ -99,6 +102,30 @@ class Lineage:
             self._settle()
             self.refresh()
             yield
+
+    # Manifests.
+
+    def manifest(self, row: SnapshotRow) -> Manifest:
+        """The manifest of a live snapshot, from the local cache or the store, checked against its record."""
+        cached = self.cached_manifest(row.id, row.attempt)
+        if cached is not None:
+            return cached
+        name = manifest_name(self.name, row.id, row.attempt)
+        data = self.store.get(name)
+        manifest, checksum = decode(name, data)
+        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+        self.files.cache(name, data)
+        return manifest
+
+    def cached_manifest(self, snapshot: str, attempt: int) -> Manifest | None:
+        """The manifest of a snapshot, live or deleted, if the local cache holds it whole."""
+        name = manifest_name(self.name, snapshot, attempt)
+        data = self.files.cached(name)
+        if data is not None:
+            with contextlib.suppress(DamagedObjectError):
+                return decode(name, data)[0]
+        return None
 
     # Reading.
 

@@ -108,7 +108,7 @@ def _explained(root: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A snapshot in progress: its id, attempt and parent, as written before its first object."""
+    """A snapshot's id, attempt and parent: in progress, as written before its first object, or deleted."""
 
     snapshot: str
     attempt: int
@@ -228,28 +228,25 @@ class LineageFiles:
 
         Those retired before it whose parent it was get its parent.
         """
-        for other, (number, above) in self.retired().items():
-            if above == snapshot:
-                self._write_retired(other, number, parent)
-        self._write_retired(snapshot, attempt, parent)
+        for other in self.retired():
+            if other.parent == snapshot:
+                self._write_retired(Registration(other.snapshot, other.attempt, parent))
+        self._write_retired(Registration(snapshot, attempt, parent))
 
-    def _write_retired(self, snapshot: str, attempt: int, parent: str | None) -> None:
-        self.cache(f"/retired/{snapshot}", json.dumps([attempt, parent]).encode())
+    def _write_retired(self, retired: Registration) -> None:
+        self.cache(f"/retired/{retired.snapshot}", json.dumps(_as_json(retired)).encode())
 
-    def retired(self) -> dict[str, tuple[int, str | None]]:
-        """Deleted snapshots by id, each with its attempt and nearest live ancestor."""
-        found: dict[str, tuple[int, str | None]] = {}
-        for name in self.cached_names("retired"):
-            with contextlib.suppress(ValueError, TypeError):
-                attempt, parent = json.loads(self.cached(f"/retired/{name}") or b"")
-                found[name] = (int(attempt), None if parent is None else str(parent))
-        return found
+    def retired(self) -> list[Registration]:
+        """Deleted snapshots, each with its attempt and nearest live ancestor, if their pins may be left."""
+        names = self.cached_names("retired")
+        found = (_registration(n, (self.cached(f"/retired/{n}") or b"").decode()) for n in names)
+        return [one for one in found if one.attempt >= 0]
 
     def forget_retired(self) -> None:
         """No pin of a deleted snapshot is in the image any more."""
-        for snapshot, (attempt, _) in self.retired().items():
-            self.uncache(f"/manifests/{snapshot}-{attempt}")
-            self.uncache(f"/retired/{snapshot}")
+        for one in self.retired():
+            self.uncache(f"/manifests/{one.snapshot}-{one.attempt}")
+            self.uncache(f"/retired/{one.snapshot}")
 
     # Caches.
 

@@ -40,13 +40,14 @@ from island_fast.packreader import KnownDigests, PackReader
 from island_fast.progress import Progress
 from island_fast.stores.base import Store
 
-__all__ = ["WORKERS", "PackRow", "Sent", "receive", "send"]
+__all__ = ["PackRow", "PackSink", "Sent", "receive", "send"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
 
 BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
-WORKERS = 3  # packs in flight, in either direction
+UPLOADS = 2  # packs on their way to the store, besides the one that is being filled
+DOWNLOADS = 3  # packs on their way to the image
 _COMPRESSING = 4  # batches read and not yet in a pack
 
 
@@ -165,7 +166,7 @@ class _Open:
 
 
 class PackSink:
-    """Fills packs in the order of `add` and uploads them, at most WORKERS at a time.
+    """Fills packs in the order of `add` and uploads them, at most UPLOADS at a time.
 
     A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
     by an exception drops what is not sent. `written` is complete only afterwards.
@@ -180,7 +181,7 @@ class PackSink:
         self._open = _Open()
         self._blocks: list[Int64s] = []  # of each pack, in slot order
         self._uploads: deque[Future[PackRow]] = deque()
-        self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="island-upload")
+        self._pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="island-upload")
 
     def __enter__(self) -> PackSink:
         return self
@@ -229,7 +230,7 @@ class PackSink:
             return
         number = len(self._blocks)
         self._blocks.append(np.concatenate(pack.blocks))
-        self._wait(WORKERS - 1)
+        self._wait(UPLOADS - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack))
 
     def _wait(self, most: int) -> None:
@@ -277,10 +278,10 @@ def receive(
             done += blocks * BLOCK_SIZE
             progress("restore", done, total)
 
-    with _pool(WORKERS, "restore") as pool:
+    with _pool(DOWNLOADS, "restore") as pool:
         waiting: deque[Future[None]] = deque()
         for key, rows in jobs:
-            if len(waiting) == 2 * WORKERS:
+            if len(waiting) == 2 * DOWNLOADS:
                 waiting.popleft().result()
             waiting.append(pool.submit(_unpack, packs, key, _rows(runs, rows), write, gap, told))
         while waiting:

@@ -9,7 +9,7 @@ of no registered snapshot, and older than the grace.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,7 +19,6 @@ from island_fast.catalog import Packs, Record, SnapshotRow, State, manifest_name
 from island_fast.dirtymap import merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError
 from island_fast.lineage import Lineage
-from island_fast.manifest import Manifest
 from island_fast.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.packreader import PackReader
 from island_fast.slots import PACK_BITS, SLOT_BITS
@@ -80,7 +79,6 @@ class SweepPlan:
 def plan_delete(
     lineage: Lineage,
     row: SnapshotRow,
-    manifest: Callable[[SnapshotRow], Manifest],
     packs: PackReader,
     time: int,
 ) -> Deletion:
@@ -90,15 +88,15 @@ def plan_delete(
     write itself (design: only then can a sibling share one that the parent lacks).
     """
     state, numbers = lineage.state, lineage.numbers
-    free = manifest(row).slot_intervals(numbers)
+    free = lineage.manifest(row).slot_intervals(numbers)
     parent = state.live.get(row.parent or "")
     neighbours = state.children(row.id) + ([parent] if parent else [])
     for neighbour in neighbours:
-        free = subtract_intervals(free, manifest(neighbour).slot_intervals(numbers))
+        free = subtract_intervals(free, lineage.manifest(neighbour).slot_intervals(numbers))
     if (free[:, 0] >> (SLOT_BITS + PACK_BITS) != numbers.number(row.id)).any():
         for sibling in state.children(row.parent):
             if sibling.id != row.id:
-                free = subtract_intervals(free, manifest(sibling).slot_intervals(numbers))
+                free = subtract_intervals(free, lineage.manifest(sibling).slot_intervals(numbers))
     free = merge_intervals(free)
     record = Record(
         lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
@@ -224,7 +222,7 @@ def execute_sweep(lineage: Lineage, plan: SweepPlan, writer: str, time: int) -> 
         lineage.append(record, writer)
     doomed = [*gone_names, *old_names, *(info.name for info in plan.garbage)]
     doomed += [_manifest_of(lineage, row) for row in plan.manifests]
-    retired = lineage.files.retired()
+    retired = {one.snapshot for one in lineage.files.retired()}
     for name in doomed:
         lineage.store.delete(name)
         if name.split("/")[2].partition("-")[0] not in retired:

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from island_fast import reclaim
-from island_fast.catalog import SnapshotRow, manifest_name
+from island_fast.catalog import SnapshotRow
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -29,7 +29,7 @@ from island_fast.errors import (
 from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
 from island_fast.lineage import Lineage
 from island_fast.local import LocalState
-from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, Manifest, decode
+from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
 from island_fast.restoring import restore
@@ -180,26 +180,6 @@ class Repository:
             )
         return found[0]
 
-    def manifest(self, lineage: Lineage, row: SnapshotRow) -> Manifest:
-        """The manifest of a snapshot, from the local cache or the store, checked against the catalog."""
-        name = manifest_name(lineage.name, row.id, row.attempt)
-        data = lineage.files.cached(name)
-        if data is not None:
-            try:
-                return self._checked(name, data, row)
-            except DamagedObjectError:
-                lineage.files.uncache(name)
-        fetched = self.store.get(name)
-        manifest = self._checked(name, fetched, row)
-        lineage.files.cache(name, fetched)
-        return manifest
-
-    def _checked(self, name: str, data: bytes | memoryview, row: SnapshotRow) -> Manifest:
-        manifest, checksum = decode(name, data)
-        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
-            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
-        return manifest
-
     # Verbs.
 
     def snapshot(
@@ -228,7 +208,7 @@ class Repository:
         with Source(path, Path(qmp) if qmp else None, hold=not pin and at is None) as source:
             lineage = self._lineage_for(source, volume)
             request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
-            return take(lineage, source, request, lambda row: self.manifest(lineage, row), progress)
+            return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
@@ -271,7 +251,7 @@ class Repository:
     ) -> Restored:
         """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw"."""
         found = self.find(reference)
-        manifest = self.manifest(found.lineage, found.row)
+        manifest = found.lineage.manifest(found.row)
         return restore(found.lineage, found.row, manifest, Path(target), image_format, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
@@ -318,9 +298,7 @@ class Repository:
             return deletion
 
     def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
-        return reclaim.plan_delete(
-            lineage, row, lambda r: self.manifest(lineage, r), PackReader(lineage), time.time_ns()
-        )
+        return reclaim.plan_delete(lineage, row, PackReader(lineage), time.time_ns())
 
     def sweep(self, *, grace: float | None = None, dry_run: bool = False) -> list[Swept]:
         """Remove what no snapshot needs from every lineage that this host owns."""
@@ -359,7 +337,9 @@ class Repository:
 def _holds_pin(source: Source, lineage: Lineage) -> bool:
     """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
     pins = [row.pin for row in lineage.state.live.values()]
-    pins += [row.pin for row in lineage.state.dropped.values()]
+    for retired in lineage.files.retired():
+        manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
+        pins += [manifest.pin] if manifest else []
     return any(source.image.find(pin) for pin in pins)
 
 

@@ -23,7 +23,7 @@ from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
 from island_fast.errors import ConflictError, DamagedError, IslandError
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs, decode, encode, merge, tabulate
+from island_fast.manifest import Manifest, Runs, encode, merge, tabulate
 from island_fast.pack import PackHeader
 from island_fast.packreader import KnownDigests, PackReader
 from island_fast.pipeline import PackSink, Sent, send
@@ -66,15 +66,13 @@ def take(
     lineage: Lineage,
     source: Source,
     request: Request,
-    load: Callable[[SnapshotRow], Manifest],
     progress: Progress,
 ) -> SnapshotTaken:
     """Take a snapshot of `source` into `lineage`, which was refreshed and accepts this image.
 
-    `load` fetches the manifest of a live snapshot. On an error nothing is visible in the repository, and
-    the image keeps the pins that it had.
+    On an error nothing is visible in the repository, and the image keeps the pins that it had.
     """
-    return _Taking(lineage, source, request, load, progress).run()
+    return _Taking(lineage, source, request, progress).run()
 
 
 class _Taking:
@@ -85,13 +83,11 @@ class _Taking:
         lineage: Lineage,
         source: Source,
         request: Request,
-        load: Callable[[SnapshotRow], Manifest],
         progress: Progress,
     ) -> None:
         self._lineage = lineage
         self._source = source
         self._request = request
-        self._load = load
         self._progress = progress
         self._committing = False
         self._objects = 0
@@ -166,9 +162,9 @@ class _Taking:
         for row in reversed(live.values()):  # type: ignore[call-overload]
             if internal := self._source.image.find(row.pin):
                 return row, Base(internal, _NONE), ""
-        for snapshot, (attempt, ancestor) in self._lineage.files.retired().items():
-            row = live.get(ancestor or "")
-            if row and (base := self._retired_base(snapshot, attempt, row)):
+        for retired in self._lineage.files.retired():
+            row = live.get(retired.parent or "")
+            if row and (base := self._retired_base(retired, row)):
                 return row, base, ""
         newest = self._lineage.state.newest()
         if newest is None:
@@ -176,18 +172,14 @@ class _Taking:
         why = f"the pinned base of snapshot {newest.id[:8]} is not in the image"
         return newest, None, self._refusal() or why
 
-    def _retired_base(self, snapshot: str, attempt: int, ancestor: SnapshotRow) -> Base | None:
+    def _retired_base(self, deleted: Registration, ancestor: SnapshotRow) -> Base | None:
         """The pin of a deleted snapshot as base, with the blocks that it wrote after its ancestor."""
-        name = manifest_name(self._lineage.name, snapshot, attempt)
-        with suppress(DamagedError):
-            data = self._lineage.files.cached(name)
-            if data is not None:
-                retired, _ = decode(name, data)
-                internal = self._source.image.find(retired.pin)
-                if internal is not None:
-                    then = self._keyed(self._load(ancestor))
-                    return Base(internal, differing(self._keyed(retired), then))
-        return None
+        retired = self._lineage.cached_manifest(deleted.snapshot, deleted.attempt)
+        internal = self._source.image.find(retired.pin) if retired else None
+        if retired is None or internal is None:
+            return None
+        then = self._keyed(self._lineage.manifest(ancestor))
+        return Base(internal, differing(self._keyed(retired), then))
 
     # The image.
 
@@ -243,7 +235,7 @@ class _Taking:
         return replace(manifest.runs, pack=manifest.packs.keys(self._lineage.numbers)[manifest.runs.pack])
 
     def _parent_runs(self, parent: SnapshotRow | None) -> Runs:
-        return self._keyed(self._load(parent)) if parent else Runs.empty()
+        return self._keyed(self._lineage.manifest(parent)) if parent else Runs.empty()
 
     def _send(
         self,

@@ -43,11 +43,12 @@ needs_storage_daemon = pytest.mark.skipif(
 
 
 class StorageDaemon:
-    """A daemon that holds `image` open for writing, from `start` (or `with`) to `stop` or `kill`.
+    """A daemon that holds `image` open, from `start` (or `with`) to `stop` or `kill`.
 
-    The sockets are in a short temporary folder of their own (a unix socket's path has at most 107
-    bytes). `node` is the qcow2 node's name; the export has the same name. `cwd` with a relative `image`
-    makes a daemon that knows its image by a relative name only.
+    It may write unless told otherwise. The sockets are in a short temporary folder of their own (a unix
+    socket's path has at most 107 bytes). `node` is the qcow2 node's name and the export's; `options`
+    are further arguments. `cwd` with a relative `image` makes a daemon that knows its image by a relative
+    name only.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class StorageDaemon:
         image: str | os.PathLike[str],
         *,
         node: str = "disk",
+        read_only: bool = False,
         options: Sequence[str] = (),
         cwd: str | os.PathLike[str] | None = None,
     ) -> None:
         self.image = os.fspath(image)
         self.node = node
+        self._read_only = read_only
         self._options = list(options)
         self._cwd = cwd
         self._folder = Path(tempfile.mkdtemp(prefix="island-qsd-"))
@@ -78,12 +81,14 @@ class StorageDaemon:
 
     def start(self) -> None:
         name = self.image.replace(",", ",,")
+        only, writable = ("on", "off") if self._read_only else ("off", "on")
+        node = f"driver=qcow2,node-name={self.node},read-only={only}"
         command = [
             *[STORAGE_DAEMON, "--blockdev"],
-            f"driver=qcow2,node-name={self.node},file.driver=file,file.filename={name}",
+            f"{node},file.driver=file,file.filename={name}",
             *self._options,
             *["--nbd-server", f"addr.type=unix,addr.path={self.nbd_socket}"],
-            *["--export", f"type=nbd,id=e,node-name={self.node},name={self.node},writable=on"],
+            *["--export", f"type=nbd,id=e,node-name={self.node},writable={writable}"],
             *["--chardev", f"socket,path={self.qmp_socket},server=on,wait=off,id=m"],
             *["--monitor", "chardev=m"],
         ]
@@ -101,7 +106,7 @@ class StorageDaemon:
 
     def io(self, *commands: str) -> str:
         """Run qemu-io commands on the volume as a guest would; what they printed comes back."""
-        return qemu_io(self.uri, *commands, image_format="raw")
+        return qemu_io(self.uri, *commands, image_format="raw", read_only=self._read_only)
 
     def write(self, offset: int, length: int, pattern: int) -> None:
         """Write one byte value over a range of the volume, in bytes; qemu-io flushes as it ends."""
@@ -168,9 +173,7 @@ def qemu_io(
     )
     failed = "Pattern verification failed" in result.stdout
     if result.returncode or failed:
-        raise subprocess.CalledProcessError(
-            result.returncode or 1, words, result.stdout, result.stderr
-        )
+        raise subprocess.CalledProcessError(result.returncode or 1, words, result.stdout, result.stderr)
     return result.stdout
 
 

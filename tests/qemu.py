@@ -111,7 +111,8 @@ def convert(source, target, *, source_format="qcow2", target_format="qcow2", com
 
 def compare(one, other, *, one_format="qcow2", other_format="raw"):
     """Assert that two images show a guest the same disk, sizes included."""
-    run(QEMU_IMG, "compare", "-s", "-f", one_format, "-F", other_format, one, other)
+    output = run(QEMU_IMG, "compare", "-f", one_format, "-F", other_format, one, other)
+    assert output == "Images are identical.\n"
 
 
 def content(path, snapshot=None):
@@ -129,27 +130,34 @@ def content(path, snapshot=None):
         return raw.read_bytes()
 
 
-def lived_in(path, seed, size, snapshots=3, *, resizes=False, compressed=True, **options):
-    """An image with a random past; the names of its internal snapshots, oldest first.
+def lived_in(path, seed, size, snapshots=4, *, resizes=False, **options):
+    """An image with a random past; the names of the internal snapshots it has left, oldest first.
 
-    Between snapshots it sees writes, zero writes of both kinds, discards and compressed writes,
-    some aligned and some not, and with `resizes` a new size. The same arguments give the same past.
+    Between snapshots it sees writes, zero writes of both kinds, discards and compressed writes, some
+    aligned and some not, and with `resizes` a new size. Now and then a snapshot is deleted, or the
+    volume goes back to one. The same arguments give the same past.
     """
     chance = random.Random(seed)
+    cluster = int(options.get("cluster_size", 65536))
     create(path, size, **options)
     names = []
     for number in range(snapshots):
-        _live(path, chance, size, int(options.get("cluster_size", 65536)), compressed)
+        _live(path, chance, size, cluster)
         names.append(f"s{number}")
         snapshot_create(path, names[-1])
+        if len(names) > 2 and chance.random() < 0.5:
+            snapshot_delete(path, names.pop(chance.randrange(len(names))))
+        if chance.random() < 0.2:
+            snapshot_apply(path, chance.choice(names))
+            size = info(path)["virtual-size"]
         if resizes:
             size = max(1 << 20, size + 512 * chance.randrange(-2000, 2000))
             resize(path, size)
-    _live(path, chance, size, int(options.get("cluster_size", 65536)), compressed)
+    _live(path, chance, size, cluster)
     return names
 
 
-def _live(path, chance, size, cluster, compressed):
+def _live(path, chance, size, cluster):
     commands = []
     for _ in range(8):
         kind = chance.choice((write, write, write, zeroes, zeroes, discard))
@@ -161,13 +169,12 @@ def _live(path, chance, size, cluster, compressed):
             extra["unmap"] = chance.random() < 0.5
         commands.append(kind(offset, length, **extra))
     io(path, *commands)
-    if compressed:
-        for _ in range(2):
-            offset = chance.randrange(max(1, size // cluster)) * cluster
-            length = min(cluster, size - offset)
-            # A compressed write does not replace a cluster: qemu fails it.
-            io(path, discard(offset, length))
-            io(path, write(offset, length, chance.randrange(1, 256), compressed=True))
+    for _ in range(2):
+        offset = chance.randrange(max(1, size // cluster)) * cluster
+        length = min(cluster, size - offset)
+        # A compressed write does not replace a cluster: qemu fails it.
+        io(path, discard(offset, length))
+        io(path, write(offset, length, chance.randrange(1, 256), compressed=True))
 
 
 def _options(extra):

@@ -18,7 +18,7 @@ from typing import Self
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
 
-__all__ = ["ImageLock", "writer_present"]
+__all__ = ["ImageLock", "open_image", "writer_present"]
 
 _WRITE_USED = 101
 _WRITE_UNSHARED = 201
@@ -70,7 +70,7 @@ class ImageLock:
     def __enter__(self) -> Self:
         if self._fd >= 0:
             raise RefusedError(f"The lock of image {self.path!r} is already held.")
-        fd = _open_image(self.path)
+        fd = open_image(self.path)
         try:
             _lock_out_snapshots(fd, self.path)
             if self._hold_off_writers:
@@ -91,16 +91,19 @@ class ImageLock:
         os.close(fd)
 
 
-def _open_image(path: str) -> int:
-    """Open a regular file for reading; O_NONBLOCK so that a pipe of that name cannot hold us up."""
+def open_image(path: str) -> int:
+    """Open a regular file for reading, close-on-exec; the caller owns the descriptor.
+
+    O_NONBLOCK, so that a pipe of that name cannot hold us up. NotFoundError if there is no such file,
+    RefusedError if it is no regular file.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
         raise NotFoundError(f"There is no image {path!r}; check the path.") from error
     except (OSError, ValueError) as error:
         raise IslandError(
-            f"Image {path!r} cannot be opened for reading ({_reason(error)}); "
-            f"run as a user who may read it."
+            f"Image {path!r} cannot be opened for reading ({_reason(error)}); run as a user who may read it."
         ) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -154,9 +157,7 @@ def _flock(kind: int, byte: int) -> bytes:
 
 
 def _cannot_lock(path: str, error: OSError) -> IslandError:
-    return IslandError(
-        f"Image {path!r} cannot be locked ({_reason(error)}); keep it on a local file system."
-    )
+    return IslandError(f"Image {path!r} cannot be locked ({_reason(error)}); keep it on a local file system.")
 
 
 def _reason(error: Exception) -> str:

@@ -44,9 +44,7 @@ class Execute(Protocol):
         ...
 
 
-def run_to_the_end(
-    command: Sequence[str], timeout: float = TIMEOUT
-) -> subprocess.CompletedProcess[str]:
+def run_to_the_end(command: Sequence[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
     """Run a program that must not be stopped half-way; the default `Execute`.
 
     The program gets a session of its own, so that Ctrl-C in the terminal reaches this process and not
@@ -201,9 +199,7 @@ def _failure(task: str, returncode: int, said: str) -> IslandError:
     if "snapshot not found" in said or "No such file or directory" in said:
         return NotFoundError(f"qemu-img could not {task}: {said}.")
     if "No space left on device" in said or "Disk quota exceeded" in said:
-        return IslandError(
-            f"qemu-img could not {task}, because its file system is full; make room: {said}."
-        )
+        return IslandError(f"qemu-img could not {task}, because its file system is full; make room: {said}.")
     return IslandError(f"qemu-img could not {task}: {said}.")
 
 

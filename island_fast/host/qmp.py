@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.host.imagelock import open_image, writer_present
 
 __all__ = ["Qmp"]
 
@@ -69,15 +70,15 @@ class Qmp:
         """Return the name of the qcow2 node whose file is the very inode of `path`.
 
         Other nodes over the same file (its protocol node, a raw view, filters) do not count.
-        RefusedError if the process has no such node, or several.
+        RefusedError if the process has no such node, or several, or if nobody has the file open for
+        writing: qemu tells the name that it opened, which may lead to another file by now.
         """
         shown = os.fspath(path)
+        fd = open_image(shown)
         try:
-            wanted = os.stat(path)
-        except FileNotFoundError as error:
-            raise NotFoundError(f"There is no image {shown!r}; check the path.") from error
-        except OSError as error:
-            raise IslandError(f"Image {shown!r} cannot be looked at: {error.strerror}.") from error
+            wanted, written = os.fstat(fd), writer_present(fd)
+        finally:
+            os.close(fd)
         nodes = self._execute("query-named-block-nodes", {"flat": True})
         names = [name for name, file in _qcow2_nodes(nodes) if self._is_file(file, wanted)]
         if not names:
@@ -89,6 +90,11 @@ class Qmp:
             raise RefusedError(
                 f"The process behind {self.socket_path!r} has image {shown!r} open {len(names)} times "
                 f"(nodes {', '.join(map(repr, names))}); close all but one."
+            )
+        if not written:
+            raise RefusedError(
+                f"The process behind {self.socket_path!r} names image {shown!r}, but nobody has that file "
+                f"open for writing; see whether it was replaced while in use, or is open read-only."
             )
         return names[0]
 
@@ -103,9 +109,7 @@ class Qmp:
 
     def snapshot_delete(self, node: str, id: str, name: str) -> None:
         """Delete the internal snapshot that has this id and this name; NotFoundError if there is none."""
-        self._execute(
-            "blockdev-snapshot-delete-internal-sync", {"device": node, "id": id, "name": name}
-        )
+        self._execute("blockdev-snapshot-delete-internal-sync", {"device": node, "id": id, "name": name})
 
     def _shake_hands(self) -> None:
         deadline = time.monotonic() + min(self._timeout, _HANDSHAKE_TIMEOUT)

@@ -239,8 +239,12 @@ class DirectoryStore(Store):
             if is_name(name) and entry.is_dir(follow_symlinks=False):
                 yield from self._objects(name + "/")
             elif is_name(name) and entry.is_file(follow_symlinks=False):
-                with contextlib.suppress(FileNotFoundError):
+                try:
                     yield _describe(name, entry.stat(follow_symlinks=False))
+                except FileNotFoundError:  # deleted just now
+                    continue
+                except OSError as error:
+                    self._fail(error)
 
     def folders(self, prefix: str) -> Iterator[str]:
         """See Store.folders. One may be empty: its last object is just gone, or its first to come."""

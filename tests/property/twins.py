@@ -1,6 +1,6 @@
-"""Slow twins of the kernels in `island_fast._diff`, written from the qcow2 specification and not from the kernels.
+"""Slow twins of the kernels in `island_fast._diff`, written from the qcow2 specification.
 
-They take the same arguments and give new objects back in place of filling buffers. One entry, bit or byte at a time.
+They give new objects back in place of filling buffers, and look at one entry, bit or byte at a time.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def descriptors() -> set[str]:
 
 def test_a_second_snapshot_of_an_image_is_refused_until_the_first_ends(image: Path) -> None:
     with ImageLock(image):
-        with pytest.raises(RefusedError, match="Another snapshot of image .*disk.qcow2.* is running"):
+        with pytest.raises(RefusedError, match=r"Another snapshot of image .*disk.qcow2.* is running"):
             ImageLock(image).__enter__()
     with ImageLock(image):
         pass
@@ -139,6 +140,32 @@ def test_a_read_only_file_can_be_locked(image: Path, hold_off: bool) -> None:
         assert not writer_present(lock.fd)
 
 
+@pytest.fixture
+def read_only(image: Path) -> Iterator[Path]:
+    """The folder of `image`, mounted a second time and read-only."""
+    again = image.parent / "again"
+    again.mkdir()
+    bound = subprocess.run(["mount", "--bind", image.parent, again], capture_output=True)
+    if bound.returncode:
+        pytest.skip("a bind mount needs root")
+    try:
+        subprocess.run(["mount", "-o", "remount,bind,ro", again], check=True)
+        yield again
+    finally:
+        subprocess.run(["umount", again], check=True)
+
+
+@pytest.mark.parametrize("hold_off", [False, True])
+def test_an_image_on_a_read_only_file_system_can_be_locked(read_only: Path, hold_off: bool) -> None:
+    with pytest.raises(OSError) as caught:
+        (read_only / "new").touch()
+    assert caught.value.errno == errno.EROFS
+    with ImageLock(read_only / "disk.qcow2", hold_off) as lock:
+        assert not writer_present(lock.fd)
+        with pytest.raises(RefusedError), ImageLock(read_only.parent / "disk.qcow2"):
+            pass
+
+
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL])
 def test_a_file_system_without_locks_gives_one_sentence(
     image: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -147,9 +174,8 @@ def test_a_file_system_without_locks_gives_one_sentence(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "fcntl", fail)
-    with image.open("rb") as file:
-        with pytest.raises(IslandError, match="cannot be told.*local file system"):
-            writer_present(file.fileno())
+    with image.open("rb") as file, pytest.raises(IslandError, match=r"cannot be told.*local file system"):
+        writer_present(file.fileno())
     with pytest.raises(IslandError, match="cannot be locked"), ImageLock(image, True):
         pass
     monkeypatch.setattr(fcntl, "flock", fail)
@@ -178,15 +204,13 @@ def test_writers_cannot_be_held_off_while_one_writes(qcow2: Path) -> None:
     qemu_io(qcow2, "write -q -P 8 0 65536")  # nothing of the refused lock stayed
 
 
-@needs_qemu
+@needs_storage_daemon
 def test_a_reader_is_no_writer(qcow2: Path) -> None:
-    words = ["qemu-io", "-r", "-f", "qcow2", "-c", "read 0 512", "-c", "sleep 20000", str(qcow2)]
-    with subprocess.Popen(words, stdout=subprocess.PIPE) as reader:
-        assert reader.stdout is not None
-        assert reader.stdout.readline().startswith(b"read 512/512")
+    with StorageDaemon(qcow2, read_only=True) as daemon:
+        daemon.io("read -q -P 0 0 65536")
         with ImageLock(qcow2, True) as lock:
             assert not writer_present(lock.fd)
-        reader.kill()
+            daemon.io("read -q -P 0 0 65536")
 
 
 @needs_qemu
@@ -197,9 +221,7 @@ def test_qemu_cannot_write_while_writers_are_held_off_and_can_read(qcow2: Path) 
         with pytest.raises(subprocess.CalledProcessError) as caught:
             qemu_io(qcow2, "write -q -P 2 0 65536")
         assert 'Failed to get "write" lock' in caught.value.stderr
-        snapshot = subprocess.run(
-            ["qemu-img", "snapshot", "-c", "x", qcow2], capture_output=True, text=True
-        )
+        snapshot = subprocess.run(["qemu-img", "snapshot", "-c", "x", qcow2], capture_output=True, text=True)
         assert 'Failed to get "write" lock' in snapshot.stderr
         qemu_io(qcow2, "read -q -P 1 0 65536", read_only=True)
         assert not writer_present(lock.fd)

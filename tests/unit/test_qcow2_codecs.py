@@ -1,6 +1,8 @@
 """Compressed clusters: what qemu takes is taken, what it refuses is refused, in bounded memory."""
 
+import contextlib
 import struct
+import subprocess
 import tracemalloc
 import zlib
 
@@ -30,18 +32,14 @@ def frame(data, **options):
     return zstandard.ZstdCompressor(**options).compress(data)
 
 
-def unsized(data, **options):
+def unsized(data):
     """A frame that does not tell its size, with a checksum."""
-    engine = zstandard.ZstdCompressor(write_checksum=True, **options).compressobj()
+    engine = zstandard.ZstdCompressor(write_checksum=True).compressobj()
     return engine.compress(data) + engine.flush()
 
 
 def skippable(data):
     return struct.pack("<II", 0x184D2A53, len(data)) + data
-
-
-def far(window_log, size=CLUSTER):
-    return zstandard.ZstdCompressionParameters(window_log=window_log, enable_ldm=True)
 
 
 BLOCKWISE = unsized(TEXT)
@@ -137,7 +135,9 @@ def test_a_frame_that_claims_an_exabyte():
 
 
 def test_a_window_larger_than_any_cluster_needs_is_refused():
-    stream = unsized(TEXT, compression_params=zstandard.ZstdCompressionParameters(window_log=26))
+    wide = zstandard.ZstdCompressionParameters(window_log=26)
+    engine = zstandard.ZstdCompressor(compression_params=wide).compressobj()
+    stream = engine.compress(TEXT) + engine.flush()
     with pytest.raises(CodecError, match="zstd"):
         decode("zstd", stream)
 
@@ -148,15 +148,10 @@ def test_endless_empty_frames_end():
 
 
 @given(st.binary(max_size=400), st.sampled_from(["zlib", "zstd"]), st.integers(0, 200))
-def test_noise_only_raises_codec_errors(noise, kind, keep):
+def test_noise_fills_the_cluster_or_raises_codec_error(noise, kind, keep):
     good = GOOD[kind]["plain"]
-    try:
-        decode(kind, good[:keep] + noise)
-    except CodecError as error:
-        text = str(error)
-    else:
-        text = "decoded"
-    assert text
+    with contextlib.suppress(CodecError):
+        assert len(decode(kind, good[:keep] + noise)) == CLUSTER
 
 
 @qemu.needs_qemu
@@ -195,8 +190,10 @@ def _plant(path, stream):
 
 def _qemu_content(path):
     """What qemu reads, or None where it fails to."""
-    try:
-        return qemu.content(path)
-    except AssertionError as error:
-        assert "error while reading" in str(error)
-        return None
+    target = path.with_suffix(".raw")
+    command = [qemu.QEMU_IMG, "convert", "-f", "qcow2", "-O", "raw", path, target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode == 0:
+        return target.read_bytes()
+    assert "error while reading" in done.stderr
+    return None

@@ -1,0 +1,39 @@
+# Everything a person runs. Each target does the set-up that it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := pyproject.toml setup.py island_fast/_diff.pyx
+
+.PHONY: demo test quick check bench clean
+
+demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
+	@scripts/need qemu mkfs
+	@$(BIN)/python scripts/demo.py
+
+test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
+	@scripts/need qemu daemon mkfs
+	$(BIN)/pytest
+
+quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes
+	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py
+
+check: $(VENV)/.tested  ## linting, types, layers and sizes alone
+	$(BIN)/pytest -q tests/test_source.py
+
+bench: $(VENV)/.tested  ## the kernels' and formats' benchmarks
+	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
+
+clean:  ## remove what was built
+	rm -rf $(VENV) build *.egg-info island_fast/_diff.c island_fast/_diff*.so
+
+$(VENV)/bin/python:
+	@scripts/need compiler headers xxhash
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@touch $@
+
+$(VENV)/.tested: $(VENV)/bin/python $(SOURCES)
+	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@touch $@ $(VENV)/.installed

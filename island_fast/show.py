@@ -1,0 +1,286 @@
+"""What people read: sizes and times with their units, sheets, tables, and progress bars on a terminal.
+
+Everything here is text for a person; programs get `as_json`. Text that came from a repository, an image or
+a file name is shown with its control characters escaped, so that none of it can steer a terminal. The same
+lines go to terminals and pipes: no colour, no wrapping, columns two spaces apart.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+if TYPE_CHECKING:
+    from island_fast.results import Adopted, Deleted, Restored, Snapshot, SnapshotTaken, Swept
+
+__all__ = [
+    "Bars",
+    "adopted",
+    "deleted",
+    "duration",
+    "listed",
+    "pace",
+    "printable",
+    "restored",
+    "shown",
+    "size",
+    "swept",
+    "taken",
+]
+
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+_SHORT_ID = 12
+_REDRAW = 0.1  # seconds between two changes of a bar
+_PHASES = {
+    "scan": "Scanning",
+    "send": "Sending",
+    "commit": "Committing",
+    "restore": "Restoring",
+    "sweep": "Sweeping",
+}
+
+
+def size(count: int) -> str:
+    """A number of bytes with a binary unit, such as 512 B or 1.5 GiB."""
+    value, unit = float(count), 0
+    while abs(round(value, 1)) >= 1024 and unit < len(_UNITS) - 1:
+        value /= 1024
+        unit += 1
+    return f"{value:.1f} {_UNITS[unit]}" if unit else f"{count} B"
+
+
+def duration(seconds: float) -> str:
+    """A time span: 0.42 s, 12.3 s, 2 min 5 s, 3 h 20 min."""
+    if round(seconds, 2) < 10:
+        return f"{seconds:.2f} s"
+    if round(seconds, 1) < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def pace(done: int, total: int, elapsed: float) -> str:
+    """How far work is: bytes done and in all, the rate since it began, and the time left at that rate."""
+    far = f"{size(done)} of {size(total)}"
+    if elapsed <= 0 or done <= 0:
+        return far
+    rate = done / elapsed
+    left = max(0, round((total - done) / rate))
+    return f"{far}, {size(int(rate))}/s, {duration(left) if left >= 60 else f'{left} s'} left"
+
+
+def printable(text: str) -> str:
+    """`text` on one line, with what is not printable escaped as in a Python string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
+def count(number: int, what: str) -> str:
+    """A number of things: 1 object, 2 objects."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def sheet(rows: Iterable[tuple[str, str]]) -> str:
+    """Names and values, a line each, the values below each other."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
+    """Columns under a header; those numbered in `right` are aligned to the right."""
+    lines = [header, *rows]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+# The answers of the verbs.
+
+
+def taken(answer: SnapshotTaken) -> str:
+    """A snapshot just made: how its change was found, and what it took."""
+    return sheet(
+        [
+            ("snapshot", answer.snapshot),
+            ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
+            ("parent", answer.parent or "none"),
+            ("label", printable(answer.label) or "none"),
+            ("rule", f"{answer.rule}: {printable(answer.reason)}"),
+            (
+                "blocks",
+                f"{answer.blocks_candidate} may have changed, {answer.blocks_changed} did; 64 KiB each",
+            ),
+            ("read", size(answer.bytes_read)),
+            ("stored", f"{size(answer.bytes_stored)}; {count(answer.objects_written, 'object')} written"),
+            ("time", duration(answer.seconds)),
+        ]
+    )
+
+
+def listed(answers: Sequence[Snapshot]) -> str:
+    """A table of snapshots, ids cut to their first 12 digits."""
+    rows = [
+        (
+            one.snapshot[:_SHORT_ID],
+            one.volume,
+            one.created,
+            size(one.volume_size),
+            size(one.bytes_stored),
+            (one.parent or "none")[:_SHORT_ID],
+            printable(one.label),
+        )
+        for one in answers
+    ]
+    return table(("SNAPSHOT", "VOLUME", "CREATED", "SIZE", "STORED", "PARENT", "LABEL"), rows, right=(3, 4))
+
+
+def shown(answer: Snapshot) -> str:
+    """One snapshot, ids in full."""
+    return sheet(
+        [
+            ("snapshot", answer.snapshot),
+            ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
+            ("lineage", answer.lineage),
+            ("parent", answer.parent or "none"),
+            ("label", printable(answer.label) or "none"),
+            ("created", answer.created),
+            ("stored", size(answer.bytes_stored)),
+        ]
+    )
+
+
+def restored(answer: Restored) -> str:
+    """A volume just written."""
+    return sheet(
+        [
+            ("target", f"{printable(answer.target)}, {answer.format}"),
+            ("snapshot", answer.snapshot),
+            ("volume", size(answer.volume_size)),
+            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
+            ("written", size(answer.bytes_written)),
+            ("time", duration(answer.seconds)),
+        ]
+    )
+
+
+def deleted(answers: Sequence[Deleted], dry_run: bool) -> str:
+    """A sentence for each snapshot."""
+    did, unneeded, frees = (
+        ("Would delete", "would be needed no more", "would free")
+        if dry_run
+        else ("Deleted", "are needed no more", "will free")
+    )
+    return "\n".join(
+        f"{did} snapshot {one.snapshot} of volume {one.volume}: {size(one.bytes_unreferenced)} {unneeded}, "
+        f"of which the next sweep {frees} {size(one.bytes_freed)}."
+        for one in answers
+    )
+
+
+def swept(answers: Sequence[Swept], dry_run: bool) -> str:
+    """A sentence for each lineage."""
+    return "\n".join(_swept(one, dry_run) for one in answers)
+
+
+def _swept(one: Swept, dry_run: bool) -> str:
+    if not one.objects_removed:
+        return f"Volume {one.volume}: nothing to remove."
+    remove, rewrite, free = (
+        ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
+    )
+    return (
+        f"Volume {one.volume}: {remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)}) and "
+        f"{rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)}); "
+        f"{free} {size(one.bytes_freed)}."
+    )
+
+
+def adopted(answer: Adopted) -> str:
+    """A sentence."""
+    return (
+        f"This host now owns volume {answer.volume} with {count(answer.snapshots, 'snapshot')} "
+        f"(epoch {answer.epoch})."
+    )
+
+
+class Bars:
+    """Progress on standard error, one bar at a time; a context manager, and called as a `Progress`.
+
+    Shows nothing unless `wanted` and standard error is a terminal; rich is imported only when a bar is
+    shown. Bars are gone when it is left, whichever way. May be called from several threads.
+    """
+
+    def __init__(self, wanted: bool) -> None:
+        self._wanted = wanted and sys.stderr is not None and sys.stderr.isatty()
+        self._lock = threading.Lock()
+        self._bars: Any = None  # rich.progress.Progress
+        self._task: Any = None
+        self._phase = ""
+        self._began = self._drawn = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._wanted = False
+            if self._bars is not None:
+                with contextlib.suppress(OSError):  # the terminal went away
+                    self._bars.stop()
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Show that `done` of `total` bytes of `phase` are done."""
+        if not self._wanted:
+            return
+        with self._lock:
+            now = time.monotonic()
+            if phase != self._phase:
+                self._start(phase, total, now)
+            elif now - self._drawn < _REDRAW and done < total:
+                return
+            self._drawn = now
+            text = pace(done, total, now - self._began) if total else ""
+            self._bars.update(self._task, completed=done, total=total or None, pace=text)
+
+    def _start(self, phase: str, total: int, now: float) -> None:
+        if self._bars is None:
+            self._bars = _rich_progress()
+            self._bars.start()
+        if self._task is not None:
+            self._bars.remove_task(self._task)
+        self._task = self._bars.add_task(_PHASES.get(phase, phase), total=total or None, pace="")
+        self._phase, self._began = phase, now
+
+
+def _rich_progress() -> Any:
+    """A rich display on standard error that removes itself when it is stopped."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[pace]}"),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )

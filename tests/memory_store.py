@@ -1,0 +1,109 @@
+"""A store in memory, for tests of what stands above stores. It counts its calls and obeys a clock."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from island_fast.errors import ConflictError, DamagedObjectError, ObjectMissingError
+from island_fast.stores.base import (
+    Buffer,
+    ObjectInfo,
+    Range,
+    Store,
+    Views,
+    check_name,
+    check_prefix,
+    check_ranges,
+    views,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An object's bytes and the store's time when they came."""
+
+    data: bytes
+    at: float
+
+
+class MemoryStore(Store):
+    """Everything in `objects`, by name, free to be looked at and spoilt.
+
+    `calls` counts by verb, refused calls too; `sent` and `received` are bytes of objects. The store's clock
+    stands still at `now` (seconds) until a test moves it.
+    """
+
+    def __init__(self, *, grace: float = 0.0, location: str = "memory") -> None:
+        self.location = location
+        self.grace = grace
+        self.objects: dict[str, Stored] = {}
+        self.calls: Counter[str] = Counter()
+        self.sent = 0
+        self.received = 0
+        self.now = 0.0
+        self._lock = threading.Lock()
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        data = b"".join(views(parts))
+        with self._lock:
+            self.calls["put"] += 1
+            self.sent += len(data)
+            stored = self.objects.setdefault(check_name(name), Stored(data, self.now))
+        if stored.data != data:
+            raise ConflictError(f"object {name} already holds other bytes; find the other writer")
+
+    def get(self, name: str, *, newest: bool = False) -> memoryview:
+        return self._read("get", name)
+
+    def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
+        check_ranges(ranges)
+        data = self._read("get_ranges", name, sum(length for _, length in ranges))
+        if ranges and sum(ranges[-1]) > data.nbytes:
+            raise DamagedObjectError(f"object {name} has no bytes up to {sum(ranges[-1])}; it is damaged")
+        return [data[offset : offset + length] for offset, length in ranges]
+
+    def get_tail(self, name: str, length: int) -> memoryview:
+        if length < 1:
+            raise ValueError(f"a tail of {length} bytes was asked for")
+        return self._read("get_tail", name, length)[-length:]
+
+    def _read(self, verb: str, name: str, most: int | None = None) -> memoryview:
+        with self._lock:
+            self.calls[verb] += 1
+            stored = self.objects.get(check_name(name))
+            if stored is None:
+                raise ObjectMissingError(f"object {name} is not there; it was deleted or never written")
+            self.received += len(stored.data) if most is None else min(most, len(stored.data))
+        return memoryview(stored.data)
+
+    def head(self, name: str) -> ObjectInfo | None:
+        with self._lock:
+            self.calls["head"] += 1
+            stored = self.objects.get(check_name(name))
+        return self._describe(name, stored) if stored else None
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        check_prefix(prefix)
+        with self._lock:
+            self.calls["list"] += 1
+            found = [item for item in self.objects.items() if item[0].startswith(prefix)]
+        return (self._describe(name, stored) for name, stored in sorted(found))
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        check_prefix(prefix)
+        with self._lock:
+            self.calls["folders"] += 1
+            names = [name for name in self.objects if name.startswith(prefix)]
+        below = (name[len(prefix) :].partition("/") for name in names)
+        return iter(sorted({folder for folder, slash, _ in below if slash}))
+
+    def delete(self, name: str) -> None:
+        with self._lock:
+            self.calls["delete"] += 1
+            self.objects.pop(check_name(name), None)
+
+    def _describe(self, name: str, stored: Stored) -> ObjectInfo:
+        return ObjectInfo(name, len(stored.data), max(0.0, self.now - stored.at))
