@@ -9,6 +9,7 @@ if the epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog"
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import socket
 import time
@@ -34,6 +35,9 @@ from island_fast.slots import SnapshotNumbers
 from island_fast.stores.base import Store
 
 __all__ = ["Lineage"]
+
+
+_RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,32 +147,41 @@ class Lineage:
 
     def _start(self) -> None:
         """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
-        cached = [name for name in self.files.cached_names("catalog") if "stop" not in name]
+        cached = [name for name in self.files.cached_names("catalog") if _RECORD.fullmatch(name)]
         if cached and self._replay(*_numbers(cached[-1])):
             return
-        epoch = 0
+        epoch, seen = self._listed()
         while self.store.head(stop_name(self.name, epoch)):
-            epoch += 1
-        last = self._last(epoch)
+            epoch, seen = epoch + 1, 0
+        last = self._last(epoch, seen)
         if last is None and epoch:  # stopped, and its adopter got no further
             epoch -= 1
-            last = self._last(epoch)
+            last = self._last(epoch, 0)
         if last is not None and not self._replay(epoch, last):
             raise DamagedObjectError(
                 f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
             )
 
-    def _last(self, epoch: int) -> int | None:
-        """Number of the last record of `epoch`, by doubling and halving; None if there is none."""
+    def _listed(self) -> tuple[int, int]:
+        """Epoch and number of the newest record that a listing shows; it may be late, so more may exist."""
+        folder = f"{self.name}/catalog/"
+        names = (info.name.removeprefix(folder) for info in self.store.list(folder))
+        return max((_numbers(name) for name in names if _RECORD.fullmatch(name)), default=(0, 0))
+
+    def _last(self, epoch: int, seen: int) -> int | None:
+        """Number of the last record of `epoch`, by doubling and halving from `seen`; None if none is."""
 
         def there(number: int) -> bool:
             return self.store.head(catalog_name(self.name, epoch, number)) is not None
 
-        if not there(0):
+        if not there(seen):
+            if seen:  # records are never deleted
+                raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
             return None
-        low, high = 0, 1
-        while there(high):
-            low, high = high, 2 * high
+        low, step = seen, 1
+        while there(low + step):
+            low, step = low + step, 2 * step
+        high = low + step
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if there(middle) else (low, middle)

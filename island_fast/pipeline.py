@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +24,6 @@ from island_fast import _diff
 from island_fast.catalog import pack_name
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
-from island_fast.frame import Buffer
 from island_fast.manifest import Runs
 from island_fast.pack import (
     MAX_SLOTS,
@@ -154,9 +154,9 @@ def _pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
 
 @dataclass(slots=True)
 class _Open:
-    """The pack that is being filled."""
+    """The pack that is being filled; `data` is one of the sink's buffers, filled up to `size`."""
 
-    data: list[Buffer] = field(default_factory=list)
+    data: NDArray[np.uint8]
     blocks: list[Int64s] = field(default_factory=list)
     lengths: list[Int64s] = field(default_factory=list)
     codecs: list[NDArray[np.uint8]] = field(default_factory=list)
@@ -178,7 +178,10 @@ class PackSink:
         self._store = store
         self._header = header
         self._attempt = attempt
-        self._open = _Open()
+        self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+        for _ in range(UPLOADS + 1):  # kept and reused: what threads allocate and free stays fragmented
+            self._buffers.put(np.empty(PACK_SIZE, np.uint8))
+        self._open = _Open(self._buffers.get())
         self._blocks: list[Int64s] = []  # of each pack, in slot order
         self._uploads: deque[Future[PackRow]] = deque()
         self._pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="island-upload")
@@ -202,7 +205,7 @@ class PackSink:
         if pack.size + len(batch.data) > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
             self._seal()
             pack = self._open
-        pack.data.append(batch.data)
+        pack.data[pack.size : pack.size + len(batch.data)] = np.frombuffer(batch.data, np.uint8)
         pack.blocks.append(batch.blocks)
         pack.lengths.append(batch.lengths)
         pack.codecs.append(batch.codecs)
@@ -225,13 +228,14 @@ class PackSink:
 
     def _seal(self) -> None:
         """Send the open pack on its way, when it holds anything, and open the next."""
-        pack, self._open = self._open, _Open()
+        pack = self._open
         if not pack.slots:
             return
         number = len(self._blocks)
         self._blocks.append(np.concatenate(pack.blocks))
         self._wait(UPLOADS - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack))
+        self._open = _Open(self._buffers.get())
 
     def _wait(self, most: int) -> None:
         while len(self._uploads) > most:
@@ -240,17 +244,19 @@ class PackSink:
     def _upload(self, number: int, pack: _Open) -> PackRow:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
         name = pack_name(header.lineage, header.snapshot, number, self._attempt)
-        parts, size = seal_pack(
-            name,
-            header,
-            pack.data,
-            np.concatenate(pack.lengths),
-            np.concatenate(pack.codecs),
-            np.concatenate(pack.digests),
-        )
-        self._store.put(name, parts)
-        front = b"".join(parts[: len(parts) - len(pack.data)])
-        return PackRow(number, name, size, pack.slots, front)
+        try:
+            parts, size = seal_pack(
+                name,
+                header,
+                [pack.data[: pack.size].data],
+                np.concatenate(pack.lengths),
+                np.concatenate(pack.codecs),
+                np.concatenate(pack.digests),
+            )
+            self._store.put(name, parts)
+        finally:
+            self._buffers.put(pack.data)
+        return PackRow(number, name, size, pack.slots, b"".join(parts[:-1]))
 
 
 def receive(

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
 from island_fast.packreader import PackReader
@@ -54,7 +54,7 @@ def restore(
             writer = RawWriter(fd, manifest.volume_size)
         try:
             receive(runs, packs, writer.write, lineage.store.range_gap, progress)
-        except NotFoundError as error:
+        except (NotFoundError, DamagedError) as error:
             lineage.refresh()
             if row.id not in lineage.state.live:
                 raise NotFoundError(f"snapshot {row.id} was deleted while it was restored") from error

@@ -39,6 +39,7 @@ class MemoryStore(Store):
     def __init__(self, *, grace: float = 0.0, location: str = "memory") -> None:
         self.location = location
         self.grace = grace
+        self.range_gap = 0
         self.objects: dict[str, Stored] = {}
         self.calls: Counter[str] = Counter()
         self.sent = 0

@@ -52,6 +52,7 @@ class Fault:
     delay     seconds: before the request is carried out
     truncate  bytes: of the answer's body that get through before the connection is cut
     corrupt   offset: of the byte in the answer's body that gets a bit flipped
+    whole     -: the server does not get to see the Range header
     """
 
     kind: str
@@ -67,12 +68,14 @@ class Fault:
 
 
 class FaultFilter:
-    """WSGI: carries out the faults; its own path CONTROL sets them and tells what was asked."""
+    """WSGI: carries out the faults. Its own path CONTROL sets them, revokes tokens, tells what was asked."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
         self.faults: list[tuple[Fault, list[int]]] = []
         self.seen: list[dict[str, str]] = []
+        self.tokens: set[str] = set()
+        self.revoked: set[str] = set()
 
     def __call__(self, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         method, path = env["REQUEST_METHOD"], env["PATH_INFO"]
@@ -81,7 +84,11 @@ class FaultFilter:
         if path == "/healthcheck":
             return self.app(env, start)
         headers = {k[5:]: v for k, v in env.items() if k.startswith("HTTP_") and "TOKEN" not in k}
-        self.seen.append({**headers, "method": method, "path": path})
+        self.seen.append({**headers, "method": method, "path": path, "port": env["REMOTE_PORT"]})
+        token = env.get("HTTP_X_AUTH_TOKEN", "")
+        self.tokens.add(token)
+        if token in self.revoked:
+            return self._answer(Fault("answer", 401), env, start)
         fault = self._next(method, path)
         return getattr(self, "_" + fault.kind)(fault, env, start) if fault else self.app(env, start)
 
@@ -92,6 +99,8 @@ class FaultFilter:
         elif method == "POST":
             faults = json.loads(env["wsgi.input"].read(int(env["CONTENT_LENGTH"])))
             self.faults += [(Fault(**fault), [0]) for fault in faults]
+        elif method == "PUT":
+            self.revoked = self.tokens - {""}
         else:
             self.faults, self.seen = [], []
         start("200 OK", [("Content-Length", str(len(answer)))])
@@ -144,6 +153,10 @@ class FaultFilter:
                 spoilt[at] ^= 1
             at -= len(data)
             yield bytes(spoilt)
+
+    def _whole(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        del env["HTTP_RANGE"]
+        return self.app(env, start)
 
     def _carry_out(self, env: dict[str, Any]) -> None:
         body = self.app(env, lambda *_: None)
@@ -277,6 +290,10 @@ class SwiftServer:
         """Add faults; of several that match a request the earliest counts."""
         self._control("POST", server, CONTROL, json.dumps([asdict(f) for f in faults]))
 
+    def revoke_tokens(self) -> None:
+        """The tokens that were used so far are good no more."""
+        self._control("PUT", "proxy", CONTROL)
+
     def seen(self, server: str = "proxy") -> list[dict[str, str]]:
         """What was asked since the last `calm`: method, path, and headers as X_NEWEST, RANGE and so on."""
         answer: list[dict[str, str]] = json.loads(self._control("GET", server, CONTROL))
@@ -302,27 +319,30 @@ class SwiftServer:
 
     def create_container(self, name: str) -> None:
         """Make a container in the test user's account."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
-        try:
-            url, token = self.sign_in()
-            path = url.removeprefix(self.url)
-            connection.request("PUT", f"{path}/{name}", headers={"X-Auth-Token": token})
-            answer = connection.getresponse()
-            answer.read()
-            assert answer.status in (201, 202), answer.status
-        finally:
-            connection.close()
+        self.put_raw(name, b"")
+
+    def put_raw(self, path: str, body: bytes) -> None:
+        """PUT something at CONTAINER[/OBJECT] in the test user's account; `path` is quoted already."""
+        url, token = self.sign_in()
+        path = f"{url.removeprefix(self.url)}/{path}"
+        status, _ = self._ask("PUT", path, {"X-Auth-Token": token}, body)
+        assert status in (201, 202), status
 
     def sign_in(self) -> tuple[str, str]:
         """The test user's storage URL and a token for it."""
+        who = {"X-Auth-User": self.user, "X-Auth-Key": self.key}
+        _, headers = self._ask("GET", "/auth/v1.0", who)
+        return headers["X-Storage-Url"], headers["X-Auth-Token"]
+
+    def _ask(
+        self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
+    ) -> tuple[int, Mapping[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
         try:
-            connection.request(
-                "GET", "/auth/v1.0", headers={"X-Auth-User": self.user, "X-Auth-Key": self.key}
-            )
+            connection.request(method, path, body, dict(headers))
             answer = connection.getresponse()
             answer.read()
-            return str(answer.headers["X-Storage-Url"]), str(answer.headers["X-Auth-Token"])
+            return answer.status, answer.headers
         finally:
             connection.close()
 

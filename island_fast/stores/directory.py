@@ -143,9 +143,11 @@ class DirectoryStore(Store):
             status = os.stat(self._root)
         except FileNotFoundError:
             return None
+        except NotADirectoryError:
+            status = None
         except OSError as error:
             self._fail(error)
-        if not stat.S_ISDIR(status.st_mode):
+        if status is None or not stat.S_ISDIR(status.st_mode):
             raise NotFoundError(f"{self.location} is not a directory; name the directory of a repository")
         return status.st_dev, status.st_ino
 

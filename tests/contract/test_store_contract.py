@@ -214,7 +214,23 @@ def test_delete(store: Store):
     assert store.get("a/b/three") == b"3"
 
 
-BAD_NAMES = ("", "/a", "a/", "a//b", ".", "..", "a/../b", "a/.", "a b", "a\n", "a?b", "ä", "a\0", ".tmp~", "a" * 700)
+BAD_NAMES = (
+    "",
+    "/a",
+    "a/",
+    "a//b",
+    ".",
+    "..",
+    "a/../b",
+    "a/.",
+    "a b",
+    "a\n",
+    "a?b",
+    "ä",
+    "a\0",
+    ".tmp~",
+    "a" * 700,
+)
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)

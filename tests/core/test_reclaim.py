@@ -1,0 +1,275 @@
+"""Deleting frees exactly what nobody else needs, and a sweep really removes it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from island_fast.catalog import CHECKPOINT_EVERY
+from island_fast.errors import DamagedError, NotFoundError, RefusedError
+from island_fast.local import LocalState, Registration
+from island_fast.repository import Repository
+from tests import qemu
+from tests.memory_store import MemoryStore
+
+MIB = 1 << 20
+DAY = 24 * 3600.0
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def repository(store: MemoryStore, tmp_path: Path) -> Repository:
+    return Repository(store, LocalState(tmp_path / "state"), create=True)
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    path = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
+    noise(path, tmp_path, 0, 4 * MIB, 1)
+    return path
+
+
+def noise(image: Path, folder: Path, offset: int, length: int, seed: int) -> None:
+    """Write bytes that do not compress."""
+    import random
+
+    piece = folder / "noise"
+    piece.write_bytes(random.Random(seed).randbytes(length))
+    qemu.write_file(image, offset, piece)
+
+
+def size(store: MemoryStore) -> int:
+    """Bytes of all packs and manifests."""
+    return sum(len(o.data) for name, o in store.objects.items() if "/catalog/" not in name)
+
+
+def check_all(repository: Repository, truth: dict[str, bytes], folder: Path) -> None:
+    assert {s.snapshot for s in repository.snapshots()} == set(truth)
+    for snapshot, content in truth.items():
+        target = folder / "check.raw"
+        repository.restore(snapshot, target, image_format="raw")
+        assert target.read_bytes() == content
+        target.unlink()
+
+
+def test_a_delete_and_a_sweep_free_what_was_told(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    first = repository.snapshot(image)
+    noise(image, tmp_path, 0, MIB, 2)
+    middle = repository.snapshot(image)
+    noise(image, tmp_path, 0, MIB, 3)
+    last = repository.snapshot(image)
+    before = size(store)
+    (planned,) = repository.delete([middle.snapshot], dry_run=True)
+    assert len(repository.snapshots()) == 3
+    (told,) = repository.delete([middle.snapshot])
+    assert told == planned
+    assert told.bytes_freed == told.bytes_unreferenced + pack_overhead(store, middle.snapshot)
+    (swept,) = repository.sweep()
+    assert before - size(store) == told.bytes_freed == swept.bytes_freed
+    assert swept.objects_removed == 2
+    assert {s.snapshot for s in repository.snapshots()} == {first.snapshot, last.snapshot}
+
+
+def pack_overhead(store: MemoryStore, snapshot: str) -> int:
+    """Bytes of a snapshot's packs that are no block's: header and index."""
+    packs = [o.data for name, o in store.objects.items() if f"/packs/{snapshot}/" in name]
+    return sum(len(data) % 65536 for data in packs)  # noise is stored as it is: whole blocks
+
+
+def test_a_pack_more_than_half_dead_is_repacked_under_its_slot_numbers(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    first = repository.snapshot(image)
+    noise(image, tmp_path, 0, 3 * MIB, 2)
+    second = repository.snapshot(image)
+    content = qemu.content(image)
+    manifest = next(o.data for n, o in store.objects.items() if f"/manifests/{second.snapshot}" in n)
+    before = size(store)
+    (told,) = repository.delete([first.snapshot])
+    (swept,) = repository.sweep()
+    assert (swept.packs_repacked, swept.objects_removed) == (1, 2)
+    assert before - size(store) == told.bytes_freed == swept.bytes_freed
+    assert told.bytes_unreferenced >= 3 * MIB
+    assert manifest in [o.data for o in store.objects.values()], "manifests stay as they are"
+    check_all(repository, {second.snapshot: content}, tmp_path)
+    assert repository.sweep()[0].objects_removed == 0
+    qemu.io(image, qemu.write(10 * MIB, 65536, 7))
+    third = repository.snapshot(image)
+    repository.delete([second.snapshot])
+    repository.sweep()
+    check_all(repository, {third.snapshot: qemu.content(image)}, tmp_path)
+
+
+def test_branch_delete_delete_loses_nothing(repository: Repository, image: Path, tmp_path: Path) -> None:
+    """A, then B and C both from A; delete A, delete B: C keeps every block."""
+    a = repository.snapshot(image)
+    other = tmp_path / "other.qcow2"
+    repository.restore(a.snapshot, other)
+    noise(image, tmp_path, MIB, 65536, 2)
+    b = repository.snapshot(image)
+    noise(other, tmp_path, 2 * MIB, 65536, 3)
+    c = repository.snapshot(other)
+    assert (b.parent, c.parent) == (a.snapshot, a.snapshot)
+    repository.delete([a.snapshot])
+    assert [s.parent for s in repository.snapshots()] == [None, None]
+    repository.delete([b.snapshot])
+    repository.sweep()
+    check_all(repository, {c.snapshot: qemu.content(other)}, tmp_path)
+
+
+def test_the_last_snapshot_takes_everything_with_it(
+    repository: Repository, store: MemoryStore, image: Path
+) -> None:
+    taken = [repository.snapshot(image).snapshot for _ in range(3)]
+    repository.delete(taken)
+    repository.sweep()
+    assert size(store) == len(store.objects["repository"].data)
+    assert repository.snapshots() == []
+    assert repository.snapshot(image).rule == "full-scan"
+
+
+def test_what_a_crash_left_goes_after_the_grace_and_not_before(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    repository.snapshot(image)
+    lost = "vol/packs/" + "c" * 32 + "/0-00000000"
+    store.put(lost, [b"left by a crash"])
+    assert repository.sweep()[0].objects_removed == 0
+    store.now += DAY - 1
+    assert repository.sweep(dry_run=True)[0].objects_removed == 0
+    store.now += 2
+    assert repository.sweep(dry_run=True)[0].objects_removed == 1
+    files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
+    with files.register(Registration("c" * 32, 0, None)):
+        assert repository.sweep()[0].objects_removed == 0, "a registered snapshot's objects are live"
+    assert repository.sweep()[0].objects_removed == 1
+    assert lost not in store.objects
+
+
+def test_a_grace_keeps_young_objects(repository: Repository, store: MemoryStore, image: Path) -> None:
+    gone = repository.snapshot(image)
+    repository.snapshot(image)
+    repository.delete([gone.snapshot])
+    assert repository.sweep(grace=10)[0].objects_removed == 0
+    store.now += 10
+    assert repository.sweep(grace=10)[0].objects_removed == 1
+
+
+def test_the_base_of_a_running_snapshot_cannot_be_deleted(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    base = repository.snapshot(image)
+    files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
+    with (
+        files.register(Registration("d" * 32, 0, base.snapshot)),
+        pytest.raises(RefusedError, match="being taken"),
+    ):
+        repository.delete([base.snapshot])
+    repository.delete([base.snapshot])
+
+
+def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    first = repository.snapshot(image)
+    noise(image, tmp_path, 0, 3 * MIB, 2)
+    second = repository.snapshot(image)
+    found = repository.find(second.snapshot)
+    manifest = found.lineage.manifest(found.row)
+    repository.delete([first.snapshot])
+    repository.sweep()
+    from island_fast.restoring import restore
+
+    target = tmp_path / "late.raw"
+    restore(found.lineage, found.row, manifest, target, "raw", lambda *_: None)
+    assert target.read_bytes() == qemu.content(image)
+
+
+def test_a_restore_whose_snapshot_is_deleted_says_so(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    only = repository.snapshot(image)
+    found = repository.find(only.snapshot)
+    manifest = found.lineage.manifest(found.row)
+    repository.delete([only.snapshot])
+    repository.sweep()
+    from island_fast.restoring import restore
+
+    with pytest.raises(NotFoundError, match="was deleted"):
+        restore(found.lineage, found.row, manifest, tmp_path / "late.raw", "raw", lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["packs", "manifests"])
+def test_damage_is_named_and_nothing_is_written(
+    kind: str, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    taken = Repository(store, LocalState(tmp_path / "one"), create=True).snapshot(image)
+    name = next(n for n in store.objects if f"/{kind}/" in n)
+    data = bytearray(store.objects[name].data)
+    data[len(data) // 2] ^= 1
+    store.objects[name] = type(store.objects[name])(bytes(data), 0.0)
+    reader = Repository(store, LocalState(tmp_path / "two"))  # without the first one's caches
+    with pytest.raises(DamagedError, match=kind):
+        reader.restore(taken.snapshot, tmp_path / "out.qcow2")
+    assert not (tmp_path / "out.qcow2").exists()
+
+
+def test_a_hole_in_the_catalog_refuses_deletes(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    for _ in range(4):
+        repository.snapshot(image)
+    del store.objects["vol/catalog/000000-00000002"]
+    fresh = Repository(store, LocalState(tmp_path / "fresh"))
+    with pytest.raises(DamagedError, match="hole"):
+        fresh.adopt("vol")
+
+
+def test_a_long_catalog_is_read_from_its_checkpoint(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    taken = [repository.snapshot(image).snapshot for _ in range(2 * CHECKPOINT_EVERY + 3)]
+    fresh = Repository(store, LocalState(tmp_path / "fresh"))
+    store.calls.clear()
+    assert [s.snapshot for s in fresh.snapshots("vol")] == taken
+    last = len(taken)
+    records = last % CHECKPOINT_EVERY + 1
+    assert store.calls["get"] == records + 1  # and the confirmed end
+    assert store.calls["head"] <= 4
+
+
+def test_a_delete_reads_the_neighbours_only(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    counts = []
+    for length in (3, 30):
+        while len(repository.snapshots()) < length:
+            noise(image, tmp_path, 0, 65536, len(repository.snapshots()))
+            repository.snapshot(image)
+        cold = Repository(store, LocalState(tmp_path / f"cold{length}"))
+        cold.adopt("vol")
+        store.calls.clear()
+        row = cold.snapshots()[-2]
+        cold.delete([row.snapshot])
+        counts.append((store.calls["get"], store.calls["get_ranges"], store.calls["put"]))
+        repository.adopt("vol")
+    assert counts[0] == counts[1]
+
+
+def test_a_restore_asks_for_each_object_once_whatever_the_depth(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    for step in range(20):
+        noise(image, tmp_path, step * MIB, MIB, step)
+        taken = repository.snapshot(image)
+    told = repository.restore(taken.snapshot, tmp_path / "deep.qcow2")
+    live_packs = len([n for n in store.objects if "/packs/" in n])
+    assert told.objects_read <= live_packs + 1
+    assert told.bytes_read <= 1.05 * size(store)
