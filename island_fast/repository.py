@@ -205,7 +205,7 @@ class Repository:
         if qmp and not pin:
             raise UsageError("a volume in use can only be read through a pin; leave out --no-pin")
         path = Path(os.path.realpath(image))
-        with Source(path, Path(qmp) if qmp else None, hold=not pin and at is None) as source:
+        with Source(path, Path(qmp) if qmp else None, as_it_is=not pin and at is None) as source:
             lineage = self._lineage_for(source, volume)
             request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
             return take(lineage, source, request, progress)

@@ -80,14 +80,17 @@ class Source:
     """An image held for one snapshot; a context manager.
 
     With `qmp`, the process behind that socket owns the image and takes the internal snapshots; otherwise
-    nobody may have it open for writing, and qemu-img takes them. `hold` keeps writers out as long as the
-    source is open, for a scan of the image as it is.
+    nobody may have it open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be
+    pinned, writers are kept out as long as the source is open, for a scan of the active table.
     """
 
-    def __init__(self, path: Path, qmp: Path | None = None, *, hold: bool = False) -> None:
+    def __init__(self, path: Path, qmp: Path | None = None, *, as_it_is: bool = False) -> None:
         self.path = path
         with ExitStack() as stack:
             self.image = stack.enter_context(Image.open(path))
+            if qmp and (why := self.unpinnable):
+                raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
+            hold = as_it_is or self.unpinnable is not None
             stack.enter_context(ImageLock(path, hold_off_writers=hold))
             self._monitor = stack.enter_context(Qmp(qmp)) if qmp else None
             self._node = self._monitor.find_node(path) if self._monitor else ""
