@@ -183,8 +183,8 @@ def deleted(answers: Sequence[Deleted], dry_run: bool) -> str:
         else ("Deleted", "are needed no more", "will free")
     )
     return "\n".join(
-        f"{did} snapshot {one.snapshot} of volume {one.volume}: {size(one.bytes_unreferenced)} {unneeded}, "
-        f"of which the next sweep {frees} {size(one.bytes_freed)}."
+        f"{did} snapshot {one.snapshot} of volume {one.volume}: {size(one.bytes_unreferenced)} {unneeded}; "
+        f"because of it the next sweep {frees} {size(one.bytes_freed)}."
         for one in answers
     )
 
@@ -250,6 +250,8 @@ class Bars:
         if not self._wanted:
             return
         with self._lock:
+            if not self._wanted:  # left meanwhile
+                return
             now = time.monotonic()
             if phase != self._phase:
                 self._start(phase, total, now)

@@ -98,7 +98,7 @@ class StorageDaemon:
             )
         try:
             wait_for_socket(self._process, self.nbd_socket)
-            wait_for_socket(self._process, self.qmp_socket, connect=False)
+            wait_for_socket(self._process, self.qmp_socket)
         except BaseException as error:
             error.add_note((self._folder / "log").read_text(errors="replace"))
             self.kill()
@@ -147,13 +147,11 @@ class StorageDaemon:
         self.stop()
 
 
-def wait_for_socket(process: subprocess.Popen[bytes], path: Path, *, connect: bool = True) -> None:
-    """Return when `process` listens on `path`; connecting is the proof, where a connection is harmless."""
+def wait_for_socket(process: subprocess.Popen[bytes], path: Path) -> None:
+    """Return when `process` listens on `path`. Only connecting proves it: the name is there earlier."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, f"{process.args!r} ended with status {process.returncode}"
-        if not connect and path.exists():
-            return
         with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
             return

@@ -17,14 +17,12 @@ import numpy.typing as npt
 from island_fast import _diff
 from island_fast.dirtymap import BLOCK_BITS, BLOCK_SIZE
 from island_fast.qcow2.codecs import Codec, CodecError, codec_for
-from island_fast.qcow2.header import COPIED
 from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.vectored import Transfer, read_transfer, transfers
 
 __all__ = ["PointReader"]
 
 _OFFSET = np.uint64(L1_OFFSET_MASK)
-_DESCRIPTOR = np.uint64(~COPIED & (1 << 64) - 1).byteswap()
 _NORMAL, _COMPRESSED = 1, 4
 _READ_LIMIT = 4 << 20
 _GAP_LIMIT = 4096
@@ -182,7 +180,7 @@ class PointReader:
         """Decode each compressed cluster once and put it into every row that shows a part of it."""
         unit, size = target.shape[1], self._image.header.cluster_size
         inner = self._inner(blocks[rows]) if unit < size else np.zeros(len(rows), np.int64)
-        _, first, which = np.unique(entries[rows] & _DESCRIPTOR, return_index=True, return_inverse=True)
+        _, first, which = np.unique(entries[rows], return_index=True, return_inverse=True)
         uses = np.argsort(which, kind="stable")
         bounds = np.searchsorted(which[uses], np.arange(len(first) + 1)).tolist()
         codec = codec_for(self._image.header.compression)

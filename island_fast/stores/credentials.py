@@ -114,6 +114,8 @@ class Keyring:
                 f"the certificate of the server in {self.source} cannot be verified; set OS_CACERT to its "
                 "authority's file"
             ) from None
+        except exceptions.CatalogException:
+            url = None
         except exceptions.ClientException as error:
             raise StoreError(
                 f"signing in with {self.source} failed ({_named(error)}); check these variables"
@@ -192,7 +194,7 @@ def _from_keystone(environ: Mapping[str, str]) -> Keyring:
         names = ", ".join("OS_" + option.dest.upper() for option in error.options)
         raise StoreError(f"{names} must be set for OS_AUTH_TYPE {kind}") from None
     except exceptions.AuthPluginException as error:
-        raise StoreError(f"OS_AUTH_TYPE {kind} cannot be used: {error}; {_HOW}") from None
+        raise StoreError(f"OS_AUTH_TYPE {kind} cannot be used ({error}); {_HOW}") from None
     service = Service(
         interface=environ.get("OS_INTERFACE") or environ.get("OS_ENDPOINT_TYPE") or "public",
         region=environ.get("OS_REGION_NAME"),
@@ -213,7 +215,7 @@ def _from_cloud(name: str) -> Keyring:
         cloud = OpenStackConfig().get_one(cloud=name)
         session = cloud.get_session()
     except (ConfigException, exceptions.AuthPluginException) as error:
-        raise StoreError(f"OS_CLOUD {name} cannot be used: {error}; correct clouds.yaml") from None
+        raise StoreError(f"OS_CLOUD {name} cannot be used ({error}); correct clouds.yaml") from None
     session.timeout = session.timeout or TIMEOUT
     interface = cloud.get_interface("object-store") or "public"
     service = Service(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -137,8 +137,10 @@ class AgainstSets(RuleBasedStateMachine):
 
 
 TestAgainstSets = AgainstSets.TestCase
+TestAgainstSets.settings = settings(deadline=None)
 
 
+@settings(deadline=None)
 @given(model())
 def test_from_runs_and_from_indices(blocks_and_members):
     blocks, members = blocks_and_members
@@ -150,6 +152,7 @@ def test_from_runs_and_from_indices(blocks_and_members):
     assert DirtyMap.from_indices(blocks, scrambled).indices().tolist() == sorted(members)
 
 
+@settings(deadline=None)
 @given(model())
 def test_windows_of_runs_are_the_callers_own(blocks_and_members):
     """Later ones do not change those given before."""
@@ -237,6 +240,7 @@ def intervals(low: int = -20, high: int = 60):
     return st.lists(st.tuples(number, number), max_size=12).map(column)
 
 
+@settings(deadline=None)
 @given(intervals())
 def test_merge(iv):
     before = iv.copy()
@@ -245,12 +249,14 @@ def test_merge(iv):
     assert merge_intervals(column(sorted(iv.tolist()))).tolist() == runs_of(points(iv))
 
 
+@settings(deadline=None)
 @given(intervals(), intervals())
 def test_subtract_and_intersect(a, b):
     assert subtract_intervals(a, b).tolist() == runs_of(points(a) - points(b))
     assert intersect_intervals(a, b).tolist() == runs_of(points(a) & points(b))
 
 
+@settings(deadline=None)
 @given(intervals(), intervals())
 def test_algebra_far_from_zero(a, b):
     """Slot keys go up to 2**63: the same results there, and no wrapping."""
@@ -259,6 +265,7 @@ def test_algebra_far_from_zero(a, b):
     assert (intersect_intervals(a + far, b + far) - far).tolist() == intersect_intervals(a, b).tolist()
 
 
+@settings(deadline=None)
 @given(intervals())
 def test_total_of_merged_is_the_number_of_points(iv):
     assert total(merge_intervals(iv)) == len(points(iv))
@@ -274,6 +281,7 @@ def rows(draw) -> list[tuple[int, int]]:
     return out
 
 
+@settings(deadline=None)
 @given(rows(), intervals(0, 80), st.booleans())
 def test_clip_rows(rows, keep, cut):
     keep = merge_intervals(keep)

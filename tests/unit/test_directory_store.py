@@ -15,7 +15,14 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.errors import ConflictError, NotFoundError, ObjectMissingError, RefusedError, StoreError
+from island_fast.errors import (
+    ConflictError,
+    DamagedObjectError,
+    NotFoundError,
+    ObjectMissingError,
+    RefusedError,
+    StoreError,
+)
 from island_fast.stores import durable
 from island_fast.stores.directory import DirectoryStore
 
@@ -217,7 +224,7 @@ def test_a_link_in_place_of_a_folder_is_not_written_through(
     with pytest.raises(RefusedError, match="one"):
         store.put("one/below", [b"1"])
     assert files_below(tmp_path / "outside") == []
-    assert files_below(root) == ["one", "vol"]
+    assert files_below(root) == ["one"]
 
 
 def test_an_age_counts_from_the_later_of_writing_and_naming(store: DirectoryStore, root: Path):
@@ -264,7 +271,7 @@ def test_permissions(tmp_path: Path):
         store = DirectoryStore(str(home))
         store.put("vol/one", [b"1"])
         (home / "vol").chmod(0o500)
-        with pytest.raises(StoreError, match="permission denied at .*owner"):
+        with pytest.raises(StoreError, match=r"permission denied at .*owner"):
             store.put("vol/two", [b"2"])
         with pytest.raises(StoreError, match="permission denied"):
             store.delete("vol/one")
@@ -337,7 +344,7 @@ def test_an_object_of_impossible_size_is_not_read(store: DirectoryStore, root: P
     store.put("one", [b"1"])
     os.truncate(root / "one", 1 << 42)
     for call in (lambda: store.get("one"), lambda: store.get_tail("one", 1 << 41)):
-        with pytest.raises(Exception, match="which no object of ours can be"):
+        with pytest.raises(DamagedObjectError, match="which no object of ours can be"):
             call()
 
 

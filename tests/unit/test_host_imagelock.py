@@ -39,9 +39,9 @@ def descriptors() -> set[str]:
 
 
 def test_a_second_snapshot_of_an_image_is_refused_until_the_first_ends(image: Path) -> None:
-    with ImageLock(image):
-        with pytest.raises(RefusedError, match=r"Another snapshot of image .*disk.qcow2.* is running"):
-            ImageLock(image).__enter__()
+    running = pytest.raises(RefusedError, match=r"Another snapshot of image .*disk.qcow2.* is running")
+    with ImageLock(image), running:
+        ImageLock(image).__enter__()
     with ImageLock(image):
         pass
 
@@ -232,9 +232,9 @@ def test_qemu_cannot_write_while_writers_are_held_off_and_can_read(qcow2: Path) 
 @needs_storage_daemon
 def test_a_daemon_cannot_start_while_writers_are_held_off(qcow2: Path) -> None:
     daemon = StorageDaemon(qcow2)
-    with ImageLock(qcow2, hold_off_writers=True):
-        with pytest.raises(AssertionError, match="ended with status") as caught:
-            daemon.start()
+    ended = pytest.raises(AssertionError, match="ended with status")
+    with ImageLock(qcow2, hold_off_writers=True), ended as caught:
+        daemon.start()
     assert any('Failed to get "write" lock' in note for note in caught.value.__notes__)
 
 

@@ -215,18 +215,24 @@ def test_an_image_that_was_replaced_while_in_use_is_refused(qcow2: Path) -> None
 
 @needs_storage_daemon
 def test_an_image_that_is_open_read_only_is_refused(qcow2: Path) -> None:
-    with StorageDaemon(qcow2, read_only=True) as daemon, Qmp(daemon.qmp_socket) as qmp:
-        with pytest.raises(RefusedError, match="open read-only"):
-            qmp.find_node(qcow2)
+    with (
+        StorageDaemon(qcow2, read_only=True) as daemon,
+        Qmp(daemon.qmp_socket) as qmp,
+        pytest.raises(RefusedError, match="open read-only"),
+    ):
+        qmp.find_node(qcow2)
 
 
 @needs_storage_daemon
 def test_an_image_that_is_open_twice_is_refused(qcow2: Path) -> None:
     again = ["--blockdev", f"driver=qcow2,node-name=again,file.driver=file,file.filename={qcow2}"]
     again[1] += ",read-only=on"
-    with StorageDaemon(qcow2, read_only=True, options=again) as daemon:
-        with Qmp(daemon.qmp_socket) as qmp, pytest.raises(RefusedError, match="open 2 times"):
-            qmp.find_node(qcow2)
+    with (
+        StorageDaemon(qcow2, read_only=True, options=again) as daemon,
+        Qmp(daemon.qmp_socket) as qmp,
+        pytest.raises(RefusedError, match="open 2 times"),
+    ):
+        qmp.find_node(qcow2)
 
 
 @needs_storage_daemon
@@ -278,7 +284,7 @@ def test_a_virtual_machine_takes_snapshots_of_its_disks(qcow2: Path, short_folde
     ]
     machine = subprocess.Popen(words, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for_socket(machine, monitor, connect=False)
+        wait_for_socket(machine, monitor)
         with Qmp(monitor) as qmp:
             node = qmp.find_node(qcow2)
             qmp.snapshot_create(node, "one")
@@ -415,9 +421,9 @@ def test_an_endless_flow_of_events_is_given_up_in_time(serve: Callable[[Script],
 
 def test_silence_is_given_up_in_time(serve: Callable[[Script], Path]) -> None:
     path = serve(answering())
-    with Qmp(path, timeout=0.3) as qmp:
-        with pytest.raises(IslandError, match=r"did not answer in time .blockdev-snapshot-internal"):
-            qmp.snapshot_create("disk", "one")
+    silent = pytest.raises(IslandError, match=r"did not answer in time .blockdev-snapshot-internal")
+    with Qmp(path, timeout=0.3) as qmp, silent:
+        qmp.snapshot_create("disk", "one")
 
 
 def test_a_connection_that_ends_is_one_sentence(serve: Callable[[Script], Path]) -> None:

@@ -48,7 +48,7 @@ def table_of(path):
 
 def read(path, blocks=32):
     with Image.open(path) as image:
-        out = np.empty((blocks, BLOCK_SIZE), np.uint8)
+        out = np.full((blocks, BLOCK_SIZE), 0xEE, np.uint8)
         PointReader(image, image.active()).read(np.arange(blocks), out)
         return out
 
@@ -98,7 +98,7 @@ def test_descriptor_is_read_only_and_not_inherited(image_path):
     [
         ({"extended_l2": "on"}, "extended L2"),
         ({"data_file": "data.raw"}, "external data file"),
-        ({"encrypt.format": "luks", "encrypt.key-secret": "k", "encrypt.iter-time": "10"}, "LUKS"),
+        ({"encrypt.format": "aes", "encrypt.key-secret": "k"}, "AES"),
         ({"backing_file": "base.qcow2", "backing_fmt": "qcow2"}, "backing file \\('base.qcow2'\\)"),
     ],
 )
@@ -136,12 +136,26 @@ def test_last_cluster_may_be_cut(image_path):
 
 
 @qemu.needs_qemu
-def test_file_that_shrinks_while_it_is_open(image_path):
+@pytest.mark.parametrize("keep", [0x30000, 0x60000, 0x100000, 0x1FFFFF])
+def test_file_that_shrinks_while_it_is_open(image_path, keep):
     with Image.open(image_path) as image:
         reader = PointReader(image, image.active())
-        os.truncate(image_path, 0x60000)
+        os.truncate(image_path, keep)
         with pytest.raises(DamagedImageError, match="cut"):
             reader.read(np.arange(32), np.empty((32, BLOCK_SIZE), np.uint8))
+
+
+@qemu.needs_qemu
+@pytest.mark.parametrize("cluster", [512, 4096, 65536, 2 << 20])
+def test_bytes_behind_the_end_of_the_volume_are_not_shown(tmp_path, cluster):
+    size = BLOCK_SIZE + 1536
+    path = qemu.create(tmp_path / "a", 4 << 20, cluster_size=cluster)
+    qemu.io(path, qemu.write(0, 4 << 20, 7))
+    # A smaller size in the header alone: tables and clusters go on behind it.
+    put64(path, 24, size)
+    out = read(path, 2).reshape(-1)
+    assert np.all(out[:size] == 7)
+    assert not out[size:].any()
 
 
 BAD_L1 = [
@@ -164,6 +178,19 @@ def test_bad_l1_entries(image_path, entry):
         ):
             with pytest.raises(DamagedImageError, match="L1 entry 1 of the volume"):
                 use()
+
+
+@qemu.needs_qemu
+def test_l1_entries_behind_the_volume_are_not_looked_at(image_path):
+    l1, _ = table_of(image_path)
+    put64(image_path, l1 + 8, 1 << 40)
+    put64(image_path, 24, 512 << 20)
+    with Image.open(image_path) as image:
+        active, one = image.active(), image.at(image.snapshots[0])
+        assert allocated(image, active).count() == 32
+        assert 3 in changed(image, one, active).map
+        assert find_shared_copied(image, active, one) == 0
+    assert np.all(read(image_path)[0] == 5)
 
 
 @qemu.needs_qemu

@@ -1,0 +1,19 @@
+"""What the README shows is what happens."""
+
+from __future__ import annotations
+
+from scripts import readme
+
+
+def test_the_examples_output_is_real() -> None:
+    text = readme.README.read_text()
+    typed = readme.commands(text)
+    assert any(line.startswith("island restore") for line in typed)
+    assert not readme.differences(text, readme.with_output(text, readme.run(typed)))
+
+
+def test_a_difference_would_be_seen() -> None:
+    text = readme.README.read_text()
+    assert readme.differences(text, text.replace("table-diff", "full-scan"))
+    assert not readme.alike("12.5 KiB sent", "16.5 KiB sent")
+    assert readme.alike("ab12cd34ef56 2026-01-01T00:00:00Z 0.03 s", "ffffffffffff 2027-01-01T00:00:01Z 0.13 s")
