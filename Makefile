@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL := $(BIN)/pip install --disable-pip-version-check
+LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx
 
 .PHONY: demo test quick check bench clean
@@ -31,9 +33,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install -q --disable-pip-version-check -e .
+	@echo 'building island and fetching what it needs, into $(VENV)'
+	@$(INSTALL) -e . $(LOGGED)
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/bin/python $(SOURCES)
-	$(BIN)/pip install -q --disable-pip-version-check -e '.[test]'
+	@echo 'building island and fetching what its tests need, into $(VENV)'
+	@$(INSTALL) -e '.[test]' $(LOGGED)
 	@touch $@ $(VENV)/.installed

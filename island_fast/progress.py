@@ -7,7 +7,11 @@ from collections.abc import Callable
 __all__ = ["Progress", "silent"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(phase, done, total), in bytes; phases are "scan", "send" and "restore"."""
+"""Called as progress(phase, done, total), in bytes, also from workers; an exception of it ends the work.
+
+Phases are "scan", "send", "commit" (once, with 0 of 0: from here on the snapshot may exist), "restore" and
+"sweep".
+"""
 
 
 def silent(phase: str, done: int, total: int) -> None:

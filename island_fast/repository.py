@@ -95,16 +95,18 @@ class Repository:
 
     @property
     def id(self) -> str:
-        """The repository's random id, 32 hex digits."""
+        """The repository's random id, 32 hex digits; asking for it makes a repository that is yet to be."""
+        if self._id is None:
+            self._id = self._create()
         return self._id
 
-    def _read_id(self, create: bool) -> str:
+    def _read_id(self, create: bool) -> str | None:
         try:
             data = self.store.get(_NAME)
         except ObjectMissingError:
-            if not create:
+            if not create or self._holds_others():
                 raise self._not_one() from None
-            return self._create()
+            return None
         meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
@@ -116,17 +118,18 @@ class Repository:
             "snapshot into an empty one"
         )
 
+    def _holds_others(self) -> bool:
+        """Whether something is there that is no repository's."""
+        return any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
+
     def _create(self) -> str:
         """Write the object `repository` where nothing is yet; the first of two creators wins."""
-        foreign = next(self.store.list(""), None) or next(self.store.folders(""), None)
-        if foreign is not None:
-            raise self._not_one()
         meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         try:
             self.store.put(_NAME, parts)
         except ConflictError:
-            return self._read_id(create=False)
+            return self._read_id(create=False) or ""
         return str(meta["id"])
 
     # Finding.
@@ -300,7 +303,9 @@ class Repository:
     def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
         return reclaim.plan_delete(lineage, row, PackReader(lineage), time.time_ns())
 
-    def sweep(self, *, grace: float | None = None, dry_run: bool = False) -> list[Swept]:
+    def sweep(
+        self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
+    ) -> list[Swept]:
         """Remove what no snapshot needs from every lineage that this host owns."""
         grace = self.store.grace if grace is None else grace
         answers = []
@@ -310,7 +315,7 @@ class Repository:
                     self._give_up_registrations(lineage, grace, dry_run)
                     plan = reclaim.plan_sweep(lineage, grace)
                     if not dry_run:
-                        reclaim.execute_sweep(lineage, plan, self.state.writer, time.time_ns())
+                        reclaim.execute_sweep(lineage, plan, self.state.writer, time.time_ns(), progress)
                 answers.append(_swept(lineage.name, plan))
         return answers
 

@@ -87,9 +87,9 @@ def new_file(target: Path) -> Iterator[int]:
 
     The file is on disk before it gets its name; a target that exists is refused, also at the last moment.
     """
-    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(4)}")
     if os.path.lexists(target):
         raise RefusedError(f"{target} exists already; name another target or remove it first")
+    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(4)}")
     try:
         fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     except OSError as error:

@@ -13,9 +13,11 @@ import threading
 import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
     from island_fast.results import Adopted, Deleted, Restored, Snapshot, SnapshotTaken, Swept
 
 __all__ = [
@@ -201,8 +203,8 @@ def _swept(one: Swept, dry_run: bool) -> str:
         ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
     )
     return (
-        f"Volume {one.volume}: {remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)}) and "
-        f"{rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)}); "
+        f"Volume {one.volume}: {remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)}) "
+        f"and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)}); "
         f"{free} {size(one.bytes_freed)}."
     )
 
@@ -225,8 +227,8 @@ class Bars:
     def __init__(self, wanted: bool) -> None:
         self._wanted = wanted and sys.stderr is not None and sys.stderr.isatty()
         self._lock = threading.Lock()
-        self._bars: Any = None  # rich.progress.Progress
-        self._task: Any = None
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
         self._phase = ""
         self._began = self._drawn = 0.0
 
@@ -250,28 +252,30 @@ class Bars:
         if not self._wanted:
             return
         with self._lock:
+            now = time.monotonic()
             if not self._wanted:  # left meanwhile
                 return
-            now = time.monotonic()
             if phase != self._phase:
-                self._start(phase, total, now)
+                self._start(phase, now)
             elif now - self._drawn < _REDRAW and done < total:
                 return
             self._drawn = now
-            text = pace(done, total, now - self._began) if total else ""
-            self._bars.update(self._task, completed=done, total=total or None, pace=text)
+            if self._bars is not None and self._task is not None:
+                text = pace(done, total, now - self._began) if total else ""
+                self._bars.update(self._task, completed=done, total=total or None, pace=text)
 
-    def _start(self, phase: str, total: int, now: float) -> None:
+    def _start(self, phase: str, now: float) -> None:
+        """Put a bar for `phase` in the place of the one before."""
         if self._bars is None:
             self._bars = _rich_progress()
             self._bars.start()
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(_PHASES.get(phase, phase), total=total or None, pace="")
+        self._task = self._bars.add_task(_PHASES.get(phase, phase), total=None, pace="")
         self._phase, self._began = phase, now
 
 
-def _rich_progress() -> Any:
+def _rich_progress() -> Progress:
     """A rich display on standard error that removes itself when it is stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn

@@ -137,6 +137,15 @@ class Source:
             QemuImg().snapshot_delete(self.path, internal.name)
         self.image.reload()
 
+    def discard(self, name: str) -> None:
+        """Drop the internal snapshot of ours with this name, if it is there; for use after an interruption."""
+        if self._monitor:
+            self._monitor.find_node(self.path)  # answered in order: what was asked for before is done then
+        self.image.reload()
+        for internal in self.image.snapshots:
+            if internal.name == name:
+                self.unpin(internal)
+
     def named(self, name: str) -> InternalSnapshot:
         """The only internal snapshot with this name."""
         found = [s for s in self.image.snapshots if s.name == name]

@@ -190,19 +190,18 @@ class _Taking:
         if not self._request.pin or self._source.unpinnable:
             return None
         name = pin_name(self._request.repository, self._lineage.name, start.id)
-        internal = self._source.pin(name)
-        stack.enter_context(self._unpinned_on_error(internal))
-        return internal
+        stack.enter_context(self._unpinned_on_error(name))
+        return self._source.pin(name)
 
     @contextmanager
-    def _unpinned_on_error(self, internal: InternalSnapshot) -> Iterator[None]:
-        """Drop the new pin if the body fails before the record could have been written."""
+    def _unpinned_on_error(self, name: str) -> Iterator[None]:
+        """Drop the new pin if the body fails, or is interrupted, before the record could have been written."""
         try:
             yield
         except BaseException:
             if not self._committing:
-                with suppress(IslandError):
-                    self._source.unpin(internal)
+                with suppress(IslandError, OSError):
+                    self._source.discard(name)
             raise
 
     def _point(self, internal: InternalSnapshot | None) -> Point:
@@ -322,6 +321,7 @@ class _Taking:
         )
         with lineage.locked():
             self._still_allowed(start)
+            self._progress("commit", 0, 0)
             self._committing = True
             lineage.append(self._record(row, sent), self._request.writer)
         self._objects += 2

@@ -21,7 +21,7 @@ from island_fast.host.imagelock import open_image, writer_present
 
 __all__ = ["Qmp"]
 
-TIMEOUT = 600.0  # seconds for one command; walking the tables of a large image takes some of them
+TIMEOUT = 1800.0  # seconds for one command: with small caches, scattered tables take minutes
 _HANDSHAKE_TIMEOUT = 10.0  # seconds; nothing but another client of the monitor delays a greeting
 _MAX_MESSAGE = 16 << 20
 _MAX_SAID = 300  # characters of qemu's own words in a message

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from swiftclient import client
 
 from island_fast.errors import (
     ConflictError,
@@ -165,6 +166,22 @@ def test_a_new_token_that_is_refused_too_ends_it(swift: SwiftServer, store: Swif
 def test_a_body_that_is_cut_is_fetched_again(swift: SwiftServer, store: SwiftStore, at: int):
     store.put("object", CONTENT)
     swift.inject(Fault("truncate", at, method="GET"))
+    assert store.get("object") == WHOLE
+    assert swift.count("GET", "object") == 2
+
+
+def test_a_client_library_that_swallows_the_cut_is_not_believed(
+    swift: SwiftServer, store: SwiftStore, monkeypatch: pytest.MonkeyPatch
+):
+    """As urllib3 before version 2 does."""
+    store.put("object", CONTENT)
+    read = client._ObjectBody.read
+    cuts = iter([1000, 0])
+
+    def cut(body: client._ObjectBody, length: int | None = None) -> bytes:
+        return read(body, length)[next(cuts) :]
+
+    monkeypatch.setattr(client._ObjectBody, "read", cut)
     assert store.get("object") == WHOLE
     assert swift.count("GET", "object") == 2
 

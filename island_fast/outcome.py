@@ -1,0 +1,270 @@
+"""How one run of the command ends: its answer, or one sentence and an exit code; and what signals do to it.
+
+An answer goes to standard output, as text or with --json as one JSON value; everything else goes to standard
+error. Errors become sentences and exit codes here, and nowhere else. SIGINT, SIGTERM and SIGHUP are raised
+as an exception in the main thread, so that all work unwinds and cleans up after itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Any, Self, TextIO
+
+import click
+
+from island_fast import show
+from island_fast.errors import IslandError, UsageError
+
+if TYPE_CHECKING:
+    from island_fast.progress import Progress
+
+__all__ = ["Interrupted", "Run", "Signals", "conclude"]
+
+_HARD_EXIT = 3  # this many times Ctrl-C, and the process ends at once
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked this process to end. A KeyboardInterrupt, so that nothing on the way stops it."""
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written to; the system's error is the cause."""
+
+
+class Signals:
+    """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted in the main thread; a context manager.
+
+    While that unwinds later ones are swallowed, but for the third Ctrl-C, which ends the process: that is
+    as safe as a power cut. A signal that is ignored from the start (nohup, a background job) stays so.
+    With `to_the_end` the handlers stay until the process is gone, else they are put back.
+    """
+
+    def __init__(self, *, to_the_end: bool = False) -> None:
+        self.armed = True
+        self._to_the_end = to_the_end
+        self._received = self._keys = 0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.armed = False
+        if not self._to_the_end:
+            for number, handler in self._before.items():
+                signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._received += 1
+        self._keys += number == signal.SIGINT
+        if self._keys >= _HARD_EXIT:
+            os._exit(1)
+        if self._received == 1 and self.armed:
+            raise Interrupted
+        if self._keys == _HARD_EXIT - 1 and os.isatty(2):
+            os.write(2, b"\nisland: cleaning up; press Ctrl-C once more to leave at once\n")
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal came: again, where the first was lost, and in workers too."""
+        if self._received and self.armed:
+            raise Interrupted
+
+
+@dataclass(slots=True)
+class Run:
+    """One run of the command: what the options of every verb say, and how far it came.
+
+    `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
+    it. `phase` is the one that progress was last told of, "" before the first.
+    """
+
+    signals: Signals
+    location: str | None = None
+    json: bool = False
+    quiet: bool = False
+    if_interrupted: Callable[[], str] = lambda: "nothing was changed"
+    phase: str = ""
+
+    @contextlib.contextmanager
+    def progress(self) -> Iterator[Progress]:
+        """What verbs tell their progress to: shown as bars on a terminal."""
+        with show.Bars(not self.quiet) as bars:
+
+            def tell(phase: str, done: int, total: int) -> None:
+                self.signals.check()
+                self.phase = phase
+                bars(phase, done, total)
+
+            yield tell
+
+    def answer(self, value: object, text: str, brief: str = "") -> None:
+        """Tell the outcome: `value` with --json, `brief` with --quiet, else `text`; "" tells nothing."""
+        if self.json:
+            _answer(json.dumps(value))
+        elif line := (brief if self.quiet else text):
+            _answer(line)
+
+    def note(self, text: str) -> None:
+        """Tell something beside the answer."""
+        _complain(text)
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """How a run failed: the error's name for programs, a sentence, and the exit code."""
+
+    error: str
+    message: str
+    exit_code: int = 1
+
+
+def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_end: bool = False) -> int:
+    """Do `work` and return its exit code, whatever happens; how it failed is told.
+
+    `json_asked` says that --json is among the arguments, should it fail before they are understood.
+    """
+    with Signals(to_the_end=to_the_end) as signals:
+        run = Run(signals)
+        try:
+            try:
+                work(run)
+                return 0
+            finally:
+                signals.armed = False
+        except click.exceptions.Exit as done:
+            return done.exit_code
+        except BaseException as error:  # noqa: BLE001 (this is the door: nothing may leave as a traceback)
+            if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
+                traceback.print_exception(error)
+            return _told(error, run, json_asked)
+
+
+def _told(error: BaseException, run: Run, json_asked: bool) -> int:
+    """Tell how the run failed; returns the exit code."""
+    failure = _failure(error, run)
+    as_json = run.json or (json_asked and isinstance(error, click.ClickException))
+    if as_json and not isinstance(error, _OutputError):
+        value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
+        with contextlib.suppress(_OutputError):
+            _answer(json.dumps(value))
+            return failure.exit_code
+    if failure.message:
+        _complain(failure.message)
+    return failure.exit_code
+
+
+def _failure(error: BaseException, run: Run) -> _Failure:
+    """What to say of an error."""
+    match error:
+        case IslandError():
+            return _Failure(_kebab(error), str(error), error.exit_code)
+        case click.ClickException():
+            return _Failure("usage", _usage(error), UsageError.exit_code)
+        case KeyboardInterrupt():
+            return _Failure("interrupted", f"interrupted; {run.if_interrupted()}")
+        case _OutputError():
+            return _Failure("output", _no_output(error.__cause__))
+        case OSError():
+            return _Failure("system", _system(error))
+        case MemoryError():
+            return _Failure("memory", "there is not enough memory; free some and run it again")
+        case UnicodeError():
+            return _Failure("text", "a name or text is not UTF-8; rename it or give another")
+    return _Failure(
+        "unexpected",
+        f"unexpected {type(error).__name__} ({error}), a fault of this program; run it again with "
+        "ISLAND_DEBUG=1 and report the traceback",
+    )
+
+
+def _kebab(error: IslandError) -> str:
+    """NotFoundError gives not-found."""
+    name = type(error).__name__.removesuffix("Error")
+    return re.sub(r"(?<=.)(?=[A-Z])", "-", name).lower()
+
+
+def _usage(error: click.ClickException) -> str:
+    """Click's message as a sentence of ours."""
+    text = error.format_message().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "island"
+    return f"{text[:1].lower()}{text[1:]}; see '{command} --help'"
+
+
+def _system(error: OSError) -> str:
+    """What the system refused, and what may help."""
+    reason = error.strerror or str(error) or type(error).__name__
+    place = error.filename
+    what = f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason
+    match error.errno:
+        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+            return f"{what}; free some space or raise the limit, and run it again"
+        case errno.EACCES | errno.EPERM | errno.EROFS:
+            return f"{what}; run it as a user who may do that"
+        case errno.EMFILE | errno.ENFILE:
+            return f"{what}; raise the limit of open files"
+        case errno.EIO:
+            return f"{what}; check that disk"
+    return f"{what}; mend that and run it again (ISLAND_DEBUG=1 shows where it happened)"
+
+
+def _no_output(error: BaseException | None) -> str:
+    """Nothing where the reader left, as `head` does; else what the system said."""
+    if isinstance(error, BrokenPipeError):
+        return ""
+    reason = getattr(error, "strerror", None) or error
+    return f"what was asked for was done, but the answer cannot be written to standard output ({reason})"
+
+
+# The two streams.
+
+
+def _answer(text: str) -> None:
+    """Write to standard output, where there is one."""
+    try:
+        _write(sys.stdout, text)
+    except (OSError, ValueError) as error:
+        _abandon(sys.stdout)
+        raise _OutputError from error
+
+
+def _complain(text: str) -> None:
+    """Write a line to standard error, where there is one."""
+    with contextlib.suppress(OSError, ValueError):
+        _write(sys.stderr, f"island: {show.printable(text)}")
+
+
+def _write(stream: TextIO | None, text: str) -> None:
+    """Write a line or more; what the stream's encoding lacks is escaped."""
+    if stream is not None:
+        encoding = stream.encoding or "utf-8"
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        stream.flush()
+
+
+def _abandon(stream: TextIO) -> None:
+    """Let what is left in the stream's buffer go nowhere, so that no one tries to write it at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
