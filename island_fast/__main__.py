@@ -1,8 +1,21 @@
 """`python -m island_fast` is the command `island`."""
 
+from __future__ import annotations
+
 import sys
 
-from island_fast.cli import main
+__all__ = ["main"]
+
+
+def main() -> int:
+    """Run this process's command line; returns the exit code. Ctrl-C is heeded from the first moment."""
+    try:
+        from island_fast.cli import main as island
+    except KeyboardInterrupt:  # importing takes a while, and signals are not yet taken care of
+        print("island: interrupted; nothing was changed", file=sys.stderr)
+        return 1
+    return island()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -132,7 +132,7 @@ _NAMING = (
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
               help="Tell the version and what computes digests.")  # fmt: skip
 def island() -> None:
-    r"""Incremental snapshots of qcow2 volumes, each whole by itself, in a directory or OpenStack Swift.
+    """Incremental snapshots of qcow2 volumes, each whole by itself, in a directory or OpenStack Swift.
 
     Only blocks that changed since the volume's previous snapshot are read and stored; any snapshot can be
     deleted, in any order, and every one restores by itself.
@@ -160,7 +160,7 @@ def island() -> None:
       4  refused for safety: going on could lose or mix data
       5  the store cannot be reached, or does not let you in
       6  damaged data
-    """
+    """  # noqa: D301
 
 
 @island.command()
@@ -189,7 +189,7 @@ def snapshot(
     at: str | None,
     full: bool,
 ) -> None:
-    r"""Take a snapshot of the qcow2 file IMAGE.
+    """Take a snapshot of the qcow2 file IMAGE.
 
     An internal snapshot, the pin, stays in IMAGE: the next run compares tables with it and reads only what
     changed. The first snapshot of a volume, and every one with --no-pin or --full, reads all allocated blocks
@@ -200,7 +200,7 @@ def snapshot(
     Example:
       island -r /srv/snapshots snapshot disk.qcow2 --label "before the upgrade"
       island -r /srv/snapshots snapshot vm.qcow2 --qmp /run/vm.qmp
-    """
+    """  # noqa: D301
 
     def if_interrupted() -> str:
         if run.phase == "commit":
@@ -224,7 +224,7 @@ def snapshot(
 @_common
 @click.pass_obj
 def list_(run: Run, volume: str | None) -> None:
-    r"""List snapshots, oldest first within each volume.
+    """List snapshots, oldest first within each volume.
 
     Ids are cut to 12 digits, which name a snapshot as well as all 32 do; --json and --quiet give them whole.
 
@@ -232,7 +232,7 @@ def list_(run: Run, volume: str | None) -> None:
     Example:
       island -r /srv/snapshots list --volume disk
       island -r /srv/snapshots list --json | jq -r '.[].snapshot'
-    """
+    """  # noqa: D301
     with _open(run) as repository:
         found = repository.snapshots(volume)
         if not found and not run.quiet:
@@ -246,12 +246,12 @@ def list_(run: Run, volume: str | None) -> None:
 @_common
 @click.pass_obj
 def show_(run: Run, snapshot: str) -> None:
-    r"""Show one snapshot.
+    """Show one snapshot.
 
     \b
     Example:
       island -r /srv/snapshots show disk@latest
-    """
+    """  # noqa: D301
     with _open(run) as repository:
         found = repository.show(snapshot)
     run.answer(found.as_json(), show.shown(found), found.snapshot)
@@ -265,7 +265,7 @@ def show_(run: Run, snapshot: str) -> None:
 @_common
 @click.pass_obj
 def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
-    r"""Write the volume as of SNAPSHOT to the new file TARGET.
+    """Write the volume as of SNAPSHOT to the new file TARGET.
 
     TARGET must not exist; it gets its name when it is whole and on disk. A qcow2 holds a pin, so its next
     snapshot is incremental; a raw file is sparse.
@@ -274,7 +274,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
     Example:
       island -r /srv/snapshots restore disk@latest restored.qcow2
       island -r swift://volumes/host7 restore 6f0c2a91b3d4 disk.raw --format raw
-    """
+    """  # noqa: D301
 
     def if_interrupted() -> str:
         if os.path.lexists(target):
@@ -293,7 +293,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
 @_common
 @click.pass_obj
 def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
-    r"""Delete snapshots; all others stay whole.
+    """Delete snapshots; all others stay whole.
 
     All are looked up before the first is deleted. Their space is freed by the next 'island sweep'.
 
@@ -301,7 +301,7 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
     Example:
       island -r /srv/snapshots delete --dry-run 6f0c2a91b3d4
       island -r /srv/snapshots delete 6f0c2a91b3d4 disk@81d0
-    """
+    """  # noqa: D301
     if not dry_run:
         run.if_interrupted = lambda: "'island list' shows which snapshots are still there"
     with _open(run) as repository:
@@ -318,7 +318,7 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
 @_common
 @click.pass_obj
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
-    r"""Remove what no snapshot needs any more, from the volumes that this host owns.
+    """Remove what no snapshot needs any more, from the volumes that this host owns.
 
     Packs that are mostly unneeded are written anew without the rest. A sweep can be interrupted and run
     again at any time.
@@ -327,7 +327,7 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     Example:
       island -r /srv/snapshots sweep --dry-run
       island -r swift://volumes/host7 sweep --grace 7d
-    """
+    """  # noqa: D301
     if not dry_run:
         run.if_interrupted = lambda: "all snapshots are as they were; the next sweep goes on"
     with _open(run) as repository, run.progress() as progress:
@@ -342,7 +342,7 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
 @_common
 @click.pass_obj
 def adopt(run: Run, volume: str) -> None:
-    r"""Make this host the owner of VOLUME, and let its next snapshot come from any image.
+    """Make this host the owner of VOLUME, and let its next snapshot come from any image.
 
     One host owns a volume's snapshots: only it takes, deletes and sweeps them. Adopt a volume when its host
     is gone, when that host's local state is lost, or to go on with another image as that volume.
@@ -350,7 +350,7 @@ def adopt(run: Run, volume: str) -> None:
     \b
     Example:
       island -r swift://volumes/host7 adopt disk
-    """
+    """  # noqa: D301
     run.if_interrupted = lambda: "all snapshots are as they were; run it again"
     with _open(run) as repository:
         adopted = repository.adopt(volume)

@@ -47,7 +47,7 @@ class Signals:
 
     While that unwinds later ones are swallowed, but for the third Ctrl-C, which ends the process: that is
     as safe as a power cut. A signal that is ignored from the start (nohup, a background job) stays so.
-    With `to_the_end` the handlers stay until the process is gone, else they are put back.
+    Left, it puts the handlers back, or with `to_the_end` has those signals ignored until the process is gone.
     """
 
     def __init__(self, *, to_the_end: bool = False) -> None:
@@ -70,9 +70,9 @@ class Signals:
         trace: TracebackType | None,
     ) -> None:
         self.armed = False
-        if not self._to_the_end:
-            for number, handler in self._before.items():
-                signal.signal(number, handler)
+        for number, handler in self._before.items():
+            # Python takes its handlers away as it ends, and one more signal would change the exit code.
+            signal.signal(number, signal.SIG_IGN if self._to_the_end else handler)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received += 1
@@ -205,7 +205,7 @@ def _kebab(error: IslandError) -> str:
 
 def _usage(error: click.ClickException) -> str:
     """Click's message as a sentence of ours."""
-    text = error.format_message().rstrip(".")
+    text = error.format_message().rstrip(".?")
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "island"
     return f"{text[:1].lower()}{text[1:]}; see '{command} --help'"

@@ -9,7 +9,7 @@ of no registered snapshot, and older than the grace.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,6 +21,7 @@ from island_fast.errors import DamagedObjectError
 from island_fast.lineage import Lineage
 from island_fast.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.packreader import PackReader
+from island_fast.progress import Progress, silent
 from island_fast.slots import PACK_BITS, SLOT_BITS
 from island_fast.stores.base import ObjectInfo
 
@@ -203,15 +204,24 @@ def _garbage(lineage: Lineage, age: float) -> Iterable[ObjectInfo]:
                 yield info
 
 
-def execute_sweep(lineage: Lineage, plan: SweepPlan, writer: str, time: int) -> None:
-    """Carry `plan` out. Under the lineage's lock, as its owner.
+def execute_sweep(
+    lineage: Lineage, plan: SweepPlan, writer: str, time: int, progress: Progress = silent
+) -> None:
+    """Carry `plan` out. Under the lineage's lock, as its owner. Progress counts bytes rewritten and deleted.
 
     Repacked packs are durable before the record that switches their names; the record is durable before the
     first object is deleted.
     """
     lineage.require_owner(writer)
     old_names = _pack_names(lineage, plan.repacked)
-    renamed = _repack(lineage, plan.repacked, old_names)
+    done, total = 0, plan.removed + plan.rewritten
+
+    def told(size: int) -> None:
+        nonlocal done
+        done += size
+        progress("sweep", done, total)
+
+    renamed = _repack(lineage, plan.repacked, old_names, told)
     gone_names = _pack_names(lineage, plan.gone)
     record = Record(
         lineage=lineage.name, epoch=0, number=0, writer=writer, host="", previous=None, time=time,
@@ -220,17 +230,20 @@ def execute_sweep(lineage: Lineage, plan: SweepPlan, writer: str, time: int) -> 
     )  # fmt: skip
     if len(renamed) or plan.gone.key.size or plan.manifests:
         lineage.append(record, writer)
-    doomed = [*gone_names, *old_names, *(info.name for info in plan.garbage)]
-    doomed += [_manifest_of(lineage, row) for row in plan.manifests]
+    doomed = [*zip(gone_names, plan.gone.size.tolist(), strict=True)]
+    doomed += zip(old_names, plan.repacked.size.tolist(), strict=True)
+    doomed += [(info.name, info.size) for info in plan.garbage]
+    doomed += [(_manifest_of(lineage, row), row.manifest_size) for row in plan.manifests]
     retired = {one.snapshot for one in lineage.files.retired()}
-    for name in doomed:
+    for name, size in doomed:
         lineage.store.delete(name)
+        told(size)
         if name.split("/")[2].partition("-")[0] not in retired:
             lineage.files.uncache(name)
 
 
-def _repack(lineage: Lineage, packs: Packs, names: list[str]) -> Packs:
-    """Write each of `packs` anew without its dead slots; returns their new rows."""
+def _repack(lineage: Lineage, packs: Packs, names: list[str], told: Callable[[int], None]) -> Packs:
+    """Write each of `packs` anew without its dead slots; returns their new rows. `told` gets bytes kept."""
     sizes, suffixes = packs.size.copy(), packs.suffix.copy()
     for row, name in enumerate(names):
         suffixes[row] = secrets.randbits(62) + 1
@@ -239,6 +252,7 @@ def _repack(lineage: Lineage, packs: Packs, names: list[str]) -> Packs:
         index, data = open_pack(name, lineage.store.get(name))
         keep = _live_slots(lineage.state, int(packs.key[row]), len(index.rows))
         sizes[row] = _write_kept(lineage, target, index, data, keep)
+        told(int(packs.size[row] - packs.dead[row]))
     return replace(packs, suffix=suffixes, size=sizes, dead=np.zeros_like(sizes))
 
 

@@ -70,7 +70,12 @@ class Repository:
     def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
         self.store = store
         self.state = state
-        self._id = self._read_id(create)
+        self._id = self._read_id()
+        if self._id is None and not (create and self._is_empty()):
+            raise NotFoundError(
+                f"{store.location} is not an island repository; check the path, or take a first snapshot "
+                "into an empty one"
+            )
 
     @classmethod
     def open(cls, url: str, *, state: LocalState | None = None, create: bool = False) -> Self:
@@ -100,36 +105,30 @@ class Repository:
             self._id = self._create()
         return self._id
 
-    def _read_id(self, create: bool) -> str | None:
+    def _read_id(self) -> str | None:
         try:
             data = self.store.get(_NAME)
         except ObjectMissingError:
-            if not create or self._holds_others():
-                raise self._not_one() from None
             return None
         meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
         return str(meta["id"])
 
-    def _not_one(self) -> NotFoundError:
-        return NotFoundError(
-            f"{self.store.location} is not an island repository; check the path, or take a first "
-            "snapshot into an empty one"
-        )
-
-    def _holds_others(self) -> bool:
-        """Whether something is there that is no repository's."""
-        return any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
+    def _is_empty(self) -> bool:
+        """Whether a listing shows nothing: what others keep there stays theirs."""
+        return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
 
     def _create(self) -> str:
-        """Write the object `repository` where nothing is yet; the first of two creators wins."""
+        """Write the object `repository`; the first of two creators wins."""
         meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         try:
             self.store.put(_NAME, parts)
         except ConflictError:
-            return self._read_id(create=False) or ""
+            if (winner := self._read_id()) is None:
+                raise
+            return winner
         return str(meta["id"])
 
     # Finding.
@@ -209,28 +208,27 @@ class Repository:
             raise UsageError("a volume in use can only be read through a pin; leave out --no-pin")
         path = Path(os.path.realpath(image))
         with Source(path, Path(qmp) if qmp else None, as_it_is=not pin and at is None) as source:
+            if at is not None:
+                source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
             request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
-        name = (
-            volume
-            or self._pinned_lineage(source)
-            or self.state.lineage_of(self.id, source.path)
-            or source.path.stem
-        )
-        lineage = self.lineage(name)
+        name = volume
+        if name is None and self._id is not None:
+            name = self._pinned_lineage(source) or self.state.lineage_of(self.id, source.path)
+        lineage = self.lineage(name or source.path.stem)
         self._refresh(lineage)
         if lineage.exists:
             lineage.require_owner(self.state.writer)
             known = lineage.files.image() in (None, str(source.path))
             if not known and not _holds_pin(source, lineage):
                 raise RefusedError(
-                    f"{self.store.location} already has a volume {name}, and {source.path} has neither "
+                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} has neither "
                     f"its pin nor is it known as its image; give another name with --volume, or run "
-                    f"'island adopt {name}' if it is that volume"
+                    f"'island adopt {lineage.name}' if it is that volume"
                 )
         return lineage
 

@@ -89,10 +89,10 @@ def count(number: int, what: str) -> str:
 
 
 def sheet(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, a line each, the values below each other."""
-    rows = list(rows)
+    """Names and values, a line each, the values below each other; what has no value is left out."""
+    rows = [(name, value) for name, value in rows if value]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -118,7 +118,7 @@ def taken(answer: SnapshotTaken) -> str:
             ("snapshot", answer.snapshot),
             ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
             ("parent", answer.parent or "none"),
-            ("label", printable(answer.label) or "none"),
+            ("label", printable(answer.label)),
             ("rule", f"{answer.rule}: {printable(answer.reason)}"),
             (
                 "blocks",
@@ -156,7 +156,7 @@ def shown(answer: Snapshot) -> str:
             ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
             ("lineage", answer.lineage),
             ("parent", answer.parent or "none"),
-            ("label", printable(answer.label) or "none"),
+            ("label", printable(answer.label)),
             ("created", answer.created),
             ("stored", size(answer.bytes_stored)),
         ]
@@ -202,11 +202,10 @@ def _swept(one: Swept, dry_run: bool) -> str:
     remove, rewrite, free = (
         ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
     )
-    return (
-        f"Volume {one.volume}: {remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)}) "
-        f"and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)}); "
-        f"{free} {size(one.bytes_freed)}."
-    )
+    removed = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
+    if one.packs_repacked:
+        removed += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
+    return f"Volume {one.volume}: {removed}; {free} {size(one.bytes_freed)}."
 
 
 def adopted(answer: Adopted) -> str:

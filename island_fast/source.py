@@ -7,6 +7,7 @@ told. One snapshot at a time per image, under a lock on the image itself.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -91,7 +92,9 @@ class Source:
             if qmp and (why := self.unpinnable):
                 raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
             hold = as_it_is or self.unpinnable is not None
-            stack.enter_context(ImageLock(path, hold_off_writers=hold))
+            lock = stack.enter_context(ImageLock(path, hold_off_writers=hold))
+            if not os.path.samestat(os.fstat(lock.fd), os.fstat(self.image.fd)):
+                raise RefusedError(f"{path} was replaced by another file just now; try again")
             self._monitor = stack.enter_context(Qmp(qmp)) if qmp else None
             self._node = self._monitor.find_node(path) if self._monitor else ""
             if not self._monitor and writer_present(self.image.fd):
@@ -133,12 +136,12 @@ class Source:
         """Drop an internal snapshot of ours."""
         if self._monitor:
             self._monitor.snapshot_delete(self._node, internal.id, internal.name)
-        else:
+        elif self.named(internal.name).identity == internal.identity:  # qemu-img knows names only
             QemuImg().snapshot_delete(self.path, internal.name)
         self.image.reload()
 
     def discard(self, name: str) -> None:
-        """Drop the internal snapshot of ours with this name, if it is there; for use after an interruption."""
+        """Drop the internal snapshot of ours with this name, if it is there, as after an interruption."""
         if self._monitor:
             self._monitor.find_node(self.path)  # answered in order: what was asked for before is done then
         self.image.reload()
@@ -184,7 +187,9 @@ class Source:
             return self._scanned(point, "the pinned base's clusters were written in place", progress)
         candidates = diff.map | _clipped(point.blocks, base.extra)
         data = allocated(self.image, point, within=candidates)
-        reason = f"compared with the pinned base '{base.internal.name}'"
+        pin = _PIN.fullmatch(base.internal.name)
+        whose = f"the pinned base of snapshot {pin[3]}" if pin else f"'{base.internal.name}'"
+        reason = f"compared with {whose}"
         return Change(TABLE_DIFF, reason, candidates, data, _to_the_end(candidates))
 
     def _scanned(self, point: Point, why: str, progress: Progress) -> Change:

@@ -195,7 +195,7 @@ class _Taking:
 
     @contextmanager
     def _unpinned_on_error(self, name: str) -> Iterator[None]:
-        """Drop the new pin if the body fails, or is interrupted, before the record could have been written."""
+        """Drop the new pin if the body fails, or is interrupted, before the record could be written."""
         try:
             yield
         except BaseException:

@@ -36,9 +36,9 @@ def run(*argv: str | Path) -> str:
     return done.stdout
 
 
-def island(*argv: str | Path) -> Any:
+def island(*argv: str | Path) -> Any:  # noqa: ANN401 (JSON)
     """Run `island ... --json`; its answer."""
-    console.print(f"[bold]$ island {' '.join(str(a) for a in argv)}[/]")
+    console.print(f"[bold]$ island {' '.join(Path(a).name for a in argv)}[/]", soft_wrap=True)
     return json.loads(run(sys.executable, "-m", "island_fast", *argv, "--json"))
 
 
@@ -57,8 +57,9 @@ def change(disk: Path, volume: Path, work: Path) -> None:
     run("cp", "--sparse=always", disk, before)
     folder = work / f"new{len(STEPS)}"
     write_files(folder, 3, seed=len(STEPS))
-    for file in folder.iterdir():
-        run("debugfs", "-w", "-R", f"write {file} {file.name}", disk)
+    for number, file in enumerate(sorted(folder.iterdir())):
+        run("debugfs", "-w", "-R", f"rm report{number}", disk)
+        run("debugfs", "-w", "-R", f"write {file} report{number}", disk)
     writes = []
     with open(before, "rb") as old, open(disk, "rb") as new:
         for at in range(0, disk.stat().st_size, BLOCK):
@@ -71,7 +72,7 @@ def change(disk: Path, volume: Path, work: Path) -> None:
 
 def size(count: int) -> str:
     """A number of bytes for people."""
-    return f"{count / MIB:.2f} MiB" if count >= MIB // 10 else f"{count / 1024:.1f} KiB"
+    return f"{count / MIB:.1f} MiB" if count >= MIB // 10 else f"{count / 1024:.1f} KiB"
 
 
 def snapshot(volume: Path, label: str) -> str:
@@ -84,7 +85,7 @@ def snapshot(volume: Path, label: str) -> str:
             f"{told['blocks_candidate']:,}",
             size(told["bytes_read"]),
             size(told["bytes_stored"]),
-            f"{told['seconds']:.2f}",
+            f"{told['seconds']:.2f} s",
         )
     )
     return f"{told['volume']}@{told['snapshot']}"
@@ -97,7 +98,9 @@ def demo(work: Path) -> None:
     write_files(work / "files", 100, seed=0)
     run("mke2fs", "-q", "-t", "ext4", "-d", work / "files", disk, "512M")
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "lazy_refcounts=on", disk, volume)
-    console.print(f"a volume of 512 MiB with 100 files in an ext4, as a qcow2 of {size(volume.stat().st_size)}")
+    console.print(
+        f"a volume of 512 MiB with 100 files in an ext4, as a qcow2 of {size(volume.stat().st_size)}"
+    )
 
     snapshot(volume, "first")
     change(disk, volume, work)
@@ -107,11 +110,13 @@ def demo(work: Path) -> None:
 
     gone = island("delete", middle)[0]
     swept = island("sweep")[0]
-    STEPS.append(("delete 'second', sweep", f"freed {size(swept['bytes_freed'])}", "", "", "", ""))
+    STEPS.append(("delete 'second'", f"freed {size(swept['bytes_freed'])}", "", "", "", ""))
     target = work / "restored.qcow2"
     back = island("restore", last, target)
-    moved = (size(back["bytes_read"]), size(back["bytes_written"]) + " written")
-    STEPS.append(("restore 'third'", "one manifest", "", *moved, f"{back['seconds']:.2f}"))
+    blocks = f"{back['bytes_written'] // BLOCK:,}"
+    STEPS.append(
+        ("restore 'third'", "checked", blocks, size(back["bytes_read"]), "", f"{back['seconds']:.2f} s")
+    )
     console.print("[bold]$ qemu-img compare web1.qcow2 restored.qcow2[/]")
     console.print(run("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", volume, target).strip())
     console.print(run("qemu-img", "check", "-f", "qcow2", target).splitlines()[0])
@@ -125,9 +130,11 @@ def main() -> None:
         demo(work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    table = Table("step", "how", "blocks scanned", "read", "sent", "seconds")
-    for name in ("blocks scanned", "read", "sent", "seconds"):
-        next(c for c in table.columns if c.header == name).justify = "right"
+    table = Table("step", "how", "blocks", "read", "sent", "time")
+    for column in table.columns[2:]:
+        column.justify = "right"
+    for column in table.columns:
+        column.no_wrap = True
     for step in STEPS:
         table.add_row(*step)
     console.print(table)

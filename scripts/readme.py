@@ -1,7 +1,7 @@
 """The README's examples, run: `python scripts/readme.py` checks them, `--write` puts the real output in.
 
-Each ```console block is a part of one session: lines that start with "$ " are typed, what follows is their
-output. The session runs in an empty folder with a local state of its own, so nothing of the user's is touched.
+Each ```console block is a part of one session: lines that start with "$ " are typed, what follows is the
+output. The session runs in an empty folder with a local state of its own: nothing of the user's is touched.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ def alike(one: str, other: str) -> bool:
     told = [re.sub(r"\s+", " ", line).rstrip() for line in told]
     numbers = [[float(n) for n in re.findall(r"\d+(?:\.\d+)?", line)] for line in told]
     shape = [re.sub(r"\d+(?:\.\d+)?", "N", line) for line in told]
-    return shape[0] == shape[1] and all(
-        abs(a - b) <= 0.1 * max(a, b) for a, b in zip(*numbers, strict=True)
-    )
+    return shape[0] == shape[1] and all(abs(a - b) <= 0.1 * max(a, b) for a, b in zip(*numbers, strict=True))
 
 
 def differences(text: str, real: str) -> list[str]:

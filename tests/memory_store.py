@@ -66,11 +66,6 @@ class MemoryStore(Store):
             raise DamagedObjectError(f"object {name} has no bytes up to {sum(ranges[-1])}; it is damaged")
         return [data[offset : offset + length] for offset, length in ranges]
 
-    def get_tail(self, name: str, length: int) -> memoryview:
-        if length < 1:
-            raise ValueError(f"a tail of {length} bytes was asked for")
-        return self._read("get_tail", name, length)[-length:]
-
     def _read(self, verb: str, name: str, most: int | None = None) -> memoryview:
         with self._lock:
             self.calls[verb] += 1

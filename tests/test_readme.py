@@ -16,4 +16,6 @@ def test_a_difference_would_be_seen() -> None:
     text = readme.README.read_text()
     assert readme.differences(text, text.replace("table-diff", "full-scan"))
     assert not readme.alike("12.5 KiB sent", "16.5 KiB sent")
-    assert readme.alike("ab12cd34ef56 2026-01-01T00:00:00Z 0.03 s", "ffffffffffff 2027-01-01T00:00:01Z 0.13 s")
+    assert readme.alike(
+        "ab12cd34ef56 2026-01-01T00:00:00Z 0.03 s", "ffffffffffff 2027-01-01T00:00:01Z 0.13 s"
+    )

@@ -37,8 +37,8 @@ def writer_present(fd: int) -> bool:
         return _byte_is_locked(fd, _WRITE_USED)
     except OSError as error:
         raise IslandError(
-            f"Whether the image is open for writing cannot be told, because its file system "
-            f"answers {_reason(error)} to lock requests; keep it on a local file system."
+            f"whether the image is open for writing cannot be told, because its file system "
+            f"answers {_reason(error)} to lock requests; keep it on a local file system"
         ) from error
 
 
@@ -69,7 +69,7 @@ class ImageLock:
 
     def __enter__(self) -> Self:
         if self._fd >= 0:
-            raise RefusedError(f"The lock of image {self.path!r} is already held.")
+            raise RefusedError(f"the lock of image {self.path!r} is already held; leave it first")
         fd = open_image(self.path)
         try:
             _lock_out_snapshots(fd, self.path)
@@ -98,16 +98,16 @@ def open_image(path: str) -> int:
     RefusedError if it is no regular file.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except FileNotFoundError as error:
-        raise NotFoundError(f"There is no image {path!r}; check the path.") from error
+        raise NotFoundError(f"there is no image {path!r}; check the path") from error
     except (OSError, ValueError) as error:
         raise IslandError(
-            f"Image {path!r} cannot be opened for reading ({_reason(error)}); run as a user who may read it."
+            f"image {path!r} cannot be opened for reading ({_reason(error)}); run as a user who may read it"
         ) from error
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
-        raise RefusedError(f"{path!r} is not a regular file; name the file that holds the image.")
+        raise RefusedError(f"{path!r} is not a regular file; name the file that holds the image")
     return fd
 
 
@@ -117,7 +117,7 @@ def _lock_out_snapshots(fd: int, path: str) -> None:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise RefusedError(
-            f"Another snapshot of image {path!r} is running; try again when it has ended."
+            f"another snapshot of image {path!r} is running; try again when it has ended"
         ) from error
     except OSError as error:
         raise _cannot_lock(path, error) from error
@@ -126,7 +126,7 @@ def _lock_out_snapshots(fd: int, path: str) -> None:
     except OSError:
         replaced = True
     if replaced:
-        raise RefusedError(f"Image {path!r} was replaced by another file just now; try again.")
+        raise RefusedError(f"image {path!r} was replaced by another file just now; try again")
 
 
 def _lock_out_writers(fd: int, path: str) -> None:
@@ -140,8 +140,8 @@ def _lock_out_writers(fd: int, path: str) -> None:
         raise _cannot_lock(path, error) from error
     if in_use:
         raise ImageInUseError(
-            f"Image {path!r} is open for writing in another process; "
-            f"stop that process, or name its QMP socket."
+            f"image {path!r} is open for writing in another process; "
+            f"stop that process, or name its QMP socket"
         )
 
 
@@ -157,7 +157,7 @@ def _flock(kind: int, byte: int) -> bytes:
 
 
 def _cannot_lock(path: str, error: OSError) -> IslandError:
-    return IslandError(f"Image {path!r} cannot be locked ({_reason(error)}); keep it on a local file system.")
+    return IslandError(f"image {path!r} cannot be locked ({_reason(error)}); keep it on a local file system")
 
 
 def _reason(error: Exception) -> str:

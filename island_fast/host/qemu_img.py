@@ -116,18 +116,18 @@ class QemuImg:
             result = self._execute(command)
         except FileNotFoundError as error:
             raise IslandError(
-                f"The program {self._program!r}, which would {task}, is missing; "
-                f"install the package qemu-utils, or go without a pinned base (--no-pin)."
+                f"the program {self._program!r}, which would {task}, is missing; "
+                f"install the package qemu-utils, or go without a pinned base (--no-pin)"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise IslandError(
                 f"qemu-img did not {task} within {error.timeout:.0f} s and was stopped; "
-                f"run `qemu-img check` on the image."
+                f"run `qemu-img check` on the image"
             ) from error
         except OSError as error:
             reason = error.strerror or str(error)
             raise IslandError(
-                f"qemu-img could not be started to {task} ({reason}); check {self._program!r}."
+                f"qemu-img could not be started to {task} ({reason}); check {self._program!r}"
             ) from error
         if result.returncode:
             raise _failure(task, result.returncode, _said(result.stderr or "", shown, node))
@@ -140,8 +140,7 @@ def _checked_name(name: str) -> str:
         size = 0
     if not 0 < size <= _MAX_NAME_BYTES or "\0" in name:
         raise UsageError(
-            f"{name!r} cannot be an internal snapshot's name; "
-            f"it must be text of 1 to {_MAX_NAME_BYTES} bytes."
+            f"{name!r} cannot be an internal snapshot's name; it must be text of 1 to {_MAX_NAME_BYTES} bytes"
         )
     return name
 
@@ -155,8 +154,8 @@ def _node(path: str) -> str:
         path.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"The path {path!r} is not UTF-8, so qemu cannot be told of it; "
-            f"rename it, or go without a pinned base (--no-pin)."
+            f"the path {path!r} is not UTF-8, so qemu cannot be told of it; "
+            f"rename it, or go without a pinned base (--no-pin)"
         ) from error
     node = {
         "driver": "qcow2",
@@ -188,19 +187,19 @@ def _failure(task: str, returncode: int, said: str) -> IslandError:
         number = -returncode if returncode < 0 else returncode - 128
         return IslandError(
             f"qemu-img was ended by {_signal_name(number)} before it could {task}; "
-            f"run `qemu-img check` on the image."
+            f"run `qemu-img check` on the image"
         )
     if 'Failed to get "' in said and '" lock' in said:
         return ImageInUseError(
             f"qemu-img could not {task}, because another process has the image open "
-            f"({said[:_MAX_SAID]}); stop that process, or name its QMP socket."
+            f"({said[:_MAX_SAID]}); stop that process, or name its QMP socket"
         )
     said = said.rstrip(".")[:_MAX_SAID]
     if "snapshot not found" in said or "No such file or directory" in said:
-        return NotFoundError(f"qemu-img could not {task}: {said}.")
+        return NotFoundError(f"qemu-img could not {task}: {said}")
     if "No space left on device" in said or "Disk quota exceeded" in said:
-        return IslandError(f"qemu-img could not {task}, because its file system is full; make room: {said}.")
-    return IslandError(f"qemu-img could not {task}: {said}.")
+        return IslandError(f"qemu-img could not {task}, because its file system is full; make room: {said}")
+    return IslandError(f"qemu-img could not {task}: {said}")
 
 
 def _signal_name(number: int) -> str:

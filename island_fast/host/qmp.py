@@ -83,18 +83,18 @@ class Qmp:
         names = [name for name, file in _qcow2_nodes(nodes) if self._is_file(file, wanted)]
         if not names:
             raise RefusedError(
-                f"The process behind {self.socket_path!r} does not hold image {shown!r}; "
-                f"name the QMP socket of the process that does."
+                f"the process behind {self.socket_path!r} does not hold image {shown!r}; "
+                f"name the QMP socket of the process that does"
             )
         if len(names) > 1:
             raise RefusedError(
-                f"The process behind {self.socket_path!r} has image {shown!r} open {len(names)} times "
-                f"(nodes {', '.join(map(repr, names))}); close all but one."
+                f"the process behind {self.socket_path!r} has image {shown!r} open {len(names)} times "
+                f"(nodes {', '.join(map(repr, names))}); close all but one"
             )
         if not written:
             raise RefusedError(
-                f"The process behind {self.socket_path!r} names image {shown!r}, but nobody has that file "
-                f"open for writing; see whether it was replaced while in use, or is open read-only."
+                f"the process behind {self.socket_path!r} names image {shown!r}, but nobody has that file "
+                f"open for writing; see whether it was replaced while in use, or is open read-only"
             )
         return names[0]
 
@@ -190,26 +190,26 @@ class Qmp:
     def _failure(self, command: str, error: object) -> IslandError:
         said = str(error.get("desc")) if isinstance(error, dict) else str(error)
         said = "".join(c if c.isprintable() else "?" for c in said).rstrip(".")[:_MAX_SAID]
-        sentence = f"The process behind {self.socket_path!r} refused {command}: {said}."
-        if command.startswith("blockdev-snapshot-delete") and "does not exist on" in said:
+        sentence = f"the process behind {self.socket_path!r} refused {command}: {said}"
+        if "does not exist on" in said:
             return NotFoundError(sentence)
         return IslandError(sentence)
 
     def _silence(self, awaited: str) -> IslandError:
         return IslandError(
-            f"The process behind {self.socket_path!r} did not answer in time ({awaited}); "
-            f"see whether it hangs, or whether another client holds this socket."
+            f"the process behind {self.socket_path!r} did not answer in time ({awaited}); "
+            f"see whether it hangs, or whether another client holds this socket"
         )
 
     def _hung_up(self, awaited: str) -> IslandError:
         return IslandError(
-            f"The process behind {self.socket_path!r} ended the connection ({awaited}); "
-            f"see whether it still runs."
+            f"the process behind {self.socket_path!r} ended the connection ({awaited}); "
+            f"see whether it still runs"
         )
 
     def _nonsense(self, what: str) -> IslandError:
         return IslandError(
-            f"The process behind {self.socket_path!r} {what}; name the QMP socket of a qemu process."
+            f"the process behind {self.socket_path!r} {what}; name the QMP socket of a qemu process"
         )
 
 
@@ -221,21 +221,21 @@ def _connect(path: str) -> socket.socket:
         connection.connect(path)
     except FileNotFoundError as error:
         connection.close()
-        raise NotFoundError(f"There is no QMP socket {path!r}; check the path.") from error
+        raise NotFoundError(f"there is no QMP socket {path!r}; check the path") from error
     except ConnectionRefusedError as error:
         connection.close()
         raise IslandError(
-            f"Nothing listens on QMP socket {path!r}; see whether its process still runs."
+            f"nothing listens on QMP socket {path!r}; see whether its process still runs"
         ) from error
     except BlockingIOError as error:
         connection.close()
         raise IslandError(
-            f"QMP socket {path!r} is busy with other clients; try again when they have ended."
+            f"QMP socket {path!r} is busy with other clients; try again when they have ended"
         ) from error
     except (OSError, ValueError) as error:
         connection.close()
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise IslandError(f"QMP socket {path!r} cannot be connected to: {reason}.") from error
+        raise IslandError(f"QMP socket {path!r} cannot be connected to: {reason}") from error
     except BaseException:
         connection.close()
         raise

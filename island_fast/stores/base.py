@@ -145,10 +145,6 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get_tail(self, name: str, length: int) -> memoryview:
-        """The last `length` (at least 1) bytes of an object; all of them if it is shorter."""
-
-    @abstractmethod
     def head(self, name: str) -> ObjectInfo | None:
         """What is stored under `name`, asked of every replica; None when all of them lack it."""
 

@@ -193,14 +193,6 @@ class DirectoryStore(Store):
             check_size(name, size, max((o + n for o, n in ranges), default=0))
             return [_read(fd, name, offset, length) for offset, length in ranges]
 
-    def get_tail(self, name: str, length: int) -> memoryview:
-        """See Store.get_tail."""
-        if length < 1:
-            raise ValueError(f"a tail of {length} bytes was asked for")
-        with self._reading(name) as (fd, size):
-            length = min(length, check_size(name, size))
-            return _read(fd, name, size - length, length)
-
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
         """The object's file descriptor and size in bytes. An OSError in the block is translated, too."""

@@ -227,19 +227,6 @@ class SwiftStore(Store):
         with _understood(name):
             return byteranges.pick(found, ranges)
 
-    def get_tail(self, name: str, length: int) -> memoryview:
-        """See Store.get_tail."""
-        if length < 1:
-            raise ValueError(f"a tail of {length} bytes was asked for")
-        answer = self._fetch(name, f"bytes=-{length}", length)
-        if answer.status == 416:  # an empty object has no last byte
-            return memoryview(b"")
-        piece = self._pieces(name, answer, 0)[-1]
-        with _understood(name):
-            if piece.total not in (None, piece.stop):
-                raise ValueError("the last bytes were asked for and others came")
-        return piece.data[-length:]
-
     def _pieces(self, name: str, answer: _Answer, needed: int) -> list[byteranges.Piece]:
         """An answer to a request for ranges, the last of which ends at `needed`."""
         if answer.status == 416:

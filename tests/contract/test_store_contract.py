@@ -102,7 +102,6 @@ def test_an_empty_object(store: Store):
     store.put("empty", [])
     store.put("empty", [b"", b""])
     assert store.get("empty") == b""
-    assert store.get_tail("empty", 10) == b""
     info = store.head("empty")
     assert info is not None
     assert info.size == 0
@@ -146,15 +145,6 @@ def test_ranges_out_of_order_are_a_mistake(store: Store, ranges: list[tuple[int,
         store.get_ranges("object", ranges)
 
 
-def test_tail(store: Store):
-    store.put("object", [b"0123456789"])
-    assert store.get_tail("object", 1) == b"9"
-    assert store.get_tail("object", 10) == b"0123456789"
-    assert store.get_tail("object", 11) == b"0123456789"
-    with pytest.raises(ValueError):
-        store.get_tail("object", 0)
-
-
 def test_what_is_missing(store: Store):
     store.put("folder/object", [b"x"])
     for name in ("none", "folder", "folder/object/below", "folder/none"):
@@ -163,8 +153,6 @@ def test_what_is_missing(store: Store):
             store.get(name)
     with pytest.raises(ObjectMissingError):
         store.get_ranges("none", [(0, 1)])
-    with pytest.raises(ObjectMissingError):
-        store.get_tail("none", 1)
     assert issubclass(ObjectMissingError, NotFoundError)
 
 
@@ -239,7 +227,6 @@ def test_bad_names_are_refused_by_every_verb(store: Store, name: str):
         lambda: store.put(name, [b"x"]),
         lambda: store.get(name),
         lambda: store.get_ranges(name, [(0, 1)]),
-        lambda: store.get_tail(name, 1),
         lambda: store.head(name),
         lambda: store.delete(name),
     ):

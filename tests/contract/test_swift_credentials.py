@@ -41,7 +41,7 @@ def keystone(swift: SwiftServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ke
 
 
 def works(url: str) -> Keyring:
-    """Put and get through the store at `url`, with every token so far revoked in between."""
+    """Put, get and delete through the store at `url`; the keyring that opened it."""
     with open_store(url) as store:
         name = f"object-{os.urandom(4).hex()}"
         store.put(name, [b"x"])

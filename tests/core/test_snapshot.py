@@ -220,8 +220,8 @@ def test_a_name_that_is_none_is_refused(repository: Repository, image: Path, nam
 
 def test_another_hosts_volume_needs_adoption(store: MemoryStore, image: Path, tmp_path: Path) -> None:
     here = Repository(store, LocalState(tmp_path / "one"), create=True)
-    there = Repository(store, LocalState(tmp_path / "two"))
     first = here.snapshot(image)
+    there = Repository(store, LocalState(tmp_path / "two"))
     with pytest.raises(ConflictError, match="island adopt vol"):
         there.snapshot(image, volume="vol")
     with pytest.raises(ConflictError, match="belongs to host"):

@@ -39,7 +39,7 @@ def descriptors() -> set[str]:
 
 
 def test_a_second_snapshot_of_an_image_is_refused_until_the_first_ends(image: Path) -> None:
-    running = pytest.raises(RefusedError, match=r"Another snapshot of image .*disk.qcow2.* is running")
+    running = pytest.raises(RefusedError, match=r"another snapshot of image .*disk.qcow2.* is running")
     with ImageLock(image), running:
         ImageLock(image).__enter__()
     with ImageLock(image):
@@ -116,7 +116,7 @@ def test_only_regular_files_are_locked(tmp_path: Path) -> None:
     for path in (tmp_path, pipe, Path("/dev/null")):
         with pytest.raises(RefusedError, match="not a regular file"), ImageLock(path):
             pass
-    with pytest.raises(NotFoundError, match="There is no image"), ImageLock(tmp_path / "none"):
+    with pytest.raises(NotFoundError, match="there is no image"), ImageLock(tmp_path / "none"):
         pass
 
 

@@ -368,8 +368,10 @@ def test_an_answer_in_pieces_and_two_in_one_piece_are_read(
         # the answer to the second command is there before it is asked
         connection.sendall(GREETING + b'{"return": {}, "id": 1}\n{"return": ' + nodes[:9].encode())
         time.sleep(0.05)
-        for byte in (nodes[9:] + ', "id": 2}\n').encode():
+        for byte in (nodes[9:] + ', "id": 2}').encode():
             connection.sendall(bytes([byte]))
+        time.sleep(0.05)
+        connection.sendall(b"\n")
         connection.recv(1)
 
     with Qmp(serve(script)) as qmp:
@@ -378,7 +380,7 @@ def test_an_answer_in_pieces_and_two_in_one_piece_are_read(
 
 def test_an_error_without_an_id_is_ours(serve: Callable[[Script], Path]) -> None:
     path = serve(answering('{"error": {"class": "GenericError", "desc": "bad\\nJSON."}}\n'))
-    with Qmp(path) as qmp, pytest.raises(IslandError, match=r"bad\?JSON\.$"):
+    with Qmp(path) as qmp, pytest.raises(IslandError, match=r"bad\?JSON$"):
         qmp.snapshot_create("disk", "one")
 
 
@@ -471,7 +473,7 @@ def test_a_socket_that_cannot_be_connected_to_gives_one_sentence(short_folder: P
     dead = short_folder / "dead"
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(dead))
-    with pytest.raises(IslandError, match="Nothing listens"):
+    with pytest.raises(IslandError, match="nothing listens"):
         Qmp(dead)
     with pytest.raises(IslandError, match="too long"):
         Qmp(short_folder / ("x" * 200))

@@ -1,0 +1,153 @@
+"""The command, called in this process (fast) or as a process of its own (signals, streams, start-up)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from island_fast.cli import main
+from island_fast.show import printable
+from tests import qemu
+
+MIB = 1 << 20
+COMMAND = [sys.executable, "-m", "island_fast"]
+
+
+@dataclass(frozen=True)
+class Done:
+    """How one run ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Island:
+    """Runs `island` with local state and repository of the test's own; `repository` and `state` are there."""
+
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        self.repository = folder / "repository"
+        self.state = folder / "state"
+        self._capsys = capsys
+
+    def __call__(self, *words: object) -> Done:
+        """Run it in this process."""
+        self._capsys.readouterr()
+        code = main([str(word) for word in words])
+        return Done(code, *self._capsys.readouterr())
+
+    def text(self, *words: object) -> str:
+        """Standard output of a run that ends well and has nothing to say beside its answer."""
+        done = self(*words)
+        assert (done.code, done.err) == (0, ""), done
+        return done.out
+
+    def json(self, *words: object) -> Any:
+        """The answer of a run with --json that ends well."""
+        return json.loads(self.text(*words, "--json"))
+
+    def fails(self, code: int, *words: object) -> str:
+        """The sentence of a run that fails with this exit code, said alike with and without --json.
+
+        So it must change nothing: it is run twice.
+        """
+        done = self(*words)
+        assert (done.code, done.out) == (code, ""), done
+        sentence = one_sentence(done.err)
+        told = self(*words, "--json")
+        assert (told.code, told.err) == (code, ""), told
+        answer = json.loads(told.out)
+        assert answer.keys() == {"error", "message", "exit_code"}
+        assert answer["exit_code"] == code
+        assert printable(answer["message"]) == sentence
+        return sentence
+
+    def start(self, *words: object, **options: Any) -> subprocess.Popen[bytes]:
+        """Start it as a process; both streams are pipes unless told otherwise."""
+        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
+        return subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(streams | options))
+
+
+def one_sentence(text: str) -> str:
+    """What stands behind `island: ` in the only line of standard error."""
+    assert "Traceback" not in text
+    assert text.startswith("island: ")
+    assert text.count("\n") == 1
+    assert text.endswith("\n")
+    return text.removeprefix("island: ").rstrip("\n")
+
+
+def pins(image: Path) -> list[str]:
+    """Names of the internal snapshots that the image holds."""
+    return [one["name"] for one in qemu.info(image).get("snapshots", [])]
+
+
+def wait_until(there: Callable[[], object], process: subprocess.Popen[bytes]) -> None:
+    """Return as soon as `there()` is true; fails if the process ends before."""
+    deadline = time.monotonic() + 30
+    while not there():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+@pytest.fixture
+def island(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Island:
+    """The command; ISLAND_REPOSITORY is set, and no Swift credentials."""
+    for key in list(os.environ):
+        if key.startswith(("OS_", "ST_", "ISLAND_")):
+            monkeypatch.delenv(key)
+    command = Island(tmp_path, capsys)
+    monkeypatch.setenv("ISLAND_STATE", str(command.state))
+    monkeypatch.setenv("ISLAND_REPOSITORY", str(command.repository))
+    return command
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    """A volume `disk` of 64 MiB with 3 MiB that do not compress, in 48 blocks."""
+    path = qemu.create(tmp_path / "disk.qcow2", 64 * MIB, lazy_refcounts="on")
+    noise(path, tmp_path, MIB, 3 * MIB)
+    return path
+
+
+def noise(image: Path, folder: Path, offset: int, length: int) -> None:
+    """Write bytes that do not compress."""
+    source = folder / "noise"
+    source.write_bytes(random.Random(f"{offset} {length}").randbytes(length))
+    qemu.write_file(image, offset, source)
+    source.unlink()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[str, int], Path]]:
+    """`small_disk(name, bytes)`: a file system of its own; its size can be given again."""
+    mounted: list[Path] = []
+
+    def mount(name: str, size: int) -> Path:
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        options = ("remount," if path in mounted else "") + f"size={size}"
+        done = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)], capture_output=True, check=False
+        )
+        if done.returncode:
+            pytest.skip("mounting a small file system needs root")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for path in set(mounted):
+        with contextlib.suppress(subprocess.CalledProcessError):
+            subprocess.run(["umount", str(path)], check=True)

@@ -1,0 +1,239 @@
+"""Each verb, in its human and its JSON form, on a real image and a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import qemu
+from tests.cli.conftest import MIB, Island, noise, pins
+from tests.daemon import StorageDaemon, needs_storage_daemon
+
+pytestmark = qemu.needs_qemu
+
+ROW = ["snapshot", "lineage", "parent", "volume", "label", "created", "volume_size", "bytes_stored"]
+KEYS = {
+    "snapshot": [
+        *["snapshot", "lineage", "parent", "volume", "label", "volume_size", "rule", "reason"],
+        *["blocks_candidate", "blocks_changed", "bytes_read", "bytes_stored", "objects_written", "seconds"],
+        "notes",
+    ],
+    "list": ROW,
+    "show": ROW,
+    "restore": [
+        *["snapshot", "target", "format", "volume_size"],
+        *["bytes_read", "bytes_written", "objects_read", "seconds"],
+    ],
+    "delete": ["snapshot", "volume", "bytes_unreferenced", "bytes_freed"],
+    "sweep": [
+        *["volume", "objects_removed", "packs_repacked"],
+        *["bytes_removed", "bytes_rewritten", "bytes_freed"],
+    ],
+    "adopt": ["volume", "snapshots", "epoch"],
+}
+
+
+def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path, tmp_path: Path) -> None:
+    taken = island.json("snapshot", disk)
+    listed = island.json("list")
+    shown = island.json("show", "disk@latest")
+    restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
+    deleted = island.json("delete", "disk@latest")
+    swept = island.json("sweep")
+    adopted = island.json("adopt", "disk")
+    found = [taken, *listed, shown, restored, *deleted, *swept, adopted]
+    assert [list(one) for one in found] == list(KEYS.values())
+    assert listed == [shown]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", shown["created"])
+
+
+def test_snapshot_tells_its_rule_and_its_work(island: Island, disk: Path, tmp_path: Path) -> None:
+    first = island.json("snapshot", disk, "--label", "before")
+    assert (first["rule"], first["blocks_changed"], first["bytes_read"]) == ("full-scan", 48, 3 * MIB)
+    assert (first["volume"], first["label"], first["parent"]) == ("disk", "before", None)
+    noise(disk, tmp_path, 10 * MIB, 128 << 10)
+    text = island.text("snapshot", disk)
+    found = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
+    assert list(found) == ["snapshot", "volume", "parent", "rule", "blocks", "read", "stored", "time"]
+    assert found["volume"] == "disk, 64.0 MiB"
+    assert found["parent"] == first["snapshot"]
+    assert found["rule"] == f"table-diff: compared with the pinned base of snapshot {first['snapshot']}"
+    assert found["blocks"] == "2 may have changed, 2 did; 64 KiB each"
+    assert found["read"] == "128.0 KiB"
+    assert re.fullmatch(r"12\d\.\d KiB; 3 objects written", found["stored"])
+    assert re.fullmatch(r"\d+\.\d\d? s", found["time"])
+    assert len(pins(disk)) == 1
+    assert len(island.text("snapshot", disk, "--quiet").strip()) == 32
+
+
+def test_snapshot_options(island: Island, disk: Path) -> None:
+    qemu.snapshot_create(disk, "monday")
+    before = disk.read_bytes()
+    one = island.json("snapshot", disk, "--at", "monday", "--volume", "other")
+    two = island.json("snapshot", disk, "--no-pin", "--volume", "third")
+    assert disk.read_bytes() == before, "neither --at nor --no-pin writes to the image"
+    assert (one["volume"], two["volume"]) == ("other", "third")
+    island("snapshot", disk)
+    full = island.json("snapshot", disk, "--full")
+    assert (full["rule"], full["reason"]) == ("full-scan", "a full scan was asked for")
+    assert (full["bytes_read"], full["blocks_changed"]) == (3 * MIB, 0)
+
+
+@needs_storage_daemon
+def test_an_image_in_use_needs_its_socket(island: Island, disk: Path) -> None:
+    with StorageDaemon(disk) as daemon:
+        sentence = island.fails(4, "snapshot", disk)
+        assert "--qmp" in sentence
+        daemon.write(20 * MIB, 65536, 7)
+        taken = island.json("snapshot", disk, "--qmp", daemon.qmp_socket)
+    assert taken["blocks_changed"] == 49
+    qemu.check(disk)
+
+
+def test_list_is_a_table_that_programs_can_read_too(island: Island, disk: Path) -> None:
+    first = island.json("snapshot", disk, "--label", "a\x1b[31m\nb ü")
+    second = island.json("snapshot", disk)
+    header, *rows = island.text("list").splitlines()
+    assert header.split() == ["SNAPSHOT", "VOLUME", "CREATED", "SIZE", "STORED", "PARENT", "LABEL"]
+    cells = [re.split(r"  +", row) for row in rows]
+    assert [row[0] for row in cells] == [first["snapshot"][:12], second["snapshot"][:12]]
+    assert [row[5] for row in cells] == ["none", first["snapshot"][:12]]
+    assert cells[0][6] == "a\\x1b[31m\\nb ü", "a label cannot steer a terminal, nor break a row"
+    assert island.json("list")[0]["label"] == "a\x1b[31m\nb ü"
+    assert island.text("list", "--volume", "disk").splitlines()[1:] == rows
+    assert island.text("list", "-q").split() == [first["snapshot"], second["snapshot"]]
+
+
+def test_an_empty_list_is_a_list(island: Island, disk: Path) -> None:
+    island("delete", island.json("snapshot", disk)["snapshot"])
+    assert island("list", "--json").out == "[]\n"
+    done = island("list")
+    assert (done.code, done.out) == (0, "")
+    assert done.err == f"island: there are no snapshots in {island.repository}\n"
+    assert island("list", "--quiet").err == ""
+
+
+def test_show_by_every_kind_of_name(island: Island, disk: Path) -> None:
+    taken = island.json("snapshot", disk)["snapshot"]
+    for name in (taken, taken[:6], f"disk@{taken}", f"disk@{taken[:4]}", "disk@latest"):
+        assert island.json("show", name)["snapshot"] == taken
+    assert island.text("show", taken).splitlines()[0] == f"snapshot  {taken}"
+
+
+@pytest.mark.parametrize("image_format", ["qcow2", "raw"])
+def test_restore_gives_the_volume(island: Island, disk: Path, tmp_path: Path, image_format: str) -> None:
+    taken = island.json("snapshot", disk)
+    text = island.text("restore", "disk@latest", tmp_path / "out", "--format", image_format)
+    assert f"target    {tmp_path / 'out'}, {image_format}\n" in text
+    assert "written   3.0 MiB\n" in text
+    qemu.compare(disk, tmp_path / "out", other_format=image_format)
+    if image_format == "qcow2":
+        qemu.check(tmp_path / "out")
+        again = island.json("snapshot", tmp_path / "out")
+        assert (again["rule"], again["parent"]) == ("table-diff", taken["snapshot"])
+    assert island.text("restore", "disk@latest", tmp_path / "quiet", "-q") == ""
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
+    first = island.json("snapshot", disk)["snapshot"]
+    noise(disk, tmp_path, MIB, 3 * MIB + 65536)
+    island("snapshot", disk)
+    (would,) = island.json("delete", first, "--dry-run")
+    text = island.text("delete", first, "--dry-run")
+    assert text.startswith(f"Would delete snapshot {first} of volume disk: ")
+    assert len(island.json("list")) == 2, "a dry run deletes nothing"
+    assert island.text("delete", first[:8]).startswith(f"Deleted snapshot {first} of volume disk: ")
+    (plan,) = island.json("sweep", "--dry-run")
+    assert plan["bytes_freed"] == would["bytes_freed"]
+    assert re.match(r"Volume disk: would remove \d objects? \(", island.text("sweep", "--dry-run"))
+    before = occupied(island.repository / "disk/packs") + occupied(island.repository / "disk/manifests")
+    text = island.text("sweep", "--grace", "0")
+    after = occupied(island.repository / "disk/packs") + occupied(island.repository / "disk/manifests")
+    assert before - after == plan["bytes_freed"]
+    assert re.fullmatch(r"Volume disk: removed \d objects? \(.* [KM]iB\).*; freed .*iB\.\n", text)
+    assert island.text("sweep") == "Volume disk: nothing to remove.\n"
+    assert island.text("sweep", "--quiet") == ""
+
+
+def occupied(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.mark.parametrize(
+    "grace, kept", [("24h", True), ("90m", True), ("3600s", True), ("7d", True), ("0", False)]
+)
+def test_grace(island: Island, disk: Path, grace: str, kept: bool) -> None:
+    island("delete", island.json("snapshot", disk)["snapshot"])
+    (swept,) = island.json("sweep", "--dry-run", "--grace", grace)
+    assert (swept["objects_removed"] == 0) == kept
+
+
+def test_grace_is_compared_in_its_unit(island: Island, disk: Path) -> None:
+    island("delete", island.json("snapshot", disk)["snapshot"])
+    assert island.json("sweep", "--dry-run", "--grace", "0.001s")[0]["objects_removed"] > 0
+    assert island.json("sweep", "--dry-run", "--grace", "0.001d")[0]["objects_removed"] == 0
+
+
+def test_adopt_lets_another_host_go_on(island: Island, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = island.json("snapshot", disk)["snapshot"]
+    monkeypatch.setenv("ISLAND_STATE", str(island.state) + "2")
+    assert "island adopt disk" in island.fails(4, "snapshot", disk)
+    assert island("sweep").err == f"island: this host owns no volume in {island.repository}\n"
+    assert island.text("adopt", "disk") == "This host now owns volume disk with 1 snapshot (epoch 1).\n"
+    assert island.json("snapshot", disk)["parent"] == first
+
+
+def test_common_options_before_or_after_the_verb(
+    island: Island, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    island("-r", elsewhere, "snapshot", disk)
+    assert not island.repository.exists(), "-r goes before the environment"
+    monkeypatch.delenv("ISLAND_REPOSITORY")
+    before = island.text("--json", "--repository", elsewhere, "list")
+    assert len(json.loads(before)) == 1
+    assert island.text("list", "--json", "-r", elsewhere) == before
+    assert island.text("-r", "/nowhere", "list", "-r", elsewhere, "--json") == before, "the last one counts"
+
+
+def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
+    text = island.text("--help")
+    verbs = re.findall(r"^  ([a-z]+)  ", text.split("Commands:")[1], re.MULTILINE)
+    assert verbs == ["snapshot", "list", "show", "restore", "delete", "sweep", "adopt"]
+    assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
+    assert island.text("-h") == island.text() == text
+    for verb in verbs:
+        shown = island.text(verb, "--help")
+        assert "    island -r " in shown.split("Example:")[1]
+        assert all(option in shown for option in ("--repository", "--json", "--quiet"))
+
+
+def test_names_that_are_not_utf8(island: Island, disk: Path, tmp_path: Path) -> None:
+    strange = os.path.join(os.fsencode(tmp_path), b"d\xff.qcow2")
+    os.rename(disk, strange)
+    name = os.fsdecode(strange)
+    assert "--volume" in island.fails(2, "snapshot", name)
+    assert "UTF-8" in island.fails(2, "snapshot", disk.parent, "--label", "\udcff")
+    assert "--no-pin" in island.fails(2, "snapshot", name, "--volume", "d")
+    assert island.json("snapshot", name, "--volume", "d", "--no-pin")["blocks_changed"] == 48
+    target = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"t\xfe"))
+    assert island.json("restore", "d@latest", target)["target"] == target
+    assert "t\\udcfe exists already" in island.fails(4, "restore", "d@latest", target)
+
+
+def test_as_a_process_and_as_a_console_script(island: Island, disk: Path) -> None:
+    for words in (["snapshot", disk], ["list"], ["show", "disk@latest"]):
+        process = island.start(*words, "--json")
+        out, err = process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert json.loads(out)
+    script = Path(sys.executable).with_name("island")
+    done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
+    assert re.fullmatch(r"island \d+\.\d+\.\d+, digests by (libxxhash|python-xxhash).*\n", done.stdout)
