@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from island_fast import columns
 from island_fast.dirtymap import merge_intervals, subtract_intervals
-from island_fast.errors import DamagedObjectError
-from island_fast.frame import Buffer, Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+from island_fast.frame import Buffer, Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pin_from_json
 from island_fast.qcow2.snapshots import PinnedBase
 from island_fast.slots import (
@@ -49,6 +49,7 @@ Int64s = NDArray[np.int64]
 CHECKPOINT_EVERY = 32
 _MAX_META = 64 << 20
 _MAX_ROWS = 1 << 28
+_EVENTS = ("owner", "snapshot", "delete", "sweep")
 
 _META = 1
 _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
@@ -110,13 +111,13 @@ class SnapshotRow:
         return cls(
             id=value["id"],
             parent=parent,
-            attempt=int(value["attempt"]),
+            attempt=integer(value["attempt"]),
             checksum=value["checksum"],
-            manifest_size=int(value["manifest_size"]),
-            created=int(value["created"]),
+            manifest_size=integer(value["manifest_size"]),
+            created=integer(value["created"]),
             label=str(value["label"]),
-            volume_size=int(value["volume_size"]),
-            stored=int(value["stored"]),
+            volume_size=integer(value["volume_size"]),
+            stored=integer(value["stored"]),
             pin=pin_from_json(value["pin"]),
         )
 
@@ -185,6 +186,7 @@ class Record:
     gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))  # pack keys swept away
     dead: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # slot keys
     state: State | None = None
+    write_features: int = 0  # of its object: bits that the next writer must know
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,6 +315,10 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
     """
     frame = open_frame(Kind.RECORD, name, data)
     meta = read_json(name, frame.section(_META, _MAX_META))
+    if meta.get("event") not in _EVENTS or meta.get("key") != 0:
+        raise UnsupportedObjectError(
+            f"catalog record {name} is of a kind that this island does not know; use a newer one"
+        )
     try:
         ids = [i for i in meta["snapshots"] if SNAPSHOT_PATTERN.fullmatch(i)]
         if len(ids) != len(meta["snapshots"]):
@@ -320,9 +326,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
         owners = numbers.numbers(ids)
 
         def table(first: int, width: int) -> list[Int64s]:
-            rows = int(meta[f"rows_{first}"])
-            if not 0 <= rows <= _MAX_ROWS:
-                raise ValueError(rows)
+            rows = integer(meta[f"rows_{first}"], _MAX_ROWS + 1)
             stored = [
                 columns.decode(name, frame.section(first + i, 8 * rows), rows) for i in range(width + 1)
             ]
@@ -333,6 +337,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
             bytes.fromhex(str(record.previous))
         record = replace(
             record,
+            write_features=frame.write_features,
             packs=_sorted_packs(table(_PACKS, 6)),
             gone=table(_GONE, 1)[0],
             dead=_slot_keys(*table(_DEAD, 3)),
@@ -355,18 +360,16 @@ def _record(meta: Mapping[str, Any]) -> Record:
     snapshot = meta["snapshot"]
     if not LINEAGE_PATTERN.fullmatch(meta["lineage"]):
         raise ValueError(meta["lineage"])
-    if meta["event"] not in ("owner", "snapshot", "delete", "sweep"):
-        raise ValueError(meta["event"])
     return Record(
         lineage=meta["lineage"],
-        epoch=int(meta["epoch"]),
-        number=int(meta["number"]),
+        epoch=integer(meta["epoch"]),
+        number=integer(meta["number"]),
         writer=str(meta["writer"]),
         host=str(meta["host"]),
         previous=meta["previous"],
-        time=int(meta["time"]),
+        time=integer(meta["time"]),
         event=meta["event"],
-        seed=int(meta["seed"]),
+        seed=integer(meta["seed"]),
         snapshot=None if snapshot is None else SnapshotRow.from_json(snapshot),
         deleted=tuple(str(x) for x in meta["deleted"]),
         swept=tuple(str(x) for x in meta["swept"]),

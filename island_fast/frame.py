@@ -1,9 +1,10 @@
 """The frame that every object of a repository is wrapped in.
 
 A frame is a fixed header, a table of sections, and the sections' bytes. The header names the kind and the
-format version, carries the features a reader must know, the object's own id (the XXH3-128 of its name
-below the repository's prefix, so that an object answered under another's name is noticed), a checksum of
-the whole object and one of header and table alone, for readers that fetch sections by range.
+format version, carries the features a reader must know and those a writer must know, the object's own id
+(the XXH3-128 of its name below the repository's prefix, so that an object answered under another's name is
+noticed), a checksum of the whole object and one of header and table alone, for readers that fetch sections
+by range.
 Byte layout: docs/format.md, "Frame". All integers are little-endian. No I/O.
 """
 
@@ -28,6 +29,7 @@ __all__ = [
     "Kind",
     "Section",
     "SectionEntry",
+    "integer",
     "json_bytes",
     "open_frame",
     "parse_front",
@@ -42,7 +44,7 @@ _KNOWN_FEATURES = 0
 _MAX_SECTIONS = 64
 _MAX_PLAIN = 1 << 30
 
-# magic, version, section count, reserved, features, total length, object id, front checksum, checksum
+# magic, version, section count, write features, features, total length, object id, front checksum, checksum
 _HEADER = struct.Struct("<8sHHIQQ16sQ16s")
 _ENTRY = struct.Struct("<IIQQQQ")  # kind, codec, offset, stored length, plain length, checksum
 _FRONT_SUM_AT = 48
@@ -93,11 +95,15 @@ class SectionEntry:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A checked object: its section table, and the buffer (not copied) that the sections lie in."""
+    """A checked object: its section table, and the buffer (not copied) that the sections lie in.
+
+    `write_features` are bits that whoever writes to the lineage must know; none is defined yet.
+    """
 
     name: str
     length: int
     checksum: bytes
+    write_features: int
     entries: Mapping[int, SectionEntry]
     data: memoryview
 
@@ -115,19 +121,25 @@ def _object_id(name: str) -> bytes:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """`value` as canonical JSON: sorted keys, no blanks, UTF-8."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return text.encode("utf-8", "surrogateescape")
+    """`value` as canonical JSON: sorted keys, no blanks, ASCII with escapes."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read_json(name: str, data: Buffer) -> dict[str, Any]:
     """The JSON object in `data`, a section of object `name`."""
     try:
-        value = json.loads(bytes(data).decode("utf-8", "surrogateescape"))
+        value = json.loads(bytes(data))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise DamagedObjectError(f"object {name} holds unreadable metadata; it is damaged")
+    return value
+
+
+def integer(value: object, top: int = 1 << 63) -> int:
+    """`value` itself if it is an integer in [0, top), else ValueError. For numbers from JSON."""
+    if type(value) is not int or not 0 <= value < top:
+        raise ValueError(value)
     return value
 
 
@@ -175,17 +187,16 @@ def _encode(section: Section) -> tuple[Sequence[Buffer], Codec]:
     return section.parts, Codec.PLAIN
 
 
-def parse_front(kind: Kind, name: str, front: Buffer) -> tuple[dict[int, SectionEntry], int, bytes]:
-    """Header and section table from the first bytes of object `name`.
+def parse_front(kind: Kind, name: str, front: Buffer) -> Frame:
+    """Header and section table from the first bytes of object `name`; its `data` are those bytes.
 
-    Returns the table by section kind, the object's whole length and its checksum. `front` may be longer
-    than header and table; if it is shorter, or any field is wrong, DamagedObjectError (or
-    UnsupportedObjectError for a version or feature that this reader does not know).
+    `front` may be longer than header and table; if it is shorter, or any field is wrong, DamagedObjectError
+    (or UnsupportedObjectError for a version or feature that this reader does not know).
     """
-    view = memoryview(front).cast("B")
+    view = memoryview(front).cast("B").toreadonly()
     if view.nbytes < HEADER_SIZE:
         raise DamagedObjectError(f"object {name} is cut short; restore it or delete its snapshots")
-    magic, version, count, _, features, length, oid, front_sum, checksum = _HEADER.unpack_from(view)
+    magic, version, count, writing, features, length, oid, front_sum, checksum = _HEADER.unpack_from(view)
     if magic != kind.value:
         raise DamagedObjectError(f"object {name} is not a {kind.name.lower()}; it is damaged")
     if version != FORMAT_VERSION or features & ~_KNOWN_FEATURES:
@@ -206,21 +217,21 @@ def parse_front(kind: Kind, name: str, front: Buffer) -> tuple[dict[int, Section
     entries = {row.kind: row for row in rows}
     if len(entries) != count or any(e.offset < end or e.offset + e.stored > length for e in entries.values()):
         raise DamagedObjectError(f"object {name} has a damaged section table")
-    return entries, length, checksum
+    return Frame(name, length, checksum, writing, entries, view)
 
 
 def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
     """Check a whole object: header, id, length and the checksum over all of it."""
-    view = memoryview(data).cast("B").toreadonly()
-    entries, length, checksum = parse_front(kind, name, view)
-    if view.nbytes != length:
-        raise DamagedObjectError(f"object {name} is {view.nbytes} bytes and should be {length}")
+    frame = parse_front(kind, name, data)
+    view = frame.data
+    if view.nbytes != frame.length:
+        raise DamagedObjectError(f"object {name} is {view.nbytes} bytes and should be {frame.length}")
     whole = xxhash.xxh3_128(view[:_CHECKSUM_AT])
     whole.update(bytes(HEADER_SIZE - _CHECKSUM_AT))
     whole.update(view[HEADER_SIZE:])
-    if whole.digest() != checksum:
+    if whole.digest() != frame.checksum:
         raise DamagedObjectError(f"object {name} is damaged (checksum differs)")
-    return Frame(name, length, checksum, entries, view)
+    return frame
 
 
 def _plain(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> memoryview:

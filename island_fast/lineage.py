@@ -27,7 +27,13 @@ from island_fast.catalog import (
     manifest_name,
     stop_name,
 )
-from island_fast.errors import ConflictError, DamagedObjectError, NotFoundError, ObjectMissingError
+from island_fast.errors import (
+    ConflictError,
+    DamagedObjectError,
+    NotFoundError,
+    ObjectMissingError,
+    UnsupportedObjectError,
+)
 from island_fast.frame import Kind, Section, json_bytes, seal
 from island_fast.local import LineageFiles
 from island_fast.manifest import Manifest, decode
@@ -50,6 +56,7 @@ class _Place:
     owner: str
     host: str
     seed: int
+    write_features: int
 
 
 class Lineage:
@@ -111,7 +118,7 @@ class Lineage:
 
     def manifest(self, row: SnapshotRow) -> Manifest:
         """The manifest of a live snapshot, from the local cache or the store, checked against its record."""
-        cached = self.cached_manifest(row.id, row.attempt)
+        cached = self.cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
         name = manifest_name(self.name, row.id, row.attempt)
@@ -122,13 +129,17 @@ class Lineage:
         self.files.cache(name, data)
         return manifest
 
-    def cached_manifest(self, snapshot: str, attempt: int) -> Manifest | None:
-        """The manifest of a snapshot, live or deleted, if the local cache holds it whole."""
+    def cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
+        """The manifest of a snapshot, live or deleted, if the local cache holds it whole.
+
+        `wanted` is the checksum that it must have, in hex, where that is known.
+        """
         name = manifest_name(self.name, snapshot, attempt)
         data = self.files.cached(name)
         if data is not None:
             with contextlib.suppress(DamagedObjectError):
-                return decode(name, data)[0]
+                manifest, checksum = decode(name, data)
+                return manifest if wanted in (None, checksum.hex()) else None
         return None
 
     # Reading.
@@ -150,35 +161,36 @@ class Lineage:
         cached = [name for name in self.files.cached_names("catalog") if _RECORD.fullmatch(name)]
         if cached and self._replay(*_numbers(cached[-1])):
             return
-        epoch, seen = self._listed()
+        listed = self._listed()
+        epoch, seen = listed or (0, None)
         while self.store.head(stop_name(self.name, epoch)):
-            epoch, seen = epoch + 1, 0
+            epoch, seen = epoch + 1, None
         last = self._last(epoch, seen)
         if last is None and epoch:  # stopped, and its adopter got no further
             epoch -= 1
-            last = self._last(epoch, 0)
+            last = self._last(epoch, None)
         if last is not None and not self._replay(epoch, last):
             raise DamagedObjectError(
                 f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
             )
 
-    def _listed(self) -> tuple[int, int]:
+    def _listed(self) -> tuple[int, int | None] | None:
         """Epoch and number of the newest record that a listing shows; it may be late, so more may exist."""
         folder = f"{self.name}/catalog/"
         names = (info.name.removeprefix(folder) for info in self.store.list(folder))
-        return max((_numbers(name) for name in names if _RECORD.fullmatch(name)), default=(0, 0))
+        return max((_numbers(name) for name in names if _RECORD.fullmatch(name)), default=None)
 
-    def _last(self, epoch: int, seen: int) -> int | None:
+    def _last(self, epoch: int, seen: int | None) -> int | None:
         """Number of the last record of `epoch`, by doubling and halving from `seen`; None if none is."""
+        low, step = seen or 0, 1
 
         def there(number: int) -> bool:
             return self.store.head(catalog_name(self.name, epoch, number)) is not None
 
-        if not there(seen):
-            if seen:  # records are never deleted
+        if not there(low):
+            if seen is not None:  # records are never deleted
                 raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
             return None
-        low, step = seen, 1
         while there(low + step):
             low, step = low + step, 2 * step
         high = low + step
@@ -240,8 +252,18 @@ class Lineage:
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is mended"
             )
+        self._retire(record)
         self.state = self.state.after(record)
-        self._place = _Place(epoch, number, checksum, record.writer, record.host, record.seed)
+        self._place = _Place(
+            epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
+        )
+
+    def _retire(self, record: Record) -> None:
+        """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
+        for snapshot in record.deleted:
+            row = self.state.live.get(snapshot)
+            if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
+                self.files.retire(row.id, row.attempt, row.parent)
 
     # Writing.
 
@@ -274,10 +296,18 @@ class Lineage:
                 f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
                 "on the host that is to own it"
             )
+        self._require_known_features()
         if self.owner != writer:
             raise ConflictError(
                 f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
                 f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
+            )
+
+    def _require_known_features(self) -> None:
+        """UnsupportedObjectError if the newest record says that a writer must know more than this one."""
+        if self._at.write_features:
+            raise UnsupportedObjectError(
+                f"volume {self.name} is written by a newer island, which this one may read and not write to"
             )
 
     def adopt(self, writer: str) -> None:
@@ -285,6 +315,7 @@ class Lineage:
 
         Safe to repeat after an interruption. Records that the former owner appends later mean nothing.
         """
+        self._require_known_features()
         epoch = self._at.epoch
         name = stop_name(self.name, epoch)
         if not self.store.head(name):
@@ -306,7 +337,8 @@ class Lineage:
             self.files.clear_pending(name.rpartition("/")[2])
             self._place = None
             raise ConflictError(
-                f"volume {self.name} was adopted by another host while this ran; nothing was changed"
+                f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
+                f"in 'island list --volume {self.name}'"
             )
         self._apply(record.epoch, record.number, data)
         self.files.cache(name, data)

@@ -77,7 +77,11 @@ class LocalState:
         with _explained(self.root):
             if not path.exists():
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _durable(path, secrets.token_hex(16).encode())
+                mine = path.with_name(f".writer.{secrets.token_hex(4)}")
+                _durable(mine, secrets.token_hex(16).encode())
+                with contextlib.suppress(FileExistsError):  # of two first runs one wins
+                    os.link(mine, path)
+                mine.unlink()
             return path.read_text().strip()
 
     def lineage(self, repository: str, lineage: str) -> LineageFiles:

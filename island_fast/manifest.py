@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from island_fast import columns
 from island_fast.dirtymap import BLOCK_SIZE, clip_rows, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
-from island_fast.frame import Buffer, Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.frame import Buffer, Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.qcow2.snapshots import PinnedBase
 from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
@@ -318,17 +318,17 @@ def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
     header = Manifest(
         lineage=_matching(LINEAGE_PATTERN, meta["lineage"]),
         snapshot=_matching(SNAPSHOT_PATTERN, meta["snapshot"]),
-        attempt=int(meta["attempt"]),
+        attempt=integer(meta["attempt"]),
         parent=meta["parent"] and _matching(SNAPSHOT_PATTERN, meta["parent"]),
         group=meta["group"] and str(meta["group"]),
-        volume_size=int(meta["volume_size"]),
-        created=int(meta["created"]),
+        volume_size=integer(meta["volume_size"]),
+        created=integer(meta["created"]),
         label=str(meta["label"]),
         rule=str(meta["rule"]),
         reason=str(meta["reason"]),
-        digest=int(meta["digest"]),
-        seed=int(meta["seed"]),
-        key=int(meta["key"]),
+        digest=integer(meta["digest"]),
+        seed=integer(meta["seed"]),
+        key=integer(meta["key"]),
         pin=pin_from_json(pin),
         properties=check_properties(dict(meta["properties"])),
         packs=PackTable(
@@ -339,7 +339,7 @@ def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
     )
     if not (header.volume_size >= 0 and 0 <= header.seed < 1 << 64 and header.attempt >= 0):
         raise ValueError(header.volume_size)
-    return header, int(meta["packs"]), int(meta["runs"])
+    return header, integer(meta["packs"]), integer(meta["runs"])
 
 
 def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
@@ -347,9 +347,9 @@ def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
     return PinnedBase(
         str(value["name"]),
         str(value["id"]),
-        int(value["seconds"]),
-        int(value["nanoseconds"]),
-        int(value["disk_size"]),
+        integer(value["seconds"], 1 << 32),
+        integer(value["nanoseconds"], 1 << 32),
+        integer(value["disk_size"]),
     )
 
 

@@ -22,6 +22,7 @@ from island_fast.frame import (
     Frame,
     Kind,
     Section,
+    integer,
     json_bytes,
     open_frame,
     parse_front,
@@ -171,9 +172,7 @@ def open_pack(name: str, data: Buffer) -> tuple[Index, memoryview]:
 
 def read_front(name: str, front: Buffer) -> Index:
     """The index from a pack's first bytes (`front_size(slots)` of them, or all there are)."""
-    entries, length, checksum = parse_front(Kind.PACK, name, front)
-    view = memoryview(front).cast("B").toreadonly()
-    return _index(Frame(name, length, checksum, entries, view))
+    return _index(parse_front(Kind.PACK, name, front))
 
 
 def _index(frame: Frame) -> Index:
@@ -197,12 +196,12 @@ def _header(frame: Frame) -> tuple[PackHeader, int]:
         header = PackHeader(
             lineage=str(meta["lineage"]),
             snapshot=str(meta["snapshot"]),
-            number=int(meta["number"]),
-            seed=int(meta["seed"]),
-            digest=int(meta["digest"]),
-            key=int(meta["key"]),
+            number=integer(meta["number"]),
+            seed=integer(meta["seed"]),
+            digest=integer(meta["digest"]),
+            key=integer(meta["key"]),
         )
-        block_size, slots = int(meta["block_size"]), int(meta["slots"])
+        block_size, slots = integer(meta["block_size"]), integer(meta["slots"], MAX_SLOTS + 1)
     except (KeyError, TypeError, ValueError) as error:
         raise DamagedObjectError(f"pack {frame.name} has damaged metadata") from error
     if header.digest != DIGEST_XXH3_128 or header.key or block_size != BLOCK_SIZE:

@@ -80,14 +80,14 @@ class PackReader:
 
     def slots(self, key: int) -> int:
         """How many slots the catalog says that the pack has."""
-        return int(self._lineage.state.packs.slots[self._row(key)])
+        return self._place(key).slots
 
     def _row(self, key: int) -> int:
         row = int(self._lineage.state.packs.find(np.array([key], np.int64))[0])
         if row < 0:
             raise DamagedObjectError(
-                f"volume {self._lineage.name}: a manifest names a pack that its catalog does not; run "
-                "'island verify'"
+                f"volume {self._lineage.name}: a manifest names a pack that its catalog does not; the "
+                "snapshot is damaged"
             )
         return row
 

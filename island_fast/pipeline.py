@@ -317,7 +317,11 @@ def _unpack(
     for at in range(0, slots.size, BATCH):
         part = slice(at, at + BATCH)
         rows = out[: slots[part].size]
-        unpack_blocks(index, slots[part], stored[part], rows)
+        try:
+            unpack_blocks(index, slots[part], stored[part], rows)
+        except DamagedObjectError:  # once more, from another replica if there is one, before it is believed
+            index, stored = _stored(packs, key, slots, gap)
+            unpack_blocks(index, slots[part], stored[part], rows)
         write(blocks[part], rows)
         told(len(rows))
 

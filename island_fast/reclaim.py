@@ -125,9 +125,7 @@ def _with_more_dead(packs: Packs, free: Int64s, reader: PackReader) -> Packs:
     keys = np.unique(free[:, 0] >> SLOT_BITS)
     at = packs.find(keys)
     if (at < 0).any():
-        raise DamagedObjectError(
-            "a manifest names a pack that the catalog does not; nothing was deleted, run 'island verify'"
-        )
+        raise DamagedObjectError("a manifest names a pack that the catalog does not; nothing was deleted")
     rows = packs.rows(at)
     dead = rows.dead.copy()
     for row, key in enumerate(keys.tolist()):
@@ -135,6 +133,8 @@ def _with_more_dead(packs: Packs, free: Int64s, reader: PackReader) -> Packs:
         mine = free[free[:, 0] >> SLOT_BITS == key]
         first = mine[:, 0] & _SLOT_MASK
         stop = first + mine[:, 1] - mine[:, 0]
+        if int(stop.max()) >= lengths.size:
+            raise DamagedObjectError("a manifest names a slot that its pack lacks; nothing was deleted")
         dead[row] += int((lengths[stop] - lengths[first]).sum())
     return replace(rows, dead=dead)
 
@@ -144,6 +144,10 @@ def _packs_to_sweep(state: State) -> tuple[Packs, Packs]:
     packs = state.packs
     dead_slots = np.zeros(len(packs), np.int64)
     rows = packs.find(state.dead[:, 0] >> SLOT_BITS)
+    if (rows < 0).any():
+        raise DamagedObjectError(
+            "the catalog counts dead slots of a pack that it does not name; nothing was removed"
+        )
     np.add.at(dead_slots, rows, state.dead[:, 1] - state.dead[:, 0])
     gone = dead_slots >= packs.slots
     return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))

@@ -7,6 +7,7 @@ layers below into their order; the order in which objects become durable (packs,
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -24,6 +25,8 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
     RefusedError,
+    StoreError,
+    UnsupportedObjectError,
     UsageError,
 )
 from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
@@ -107,12 +110,16 @@ class Repository:
 
     def _read_id(self) -> str | None:
         try:
-            data = self.store.get(_NAME)
+            data = self.store.get(_NAME, newest=True)
         except ObjectMissingError:
             return None
         meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
+        if meta.get("keys"):
+            raise UnsupportedObjectError(
+                f"{self.store.location} is encrypted, which this island does not know; use a newer one"
+            )
         return str(meta["id"])
 
     def _is_empty(self) -> bool:
@@ -123,13 +130,12 @@ class Repository:
         """Write the object `repository`; the first of two creators wins."""
         meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
-        try:
+        with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
-        except ConflictError:
-            if (winner := self._read_id()) is None:
-                raise
-            return winner
-        return str(meta["id"])
+        winner = self._read_id()  # of two creators at one moment both may be told that they succeeded
+        if winner is None:
+            raise StoreError(f"{self.store.location} does not show what was just written; try again")
+        return winner
 
     # Finding.
 
@@ -226,8 +232,8 @@ class Repository:
             known = lineage.files.image() in (None, str(source.path))
             if not known and not _holds_pin(source, lineage):
                 raise RefusedError(
-                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} has neither "
-                    f"its pin nor is it known as its image; give another name with --volume, or run "
+                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} neither "
+                    f"has its pin nor is it known as its image; give another name with --volume, or run "
                     f"'island adopt {lineage.name}' if it is that volume"
                 )
         return lineage
@@ -295,7 +301,6 @@ class Repository:
                     )
             deletion = self._plan_delete(lineage, row)
             lineage.append(deletion.record, self.state.writer)
-            lineage.files.retire(row.id, row.attempt, row.parent)
             return deletion
 
     def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:

@@ -261,7 +261,7 @@ class Bars:
             self._drawn = now
             if self._bars is not None and self._task is not None:
                 text = pace(done, total, now - self._began) if total else ""
-                self._bars.update(self._task, completed=done, total=total or None, pace=text)
+                self._bars.update(self._task, completed=done, total=total or None, pace=text, refresh=True)
 
     def _start(self, phase: str, now: float) -> None:
         """Put a bar for `phase` in the place of the one before."""
@@ -285,6 +285,7 @@ def _rich_progress() -> Progress:
         TaskProgressColumn(),
         TextColumn("{task.fields[pace]}"),
         console=Console(stderr=True),
+        auto_refresh=False,  # every change is drawn, and `_REDRAW` bounds how often one is
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

@@ -331,8 +331,9 @@ class _Taking:
         return row
 
     def _still_allowed(self, start: _Start) -> None:
-        """The registration stands, and the parent is still live."""
+        """Refuse unless this host owns the lineage, the registration stands, and the parent is live."""
         lineage, parent = self._lineage, start.parent.id if start.parent else None
+        lineage.require_owner(self._request.writer)
         if not lineage.files.registered(Registration(start.id, 0, parent)):
             raise ConflictError("this snapshot took so long that a sweep gave it up; take it again")
         if parent is not None and parent not in lineage.state.live:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.catalog import CHECKPOINT_EVERY
-from island_fast.errors import DamagedError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.local import LocalState, Registration
 from island_fast.repository import Repository
 from tests import qemu
@@ -273,3 +273,46 @@ def test_a_restore_asks_for_each_object_once_whatever_the_depth(
     live_packs = len([n for n in store.objects if "/packs/" in n])
     assert told.objects_read <= live_packs + 1
     assert told.bytes_read <= 1.05 * size(store)
+
+
+def test_a_range_that_comes_damaged_is_fetched_once_more(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = repository.snapshot(image)
+    noise(image, tmp_path, 0, 3 * MIB, 2)  # of the first pack less than half is needed now
+    second = repository.snapshot(image)
+    real, spoilt = MemoryStore.get_ranges, []
+
+    def get_ranges(self: MemoryStore, name: str, ranges: list[tuple[int, int]]) -> list[memoryview]:
+        found = real(self, name, ranges)
+        if first.snapshot in name and not spoilt and sum(n for _, n in ranges) > 65536:
+            spoilt.append(name)
+            found[0] = memoryview(bytes(found[0].nbytes))
+        return found
+
+    monkeypatch.setattr(MemoryStore, "get_ranges", get_ranges)
+    target = tmp_path / "out.raw"
+    repository.restore(second.snapshot, target, image_format="raw")
+    assert spoilt
+    assert target.read_bytes() == qemu.content(image)
+
+
+def test_a_delete_that_is_settled_later_keeps_the_pin_as_base(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = repository.snapshot(image)
+    noise(image, tmp_path, 0, MIB, 2)
+    second = repository.snapshot(image)
+    real = MemoryStore.put
+
+    def put(self: MemoryStore, name: str, parts: object) -> None:
+        real(self, name, parts)  # type: ignore[arg-type]
+        raise StoreError("the answer was lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryStore, "put", put)
+        with pytest.raises(StoreError):
+            repository.delete([second.snapshot])
+    third = repository.snapshot(image)
+    assert (third.rule, third.parent, third.blocks_changed) == ("table-diff", first.snapshot, 16)
+    assert {s.snapshot for s in repository.snapshots()} == {first.snapshot, third.snapshot}

@@ -230,3 +230,12 @@ def test_the_example_in_the_document_is_a_real_object(tmp_path: Path) -> None:
 def test_the_other_examples_in_the_document_hold() -> None:
     assert reader.columns({0: bytes([1, 2, 3, 0, 0, 2])}, 0, 1, 3) == [(1,), (2,), (515,)]
     assert [reader.unzigzag(n) for n in range(5)] == [0, -1, 1, -2, 2]
+
+
+def test_the_sections_that_docstrings_point_to_exist() -> None:
+    headings = set(re.findall(r"^## (.*)$", FORMAT.read_text(), re.MULTILINE))
+    sources = [path.read_text() for path in (Path(__file__).parents[2] / "island_fast").rglob("*.py")]
+    named = [re.findall(r'docs/format\.md,\s+"([^"]+)"', source) for source in sources]
+    wanted = {" ".join(name.split()) for names in named for name in names}
+    assert len(wanted) > 5
+    assert wanted <= headings
