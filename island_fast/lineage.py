@@ -202,7 +202,7 @@ class Lineage:
     def _replay(self, epoch: int, last: int) -> bool:
         """Apply the records of `epoch` from the checkpoint at or before `last` on; False if one lacks."""
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
-            data = self._fetch(epoch, number)
+            data = self._fetch(epoch, number, known=True)
             if data is None:
                 self._place = None
                 return False
@@ -225,13 +225,19 @@ class Lineage:
             self._apply(epoch, 0, data)
         return data is not None
 
-    def _fetch(self, epoch: int, number: int) -> bytes | None:
-        """A record's bytes from cache or store; None if the store confirms that there is none."""
+    def _fetch(self, epoch: int, number: int, *, known: bool = False) -> bytes | None:
+        """A record's bytes from cache or store; None if the store confirms that there is none.
+
+        Unless it is `known` to be there, HEAD asks for it first: GET waits and asks again before it believes
+        that an object is absent, and the end of a catalog is looked for by every verb.
+        """
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cached(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
                 decode_record(name, data, SnapshotNumbers())
                 return data
+        if not known and self.store.head(name) is None:
+            return None
         try:
             fetched = bytes(self.store.get(name, newest=True))
         except ObjectMissingError:

@@ -19,6 +19,7 @@ from typing import Self
 
 from island_fast import reclaim
 from island_fast.catalog import SnapshotRow
+from island_fast.choosing import Request
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -45,9 +46,9 @@ from island_fast.results import (
     Swept,
     timestamp,
 )
-from island_fast.source import Source, pinned_lineage
+from island_fast.source import Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.stores import Store, open_store
-from island_fast.taking import Request, take
+from island_fast.taking import take
 
 __all__ = ["Found", "Repository"]
 
@@ -200,20 +201,26 @@ class Repository:
         pin: bool = True,
         at: str | None = None,
         full: bool = False,
+        image_format: str = "qcow2",
         properties: Mapping[str, str] | None = None,
         progress: Progress = silent,
     ) -> SnapshotTaken:
-        """Take a snapshot of the qcow2 file `image`.
+        """Take a snapshot of `image`, a "qcow2" file or a "raw" one or block device; it is never probed.
 
         `volume` names the lineage (default: that of the image's pin, else what this host remembers of the
         file, else the file's stem). `qmp` is the monitor socket of the process that has the image open.
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
         snapshot; `full` scans in full although a table diff would be sound.
         """
-        if qmp and not pin:
-            raise UsageError("a volume in use can only be read through a pin; leave out --no-pin")
+        if qmp and (not pin or image_format == "raw"):
+            raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
         path = Path(os.path.realpath(image))
-        with Source(path, Path(qmp) if qmp else None, as_it_is=not pin and at is None) as source:
+        held: Source
+        if image_format == "raw":
+            held = RawSource(path)
+        else:
+            held = Qcow2Source(path, Path(qmp) if qmp else None, as_it_is=not pin and at is None)
+        with held as source:
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
@@ -240,7 +247,7 @@ class Repository:
 
     def _pinned_lineage(self, source: Source) -> str | None:
         """The lineage, owned by this host, that the image holds a valid pin of."""
-        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.image.snapshots)]
+        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
@@ -348,7 +355,7 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
     for retired in lineage.files.retired():
         manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
         pins += [manifest.pin] if manifest else []
-    return any(source.image.find(pin) for pin in pins)
+    return any(source.find(pin) for pin in pins)
 
 
 def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:

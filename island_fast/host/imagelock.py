@@ -57,8 +57,11 @@ class ImageLock:
     our own qemu-img is refused as well. Readers are not disturbed.
     """
 
-    def __init__(self, path: str | os.PathLike[str], hold_off_writers: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], hold_off_writers: bool = False, devices: bool = False
+    ) -> None:
         self.path = os.fspath(path)
+        self._devices = devices
         self._hold_off_writers = hold_off_writers
         self._fd = -1
 
@@ -70,7 +73,7 @@ class ImageLock:
     def __enter__(self) -> Self:
         if self._fd >= 0:
             raise RefusedError(f"the lock of image {self.path!r} is already held; leave it first")
-        fd = open_image(self.path)
+        fd = open_image(self.path, self._devices)
         try:
             _lock_out_snapshots(fd, self.path)
             if self._hold_off_writers:
@@ -91,7 +94,7 @@ class ImageLock:
         os.close(fd)
 
 
-def open_image(path: str) -> int:
+def open_image(path: str, devices: bool = False) -> int:
     """Open a regular file for reading, close-on-exec; the caller owns the descriptor.
 
     O_NONBLOCK, so that a pipe of that name cannot hold us up. NotFoundError if there is no such file,
@@ -105,7 +108,8 @@ def open_image(path: str) -> int:
         raise IslandError(
             f"image {path!r} cannot be opened for reading ({_reason(error)}); run as a user who may read it"
         ) from error
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
+    mode = os.fstat(fd).st_mode
+    if not (stat.S_ISREG(mode) or (devices and stat.S_ISBLK(mode))):
         os.close(fd)
         raise RefusedError(f"{path!r} is not a regular file; name the file that holds the image")
     return fd

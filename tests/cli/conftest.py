@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import time
@@ -40,6 +41,7 @@ class Island:
         self.repository = folder / "repository"
         self.state = folder / "state"
         self._capsys = capsys
+        self._started: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, *words: object) -> Done:
         """Run it in this process."""
@@ -65,18 +67,32 @@ class Island:
         done = self(*words)
         assert (done.code, done.out) == (code, ""), done
         sentence = one_sentence(done.err)
-        told = self(*words, "--json")
+        told = self("--json", *words)
         assert (told.code, told.err) == (code, ""), told
         answer = json.loads(told.out)
         assert answer.keys() == {"error", "message", "exit_code"}
         assert answer["exit_code"] == code
-        assert printable(answer["message"]) == sentence
+        assert _without_ids(printable(answer["message"])) == _without_ids(sentence)
         return sentence
 
     def start(self, *words: object, **options: Any) -> subprocess.Popen[bytes]:
         """Start it as a process; both streams are pipes unless told otherwise."""
         streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(streams | options))
+        process = subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(streams | options))
+        self._started.append(process)
+        return process
+
+    def stop(self) -> None:
+        """End the processes that a failed test left."""
+        for process in self._started:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
+def _without_ids(text: str) -> str:
+    """Ids are random."""
+    return re.sub("[0-9a-f]{8,}", "", text)
 
 
 def one_sentence(text: str) -> str:
@@ -103,7 +119,9 @@ def wait_until(there: Callable[[], object], process: subprocess.Popen[bytes]) ->
 
 
 @pytest.fixture
-def island(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Island:
+def island(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Island]:
     """The command; ISLAND_REPOSITORY is set, and no Swift credentials."""
     for key in list(os.environ):
         if key.startswith(("OS_", "ST_", "ISLAND_")):
@@ -111,7 +129,8 @@ def island(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pyte
     command = Island(tmp_path, capsys)
     monkeypatch.setenv("ISLAND_STATE", str(command.state))
     monkeypatch.setenv("ISLAND_REPOSITORY", str(command.repository))
-    return command
+    yield command
+    command.stop()
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 
 from island_fast.local import LocalState
 from island_fast.repository import Repository
-from island_fast.source import TABLE_DIFF, Change, Source
+from island_fast.source import TABLE_DIFF, Change, Qcow2Source
 from island_fast.stores import Store
 from tests import qemu
 from tests.conftest import OpenSwift
@@ -41,13 +41,13 @@ class Life:
         self.truth: dict[str, bytes] = {}
         self.rules: list[str] = []
         self.changes: list[Change] = []
-        real = Source.change
+        real = Qcow2Source.change
 
-        def spied(source: Source, *args: object, **named: object) -> Change:
+        def spied(source: Qcow2Source, *args: object, **named: object) -> Change:
             self.changes.append(real(source, *args, **named))  # type: ignore[arg-type]
             return self.changes[-1]
 
-        monkeypatch.setattr(Source, "change", spied)
+        monkeypatch.setattr(Qcow2Source, "change", spied)
 
     # What a guest does.
 

@@ -1,0 +1,193 @@
+"""A qcow2 image as a snapshot's source.
+
+A table diff is used only where it is sound (docs/format.md, "Pinned base"); in every other case all
+allocated blocks are read and compared by digest, and the reason is told. One snapshot at a time per image,
+under a lock on the image itself.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+
+from island_fast.dirtymap import DirtyMap
+from island_fast.errors import ImageInUseError, NotFoundError, RefusedError
+from island_fast.host.imagelock import ImageLock, writer_present
+from island_fast.host.qemu_img import QemuImg
+from island_fast.host.qmp import Qmp
+from island_fast.progress import Progress
+from island_fast.qcow2 import (
+    Image,
+    InternalSnapshot,
+    PinnedBase,
+    Point,
+    PointReader,
+    allocated,
+    changed,
+    find_shared_copied,
+)
+from island_fast.source.base import (
+    END,
+    TABLE_DIFF,
+    Base,
+    Bytes2D,
+    Change,
+    Int64s,
+    Source,
+    View,
+    pinned_snapshot,
+    scanned,
+    scanning,
+)
+
+__all__ = ["Qcow2Source"]
+
+
+class _PointView(View):
+    """A point of a qcow2 image."""
+
+    def __init__(self, image: Image, point: Point) -> None:
+        self.point = point
+        self.volume_size = point.disk_size
+        self._reader = PointReader(image, point)
+
+    @property
+    def bytes_read(self) -> int:
+        return self._reader.bytes_read
+
+    def read(self, blocks: Int64s, out: Bytes2D) -> None:
+        self._reader.read(blocks, out)
+
+
+class Qcow2Source(Source):
+    """An image held for one snapshot; a context manager.
+
+    With `qmp`, the process behind that socket owns the image and takes the internal snapshots; otherwise
+    nobody may have it open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be
+    pinned, writers are kept out as long as the source is open, for a scan of the active table.
+    """
+
+    def __init__(self, path: Path, qmp: Path | None = None, *, as_it_is: bool = False) -> None:
+        self.path = path
+        with ExitStack() as stack:
+            self.image = stack.enter_context(Image.open(path))
+            if qmp and (why := self.unpinnable):
+                raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
+            hold = as_it_is or self.unpinnable is not None
+            lock = stack.enter_context(ImageLock(path, hold_off_writers=hold))
+            if not os.path.samestat(os.fstat(lock.fd), os.fstat(self.image.fd)):
+                raise RefusedError(f"{path} was replaced by another file just now; try again")
+            self._monitor = stack.enter_context(Qmp(qmp)) if qmp else None
+            self._node = self._monitor.find_node(path) if self._monitor else ""
+            if not self._monitor and writer_present(self.image.fd):
+                raise ImageInUseError(
+                    f"{path} is open for writing in another process; name that process's QMP socket "
+                    "with --qmp, or stop it first"
+                )
+            self.image.reload()
+            self._stack = stack.pop_all()
+
+    @property
+    def facts(self) -> Mapping[str, str]:
+        """See Source.facts."""
+        header = self.image.header
+        return {
+            "format": "qcow2",
+            "qcow2.version": str(header.version),
+            "qcow2.cluster_bits": str(header.cluster_bits),
+        }
+
+    @property
+    def internals(self) -> tuple[InternalSnapshot, ...]:
+        """See Source.internals."""
+        return self.image.snapshots
+
+    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """See Source.find."""
+        return self.image.find(pin)
+
+    @property
+    def unpinnable(self) -> str | None:
+        """Why no internal snapshot of ours may be left in the image; None if one may."""
+        if self.image.header.version < 3:
+            return "a version 2 image cannot be resized while it holds an internal snapshot"
+        return None
+
+    def pin(self, name: str) -> InternalSnapshot:
+        """Take an internal snapshot; it is on disk when this returns."""
+        if self._monitor:
+            self._monitor.snapshot_create(self._node, name)
+        else:
+            QemuImg().snapshot_create(self.path, name)
+        self.image.reload()
+        return self.named(name)
+
+    def unpin(self, internal: InternalSnapshot) -> None:
+        """Drop an internal snapshot of ours."""
+        if self._monitor:
+            self._monitor.snapshot_delete(self._node, internal.id, internal.name)
+        elif self.named(internal.name).identity == internal.identity:  # qemu-img knows names only
+            QemuImg().snapshot_delete(self.path, internal.name)
+        self.image.reload()
+
+    def discard(self, name: str) -> None:
+        """Drop the internal snapshot of ours with this name, if it is there, as after an interruption."""
+        if self._monitor:
+            self._monitor.find_node(self.path)  # answered in order: what was asked for before is done then
+        self.image.reload()
+        for internal in self.image.snapshots:
+            if internal.name == name:
+                self.unpin(internal)
+
+    def named(self, name: str) -> InternalSnapshot:
+        """The only internal snapshot with this name."""
+        found = [s for s in self.image.snapshots if s.name == name]
+        if not found:
+            raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see qemu-img snapshot -l")
+        if len(found) > 1:
+            raise RefusedError(f"{self.path} has several internal snapshots '{name}'; rename or drop one")
+        return found[0]
+
+    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """Why a table diff from `base` would not be sound; None if nothing speaks against it.
+
+        To be asked before the new internal snapshot is taken: taking it recomputes the COPIED flags.
+        """
+        if self.image.header.corrupt:
+            return "the image is marked corrupt"
+        active, then = self.image.active(), self.image.at(base.internal)
+        if find_shared_copied(self.image, active, then):
+            return "clusters that the pinned base shares are marked as writable in place"
+        return None
+
+    def view(self, internal: InternalSnapshot | None) -> View:
+        """See Source.view."""
+        return _PointView(self.image, self.image.at(internal) if internal else self.image.active())
+
+    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """See Source.change."""
+        if not isinstance(view, _PointView):
+            raise TypeError("a view of another source")
+        if base is None:
+            return scanned(allocated(self.image, view.point, progress=scanning(progress)), why_not)
+        diff = changed(self.image, self.image.at(base.internal), view.point, scanning(progress))
+        if diff.shared_copied:
+            why = "the pinned base's clusters were written in place"
+            return scanned(allocated(self.image, view.point, progress=scanning(progress)), why)
+        candidates = diff.map | DirtyMap.from_runs(view.blocks, np.minimum(base.extra, view.blocks))
+        data = allocated(self.image, view.point, within=candidates)
+        return Change(TABLE_DIFF, _compared(base), candidates, data, _to_the_end(candidates))
+
+
+def _compared(base: Base) -> str:
+    pinned = pinned_snapshot(base.internal.name)
+    whose = f"the pinned base of snapshot {pinned}" if pinned else f"'{base.internal.name}'"
+    return f"compared with {whose}"
+
+
+def _to_the_end(candidates: DirtyMap) -> Int64s:
+    return np.concatenate([candidates.runs(), [[candidates.blocks, END]]]).astype(np.int64)

@@ -1,0 +1,62 @@
+"""The command on a real Swift: the whole round, and what its bad input is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import qemu
+from tests.cli.conftest import Island, pins
+
+pytestmark = qemu.needs_qemu
+
+
+@pytest.fixture
+def url(island: Island, request: pytest.FixtureRequest) -> str:
+    """A place in a container of its own; `island` comes first, since it clears credentials away."""
+    return str(request.getfixturevalue("swift_url"))
+
+
+def test_the_whole_round(
+    island: Island, url: str, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISLAND_REPOSITORY", url)
+    first = island.json("snapshot", disk)
+    second = island.json("snapshot", disk)
+    assert (second["rule"], second["bytes_read"], second["objects_written"]) == ("table-diff", 0, 2)
+    assert [one["snapshot"] for one in island.json("list")] == [first["snapshot"], second["snapshot"]]
+    island("restore", "disk@latest", tmp_path / "out")
+    qemu.compare(disk, tmp_path / "out", other_format="qcow2")
+    island("delete", first["snapshot"])
+    assert island.json("sweep")[0]["objects_removed"] == 0, "what is young stays"
+    assert island.json("sweep", "--grace", "0")[0]["objects_removed"] > 0
+
+
+@pytest.mark.parametrize(
+    "spoil, code, hint",
+    [
+        (lambda env, url: env.setenv("ST_KEY", "wrong"), 5, "ST_KEY"),
+        (lambda env, url: env.delenv("ST_USER"), 5, "ST_USER"),
+        (lambda env, url: env.setenv("ISLAND_REPOSITORY", "swift://no-such-box/here"), 3, "no-such-box"),
+        (lambda env, url: env.setenv("ISLAND_REPOSITORY", url + "/nothing"), 3, "not an island repository"),
+        (lambda env, url: env.setenv("ISLAND_REPOSITORY", "swift://"), 2, "swift://"),
+    ],
+    ids=["wrong password", "no user", "no container", "no repository", "no name"],
+)
+def test_bad_input(
+    island: Island,
+    url: str,
+    disk: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    spoil: Callable[[pytest.MonkeyPatch, str], None],
+    code: int,
+    hint: str,
+) -> None:
+    monkeypatch.setenv("ISLAND_REPOSITORY", url)
+    spoil(monkeypatch, url)
+    assert hint in island.fails(code, "list")
+    if hint != "not an island repository":
+        island.fails(code, "snapshot", disk)
+        assert pins(disk) == []
