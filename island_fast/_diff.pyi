@@ -7,8 +7,9 @@ write to a buffer that a call was given. Two calls that mark one `words` count a
 when their clusters differ.
 
 A bitmap holds block i in bit `i & 63` of `words[i >> 6]`. An `entries` array is an L2 table, or a
-part of one, as it lies in the file: big-endian bytes viewed as native uint64. `words_per_entry` is
-there for extended L2 (2), which raises ValueError for now.
+part of one, as it lies in the file: big-endian bytes viewed as native uint64. With extended L2
+(`words_per_entry` = 2, clusters of 2**14 bytes or more) an entry is two words, the second a bitmap: bit i
+of its low half says that subcluster i is stored, bit 32 + i that it reads as zeros.
 """
 
 import numpy as np
@@ -27,10 +28,11 @@ def mark_allocated(
 ) -> int:
     """Set the bit of every block touched by a cluster that stores data.
 
-    entries: uint64[n], the entries of clusters first_cluster .. first_cluster + n - 1 of the
-    volume. One stores data if it is compressed (bit 62), or has no zero flag (bit 0) and an offset.
-    Nothing is checked here: `decode_l2` finds entries that are invalid, such as a zero flag in a
-    version 2 image.
+    entries: uint64[n * words_per_entry], the entries of clusters first_cluster ..
+    first_cluster + n - 1 of the volume. One stores data if it is compressed (bit 62), or has no zero
+    flag (bit 0) and an offset; an extended one if it is compressed or any of its subclusters is stored.
+    Nothing is checked here, but an entry whose offset is not aligned is marked as well, so that its
+    reader finds it invalid. A zero flag in a version 2 image is not seen.
     words: uint64[>= ceil(blocks / 64)]. Bits are only added; those from `blocks` on stay 0.
 
     Returns the number of such clusters that begin before the end of the last block.
@@ -47,9 +49,10 @@ def mark_changed(
 ) -> int:
     """Set the bit of every block touched by a cluster whose entries differ.
 
-    COPIED (bit 63) does not count as a difference, every other bit does.
+    COPIED (bit 63) does not count as a difference, every other bit does, those of a bitmap too.
 
-    a, b: uint64[n] each, otherwise as `mark_allocated`. Give zeros for a table that one side lacks.
+    a, b: uint64[n * words_per_entry] each, otherwise as `mark_allocated`. Give zeros for a table that one
+    side lacks.
 
     Returns the number of such clusters that begin before the end of the last block.
     """
@@ -66,16 +69,18 @@ def decode_l2(
 ) -> int:
     """Classify entries in qemu's order and find where in the file their clusters are.
 
-    entries: uint64[n]; kinds, offsets and lengths have n rows too, row i for entry i.
-    kinds: 0 unallocated, 1 normal, 2 zero plain, 3 zero allocated, 4 compressed.
+    entries: uint64[n * words_per_entry]; kinds, offsets and lengths have n rows, row i for entry i.
+    kinds: 0 unallocated, 1 normal, 2 zero plain, 3 zero allocated, 4 compressed; with extended L2 these are
+    of entries whose 32 subclusters are alike, and 5 is one that needs its bitmap to be told.
     offsets: host byte offset, 0 where there is none. lengths: for a compressed cluster the upper
     bound of its compressed size in bytes, 1 to 4 MiB; its end may lie past the end of the file.
     Otherwise 0.
     version: 2 or 3. file_size: bytes.
 
     Returns -1, or the index of the first invalid entry: a host offset that is not a multiple of the
-    cluster size (kinds 1 and 3) or is at or past file_size (kinds 1, 3 and 4), or a zero flag in a
-    version 2 image. Rows from that index on are left as they were.
+    cluster size (compressed ones may have any) or is at or past file_size, or a zero flag in a version 2
+    image; with extended L2 also a subcluster that is both stored and zero, or stored without an offset.
+    Rows from that index on are left as they were.
     """
 
 def bitmap_runs(words: NDArray[np.uint64], first: int, stop: int, runs: NDArray[np.int64]) -> tuple[int, int]:

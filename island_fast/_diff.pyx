@@ -4,8 +4,8 @@ Each public function checks the shapes and ranges of what it was given, then rel
 runs one loop over borrowed buffers. Nothing is allocated and nothing is kept after the call.
 Contracts: `_diff.pyi`.
 
-L2 entries are compared as they lie in the file, big-endian, with constants swapped at compile time.
-Groups of 64 clusters, counted from cluster 0, become one mask each, laid over the block bitmap.
+L2 entries are compared as they lie in the file, big-endian, with constants swapped at compile time;
+the loops over them are in `_l2.pxi`.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
@@ -24,6 +24,8 @@ cdef extern from *:
     #define ENTRY_COMPRESSED __builtin_bswap64(1ull << 62)
     #define ENTRY_ZERO __builtin_bswap64(1ull)
     #define ENTRY_OFFSET __builtin_bswap64(0x00fffffffffffe00ull)
+    /* The second word of an extended entry: a bit for each subcluster that is stored. */
+    #define BITMAP_STORED __builtin_bswap64(0x00000000ffffffffull)
 
     /* ISLAND_FAST_PYTHON_XXHASH builds the other path on a machine that has the header. */
     #if defined(__has_include) && !defined(ISLAND_FAST_PYTHON_XXHASH)
@@ -58,6 +60,7 @@ cdef extern from *:
     const uint64_t ENTRY_COMPRESSED
     const uint64_t ENTRY_ZERO
     const uint64_t ENTRY_OFFSET
+    const uint64_t BITMAP_STORED
     const char *ISLAND_HASH_KERNEL
     const bint ISLAND_NATIVE_HASH
     void island_digest(const uint8_t *data, int64_t size, uint64_t seed,
@@ -72,6 +75,7 @@ cdef enum:
     BLOCK_BITS = 16
     MIN_CLUSTER_BITS = 9
     MAX_CLUSTER_BITS = 21
+    MIN_EXTENDED_BITS = 14
     DIGEST_SIZE = 16
 
 # No volume is larger than 2**63 bytes; these keep every shift below inside int64.
@@ -82,14 +86,15 @@ cdef int64_t MAX_CLUSTERS = 1ll << (63 - MIN_CLUSTER_BITS)
 # --- L2 tables ---
 
 
-cdef int check_entries(int cluster_bits, int words_per_entry) except -1:
-    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
-        raise ValueError(
-            f"cluster_bits is {cluster_bits}, not within {MIN_CLUSTER_BITS}..{MAX_CLUSTER_BITS}"
-        )
-    if words_per_entry != 1:
-        raise ValueError(f"L2 entries of {words_per_entry} words (extended L2) are not read")
-    return 0
+cdef int64_t count_entries(int64_t words, int cluster_bits, int words_per_entry) except -1:
+    cdef int lowest = MIN_CLUSTER_BITS if words_per_entry == 1 else MIN_EXTENDED_BITS
+    if not 1 <= words_per_entry <= 2:
+        raise ValueError(f"words_per_entry is {words_per_entry}, not 1 or 2")
+    if not lowest <= cluster_bits <= MAX_CLUSTER_BITS:
+        raise ValueError(f"cluster_bits is {cluster_bits}, not within {lowest}..{MAX_CLUSTER_BITS}")
+    if words % words_per_entry:
+        raise ValueError(f"{words} words are not a whole number of extended entries")
+    return words // words_per_entry
 
 
 cdef int check_map(int64_t first_cluster, int64_t words, int64_t blocks) except -1:
@@ -102,183 +107,39 @@ cdef int check_map(int64_t first_cluster, int64_t words, int64_t blocks) except 
     return 0
 
 
-cdef inline uint64_t allocated_mask(const uint64_t *entries, int count) noexcept nogil:
-    """Bit i: entry i is NORMAL or compressed."""
-    cdef uint64_t mask = 0, any_bit = 0, entry, stored
-    cdef int i
-    for i in range(count):
-        any_bit |= entries[i]
-    if not any_bit:
-        return 0
-    for i in range(count):
-        entry = entries[i]
-        stored = ((entry & ENTRY_ZERO) == 0) & ((entry & ENTRY_OFFSET) != 0)
-        mask |= (stored | ((entry & ENTRY_COMPRESSED) != 0)) << i
-    return mask
-
-
-cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int count) noexcept nogil:
-    """Bit i: entries i differ in more than COPIED."""
-    cdef uint64_t mask = 0, any_bit = 0
-    cdef int i
-    for i in range(count):
-        any_bit |= a[i] ^ b[i]
-    if not any_bit & ~ENTRY_COPIED:
-        return 0
-    for i in range(count):
-        mask |= <uint64_t>(((a[i] ^ b[i]) & ~ENTRY_COPIED) != 0) << i
-    return mask
-
-
-cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
-    """Clusters smaller than a block: 1 << shift of them, 2 to 128, share each bit."""
-    cdef int64_t block = (group << 6) >> shift
-    cdef uint64_t bits = 0
-    cdef int step
-    if shift >= 6:
-        bits = 1
-    else:
-        for step in range(shift):
-            mask |= mask >> (1 << step)
-        mask &= (<uint64_t>-1) // (((<uint64_t>1) << (1 << shift)) - 1)
-        while mask:
-            bits |= (<uint64_t>1) << (lowest_bit(mask) >> shift)
-            mask &= mask - 1
-    words[block >> 6] |= bits << (block & 63)
-
-
-cdef inline void lay_large(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
-    """Clusters larger than a block: each sets 1 << shift bits, 2 to 32, that lie in one word."""
-    cdef uint64_t cluster = ((<uint64_t>1) << (1 << shift)) - 1
-    cdef int64_t block, word
-    if mask == <uint64_t>-1:
-        for word in range(group << shift, (group + 1) << shift):
-            words[word] = mask
-        return
-    while mask:
-        block = ((group << 6) + lowest_bit(mask)) << shift
-        words[block >> 6] |= cluster << (block & 63)
-        mask &= mask - 1
-
-
-cdef inline void lay(uint64_t mask, int64_t group, int cluster_bits,
-                     uint64_t *words) noexcept nogil:
-    """Set the bits of the blocks that the clusters in `mask` touch; bit i: cluster 64 group + i."""
-    if cluster_bits == BLOCK_BITS:
-        words[group] |= mask
-    elif cluster_bits < BLOCK_BITS:
-        lay_small(mask, group, BLOCK_BITS - cluster_bits, words)
-    else:
-        lay_large(mask, group, cluster_bits - BLOCK_BITS, words)
-
-
-cdef int64_t clusters_of(int64_t blocks, int cluster_bits) noexcept nogil:
-    """How many clusters begin within `blocks` blocks."""
-    if cluster_bits <= BLOCK_BITS:
-        return blocks << (BLOCK_BITS - cluster_bits)
-    return (blocks + (1ll << (cluster_bits - BLOCK_BITS)) - 1) >> (cluster_bits - BLOCK_BITS)
-
-
-cdef int64_t mark(const uint64_t *a, const uint64_t *b, int64_t count, int64_t first,
-                  int cluster_bits, uint64_t *words, int64_t blocks) noexcept nogil:
-    """Mark where `a` is allocated, or where it differs from `b` if that is not NULL."""
-    cdef int64_t done = 0, found = 0, left = clusters_of(blocks, cluster_bits) - first
-    cdef int position, size
-    cdef uint64_t mask
-    count = min(count, left)
-    while done < count:
-        position = (first + done) & 63
-        size = <int>min(64 - position, count - done)
-        if b == NULL:
-            mask = allocated_mask(a + done, size)
-        else:
-            mask = changed_mask(a + done, b + done, size)
-        if mask:
-            found += count_bits(mask)
-            lay(mask << position, (first + done) >> 6, cluster_bits, words)
-        done += size
-    # Only the last cluster, when larger than a block, can have gone past the end.
-    if found and blocks & 63:
-        words[blocks >> 6] &= ((<uint64_t>1) << (blocks & 63)) - 1
-    return found
+include "_l2.pxi"
 
 
 def mark_allocated(const uint64_t[::1] entries, int64_t first_cluster, int cluster_bits,
                    uint64_t[::1] words, int64_t blocks, int words_per_entry=1):
-    cdef int64_t found
-    check_entries(cluster_bits, words_per_entry)
+    cdef int64_t found, count = count_entries(entries.shape[0], cluster_bits, words_per_entry)
     check_map(first_cluster, words.shape[0], blocks)
-    if entries.shape[0] == 0 or blocks == 0:
+    if count == 0 or blocks == 0:
         return 0
     with nogil:
-        found = mark(
-            &entries[0], NULL, entries.shape[0], first_cluster, cluster_bits, &words[0], blocks
-        )
+        found = mark(&entries[0], NULL, count, words_per_entry, first_cluster, cluster_bits,
+                     &words[0], blocks)
     return found
 
 
 def mark_changed(const uint64_t[::1] a, const uint64_t[::1] b, int64_t first_cluster,
                  int cluster_bits, uint64_t[::1] words, int64_t blocks, int words_per_entry=1):
-    cdef int64_t found
-    check_entries(cluster_bits, words_per_entry)
+    cdef int64_t found, count = count_entries(a.shape[0], cluster_bits, words_per_entry)
     check_map(first_cluster, words.shape[0], blocks)
     if a.shape[0] != b.shape[0]:
-        raise ValueError(f"tables of {a.shape[0]} and {b.shape[0]} entries cannot be compared")
-    if a.shape[0] == 0 or blocks == 0:
+        raise ValueError(f"tables of {a.shape[0]} and {b.shape[0]} words cannot be compared")
+    if count == 0 or blocks == 0:
         return 0
     with nogil:
-        found = mark(&a[0], &b[0], a.shape[0], first_cluster, cluster_bits, &words[0], blocks)
+        found = mark(&a[0], &b[0], count, words_per_entry, first_cluster, cluster_bits, &words[0],
+                     blocks)
     return found
-
-
-cdef struct Decoded:
-    uint8_t kind
-    uint64_t offset
-    uint32_t length
-
-
-cdef inline bint decode_entry(uint64_t raw, int cluster_bits, bint zero_allowed, uint64_t file_size,
-                              Decoded *out) noexcept nogil:
-    """Decode one entry, in the order of qemu's checks; false if it is invalid."""
-    cdef uint64_t entry = bswap64(raw), in_cluster = ((<uint64_t>1) << cluster_bits) - 1
-    cdef int offset_bits = 62 - (cluster_bits - 8)
-    cdef bint zero, placed
-    if raw & ENTRY_COMPRESSED:
-        out.kind = 4
-        out.offset = entry & (((<uint64_t>1) << offset_bits) - 1)
-        entry = (entry >> offset_bits) & (((<uint64_t>1) << (cluster_bits - 8)) - 1)
-        out.length = <uint32_t>((entry + 1) * 512 - (out.offset & 511))
-        return out.offset < file_size
-    # Without branches from here: which kind comes next cannot be predicted.
-    out.offset = bswap64(raw & ENTRY_OFFSET)
-    out.length = 0
-    placed = out.offset != 0
-    zero = (raw & ENTRY_ZERO) != 0
-    out.kind = <uint8_t>(placed + 2 * zero)
-    return (((out.offset & in_cluster) == 0) & ((out.offset < file_size) | (not placed))
-            & (zero_allowed | (not zero)))
-
-
-cdef int64_t decode(const uint64_t *entries, int64_t count, int cluster_bits, bint zero_allowed,
-                    uint64_t file_size, uint8_t *kinds, uint64_t *offsets,
-                    uint32_t *lengths) noexcept nogil:
-    """Fill the columns; -1, or the index of the first invalid entry."""
-    cdef int64_t i
-    cdef Decoded entry
-    for i in range(count):
-        if not decode_entry(entries[i], cluster_bits, zero_allowed, file_size, &entry):
-            return i
-        kinds[i] = entry.kind
-        offsets[i] = entry.offset
-        lengths[i] = entry.length
-    return -1
 
 
 def decode_l2(const uint64_t[::1] entries, int cluster_bits, int version, int64_t file_size,
               uint8_t[::1] kinds, uint64_t[::1] offsets, uint32_t[::1] lengths,
               int words_per_entry=1):
-    cdef int64_t count = entries.shape[0], invalid
-    check_entries(cluster_bits, words_per_entry)
+    cdef int64_t invalid, count = count_entries(entries.shape[0], cluster_bits, words_per_entry)
     if version not in (2, 3):
         raise ValueError(f"version is {version}, not 2 or 3")
     if file_size < 0:
@@ -288,7 +149,7 @@ def decode_l2(const uint64_t[::1] entries, int cluster_bits, int version, int64_
     if count == 0:
         return -1
     with nogil:
-        invalid = decode(&entries[0], count, cluster_bits, version == 3, file_size,
+        invalid = decode(&entries[0], count, words_per_entry, cluster_bits, version == 3, file_size,
                          &kinds[0], &offsets[0], &lengths[0])
     return invalid
 

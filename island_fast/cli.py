@@ -177,6 +177,8 @@ def island() -> None:
     "--at", metavar="INTERNAL_SNAPSHOT", help="Store this internal snapshot of IMAGE, not its present."
 )
 @click.option("--full", is_flag=True, help="Read all that is allocated, even where a table diff would do.")
+@click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2",
+              show_default=True, help="Format of IMAGE; a raw one is scanned in full.")  # fmt: skip
 @_common
 @click.pass_obj
 def snapshot(
@@ -188,8 +190,9 @@ def snapshot(
     no_pin: bool,
     at: str | None,
     full: bool,
+    image_format: str,
 ) -> None:
-    """Take a snapshot of the qcow2 file IMAGE.
+    """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
     An internal snapshot, the pin, stays in IMAGE: the next run compares tables with it and reads only what
     changed. The first snapshot of a volume, and every one with --no-pin or --full, reads all allocated blocks
@@ -210,7 +213,15 @@ def snapshot(
     run.if_interrupted = if_interrupted
     with _open(run, create=True) as repository, run.progress() as progress:
         taken = repository.snapshot(
-            image, volume=volume, label=label, qmp=qmp, pin=not no_pin, at=at, full=full, progress=progress
+            image,
+            volume=volume,
+            label=label,
+            qmp=qmp,
+            pin=not no_pin,
+            at=at,
+            full=full,
+            image_format=image_format,
+            progress=progress,
         )
     for note in taken.notes:
         run.note(note)

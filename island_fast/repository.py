@@ -12,14 +12,14 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from island_fast import reclaim
 from island_fast.catalog import SnapshotRow
-from island_fast.choosing import Request
+from island_fast.choosing import Request, choose
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -31,6 +31,7 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.inspecting import image_info
 from island_fast.lineage import Lineage
 from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
@@ -40,13 +41,14 @@ from island_fast.restoring import restore
 from island_fast.results import (
     Adopted,
     Deleted,
+    ImageInfo,
     Restored,
     Snapshot,
     SnapshotTaken,
     Swept,
     timestamp,
 )
-from island_fast.source import Qcow2Source, RawSource, Source, pinned_lineage
+from island_fast.source import FULL_SCAN, TABLE_DIFF, Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.stores import Store, open_store
 from island_fast.taking import take
 
@@ -254,6 +256,24 @@ class Repository:
             if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
                 return name
         return None
+
+    def outlook(self, image: str | Path, *, volume: str | None = None) -> ImageInfo:
+        """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
+        path = Path(os.path.realpath(image))
+        info = image_info(path)
+        with Qcow2Source(path, look_only=True) as source:
+            try:
+                lineage = self._lineage_for(source, volume)
+            except RefusedError as error:
+                return replace(info, next_reason=str(error))
+            start = choose(lineage, source, Request(self.id, self.state.writer))
+            return replace(
+                info,
+                volume=lineage.name,
+                pinned_base=start.parent.id if start.parent and start.base else None,
+                next_rule=TABLE_DIFF if start.base else FULL_SCAN,
+                next_reason=start.why_not or "the pinned base is in the image",
+            )
 
     def restore(
         self,

@@ -89,12 +89,12 @@ def new_file(target: Path) -> Iterator[int]:
     """
     if os.path.lexists(target):
         raise RefusedError(f"{target} exists already; name another target or remove it first")
-    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(4)}")
-    try:
-        fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise IslandError(f"{target} cannot be made: {error.strerror}") from error
-    try:
+    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(8)}")
+    try:  # from before the file is there: a signal may come between its making and the next line
+        try:
+            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise IslandError(f"{target} cannot be made: {error.strerror}") from error
         with _named(target):
             try:
                 yield fd
@@ -104,7 +104,7 @@ def new_file(target: Path) -> Iterator[int]:
             os.link(temporary, target)
             _sync_folder(target.parent)
     finally:
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):
             os.unlink(temporary)
 
 

@@ -12,7 +12,10 @@ from typing import Any
 
 __all__ = [
     "Adopted",
+    "BitmapInfo",
     "Deleted",
+    "ImageInfo",
+    "InternalInfo",
     "Restored",
     "Snapshot",
     "SnapshotTaken",
@@ -119,3 +122,49 @@ class Adopted(_Answer):
     volume: str
     snapshots: int
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class InternalInfo(_Answer):
+    """An internal snapshot in an image; `pin_of` is the snapshot that it pins, if it is one of ours."""
+
+    name: str
+    id: str
+    created: str
+    volume_size: int
+    pin_of: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapInfo(_Answer):
+    """A persistent dirty bitmap in an image: bytes of volume for each bit, and what it is worth."""
+
+    name: str
+    granularity: int
+    state: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo(_Answer):
+    """What an image says of itself. Sizes are in bytes; `in_use`: a process has it open for writing.
+
+    `next_rule` is how the next snapshot would find the change, `next_reason` why, `pinned_base` the snapshot
+    that it would be compared with; None where no repository was asked.
+    """
+
+    image: str
+    format: str
+    version: int
+    volume_size: int
+    file_size: int
+    cluster_size: int
+    compression: str
+    features: tuple[str, ...]
+    in_use: bool
+    internal_snapshots: tuple[InternalInfo, ...]
+    bitmaps: tuple[BitmapInfo, ...]
+    bitmap_trouble: str | None
+    volume: str | None = None
+    pinned_base: str | None = None
+    next_rule: str | None = None
+    next_reason: str | None = None

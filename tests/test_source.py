@@ -21,7 +21,7 @@ LAYERS = [
     ["outcome"],
     ["show"],
     ["repository"],
-    ["taking", "restoring"],
+    ["taking", "restoring", "inspecting"],
     ["choosing"],
     ["pipeline", "reclaim"],
     ["packreader"],

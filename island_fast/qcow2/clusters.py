@@ -8,7 +8,6 @@ they allow, straight into the rows.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from itertools import pairwise
 
 import numpy as np
@@ -16,16 +15,16 @@ import numpy.typing as npt
 
 from island_fast import _diff
 from island_fast.dirtymap import BLOCK_BITS, BLOCK_SIZE
-from island_fast.qcow2.codecs import Codec, CodecError, codec_for
+from island_fast.qcow2.packed import PackedReader
+from island_fast.qcow2.places import meets, table_spans
 from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.vectored import Transfer, read_transfer, transfers
 
 __all__ = ["PointReader"]
 
 _OFFSET = np.uint64(L1_OFFSET_MASK)
-_NORMAL, _COMPRESSED = 1, 4
-_READ_LIMIT = 4 << 20
-_GAP_LIMIT = 4096
+_NORMAL, _COMPRESSED, _MIXED = 1, 4, 5
+_SUBCLUSTERS = 32
 
 _Ints = npt.NDArray[np.int64]
 _Words = npt.NDArray[np.uint64]
@@ -46,8 +45,13 @@ class PointReader:
         """
         self._image = image
         self._point = point
-        self._l1 = image.l1(point) & _OFFSET
+        self._l1 = image.l1(point)
+        self._l1 &= _OFFSET
+        self._tables = self._l1[self._l1 != 0].view(np.int64)
+        self._tables.sort()
+        self._spans = table_spans(image.header, point.l1_offset, point.l1_size)
         self._file_size = image.file_size
+        self._packed = PackedReader(image, self._count)
         self._lock = threading.Lock()
         self.bytes_read = 0
 
@@ -57,8 +61,8 @@ class PointReader:
         blocks: int64[n], strictly ascending, inside the volume.
         out: uint8[n, 65536], C-contiguous, writable.
 
-        Raises DamagedImageError: an entry that is invalid or names bytes outside the file, or a
-        compressed cluster that does not decode.
+        Raises DamagedImageError: an entry that is invalid, names bytes outside the file or a table as data,
+        or a compressed cluster that does not decode.
         """
         self._check(blocks, out)
         if not len(blocks):
@@ -66,11 +70,18 @@ class PointReader:
         clusters, rows = self._layout(blocks, out)
         entries = self._entries(clusters)
         kinds, offsets, lengths = self._decode(entries, clusters)
-        self._read_normal(np.flatnonzero(kinds == _NORMAL), blocks, offsets, rows)
-        packed = np.flatnonzero(kinds == _COMPRESSED)
+        stored, packed = kinds == _NORMAL, np.flatnonzero(kinds == _COMPRESSED)
+        mixed = np.flatnonzero(kinds == _MIXED)
+        parts = self._stored_parts(blocks, entries, mixed)
+        stored[mixed] = parts.any(axis=1)
+        self._read_normal(np.flatnonzero(stored), blocks, offsets, rows)
         if len(packed):
-            self._read_compressed(packed, blocks, entries, offsets, lengths, rows)
-        rows[(kinds != _NORMAL) & (kinds != _COMPRESSED)] = 0
+            places, limits = offsets[packed].astype(np.int64), lengths[packed].astype(np.int64)
+            self._packed.read(places, limits, self._inner(blocks, packed), packed, rows)
+        rows[~stored & (kinds != _COMPRESSED)] = 0
+        if len(mixed):
+            row, part = np.nonzero(~parts)
+            rows.reshape(len(rows), parts.shape[1], -1)[mixed[row], part] = 0
         # Only the last row can reach past the volume.
         tail = self._point.disk_size - (int(blocks[-1]) << BLOCK_BITS)
         out[-1, max(tail, 0) :] = 0
@@ -93,13 +104,12 @@ class PointReader:
         return clusters, out.reshape(-1, 1 << bits)
 
     def _entries(self, clusters: _Ints) -> _Words:
-        """The L2 entry of each cluster as on disk; 0 where there is no table or no volume."""
+        """The L2 entry of each cluster as on disk, uint64[n, words]; 0 where there is no table or volume."""
         header = self._image.header
-        entries = np.zeros(len(clusters), np.uint64)
-        bits = header.cluster_bits - 3
+        entries = np.zeros((len(clusters), header.entry_words), np.uint64)
         end = -(-self._point.disk_size // header.cluster_size)
-        inside = int(np.searchsorted(clusters, min(end, len(self._l1) << bits)))
-        tables = clusters[:inside] >> bits
+        inside = int(np.searchsorted(clusters, min(end, len(self._l1) * header.table_entries)))
+        tables = clusters[:inside] // header.table_entries
         bounds = [*np.flatnonzero(np.diff(tables, prepend=-1)).tolist(), inside]
         for first, stop in pairwise(bounds):
             table = int(self._l1[tables[first]])
@@ -111,38 +121,70 @@ class PointReader:
     def _table_slice(self, table: int, inner: _Ints) -> _Words:
         """Some entries (ascending numbers) of one L2 table, by one read that spans them."""
         low, high = int(inner[0]), int(inner[-1]) + 1
-        part = np.empty(high - low, np.uint64)
-        if self._image.read_into(table + 8 * low, part.view(np.uint8).data) < part.nbytes:
+        words = self._image.header.entry_words
+        part = np.empty((high - low, words), np.uint64)
+        into = part.reshape(-1).view(np.uint8).data
+        if self._image.read_into(table + 8 * words * low, into) < part.nbytes:
             raise self._image.damaged(f"the L2 table at {table} was cut off while it was read")
         entries: _Words = part[inner - low]
         return entries
 
     def _decode(self, entries: _Words, clusters: _Ints) -> tuple[_Bytes, _Words, npt.NDArray[np.uint32]]:
         """Kind, host offset and compressed length of each entry, all checked."""
-        count = len(entries)
+        count, words = entries.shape
         kinds = np.empty(count, np.uint8)
         offsets = np.empty(count, np.uint64)
         lengths = np.empty(count, np.uint32)
         header = self._image.header
         bad = _diff.decode_l2(
-            entries, header.cluster_bits, header.version, self._file_size, kinds, offsets, lengths
-        )
+            entries.reshape(-1), header.cluster_bits, header.version, self._file_size, kinds, offsets,
+            lengths, words,
+        )  # fmt: skip
         if bad >= 0:
             raise self._image.damaged(
-                f"the entry {int(entries[bad].byteswap()):#018x} of cluster {clusters[bad]} in"
+                f"the entry {_text(entries[bad])} of cluster {clusters[bad]} in"
                 f" {self._point.title} is invalid or points outside the file of"
                 f" {self._file_size} bytes, which may have been cut off"
             )
+        self._check_places(kinds, offsets, clusters)
         return kinds, offsets, lengths
+
+    def _check_places(self, kinds: _Bytes, offsets: _Words, clusters: _Ints) -> None:
+        """No data may begin in a cluster of the file that holds a table."""
+        # Subclusters that are zeros or nothing need no place.
+        placed = (kinds == _NORMAL) | (kinds == _COMPRESSED) | ((kinds == _MIXED) & (offsets != 0))
+        data = np.flatnonzero(placed)
+        size = self._image.header.cluster_size
+        places = offsets[data].astype(np.int64) & -size
+        wrong = meets(places, size, self._spans)
+        if len(self._tables):
+            nearest = np.minimum(np.searchsorted(self._tables, places), len(self._tables) - 1)
+            wrong |= self._tables[nearest] == places
+        bad = np.flatnonzero(wrong)
+        if len(bad):
+            raise self._image.damaged(
+                f"cluster {clusters[data[bad[0]]]} in {self._point.title} claims the bytes at"
+                f" {places[bad[0]]}, where the image keeps its tables"
+            )
+
+    def _stored_parts(self, blocks: _Ints, entries: _Words, mixed: _Ints) -> npt.NDArray[np.bool_]:
+        """Which subclusters of some rows are stored, bool[rows, subclusters in a row]; others are zeros."""
+        size = self._image.header.cluster_size
+        unit = min(size, BLOCK_SIZE)
+        count = _SUBCLUSTERS * unit // size
+        if not len(mixed):
+            return np.zeros((0, count), np.bool_)
+        first = self._inner(blocks, mixed) // (size // _SUBCLUSTERS)
+        bits = (first[:, None] + np.arange(count)).astype(np.uint64)
+        stored: npt.NDArray[np.bool_] = entries[mixed, 1].byteswap()[:, None] >> bits & np.uint64(1) != 0
+        return stored
 
     def _read_normal(self, rows: _Ints, blocks: _Ints, offsets: _Words, target: _Bytes) -> None:
         """Read rows that lie in normal clusters."""
         if not len(rows):
             return
         unit = target.shape[1]
-        hosts = offsets[rows].astype(np.int64)
-        if unit < self._image.header.cluster_size:
-            hosts += self._inner(blocks[rows])
+        hosts = offsets[rows].astype(np.int64) + self._inner(blocks, rows)
         done = 0
         for transfer in transfers(hosts, rows, unit, target.reshape(-1).data):
             got = read_transfer(self._image.fd, transfer)
@@ -151,9 +193,13 @@ class PointReader:
             done += got
         self._count(done)
 
-    def _inner(self, blocks: _Ints) -> _Ints:
-        """Where each block begins inside its cluster, in bytes; for clusters larger than blocks."""
-        return (blocks << BLOCK_BITS) & (self._image.header.cluster_size - 1)
+    def _inner(self, blocks: _Ints, rows: _Ints) -> _Ints:
+        """Where in its cluster each of some rows begins, in bytes; 0 where clusters are within blocks."""
+        size = self._image.header.cluster_size
+        if size <= BLOCK_SIZE:
+            return np.zeros(len(rows), np.int64)
+        inner: _Ints = (blocks[rows] << BLOCK_BITS) & (size - 1)
+        return inner
 
     def _fill_tail(self, transfer: Transfer, got: int, unit: int) -> None:
         """Zero what the file's end cut from a cluster; one that begins past the end is damage."""
@@ -168,71 +214,10 @@ class PointReader:
             buffer[keep:] = bytes(len(buffer) - keep)
             at += len(buffer)
 
-    def _read_compressed(
-        self,
-        rows: _Ints,
-        blocks: _Ints,
-        entries: _Words,
-        offsets: _Words,
-        lengths: npt.NDArray[np.uint32],
-        target: _Bytes,
-    ) -> None:
-        """Decode each compressed cluster once and put it into every row that shows a part of it."""
-        unit, size = target.shape[1], self._image.header.cluster_size
-        inner = self._inner(blocks[rows]) if unit < size else np.zeros(len(rows), np.int64)
-        _, first, which = np.unique(entries[rows], return_index=True, return_inverse=True)
-        uses = np.argsort(which, kind="stable")
-        bounds = np.searchsorted(which[uses], np.arange(len(first) + 1)).tolist()
-        codec = codec_for(self._image.header.compression)
-        cluster = np.empty(size, np.uint8)
-        for number, stream in self._streams(
-            offsets[rows[first]].astype(np.int64), lengths[rows[first]].astype(np.int64)
-        ):
-            self._decode_stream(codec, stream, cluster, int(offsets[rows[first[number]]]))
-            for use in uses[bounds[number] : bounds[number + 1]].tolist():
-                at = int(inner[use])
-                target[rows[use]] = cluster[at : at + unit]
-
-    def _decode_stream(self, codec: Codec, stream: memoryview, cluster: _Bytes, offset: int) -> None:
-        try:
-            codec.decode(stream, cluster.data)
-        except CodecError as error:
-            raise self._image.damaged(
-                f"the compressed cluster at {offset} does not decode: {error}"
-            ) from error
-
-    def _streams(self, offsets: _Ints, lengths: _Ints) -> Iterator[tuple[int, memoryview]]:
-        """(number, its bytes) of each compressed range, in the order of the file.
-
-        Ranges are upper bounds: they overlap the next stream and may pass the end of the file by
-        the padding of the last sector. Near ones are read together.
-        """
-        order = np.argsort(offsets, kind="stable")
-        group: list[int] = []
-        begin = end = 0
-        for number in order.tolist():
-            offset, stop = int(offsets[number]), int(offsets[number] + lengths[number])
-            if group and (offset > end + _GAP_LIMIT or stop - begin > _READ_LIMIT):
-                yield from self._stream_group(group, offsets, lengths, begin, end)
-                group = []
-            if not group:
-                begin = end = offset
-            group.append(number)
-            end = max(end, stop)
-        if group:
-            yield from self._stream_group(group, offsets, lengths, begin, end)
-
-    def _stream_group(
-        self, group: list[int], offsets: _Ints, lengths: _Ints, begin: int, end: int
-    ) -> Iterator[tuple[int, memoryview]]:
-        data = np.empty(end - begin, np.uint8)
-        got = self._image.read_into(begin, data.data)
-        self._count(got)
-        view = data[:got].data
-        for number in group:
-            at = int(offsets[number]) - begin
-            yield number, view[at : at + int(lengths[number])]
-
     def _count(self, done: int) -> None:
         with self._lock:
             self.bytes_read += done
+
+
+def _text(entry: _Words) -> str:
+    return " ".join(f"{int(word):#018x}" for word in entry.byteswap())

@@ -46,7 +46,8 @@ _V2_LENGTH = _FIXED.size
 _V3_LENGTH = _FIXED.size + _FIXED_V3.size
 
 _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in range(5))
-_READABLE = _DIRTY | _CORRUPT | _COMPRESSION
+_READABLE = _DIRTY | _CORRUPT | _COMPRESSION | _EXTENDED_L2
+_EXTENDED_BITS = 14
 _LAZY_REFCOUNTS = 1
 _RAW_DATA_FILE = 2
 
@@ -94,9 +95,14 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def entry_words(self) -> int:
+        """Words of 8 bytes in an L2 entry: 1, or 2 with extended L2 (32 subclusters in each cluster)."""
+        return 2 if self.incompatible & _EXTENDED_L2 else 1
+
+    @property
     def table_entries(self) -> int:
         """Entries of one L2 table."""
-        return self.cluster_size // 8
+        return self.cluster_size // (8 * self.entry_words)
 
     @property
     def table_span(self) -> int:
@@ -173,7 +179,7 @@ def parse_header(data: bytes, file_size: int) -> Header:
     file_size: bytes in the file; every table must lie inside.
 
     Raises UnsupportedImageError: a feature that is not read, named: version, backing file, external
-    data file, encryption, extended L2, unknown incompatible feature.
+    data file, encryption, unknown incompatible feature.
     Raises DamagedImageError: the header contradicts the format, qemu's limits or the size of the
     file.
     """
@@ -283,12 +289,7 @@ def _refuse_incompatible(fields: _Fields, data: bytes) -> None:
             "the image keeps its data in an external data file, which is not read;"
             " convert it to a plain qcow2 image with qemu-img convert"
         )
-    if bits & _EXTENDED_L2:
-        raise UnsupportedImageError(
-            "the image has extended L2 entries (subclusters), which are not read;"
-            " convert it with qemu-img convert -o extended_l2=off"
-        )
-    unknown = bits & ~(_READABLE | _DATA_FILE | _EXTENDED_L2)
+    unknown = bits & ~(_READABLE | _DATA_FILE)
     if unknown:
         names = ", ".join(_feature_names(unknown, data, fields.length))
         raise UnsupportedImageError(
@@ -333,6 +334,9 @@ def _extensions(data: bytes, start: int) -> Iterator[Extension]:
 def _check_geometry(fields: _Fields, file_size: int) -> None:
     """Tables aligned, inside the file and within qemu's limits; the volume within ours."""
     cluster = 1 << fields.cluster_bits
+    entry = 16 if fields.incompatible & _EXTENDED_L2 else 8
+    if entry == 16 and fields.cluster_bits < _EXTENDED_BITS:
+        raise _bad(f"it has subclusters in clusters of {cluster} bytes, where 16384 is the least")
     if fields.refcount_order > 6:
         raise _bad(f"its reference counts are 2^{fields.refcount_order} bits wide, over 64")
     if not 0 < fields.refcount_clusters <= _REFCOUNT_TABLE_LIMIT // cluster:
@@ -346,7 +350,7 @@ def _check_geometry(fields: _Fields, file_size: int) -> None:
     ):
         raise _bad(f"its snapshot table is at {fields.snapshots_offset}, outside the file")
     check_l1_span(fields.l1_offset, fields.l1_size, cluster, file_size, "the volume")
-    needed = -(-fields.size // (cluster * cluster // 8))
+    needed = -(-fields.size // (cluster * cluster // entry))
     if fields.l1_size < needed:
         raise _bad(f"its L1 table has {fields.l1_size} entries where its size needs {needed}")
     if fields.size > MAX_VOLUME_SIZE:

@@ -31,6 +31,7 @@ from island_fast.qcow2.header import (
     header_span,
     parse_header,
 )
+from island_fast.qcow2.places import meets, table_spans
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, find_pinned, read_snapshots
 from island_fast.qcow2.vectored import Transfer, read_transfer
 
@@ -39,6 +40,7 @@ __all__ = ["L1_OFFSET_MASK", "Image", "Point"]
 L1_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 _L1_RESERVED = 0x7F00_0000_0000_01FF
 _FIRST_READ = 64 << 10
+_WINDOW = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,12 @@ class Image:
         """Bytes in the file now; an image that is in use grows."""
         return os.fstat(self.fd).st_size
 
+    @property
+    def bytes_on_disk(self) -> int:
+        """Bytes of the file without its holes; its size where the file system does not tell."""
+        status = os.fstat(self.fd)
+        return min(status.st_blocks * 512 or status.st_size, status.st_size)
+
     def reload(self) -> None:
         """Read header and snapshot table again, after somebody took or deleted a snapshot."""
         try:
@@ -180,18 +188,29 @@ class Image:
         its disk size: what it lacks is unallocated. Entries past the disk size (VM state, a bigger
         size before) are left out.
 
-        Raises DamagedImageError: an offset that is unaligned, outside the file or used twice, or a
-        reserved bit.
+        Raises DamagedImageError: an offset that is unaligned, outside the file, over another table or used
+        twice, or a reserved bit.
         """
         count = min(self.header.l1_entries(point.disk_size), point.l1_size)
-        table = np.empty(count, ">u8")
-        if count and self.read_into(point.l1_offset, table.view(np.uint8).data) < 8 * count:
+        entries = np.empty(count, np.uint64)
+        if count and self.read_into(point.l1_offset, entries.view(np.uint8).data) < 8 * count:
             raise self.damaged(f"the L1 table of {point.title} was cut off while it was read")
-        entries = table.astype(np.uint64)
-        self._check_l1(entries, point)
+        entries.byteswap(inplace=True)
+        spans = table_spans(self.header, point.l1_offset, point.l1_size)
+        # In windows, for a hostile table has 32 MiB and every step of the checks as much again.
+        for begin in range(0, count, _WINDOW):
+            self._check_l1(entries[begin : begin + _WINDOW], begin, spans, point)
+        used = entries[entries & np.uint64(L1_OFFSET_MASK) != 0]
+        used &= np.uint64(L1_OFFSET_MASK)
+        used.sort()
+        if np.any(used[1:] == used[:-1]):
+            raise self.damaged(f"two L1 entries of {point.title} share one L2 table")
         return entries
 
-    def _check_l1(self, entries: npt.NDArray[np.uint64], point: Point) -> None:
+    def _check_l1(
+        self, entries: npt.NDArray[np.uint64], first: int, spans: npt.NDArray[np.int64], point: Point
+    ) -> None:
+        """Each of some entries of the L1 table for itself; `first` is the number of the first."""
         cluster = self.header.cluster_size
         offsets = entries & np.uint64(L1_OFFSET_MASK)
         # No wrap: masked offsets are below 2^56. A file shorter than a cluster holds no table.
@@ -202,12 +221,12 @@ class Image:
         bad = np.flatnonzero(wrong)
         if len(bad):
             raise self.damaged(
-                f"L1 entry {bad[0]} of {point.title} ({int(entries[bad[0]]):#018x}) is not the"
+                f"L1 entry {first + bad[0]} of {point.title} ({int(entries[bad[0]]):#018x}) is not the"
                 " offset of a table inside the file, which may have been cut off"
             )
-        used = np.sort(offsets[offsets != 0])
-        if np.any(used[1:] == used[:-1]):
-            raise self.damaged(f"two L1 entries of {point.title} share one L2 table")
+        places = offsets.astype(np.int64)
+        if np.any(meets(places, cluster, spans) & (places != 0)):
+            raise self.damaged(f"an L2 table of {point.title} lies over another table of the image")
 
     def damaged(self, what: str) -> DamagedImageError:
         """The error for an image that contradicts its own format."""

@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-from island_fast.errors import DamagedImageError
+from island_fast.errors import DamagedImageError, UnsupportedImageError
 from island_fast.qcow2.header import Header
 from island_fast.qcow2.names import escape, unescape
 
@@ -26,6 +26,7 @@ __all__ = [
 _ENTRY = struct.Struct(">QIHHIIQII")
 _TABLE_LIMIT = 64 << 20
 _EXTRA_LIMIT = 1024
+_NAMES_LIMIT = 8 << 20
 _WINDOW = 64 << 10
 _NO_ICOUNT = (1 << 64) - 1
 
@@ -81,10 +82,22 @@ def read_snapshots(
 
     Raises DamagedImageError: an entry over qemu's limits, or the table runs past the end of the
     file.
+    Raises UnsupportedImageError: names of more than 8 MiB in all.
     """
     stop = min(file_size, header.snapshots_offset + _TABLE_LIMIT)
     table = _Table(read, header.snapshots_offset, stop)
-    return tuple(_read_entry(table, n, header.size) for n in range(header.snapshot_count))
+    snapshots = []
+    names = 0
+    for number in range(header.snapshot_count):
+        snapshots.append(_read_entry(table, number, header.size))
+        # qemu's own are below 400 bytes each; escaped, a byte can take 16 in memory.
+        names += len(snapshots[-1].id) + len(snapshots[-1].name)
+        if names > _NAMES_LIMIT:
+            raise UnsupportedImageError(
+                f"the names of the first {number + 1} internal snapshots take {names} characters, over the"
+                f" limit of {_NAMES_LIMIT}; delete some with qemu-img snapshot -d"
+            )
+    return tuple(snapshots)
 
 
 def pack_snapshot(snapshot: InternalSnapshot) -> bytes:

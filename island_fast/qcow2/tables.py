@@ -20,7 +20,9 @@ import numpy.typing as npt
 
 from island_fast import _diff
 from island_fast.dirtymap import BLOCK_BITS, DirtyMap
+from island_fast.errors import UnsupportedImageError
 from island_fast.qcow2.header import COPIED
+from island_fast.qcow2.places import Claims
 from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
 
 __all__ = ["Changed", "Progress", "allocated", "changed", "find_shared_copied"]
@@ -29,11 +31,14 @@ Progress = Callable[[int, int], None]
 """Called with (L1 entries done, L1 entries to do)."""
 
 _READ_LIMIT = 1 << 20
+_WINDOW = 1 << 16
 _REST = np.uint64(~COPIED & (1 << 64) - 1)
 _OFFSET = np.uint64(L1_OFFSET_MASK)
 _COPIED = np.uint64(COPIED)
-# The same two masks for entries as they stand on disk, big-endian.
+# Masks for entries as they stand on disk, big-endian.
 _DISK_COPIED = _COPIED.byteswap()
+_DISK_COMPRESSED = np.uint64(1 << 62).byteswap()
+_DISK_ZERO = np.uint64(1).byteswap()
 _DISK_OFFSET = np.uint64(L1_OFFSET_MASK | 1 << 62).byteswap()
 
 _Words = npt.NDArray[np.uint64]
@@ -62,22 +67,35 @@ def allocated(
     """The blocks that hold stored data: touched by a normal or a compressed cluster.
 
     All others read as zeros. With `within` (of `point.blocks` blocks), only those blocks are looked
-    at and only tables that cover one of them are read.
+    at and only tables that cover one of them are read. What reading the blocks found will cost is bounded.
 
-    Raises DamagedImageError: a table is not whole and inside the file.
+    Raises DamagedImageError: a table is not whole and inside the file, or has a flag that the image's version
+    does not know.
+    Raises UnsupportedImageError: the tables claim far more data than the file can hold.
     """
     header = image.header
     found = DirtyMap(point.blocks)
-    offsets = image.l1(point) & _OFFSET
+    offsets = image.l1(point)
+    offsets &= _OFFSET
     wanted = np.flatnonzero(offsets)
     if within is not None:
         wanted = wanted[_touched(image, within, wanted)]
     tables = _Tables(image)
+    claims = Claims(header, image.file_size, image.bytes_on_disk)
     done = 0
     for first, stop in _spans(offsets, wanted, header.cluster_size, tables.batch):
         entries = tables.read(0, int(offsets[first]), stop - first)
         cluster = first * header.table_entries
-        _diff.mark_allocated(entries, cluster, header.cluster_bits, found.words, found.blocks)
+        stored = _diff.mark_allocated(
+            entries, cluster, header.cluster_bits, found.words, found.blocks, header.entry_words
+        )
+        packed = int(np.count_nonzero(entries[:: header.entry_words] & _DISK_COMPRESSED)) if stored else 0
+        if not claims.add(stored, min(stored, packed)):
+            raise UnsupportedImageError(
+                f"'{image.path}': the tables of {point.title} claim more data than a file of"
+                f" {image.file_size} bytes can hold, so the same bytes many times, or compressed over 1032"
+                " times, which is not read; if it is right, convert it with qemu-img convert"
+            )
         done += stop - first
         if progress is not None:
             progress(done, len(wanted))
@@ -99,11 +117,14 @@ def changed(image: Image, old: Point, new: Point, progress: Progress | None = No
     differ = np.flatnonzero((before ^ after) & _REST)
     tables = _Tables(image)
     shared = 0
-    for done, index in enumerate(differ.tolist(), 1):
+    for done, index in enumerate(map(int, differ), 1):
         a = tables.read_or_zeros(0, int(before[index] & _OFFSET))
         b = tables.read_or_zeros(1, int(after[index] & _OFFSET))
-        _diff.mark_changed(a, b, index * header.table_entries, header.cluster_bits, found.words, found.blocks)
-        shared += _count_shared_copied(a, b, a | b)
+        _diff.mark_changed(
+            a, b, index * header.table_entries, header.cluster_bits, found.words, found.blocks,
+            header.entry_words,
+        )  # fmt: skip
+        shared += _count_shared_copied(a, b, a | b, header.entry_words)
         if progress is not None:
             progress(done, len(differ))
     if old.disk_size != new.disk_size:
@@ -127,10 +148,10 @@ def find_shared_copied(image: Image, active: Point, base: Point) -> int:
     used = (now & _OFFSET) != 0
     count = int(np.count_nonzero(alike & used & ((now & _COPIED) != 0)))
     tables = _Tables(image)
-    for index in np.flatnonzero(~alike & used & ((then & _OFFSET) != 0)).tolist():
+    for index in map(int, np.flatnonzero(~alike & used & ((then & _OFFSET) != 0))):
         a = tables.read(0, int(now[index] & _OFFSET), 1)
         b = tables.read(1, int(then[index] & _OFFSET), 1)
-        count += _count_shared_copied(a, b, a)
+        count += _count_shared_copied(a, b, a, image.header.entry_words)
     return count
 
 
@@ -139,19 +160,25 @@ class _Tables:
 
     def __init__(self, image: Image) -> None:
         self._image = image
-        self._entries = image.header.table_entries
+        self._words = image.header.cluster_size // 8
         self.batch = max(1, _READ_LIMIT // image.header.cluster_size)
         self._buffers: dict[int, _Words] = {}
-        self._zeros = np.zeros(self._entries, np.uint64)
+        self._zeros = np.zeros(self._words, np.uint64)
         self.count = 0
 
     def read(self, side: int, offset: int, tables: int) -> _Words:
         """Entries of consecutive tables, as on disk; valid until the next read of that side."""
         if side not in self._buffers:
-            self._buffers[side] = np.empty(self.batch * self._entries, np.uint64)
-        entries = self._buffers[side][: tables * self._entries]
+            self._buffers[side] = np.empty(self.batch * self._words, np.uint64)
+        entries = self._buffers[side][: tables * self._words]
         if self._image.read_into(offset, entries.view(np.uint8).data) < entries.nbytes:
             raise self._image.damaged(f"the L2 table at {offset} was cut off while it was read")
+        if self._image.header.version == 2 and np.any(
+            entries & (_DISK_COMPRESSED | _DISK_ZERO) == _DISK_ZERO
+        ):
+            raise self._image.damaged(
+                f"the L2 table at {offset} has a zero flag, which version 2 does not know"
+            )
         self.count += tables
         return entries
 
@@ -164,11 +191,20 @@ def _pair(image: Image, one: Point, other: Point) -> tuple[_Words, _Words]:
     """Both L1 tables, the shorter one filled up with unallocated entries."""
     a, b = image.l1(one), image.l1(other)
     length = max(len(a), len(b))
-    return np.pad(a, (0, length - len(a))), np.pad(b, (0, length - len(b)))
+    return _filled(a, length), _filled(b, length)
 
 
-def _count_shared_copied(a: _Words, b: _Words, flags: _Words) -> int:
-    """Entries with a host offset, equal in both tables (as on disk) and COPIED in `flags`."""
+def _filled(table: _Words, length: int) -> _Words:
+    # Tables can take 32 MiB: the longer one is not copied.
+    return table if len(table) == length else np.pad(table, (0, length - len(table)))
+
+
+def _count_shared_copied(a: _Words, b: _Words, flags: _Words, step: int) -> int:
+    """Entries with a host offset, equal in both tables (as on disk) and COPIED in `flags`.
+
+    step: words per entry; only the first counts, for subclusters are written in place like clusters.
+    """
+    a, b, flags = a[::step], b[::step], flags[::step]
     alike = ((a ^ b) & ~_DISK_COPIED) == 0
     alike &= (flags & _DISK_COPIED) != 0
     return int(np.count_nonzero(alike & ((a & _DISK_OFFSET) != 0)))
@@ -181,15 +217,15 @@ def _spans(
 
     Without them, small tables (512 B) would cost one system call per 32 KiB of volume.
     """
-    if not len(wanted):
-        return
-    near = np.diff(wanted) == 1
-    near &= np.diff(offsets[wanted].astype(np.int64)) == cluster
-    firsts = wanted[np.concatenate(([True], ~near))].tolist()
-    stops = (wanted[np.concatenate((~near, [True]))] + 1).tolist()
-    for first, stop in zip(firsts, stops, strict=True):
-        for at in range(first, stop, limit):
-            yield at, min(at + limit, stop)
+    for begin in range(0, len(wanted), _WINDOW):
+        part = wanted[begin : begin + _WINDOW]
+        near = np.diff(part) == 1
+        near &= np.diff(offsets[part].astype(np.int64)) == cluster
+        firsts = part[np.concatenate(([True], ~near))].tolist()
+        stops = (part[np.concatenate((~near, [True]))] + 1).tolist()
+        for first, stop in zip(firsts, stops, strict=True):
+            for at in range(first, stop, limit):
+                yield at, min(at + limit, stop)
 
 
 def _touched(image: Image, within: DirtyMap, tables: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:

@@ -44,7 +44,7 @@ from island_fast.source.base import (
     scanning,
 )
 
-__all__ = ["Qcow2Source"]
+__all__ = ["Qcow2Source", "internal_named"]
 
 
 class _PointView(View):
@@ -68,13 +68,19 @@ class Qcow2Source(Source):
 
     With `qmp`, the process behind that socket owns the image and takes the internal snapshots; otherwise
     nobody may have it open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be
-    pinned, writers are kept out as long as the source is open, for a scan of the active table.
+    pinned, writers are kept out as long as the source is open, for a scan of the active table. With
+    `look_only` nothing is locked: such a source may be asked what it would do, and do nothing.
     """
 
-    def __init__(self, path: Path, qmp: Path | None = None, *, as_it_is: bool = False) -> None:
+    def __init__(
+        self, path: Path, qmp: Path | None = None, *, as_it_is: bool = False, look_only: bool = False
+    ) -> None:
         self.path = path
         with ExitStack() as stack:
             self.image = stack.enter_context(Image.open(path))
+            if look_only:
+                self._stack = stack.pop_all()
+                return
             if qmp and (why := self.unpinnable):
                 raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
             hold = as_it_is or self.unpinnable is not None
@@ -144,13 +150,8 @@ class Qcow2Source(Source):
                 self.unpin(internal)
 
     def named(self, name: str) -> InternalSnapshot:
-        """The only internal snapshot with this name."""
-        found = [s for s in self.image.snapshots if s.name == name]
-        if not found:
-            raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see qemu-img snapshot -l")
-        if len(found) > 1:
-            raise RefusedError(f"{self.path} has several internal snapshots '{name}'; rename or drop one")
-        return found[0]
+        """See Source.named."""
+        return internal_named(self.image, name)
 
     def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
         """Why a table diff from `base` would not be sound; None if nothing speaks against it.
@@ -191,3 +192,13 @@ def _compared(base: Base) -> str:
 
 def _to_the_end(candidates: DirtyMap) -> Int64s:
     return np.concatenate([candidates.runs(), [[candidates.blocks, END]]]).astype(np.int64)
+
+
+def internal_named(image: Image, name: str) -> InternalSnapshot:
+    """The only internal snapshot with this name; NotFoundError if there is none, RefusedError if several."""
+    found = [s for s in image.snapshots if s.name == name]
+    if not found:
+        raise NotFoundError(f"{image.path} has no internal snapshot '{name}'; see 'island info'")
+    if len(found) > 1:
+        raise RefusedError(f"{image.path} has several internal snapshots '{name}'; rename or drop one")
+    return found[0]

@@ -16,13 +16,13 @@ import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
-from island_fast.host.imagelock import ImageLock
+from island_fast.host.imagelock import ImageLock, open_image
 from island_fast.progress import Progress
 from island_fast.qcow2 import MAX_VOLUME_SIZE, InternalSnapshot, PinnedBase
 from island_fast.qcow2.vectored import read_transfer, transfers
 from island_fast.source.base import Base, Bytes2D, Change, Int64s, Source, View, scanned, scanning
 
-__all__ = ["RawSource", "data_extents"]
+__all__ = ["RawSource", "data_extents", "open_raw"]
 
 _WHY = "a raw image has no tables to compare"
 
@@ -118,6 +118,12 @@ class RawSource(Source):
             found.set_range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
             tell(stop // BLOCK_SIZE, view.blocks)
         return scanned(found, why_not)
+
+
+def open_raw(path: Path) -> tuple[int, int]:
+    """A read-only descriptor of a raw image or device, which the caller closes, and its size in bytes."""
+    fd = open_image(str(path), devices=True)
+    return fd, os.lseek(fd, 0, os.SEEK_END)
 
 
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from island_fast.restoring import new_file
 from tests import qemu
 from tests.cli.conftest import MIB, Island, noise, one_sentence, pins, wait_until
 
@@ -122,6 +125,19 @@ def test_an_interrupted_restore_leaves_no_file(
     assert (process.returncode, out) == (1, b"")
     assert one_sentence(err.decode()) == f"interrupted; {folder / 'out.qcow2'} was not made"
     assert list(folder.iterdir()) == []
+
+
+def test_a_signal_just_when_the_file_was_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    really = os.open
+
+    def interrupted(*words: Any) -> int:
+        os.close(really(*words))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "out"):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_as_json(island: Island, large: Path) -> None:

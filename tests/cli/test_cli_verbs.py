@@ -85,6 +85,15 @@ def test_snapshot_options(island: Island, disk: Path) -> None:
     assert (full["bytes_read"], full["blocks_changed"]) == (3 * MIB, 0)
 
 
+def test_a_raw_image_is_taken_as_one(island: Island, disk: Path, tmp_path: Path) -> None:
+    raw = qemu.convert(disk, tmp_path / "raw.img", target_format="raw")
+    assert "say that it is raw" in island.fails(6, "snapshot", raw)
+    taken = island.json("snapshot", raw, "--format", "raw")
+    assert (taken["rule"], taken["blocks_changed"]) == ("full-scan", 48)
+    island("restore", "raw@latest", tmp_path / "out.qcow2")
+    qemu.compare(tmp_path / "out.qcow2", raw)
+
+
 @needs_storage_daemon
 def test_an_image_in_use_needs_its_socket(island: Island, disk: Path) -> None:
     with StorageDaemon(disk) as daemon:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from island_fast import _diff
 
 LENGTHS = [0, 1, 7, 8, 9, 63, 64, 65, 130]
-CLUSTER_BITS = range(9, 22)
+# (cluster_bits, words per entry): extended L2 needs clusters of 16 KiB.
+SHAPES = [*((bits, 1) for bits in range(9, 22)), *((bits, 2) for bits in range(14, 22))]
 OTHER = 0xA5A5_A5A5_A5A5_A5A5
 COPIED, COMPRESSED = 1 << 63, 1 << 62
 
@@ -36,13 +37,21 @@ def entry(draw, cluster_bits: int) -> int:
 
 
 @st.composite
-def table(draw, cluster_bits: int, length: int) -> list[int]:
-    """A table in which whole groups are alike, as in real ones: a few values, laid out in stretches."""
+def bitmap(draw) -> int:
+    """A subcluster bitmap: mostly one without a subcluster that is stored and zero."""
+    whole = st.sampled_from([0, 0xFFFF_FFFF, 1, 1 << 31])
+    stored, zero = draw(whole | st.integers(0, 2**32 - 1)), draw(whole | st.integers(0, 2**32 - 1))
+    return (zero if draw(st.booleans()) else zero & ~stored) << 32 | stored
+
+
+@st.composite
+def table(draw, cluster_bits: int, length: int, words: int = 1) -> list[int]:
+    """The words of a table in which whole groups are alike, as in real ones: a few values, in stretches."""
     values: list[int] = []
-    while len(values) < length:
-        value = draw(entry(cluster_bits))
-        values += [value] * draw(st.sampled_from([1, 1, 2, 5, 64, 200]))
-    return values[:length]
+    while len(values) < length * words:
+        value = [draw(entry(cluster_bits))] + [draw(bitmap()) for _ in range(words - 1)]
+        values += value * draw(st.sampled_from([1, 1, 2, 5, 64, 200]))
+    return values[: length * words]
 
 
 @st.composite
@@ -77,31 +86,32 @@ def check_marks(expected: twins.Marks, call, blocks: int, seed: int) -> None:
     assert words[-1] == OTHER
 
 
-@pytest.mark.parametrize("cluster_bits", CLUSTER_BITS)
+@pytest.mark.parametrize("cluster_bits, per_entry", SHAPES)
 @settings(deadline=None)
 @given(data=st.data(), length=st.sampled_from(LENGTHS), seed=st.integers(0, 99))
-def test_mark_allocated(cluster_bits, data, length, seed):
-    entries = twins.raw(data.draw(table(cluster_bits, length)))
+def test_mark_allocated(cluster_bits, per_entry, data, length, seed):
+    entries = twins.raw(data.draw(table(cluster_bits, length, per_entry)))
     first, blocks = data.draw(place(cluster_bits, length))
-    expected = twins.mark_allocated(entries, first, cluster_bits, blocks)
+    expected = twins.mark_allocated(entries, first, cluster_bits, blocks, per_entry)
     check_marks(
         expected,
-        lambda words: _diff.mark_allocated(entries, first, cluster_bits, words, blocks),
+        lambda words: _diff.mark_allocated(entries, first, cluster_bits, words, blocks, per_entry),
         blocks,
         seed,
     )
 
 
-@pytest.mark.parametrize("cluster_bits", CLUSTER_BITS)
+@pytest.mark.parametrize("cluster_bits, per_entry", SHAPES)
 @settings(deadline=None)
 @given(data=st.data(), length=st.sampled_from(LENGTHS), seed=st.integers(0, 99))
-def test_mark_changed(cluster_bits, data, length, seed):
-    old = data.draw(table(cluster_bits, length))
+def test_mark_changed(cluster_bits, per_entry, data, length, seed):
+    old = data.draw(table(cluster_bits, length, per_entry))
     how = data.draw(st.sampled_from(["copied", "bits", "other"]))
     if how == "other":
-        new = data.draw(table(cluster_bits, length))
+        new = data.draw(table(cluster_bits, length, per_entry))
     else:
-        edits = data.draw(st.lists(st.integers(0, max(length - 1, 0)), max_size=5)) if length else []
+        last = max(length * per_entry - 1, 0)
+        edits = data.draw(st.lists(st.integers(0, last), max_size=5)) if length else []
         new = (
             [value ^ (COPIED if data.draw(st.booleans()) else 0) for value in old]
             if how == "copied"
@@ -111,10 +121,12 @@ def test_mark_changed(cluster_bits, data, length, seed):
             new[at] ^= 1 << data.draw(st.integers(0, 63))
     a, b = twins.raw(old), twins.raw(new)
     first, blocks = data.draw(place(cluster_bits, length))
-    expected = twins.mark_changed(a, b, first, cluster_bits, blocks)
-    check_marks(
-        expected, lambda words: _diff.mark_changed(a, b, first, cluster_bits, words, blocks), blocks, seed
-    )
+    expected = twins.mark_changed(a, b, first, cluster_bits, blocks, per_entry)
+
+    def call(words):
+        return _diff.mark_changed(a, b, first, cluster_bits, words, blocks, per_entry)
+
+    check_marks(expected, call, blocks, seed)
 
 
 @pytest.mark.parametrize("bit", range(64))
@@ -125,6 +137,10 @@ def test_each_bit_of_an_entry_is_a_change_but_copied(bit):
     words = np.zeros(1, np.uint64)
     assert _diff.mark_changed(a, b, 0, 16, words, 3) == (bit != 63)
     assert int(words[0]) == (2 if bit != 63 else 0)
+    # In a bitmap every bit counts, the highest too.
+    pair = twins.raw([0x30000, 0])
+    other = twins.raw([0x30000, 1 << bit])
+    assert _diff.mark_changed(pair, other, 0, 16, words, 3, 2) == 1
 
 
 @pytest.mark.parametrize("length", LENGTHS)
@@ -143,17 +159,18 @@ def test_entries_past_the_end_are_not_looked_at(length):
     assert [int(c[length]) for c in columns] == [77, 77, 77]
 
 
-@pytest.mark.parametrize("cluster_bits", CLUSTER_BITS)
+@pytest.mark.parametrize("cluster_bits, per_entry", SHAPES)
 @settings(deadline=None)
 @given(data=st.data(), length=st.sampled_from(LENGTHS), version=st.sampled_from([2, 3]))
-def test_decode_l2(cluster_bits, data, length, version):
-    values = data.draw(table(cluster_bits, length))
+def test_decode_l2(cluster_bits, per_entry, data, length, version):
+    values = data.draw(table(cluster_bits, length, per_entry))
     sizes = st.sampled_from([0, 1, 1 << cluster_bits, (1 << cluster_bits) + 1, 1 << 40, 2**63 - 1])
     file_size = data.draw(sizes | st.integers(0, 65 << cluster_bits))
     entries = twins.raw(values)
     kinds, offsets, lengths = (np.full(length, 99, t) for t in (np.uint8, np.uint64, np.uint32))
-    expected, rows = twins.decode_l2(entries, cluster_bits, version, file_size)
-    assert _diff.decode_l2(entries, cluster_bits, version, file_size, kinds, offsets, lengths) == expected
+    expected, rows = twins.decode_l2(entries, cluster_bits, version, file_size, per_entry)
+    columns = (kinds, offsets, lengths)
+    assert _diff.decode_l2(entries, cluster_bits, version, file_size, *columns, per_entry) == expected
     done = len(rows)
     got = zip(kinds[:done].tolist(), offsets[:done].tolist(), lengths[:done].tolist(), strict=True)
     assert list(got) == rows
@@ -277,7 +294,8 @@ def test_copy_ranges_within_one_buffer():
 @pytest.mark.parametrize(
     "changes",
     [
-        {"first": -1}, {"first": 2**54 + 1}, {"bits": 8}, {"bits": 22}, {"per_entry": 2},
+        {"first": -1}, {"first": 2**54 + 1}, {"bits": 8}, {"bits": 22}, {"per_entry": 0},
+        {"per_entry": 3}, {"per_entry": 2, "bits": 13}, {"per_entry": -1},
         {"blocks": -1}, {"blocks": 65}, {"blocks": 2**47 + 1}, {"blocks": 2**63 - 1},
         {"words": np.zeros(1, np.int64)}, {"words": np.zeros(1, ">u8")}, {"words": np.zeros((1, 1), "u8")},
         {"words": np.zeros(4, np.uint64)[::2]}, {"words": np.frombuffer(bytes(8), np.uint64)},
@@ -294,6 +312,16 @@ def test_marks_refuse_what_does_not_fit(changes):
         _diff.mark_changed(entries, entries, *rest)
 
 
+def test_half_an_extended_entry_is_refused():
+    words, columns = np.zeros(1, "u8"), [np.zeros(1, t) for t in (np.uint8, np.uint64, np.uint32)]
+    with pytest.raises(ValueError, match="3 words are not a whole number"):
+        _diff.mark_allocated(np.zeros(3, "u8"), 0, 16, words, 64, 2)
+    with pytest.raises(ValueError, match="3 words are not a whole number"):
+        _diff.mark_changed(np.zeros(3, "u8"), np.zeros(3, "u8"), 0, 16, words, 64, 2)
+    with pytest.raises(ValueError, match="3 words are not a whole number"):
+        _diff.decode_l2(np.zeros(3, "u8"), 16, 3, 0, *columns, 2)
+
+
 def test_largest_places_are_accepted():
     words = np.zeros(1, np.uint64)
     entries = twins.raw([0x50000])
@@ -303,14 +331,14 @@ def test_largest_places_are_accepted():
 
 
 def test_tables_of_unequal_length_are_refused():
-    with pytest.raises(ValueError, match="3 and 4 entries"):
+    with pytest.raises(ValueError, match="3 and 4 words"):
         _diff.mark_changed(np.zeros(3, "u8"), np.zeros(4, "u8"), 0, 16, np.zeros(1, "u8"), 64)
 
 
 @pytest.mark.parametrize(
     ("bits", "version", "size", "rows", "per_entry"),
     [(8, 3, 0, 4, 1), (22, 3, 0, 4, 1), (16, 1, 0, 4, 1), (16, 4, 0, 4, 1),
-     (16, 3, -1, 4, 1), (16, 3, 0, 3, 1), (16, 3, 0, 5, 1), (16, 3, 0, 4, 2)],
+     (16, 3, -1, 4, 1), (16, 3, 0, 3, 1), (16, 3, 0, 5, 1), (16, 3, 0, 4, 2), (13, 3, 0, 2, 2)],
 )  # fmt: skip
 def test_decode_refuses_what_does_not_fit(bits, version, size, rows, per_entry):
     for short in range(3):

@@ -33,6 +33,30 @@ def kind_of(entry: int) -> int:
     return 1 if offset else 0
 
 
+def pairs(entries: np.ndarray) -> list[tuple[int, int]]:
+    """Extended entries: descriptor and bitmap."""
+    values = numbers(entries)
+    return list(zip(values[::2], values[1::2], strict=True))
+
+
+def subclusters(entry: int, bitmap: int) -> list[str]:
+    """What each of the 32 subclusters is: hole, data, zero, packed or invalid."""
+    if entry >> 62 & 1:
+        return ["packed"] * 32
+    found = []
+    for i in range(32):
+        stored, zero = bitmap >> i & 1, bitmap >> 32 + i & 1
+        if stored and (zero or not entry & 0x00FF_FFFF_FFFF_FE00):
+            found.append("invalid")
+        else:
+            found.append("data" if stored else "zero" if zero else "hole")
+    return found
+
+
+def unaligned(entry: int, cluster_bits: int) -> bool:
+    return bool(not entry >> 62 & 1 and (entry & 0x00FF_FFFF_FFFF_FE00) % (1 << cluster_bits))
+
+
 def _marks(chosen: list[bool], first_cluster: int, cluster_bits: int, blocks: int) -> Marks:
     found: set[int] = set()
     count = 0
@@ -46,13 +70,27 @@ def _marks(chosen: list[bool], first_cluster: int, cluster_bits: int, blocks: in
     return count, found
 
 
-def mark_allocated(entries: np.ndarray, first_cluster: int, cluster_bits: int, blocks: int) -> Marks:
-    chosen = [kind_of(e) in (1, 4) for e in numbers(entries)]
+def mark_allocated(
+    entries: np.ndarray, first_cluster: int, cluster_bits: int, blocks: int, words: int = 1
+) -> Marks:
+    if words == 1:
+        chosen = [kind_of(e) in (1, 4) or unaligned(e, cluster_bits) for e in numbers(entries)]
+    else:
+        chosen = [
+            bool({"data", "packed", "invalid"} & set(subclusters(e, bitmap))) or unaligned(e, cluster_bits)
+            for e, bitmap in pairs(entries)
+        ]
     return _marks(chosen, first_cluster, cluster_bits, blocks)
 
 
-def mark_changed(a: np.ndarray, b: np.ndarray, first_cluster: int, cluster_bits: int, blocks: int) -> Marks:
-    chosen = [x & ~COPIED != y & ~COPIED for x, y in zip(numbers(a), numbers(b), strict=True)]
+def mark_changed(
+    a: np.ndarray, b: np.ndarray, first_cluster: int, cluster_bits: int, blocks: int, words: int = 1
+) -> Marks:
+    if words == 1:
+        chosen = [x & ~COPIED != y & ~COPIED for x, y in zip(numbers(a), numbers(b), strict=True)]
+    else:
+        both = zip(pairs(a), pairs(b), strict=True)
+        chosen = [(x[0] & ~COPIED, x[1]) != (y[0] & ~COPIED, y[1]) for x, y in both]
     return _marks(chosen, first_cluster, cluster_bits, blocks)
 
 
@@ -73,12 +111,27 @@ def decode_entry(entry: int, cluster_bits: int, version: int, file_size: int) ->
     return kind, offset, 0
 
 
+def decode_pair(entry: int, bitmap: int, cluster_bits: int, file_size: int) -> tuple[int, int, int] | None:
+    """The same for an extended entry, whose zero flag is ignored."""
+    row = decode_entry(entry, cluster_bits, 3, file_size)
+    if row is None or row[0] == 4:
+        return row
+    parts = set(subclusters(entry, bitmap))
+    if "invalid" in parts:
+        return None
+    alike = {"hole": 0, "data": 1, "zero": 3 if row[1] else 2}
+    return (alike[parts.pop()] if len(parts) == 1 else 5), row[1], 0
+
+
 def decode_l2(
-    entries: np.ndarray, cluster_bits: int, version: int, file_size: int
+    entries: np.ndarray, cluster_bits: int, version: int, file_size: int, words: int = 1
 ) -> tuple[int, list[tuple[int, int, int]]]:
+    if words == 1:
+        decoded = [decode_entry(entry, cluster_bits, version, file_size) for entry in numbers(entries)]
+    else:
+        decoded = [decode_pair(e, bitmap, cluster_bits, file_size) for e, bitmap in pairs(entries)]
     rows: list[tuple[int, int, int]] = []
-    for i, entry in enumerate(numbers(entries)):
-        row = decode_entry(entry, cluster_bits, version, file_size)
+    for i, row in enumerate(decoded):
         if row is None:
             return i, rows
         rows.append(row)

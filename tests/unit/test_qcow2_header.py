@@ -73,7 +73,6 @@ def test_readable_flags():
         ({"version": 1}, "version 1"),
         ({"version": 4}, "version 4"),
         ({"incompatible": 4}, "external data file"),
-        ({"incompatible": 16}, "extended L2"),
         ({"incompatible": 1 << 40}, "bit 40"),
         ({"crypt": 1}, "AES"),
         ({"crypt": 2}, "LUKS"),
@@ -112,6 +111,8 @@ def test_backing_name_is_quoted_safely_and_shortly():
         ({"cluster_bits": 8}, "clusters of 2\\^8"),
         ({"cluster_bits": 22}, "clusters of 2\\^22"),
         ({"length": 96}, "96 bytes long"),
+        ({"incompatible": 16, "cluster_bits": 13, "l1_size": 1 << 14}, "subclusters in clusters of 8192"),
+        ({"incompatible": 16}, "its size needs 4"),
         ({"compression": 1}, "contradicts"),
         ({"incompatible": 8}, "contradicts"),
         ({"autoclear": 2}, "raw external data file"),
@@ -140,6 +141,12 @@ def test_damage_is_one_clear_sentence(fields, words):
     data[100:104] = length.to_bytes(4, "big")
     with pytest.raises(DamagedImageError, match=words):
         parse_header(bytes(data), FILE_SIZE)
+
+
+def test_extended_l2_has_half_the_entries_in_a_table():
+    parsed = parse_header(header(incompatible=16, l1_size=4), FILE_SIZE)
+    assert (parsed.entry_words, parsed.table_entries, parsed.table_span) == (2, 4096, 256 << 20)
+    assert parse_header(header(), FILE_SIZE).entry_words == 1
 
 
 @pytest.mark.parametrize(

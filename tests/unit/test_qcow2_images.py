@@ -60,6 +60,13 @@ CASES = {
     "2M": {"cluster_size": 2 << 20, "size": (50 << 20) + 4608},
     "2M zstd resized": {"cluster_size": 2 << 20, "size": 40 << 20, **ZSTD, "resizes": True},
     "64k refcounts 64": {"cluster_size": 65536, "size": 20 << 20, "refcount_bits": 64},
+    "16k subclusters": {"cluster_size": 16384, "size": 9 << 20, "extended_l2": "on"},
+    "64k subclusters": {"cluster_size": 65536, "size": 20 << 20, "extended_l2": "on", "resizes": True},
+    "128k subclusters zstd": {"cluster_size": 131072, "size": 25 << 20, "extended_l2": "on", **ZSTD},
+    "2M subclusters": {"cluster_size": 2 << 20, "size": (40 << 20) + 1536, "extended_l2": "on"},
+    "64k subclusters metadata": {
+        "cluster_size": 65536, "size": 25 << 20, "extended_l2": "on", "preallocation": "metadata",
+    },
 }  # fmt: skip
 
 

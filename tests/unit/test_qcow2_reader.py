@@ -96,7 +96,6 @@ def test_descriptor_is_read_only_and_not_inherited(image_path):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"extended_l2": "on"}, "extended L2"),
         ({"data_file": "data.raw"}, "external data file"),
         ({"encrypt.format": "aes", "encrypt.key-secret": "k"}, "AES"),
         ({"backing_file": "base.qcow2", "backing_fmt": "qcow2"}, "backing file \\('base.qcow2'\\)"),

@@ -1,0 +1,208 @@
+# Loops over L2 entries, a part of `_diff.pyx`: nothing here checks its arguments or needs the GIL.
+#
+# Entries have one word, or two with extended L2 (`step`): the second says for each of the 32
+# subclusters whether it is stored (low half) and whether it reads as zeros (high half).
+# Groups of 64 clusters, counted from cluster 0, become one mask each, laid over the block bitmap.
+
+
+cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
+                                    uint64_t inside) noexcept nogil:
+    """Bit i: entry i is NORMAL or compressed, or not aligned, which its reader must find.
+
+    inside: the offset bits that are 0 in an aligned entry.
+    """
+    cdef uint64_t mask = 0, any_bit = 0, entry, stored
+    cdef int i
+    for i in range(count):
+        any_bit |= entries[i]
+    if not any_bit:
+        return 0
+    for i in range(count):
+        entry = entries[i]
+        stored = ((entry & ENTRY_ZERO) == 0) & ((entry & ENTRY_OFFSET) != 0)
+        mask |= (stored | ((entry & (ENTRY_COMPRESSED | inside)) != 0)) << i
+    return mask
+
+
+cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
+                                             uint64_t inside) noexcept nogil:
+    """The same for entries of two words: bit i if any subcluster is stored, or should be."""
+    cdef uint64_t mask = 0, stored
+    cdef int i
+    for i in range(count):
+        stored = entries[2 * i + 1] & BITMAP_STORED
+        mask |= <uint64_t>((stored | (entries[2 * i] & (ENTRY_COMPRESSED | inside))) != 0) << i
+    return mask
+
+
+cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int count,
+                                  int step) noexcept nogil:
+    """Bit i: entries i differ in more than COPIED."""
+    cdef uint64_t mask = 0, any_bit = 0, differ
+    # In a bitmap the same bit is a subcluster's.
+    cdef uint64_t last = ~ENTRY_COPIED if step == 1 else <uint64_t>-1
+    cdef int i
+    for i in range(step * count):
+        any_bit |= a[i] ^ b[i]
+    if not any_bit & last:
+        return 0
+    for i in range(count):
+        differ = (a[step * i] ^ b[step * i]) & ~ENTRY_COPIED
+        if step == 2:
+            differ |= a[2 * i + 1] ^ b[2 * i + 1]
+        mask |= <uint64_t>(differ != 0) << i
+    return mask
+
+
+cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
+    """Clusters smaller than a block: 1 << shift of them, 2 to 128, share each bit."""
+    cdef int64_t block = (group << 6) >> shift
+    cdef uint64_t bits = 0
+    cdef int step
+    if shift >= 6:
+        bits = 1
+    else:
+        for step in range(shift):
+            mask |= mask >> (1 << step)
+        mask &= (<uint64_t>-1) // (((<uint64_t>1) << (1 << shift)) - 1)
+        while mask:
+            bits |= (<uint64_t>1) << (lowest_bit(mask) >> shift)
+            mask &= mask - 1
+    words[block >> 6] |= bits << (block & 63)
+
+
+cdef inline void lay_large(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
+    """Clusters larger than a block: each sets 1 << shift bits, 2 to 32, that lie in one word."""
+    cdef uint64_t cluster = ((<uint64_t>1) << (1 << shift)) - 1
+    cdef int64_t block, word
+    if mask == <uint64_t>-1:
+        for word in range(group << shift, (group + 1) << shift):
+            words[word] = mask
+        return
+    while mask:
+        block = ((group << 6) + lowest_bit(mask)) << shift
+        words[block >> 6] |= cluster << (block & 63)
+        mask &= mask - 1
+
+
+cdef inline void lay(uint64_t mask, int64_t group, int cluster_bits,
+                     uint64_t *words) noexcept nogil:
+    """Set the bits of the blocks that the clusters in `mask` touch; bit i: cluster 64 group + i."""
+    if cluster_bits == BLOCK_BITS:
+        words[group] |= mask
+    elif cluster_bits < BLOCK_BITS:
+        lay_small(mask, group, BLOCK_BITS - cluster_bits, words)
+    else:
+        lay_large(mask, group, cluster_bits - BLOCK_BITS, words)
+
+
+cdef int64_t clusters_of(int64_t blocks, int cluster_bits) noexcept nogil:
+    """How many clusters begin within `blocks` blocks."""
+    if cluster_bits <= BLOCK_BITS:
+        return blocks << (BLOCK_BITS - cluster_bits)
+    return (blocks + (1ll << (cluster_bits - BLOCK_BITS)) - 1) >> (cluster_bits - BLOCK_BITS)
+
+
+cdef inline uint64_t allocated_group(const uint64_t *a, int count, int step,
+                                     uint64_t inside) noexcept nogil:
+    if step == 1:
+        return allocated_mask(a, count, inside)
+    return allocated_mask_extended(a, count, inside)
+
+
+cdef inline uint64_t changed_group(const uint64_t *a, const uint64_t *b, int count,
+                                   int step) noexcept nogil:
+    # Two calls, so that the loops in each know their step.
+    if step == 1:
+        return changed_mask(a, b, count, 1)
+    return changed_mask(a, b, count, 2)
+
+
+cdef int64_t mark(const uint64_t *a, const uint64_t *b, int64_t count, int step, int64_t first,
+                  int cluster_bits, uint64_t *words, int64_t blocks) noexcept nogil:
+    """Mark where `a` is allocated, or where it differs from `b` if that is not NULL."""
+    cdef int64_t done = 0, found = 0, left = clusters_of(blocks, cluster_bits) - first
+    cdef int position, size
+    cdef uint64_t mask, inside = ENTRY_OFFSET & bswap64(((<uint64_t>1) << cluster_bits) - 1)
+    count = min(count, left)
+    while done < count:
+        position = (first + done) & 63
+        size = <int>min(64 - position, count - done)
+        if b == NULL:
+            mask = allocated_group(a + step * done, size, step, inside)
+        else:
+            mask = changed_group(a + step * done, b + step * done, size, step)
+        if mask:
+            found += count_bits(mask)
+            lay(mask << position, (first + done) >> 6, cluster_bits, words)
+        done += size
+    # Only the last cluster, when larger than a block, can have gone past the end.
+    if found and blocks & 63:
+        words[blocks >> 6] &= ((<uint64_t>1) << (blocks & 63)) - 1
+    return found
+
+
+cdef struct Decoded:
+    uint8_t kind
+    uint64_t offset
+    uint32_t length
+
+
+cdef inline bint decode_entry(uint64_t raw, int cluster_bits, bint zero_allowed, uint64_t file_size,
+                              Decoded *out) noexcept nogil:
+    """Decode one entry, in the order of qemu's checks; false if it is invalid."""
+    cdef uint64_t entry = bswap64(raw), in_cluster = ((<uint64_t>1) << cluster_bits) - 1
+    cdef int offset_bits = 62 - (cluster_bits - 8)
+    cdef bint zero, placed
+    if raw & ENTRY_COMPRESSED:
+        out.kind = 4
+        out.offset = entry & (((<uint64_t>1) << offset_bits) - 1)
+        entry = (entry >> offset_bits) & (((<uint64_t>1) << (cluster_bits - 8)) - 1)
+        out.length = <uint32_t>((entry + 1) * 512 - (out.offset & 511))
+        return out.offset < file_size
+    # Without branches from here: which kind comes next cannot be predicted.
+    out.offset = bswap64(raw & ENTRY_OFFSET)
+    out.length = 0
+    placed = out.offset != 0
+    zero = (raw & ENTRY_ZERO) != 0
+    out.kind = <uint8_t>(placed + 2 * zero)
+    return (((out.offset & in_cluster) == 0) & ((out.offset < file_size) | (not placed))
+            & (zero_allowed | (not zero)))
+
+
+cdef inline bint decode_extended(const uint64_t *raw, int cluster_bits, uint64_t file_size,
+                                 Decoded *out) noexcept nogil:
+    """The same for an entry of two words: its zero flag means nothing, its bitmap decides."""
+    cdef uint64_t bitmap = bswap64(raw[1])
+    cdef uint32_t stored = <uint32_t>bitmap, zero = <uint32_t>(bitmap >> 32)
+    if not decode_entry(raw[0], cluster_bits, True, file_size, out):
+        return False
+    if out.kind == 4:
+        return True
+    if stored == <uint32_t>-1:
+        out.kind = 1
+    elif zero == <uint32_t>-1:
+        out.kind = <uint8_t>(2 + (out.offset != 0))
+    else:
+        out.kind = 5 if stored | zero else 0
+    return (stored & zero) == 0 and (stored == 0 or out.offset != 0)
+
+
+cdef int64_t decode(const uint64_t *entries, int64_t count, int step, int cluster_bits,
+                    bint zero_allowed, uint64_t file_size, uint8_t *kinds, uint64_t *offsets,
+                    uint32_t *lengths) noexcept nogil:
+    """Fill the columns; -1, or the index of the first invalid entry."""
+    cdef int64_t i
+    cdef Decoded entry
+    cdef bint valid
+    for i in range(count):
+        if step == 1:
+            valid = decode_entry(entries[i], cluster_bits, zero_allowed, file_size, &entry)
+        else:
+            valid = decode_extended(entries + 2 * i, cluster_bits, file_size, &entry)
+        if not valid:
+            return i
+        kinds[i] = entry.kind
+        offsets[i] = entry.offset
+        lengths[i] = entry.length
+    return -1
