@@ -17,6 +17,7 @@ from island_fast.host.imagelock import writer_present
 from island_fast.qcow2 import Image, InternalSnapshot
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.extents import DATA, HOLE, Extents, extents
+from island_fast.qcow2.names import escape
 from island_fast.results import BitmapInfo, ImageInfo, InternalInfo, timestamp
 from island_fast.source import pinned_snapshot
 from island_fast.source.qcow2 import internal_named
@@ -38,7 +39,7 @@ def image_map(
             raise UsageError("a raw image has no internal snapshots; leave out --snapshot and --since")
         yield from _raw_map(path)
         return
-    with Image.open(path) as image:
+    with Image.open(path, backed=True) as image:
         if snapshot is None and writer_present(image.fd):
             raise ImageInUseError(
                 f"{path} is open for writing in another process; name an internal snapshot with --snapshot"
@@ -72,7 +73,7 @@ def _one(start: int, stop: int, kind: int) -> Extents:
 
 def image_info(path: Path) -> ImageInfo:
     """What a qcow2 image says of itself; also of one that is in use, as of its last flush."""
-    with Image.open(path) as image:
+    with Image.open(path, backed=True) as image:
         header = image.header
         features = {
             "lazy refcounts": header.lazy_refcounts,
@@ -89,6 +90,7 @@ def image_info(path: Path) -> ImageInfo:
             file_size=image.file_size,
             cluster_size=header.cluster_size,
             compression=header.compression,
+            backing_file=None if header.backing_name is None else escape(header.backing_name),
             features=tuple(name for name, present in features.items() if present),
             in_use=writer_present(image.fd),
             internal_snapshots=tuple(_internal(s) for s in image.snapshots),

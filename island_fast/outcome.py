@@ -32,6 +32,12 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "Run", "Signals", "conclude"]
 
 _HARD_EXIT = 3  # this many times Ctrl-C, and the process ends at once
+_SOON = 0.01  # seconds
+_LOCKING = frozenset(
+    ["threading", "queue", "contextlib", "logging", "weakref", "_weakrefset"]
+    + [f"concurrent.futures.{name}" for name in ("_base", "thread")]
+)
+_UNDIVIDED = frozenset(["subprocess", "importlib._bootstrap", "importlib._bootstrap_external"])
 
 
 class Interrupted(KeyboardInterrupt):
@@ -45,19 +51,22 @@ class _OutputError(Exception):
 class Signals:
     """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted in the main thread; a context manager.
 
-    While that unwinds later ones are swallowed, but for the third Ctrl-C, which ends the process: that is
+    It is raised as soon as nothing can break by it (see `_may_break`), at the latest when progress is told.
+    While it unwinds later signals are swallowed, but for the third Ctrl-C, which ends the process: that is
     as safe as a power cut. A signal that is ignored from the start (nohup, a background job) stays so.
     Left, it puts the handlers back, or with `to_the_end` has those signals ignored until the process is gone.
     """
 
     def __init__(self, *, to_the_end: bool = False) -> None:
-        self.armed = True
+        self._armed = True  # the first signal is still to be raised
         self._to_the_end = to_the_end
         self._received = self._keys = 0
         self._before: dict[int, Any] = {}
+        self._seen: tuple[int, int] | None = None
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
+            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
@@ -69,25 +78,61 @@ class Signals:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self.armed = False
+        self.disarm()
         for number, handler in self._before.items():
             # Python takes its handlers away as it ends, and one more signal would change the exit code.
             signal.signal(number, signal.SIG_IGN if self._to_the_end else handler)
+
+    def disarm(self) -> None:
+        """Raise nothing from now on."""
+        self._armed = False
+        if self._received and self._before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def check(self) -> None:
+        """Raise Interrupted, in any thread, if a signal came that has not been raised yet."""
+        if self._received and self._armed:
+            self._armed = False
+            raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._received += 1
         self._keys += number == signal.SIGINT
         if self._keys >= _HARD_EXIT:
             os._exit(1)
-        if self._received == 1 and self.armed:
-            raise Interrupted
-        if self._keys == _HARD_EXIT - 1 and os.isatty(2):
+        if self._armed:
+            self._again(number, frame)
+        elif self._keys == _HARD_EXIT - 1 and os.isatty(2):
             os.write(2, b"\nisland: cleaning up; press Ctrl-C once more to leave at once\n")
 
-    def check(self) -> None:
-        """Raise Interrupted if a signal came: again, where the first was lost, and in workers too."""
-        if self._received and self.armed:
+    def _again(self, number: int, frame: FrameType | None) -> None:
+        """Raise Interrupted into `frame`, where the main thread is, or have it tried again soon."""
+        if not (self._armed and self._received):
+            return
+        place = (id(frame), frame.f_lasti if frame else 0)
+        waits = place == self._seen  # it was here the last time, too, so it waits for something
+        self._seen = place
+        if _may_break(frame, waits):
+            signal.setitimer(signal.ITIMER_REAL, _SOON)
+        else:
+            self.disarm()
             raise Interrupted
+
+
+def _may_break(frame: FrameType | None, waits: bool) -> bool:
+    """Whether an exception raised at `frame` could leave something held, or begun and unknown.
+
+    Locks written in Python can stay locked if an exception comes just when they are taken, and then other
+    threads wait for ever; not so while they wait to be taken. A process that has been started may not be
+    known of yet, and is left to end. An import that is cut off swallows the exception.
+    """
+    if frame is not None and frame.f_globals.get("__name__") in _LOCKING and not waits:
+        return True
+    while frame is not None:
+        if frame.f_globals.get("__name__") in _UNDIVIDED:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(slots=True)
@@ -150,7 +195,7 @@ def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_en
                 work(run)
                 return 0
             finally:
-                signals.armed = False
+                signals.disarm()
         except click.exceptions.Exit as done:
             return done.exit_code
         except BaseException as error:  # noqa: BLE001 (this is the door: nothing may leave as a traceback)

@@ -48,7 +48,7 @@ from island_fast.results import (
     Swept,
     timestamp,
 )
-from island_fast.source import FULL_SCAN, TABLE_DIFF, Qcow2Source, RawSource, Source, pinned_lineage
+from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.stores import Store, open_store
 from island_fast.taking import take
 
@@ -204,6 +204,7 @@ class Repository:
         at: str | None = None,
         full: bool = False,
         image_format: str = "qcow2",
+        backing: Sequence[str] = (),
         properties: Mapping[str, str] | None = None,
         progress: Progress = silent,
     ) -> SnapshotTaken:
@@ -212,16 +213,23 @@ class Repository:
         `volume` names the lineage (default: that of the image's pin, else what this host remembers of the
         file, else the file's stem). `qmp` is the monitor socket of the process that has the image open.
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
-        snapshot; `full` scans in full although a table diff would be sound.
+        snapshot; `full` scans in full although a table diff would be sound. `backing` lists the image's
+        backing files, nearest first, as "qcow2:FILE" or "raw:FILE"; what is stored is the volume as a guest
+        sees it, through all of them.
         """
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
         path = Path(os.path.realpath(image))
         held: Source
+        files = [Backing.parse(text) for text in backing]
         if image_format == "raw":
+            if files:
+                raise UsageError("a raw image has no backing files; leave out --backing")
             held = RawSource(path)
         else:
-            held = Qcow2Source(path, Path(qmp) if qmp else None, as_it_is=not pin and at is None)
+            held = Qcow2Source(
+                path, Path(qmp) if qmp else None, as_it_is=not pin and at is None, backing=files
+            )
         with held as source:
             if at is not None:
                 source.named(at)  # before anything is made
@@ -257,11 +265,14 @@ class Repository:
                 return name
         return None
 
-    def outlook(self, image: str | Path, *, volume: str | None = None) -> ImageInfo:
+    def outlook(
+        self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
+    ) -> ImageInfo:
         """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
         path = Path(os.path.realpath(image))
         info = image_info(path)
-        with Qcow2Source(path, look_only=True) as source:
+        files = [Backing.parse(text) for text in backing]
+        with Qcow2Source(path, look_only=True, backing=files) as source:
             try:
                 lineage = self._lineage_for(source, volume)
             except RefusedError as error:

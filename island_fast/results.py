@@ -159,6 +159,7 @@ class ImageInfo(_Answer):
     file_size: int
     cluster_size: int
     compression: str
+    backing_file: str | None
     features: tuple[str, ...]
     in_use: bool
     internal_snapshots: tuple[InternalInfo, ...]

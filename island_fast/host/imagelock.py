@@ -18,7 +18,7 @@ from typing import Self
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
 
-__all__ = ["ImageLock", "open_image", "writer_present"]
+__all__ = ["ImageLock", "hold_off_writers", "open_image", "writer_present"]
 
 _WRITE_USED = 101
 _WRITE_UNSHARED = 201
@@ -77,7 +77,7 @@ class ImageLock:
         try:
             _lock_out_snapshots(fd, self.path)
             if self._hold_off_writers:
-                _lock_out_writers(fd, self.path)
+                hold_off_writers(fd, self.path)
         except BaseException:
             os.close(fd)
             raise
@@ -133,8 +133,11 @@ def _lock_out_snapshots(fd: int, path: str) -> None:
         raise RefusedError(f"image {path!r} was replaced by another file just now; try again")
 
 
-def _lock_out_writers(fd: int, path: str) -> None:
-    """Forbid writing to qemu, and only then look whether someone does: the other order has a window."""
+def hold_off_writers(fd: int, path: str) -> None:
+    """Keep qemu from writing to the file as long as `fd` is open; ImageInUseError if someone already does.
+
+    First writing is forbidden, and only then looked whether someone writes: the other order has a window.
+    """
     try:
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, _WRITE_UNSHARED))
         in_use = _byte_is_locked(fd, _WRITE_USED)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from itertools import pairwise
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,10 @@ from island_fast.qcow2.places import meets, table_spans
 from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.vectored import Transfer, read_transfer, transfers
 
-__all__ = ["PointReader"]
+__all__ = ["Below", "PointReader"]
 
 _OFFSET = np.uint64(L1_OFFSET_MASK)
-_NORMAL, _COMPRESSED, _MIXED = 1, 4, 5
+_UNALLOCATED, _NORMAL, _COMPRESSED, _MIXED = 0, 1, 4, 5
 _SUBCLUSTERS = 32
 
 _Ints = npt.NDArray[np.int64]
@@ -31,20 +32,34 @@ _Words = npt.NDArray[np.uint64]
 _Bytes = npt.NDArray[np.uint8]
 
 
+class Below(Protocol):
+    """What shows through where an image has nothing: the volume of its backing file."""
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of that volume; behind them are zeros."""
+
+    def read(self, blocks: _Ints, out: _Bytes) -> None:
+        """As `PointReader.read`."""
+
+
 class PointReader:
     """Reads blocks at a point. The image stays the caller's; several threads may call `read`.
+
+    Where the point has nothing, `below` shows, or zeros without one.
 
     The point's L1 table is read once, here: read an internal snapshot (immutable), or be sure that
     nobody writes. `bytes_read` counts the bytes of data clusters read from the file, no tables.
     """
 
-    def __init__(self, image: Image, point: Point) -> None:
+    def __init__(self, image: Image, point: Point, below: Below | None = None) -> None:
         """Load the L1 table of the point.
 
         Raises DamagedImageError: see `Image.l1`.
         """
         self._image = image
         self._point = point
+        self._below = below
         self._l1 = image.l1(point)
         self._l1 &= _OFFSET
         self._tables = self._l1[self._l1 != 0].view(np.int64)
@@ -82,6 +97,8 @@ class PointReader:
         if len(mixed):
             row, part = np.nonzero(~parts)
             rows.reshape(len(rows), parts.shape[1], -1)[mixed[row], part] = 0
+        if self._below is not None:
+            self._show_through(self._below, blocks, entries, kinds, rows)
         # Only the last row can reach past the volume.
         tail = self._point.disk_size - (int(blocks[-1]) << BLOCK_BITS)
         out[-1, max(tail, 0) :] = 0
@@ -169,6 +186,10 @@ class PointReader:
 
     def _stored_parts(self, blocks: _Ints, entries: _Words, mixed: _Ints) -> npt.NDArray[np.bool_]:
         """Which subclusters of some rows are stored, bool[rows, subclusters in a row]; others are zeros."""
+        return self._parts(blocks, entries[mixed, -1].byteswap(), mixed)
+
+    def _parts(self, blocks: _Ints, bitmaps: _Words, mixed: _Ints) -> npt.NDArray[np.bool_]:
+        """The lower half of some rows' bitmaps, bool[rows, subclusters in a row]."""
         size = self._image.header.cluster_size
         unit = min(size, BLOCK_SIZE)
         count = _SUBCLUSTERS * unit // size
@@ -176,8 +197,27 @@ class PointReader:
             return np.zeros((0, count), np.bool_)
         first = self._inner(blocks, mixed) // (size // _SUBCLUSTERS)
         bits = (first[:, None] + np.arange(count)).astype(np.uint64)
-        stored: npt.NDArray[np.bool_] = entries[mixed, 1].byteswap()[:, None] >> bits & np.uint64(1) != 0
-        return stored
+        found: npt.NDArray[np.bool_] = bitmaps[:, None] >> bits & np.uint64(1) != 0
+        return found
+
+    def _show_through(
+        self, below: Below, blocks: _Ints, entries: _Words, kinds: _Bytes, rows: _Bytes
+    ) -> None:
+        """Put what lies below into rows and parts of rows that have nothing of their own."""
+        mixed = np.flatnonzero(kinds == _MIXED)
+        bitmaps = entries[mixed, -1].byteswap()
+        empty = self._parts(blocks, ~(bitmaps | bitmaps >> np.uint64(32)), mixed)
+        holes = np.zeros((len(rows), empty.shape[1]), np.bool_)
+        holes[kinds == _UNALLOCATED] = True
+        holes[mixed] = empty
+        whole = holes.reshape(len(blocks), -1)
+        wanted = np.flatnonzero(whole.any(axis=1) & (blocks < below.blocks))
+        if len(wanted):
+            shown = np.empty((len(wanted), BLOCK_SIZE), np.uint8)
+            below.read(blocks[wanted], shown)
+            parts = rows.reshape(*whole.shape, -1)
+            row, part = np.nonzero(whole[wanted])
+            parts[wanted[row], part] = shown.reshape(len(wanted), whole.shape[1], -1)[row, part]
 
     def _read_normal(self, rows: _Ints, blocks: _Ints, offsets: _Words, target: _Bytes) -> None:
         """Read rows that lie in normal clusters."""

@@ -49,6 +49,7 @@ _DIRTY, _CORRUPT, _DATA_FILE, _COMPRESSION, _EXTENDED_L2 = (1 << bit for bit in 
 _READABLE = _DIRTY | _CORRUPT | _COMPRESSION | _EXTENDED_L2
 _EXTENDED_BITS = 14
 _LAZY_REFCOUNTS = 1
+_BACKING_LIMIT = 1023
 _RAW_DATA_FILE = 2
 
 _FEATURE_NAMES = 0x6803F857
@@ -172,11 +173,12 @@ def header_span(data: bytes) -> int:
     return 1 << bits
 
 
-def parse_header(data: bytes, file_size: int) -> Header:
+def parse_header(data: bytes, file_size: int, *, backed: bool = False) -> Header:
     """The checked header.
 
     data: the first cluster of the file (see `header_span`), or the whole file if it is shorter.
     file_size: bytes in the file; every table must lie inside.
+    backed: whether a backing file may be named; the name is kept and never followed.
 
     Raises UnsupportedImageError: a feature that is not read, named: version, backing file, external
     data file, encryption, unknown incompatible feature.
@@ -185,7 +187,7 @@ def parse_header(data: bytes, file_size: int) -> Header:
     """
     span = header_span(data)
     fields = _unpack(data)
-    _refuse_features(fields, data)
+    _refuse_features(fields, data, backed)
     if fields.length > span:
         raise _bad(f"its length ({fields.length} bytes) exceeds the cluster")
     if len(data) < min(span, file_size):
@@ -207,7 +209,7 @@ def parse_header(data: bytes, file_size: int) -> Header:
         compatible=fields.compatible,
         autoclear=fields.autoclear,
         compression="zstd" if fields.compression else "zlib",
-        backing_name=None,
+        backing_name=_backing_name(fields, data[:span]),
         crypt=fields.crypt,
         extensions=extensions,
     )
@@ -264,7 +266,17 @@ def _unpack(data: bytes) -> _Fields:
     )
 
 
-def _refuse_features(fields: _Fields, data: bytes) -> None:
+def _backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
+    """The name of the backing file as it stands in the first cluster; None without one."""
+    if not fields.backing_offset:
+        return None
+    end = fields.backing_offset + fields.backing_length
+    if fields.backing_length > _BACKING_LIMIT or end > len(cluster):
+        raise _bad("the name of its backing file is not inside the first cluster")
+    return cluster[fields.backing_offset : end]
+
+
+def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
     """Refuse, by name and before anything depends on it, what this reader does not know."""
     _refuse_incompatible(fields, data)
     if fields.crypt:
@@ -272,10 +284,10 @@ def _refuse_features(fields: _Fields, data: bytes) -> None:
         raise UnsupportedImageError(
             f"the image is encrypted ({method}), which is not read; decrypt it with qemu-img convert"
         )
-    if fields.backing_offset:
+    if fields.backing_offset and not backed:
         name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
         raise UnsupportedImageError(
-            f"the image has a backing file ('{name}'), which is not followed;"
+            f"the image has a backing file ('{name}'), which is not followed; list it with --backing, or"
             " merge it with qemu-img rebase -b ''"
         )
     if fields.autoclear & _RAW_DATA_FILE:

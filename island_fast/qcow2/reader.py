@@ -72,17 +72,18 @@ class Image:
     `header` and `snapshots` are as of `open` or the last `reload`.
     """
 
-    def __init__(self, path: str, fd: int) -> None:
+    def __init__(self, path: str, fd: int, backed: bool = False) -> None:
         """Take over `fd`, an open regular file; use `Image.open`."""
         self.path = path
         self.fd = fd
+        self._backed = backed
         self.header: Header
         self.snapshots: tuple[InternalSnapshot, ...]
         self.reload()
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
-        """Open the image read-only.
+    def open(cls, path: str | os.PathLike[str], *, backed: bool = False) -> Self:
+        """Open the image read-only; with `backed`, one that names a backing file, which is not followed.
 
         Raises NotFoundError: no such file.
         Raises RefusedError: not a regular file.
@@ -99,7 +100,7 @@ class Image:
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise RefusedError(f"'{name}' is not a regular file; name the qcow2 file itself")
-            return cls(name, fd)
+            return cls(name, fd, backed)
         except BaseException:
             os.close(fd)
             raise
@@ -145,7 +146,7 @@ class Image:
         span = header_span(data)
         if span > len(data):
             data = self.read(0, min(size, span))
-        header = parse_header(data, size)
+        header = parse_header(data, size, backed=self._backed)
         return header, read_snapshots(self.read, header, size)
 
     def active(self) -> Point:

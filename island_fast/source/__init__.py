@@ -11,12 +11,14 @@ from island_fast.source.base import (
     pinned_lineage,
     pinned_snapshot,
 )
+from island_fast.source.chain import Backing
 from island_fast.source.qcow2 import Qcow2Source
 from island_fast.source.raw import RawSource
 
 __all__ = [
     "FULL_SCAN",
     "TABLE_DIFF",
+    "Backing",
     "Base",
     "Change",
     "Qcow2Source",

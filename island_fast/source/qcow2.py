@@ -8,8 +8,8 @@ under a lock on the image itself.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import numpy as np
@@ -43,21 +43,25 @@ from island_fast.source.base import (
     scanned,
     scanning,
 )
+from island_fast.source.chain import Backing, Chain, Layer, refuse_mismatch, with_below
 
 __all__ = ["Qcow2Source", "internal_named"]
+
+_BACKING = "backing.identity"
 
 
 class _PointView(View):
     """A point of a qcow2 image."""
 
-    def __init__(self, image: Image, point: Point) -> None:
+    def __init__(self, image: Image, point: Point, below: Layer | None) -> None:
         self.point = point
         self.volume_size = point.disk_size
-        self._reader = PointReader(image, point)
+        self._below = below
+        self._reader = PointReader(image, point, below)
 
     @property
     def bytes_read(self) -> int:
-        return self._reader.bytes_read
+        return self._reader.bytes_read + (self._below.bytes_read if self._below else 0)
 
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
         self._reader.read(blocks, out)
@@ -69,15 +73,24 @@ class Qcow2Source(Source):
     With `qmp`, the process behind that socket owns the image and takes the internal snapshots; otherwise
     nobody may have it open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be
     pinned, writers are kept out as long as the source is open, for a scan of the active table. With
-    `look_only` nothing is locked: such a source may be asked what it would do, and do nothing.
+    `look_only` nothing is locked: such a source may be asked what it would do, and do nothing. `backing` are
+    the image's backing files, nearest first; without them an image that has one is refused.
     """
 
     def __init__(
-        self, path: Path, qmp: Path | None = None, *, as_it_is: bool = False, look_only: bool = False
+        self,
+        path: Path,
+        qmp: Path | None = None,
+        *,
+        as_it_is: bool = False,
+        look_only: bool = False,
+        backing: Sequence[Backing] = (),
     ) -> None:
         self.path = path
         with ExitStack() as stack:
-            self.image = stack.enter_context(Image.open(path))
+            self.image = stack.enter_context(Image.open(path, backed=bool(backing)))
+            refuse_mismatch(self.image, bool(backing))
+            self._chain = stack.enter_context(closing(Chain(backing, self.image.header.backing_name)))
             if look_only:
                 self._stack = stack.pop_all()
                 return
@@ -101,11 +114,12 @@ class Qcow2Source(Source):
     def facts(self) -> Mapping[str, str]:
         """See Source.facts."""
         header = self.image.header
-        return {
+        facts = {
             "format": "qcow2",
             "qcow2.version": str(header.version),
             "qcow2.cluster_bits": str(header.cluster_bits),
         }
+        return facts | ({_BACKING: self._chain.identity} if self._chain.identity else {})
 
     @property
     def internals(self) -> tuple[InternalSnapshot, ...]:
@@ -160,6 +174,8 @@ class Qcow2Source(Source):
         """
         if self.image.header.corrupt:
             return "the image is marked corrupt"
+        if facts.get(_BACKING, "") != self._chain.identity:
+            return "the backing files are others than at the parent, or were written to since"
         active, then = self.image.active(), self.image.at(base.internal)
         if find_shared_copied(self.image, active, then):
             return "clusters that the pinned base shares are marked as writable in place"
@@ -167,21 +183,27 @@ class Qcow2Source(Source):
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
-        return _PointView(self.image, self.image.at(internal) if internal else self.image.active())
+        point = self.image.at(internal) if internal else self.image.active()
+        return _PointView(self.image, point, self._chain.top)
 
     def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         """See Source.change."""
         if not isinstance(view, _PointView):
             raise TypeError("a view of another source")
         if base is None:
-            return scanned(allocated(self.image, view.point, progress=scanning(progress)), why_not)
+            return self._scanned(view.point, why_not, progress)
         diff = changed(self.image, self.image.at(base.internal), view.point, scanning(progress))
         if diff.shared_copied:
-            why = "the pinned base's clusters were written in place"
-            return scanned(allocated(self.image, view.point, progress=scanning(progress)), why)
+            return self._scanned(view.point, "the pinned base's clusters were written in place", progress)
         candidates = diff.map | DirtyMap.from_runs(view.blocks, np.minimum(base.extra, view.blocks))
         data = allocated(self.image, view.point, within=candidates)
+        if self._chain.top is not None:
+            data = with_below(data, self._chain.top, progress) & candidates
         return Change(TABLE_DIFF, _compared(base), candidates, data, _to_the_end(candidates))
+
+    def _scanned(self, point: Point, why: str, progress: Progress) -> Change:
+        own = allocated(self.image, point, progress=scanning(progress))
+        return scanned(with_below(own, self._chain.top, progress), why)
 
 
 def _compared(base: Base) -> str:

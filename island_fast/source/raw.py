@@ -22,12 +22,12 @@ from island_fast.qcow2 import MAX_VOLUME_SIZE, InternalSnapshot, PinnedBase
 from island_fast.qcow2.vectored import read_transfer, transfers
 from island_fast.source.base import Base, Bytes2D, Change, Int64s, Source, View, scanned, scanning
 
-__all__ = ["RawSource", "data_extents", "open_raw"]
+__all__ = ["RawSource", "RawView", "data_extents", "open_raw", "raw_data"]
 
 _WHY = "a raw image has no tables to compare"
 
 
-class _RawView(View):
+class RawView(View):
     """The bytes of a file, as long as it was when it was opened."""
 
     def __init__(self, path: Path, fd: int, size: int) -> None:
@@ -38,9 +38,11 @@ class _RawView(View):
 
     @property
     def bytes_read(self) -> int:
+        """See View.bytes_read."""
         return self._read
 
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
+        """See View.read."""
         rows = np.arange(blocks.size)
         for transfer in transfers(blocks * BLOCK_SIZE, rows, BLOCK_SIZE, out.reshape(-1).data):
             wanted = min(transfer.length, self.volume_size - transfer.offset)
@@ -108,16 +110,21 @@ class RawSource(Source):
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
-        return _RawView(self.path, self._fd, self._size)
+        return RawView(self.path, self._fd, self._size)
 
     def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         """See Source.change."""
-        found = DirtyMap(view.blocks)
-        tell = scanning(progress)
-        for start, stop in data_extents(self._fd, self._size):
-            found.set_range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
-            tell(stop // BLOCK_SIZE, view.blocks)
-        return scanned(found, why_not)
+        return scanned(raw_data(self._fd, self._size, progress), why_not)
+
+
+def raw_data(fd: int, size: int, progress: Progress) -> DirtyMap:
+    """The blocks of a raw file of `size` bytes that may hold data."""
+    found = DirtyMap(-(-size // BLOCK_SIZE))
+    tell = scanning(progress)
+    for start, stop in data_extents(fd, size):
+        found.set_range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
+        tell(stop // BLOCK_SIZE, found.blocks)
+    return found
 
 
 def open_raw(path: Path) -> tuple[int, int]:
