@@ -6,20 +6,20 @@ Answers, errors and signals are in `outcome.py`, what people read in `show.py`.
 from __future__ import annotations
 
 import os
-import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from island_fast import __version__, show
-from island_fast.errors import UsageError
+from island_fast.looking import info, map_
+from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
 
 if TYPE_CHECKING:
-    from island_fast.repository import Repository
+    pass
 
 __all__ = ["main"]
 
@@ -33,69 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             island.invoke(context)
 
     return conclude(work, json_asked="--json" in words, to_the_end=argv is None)
-
-
-def _open(run: Run, *, create: bool = False) -> Repository:
-    """The repository that is asked for."""
-    from island_fast.repository import Repository  # here: it takes a good part of a second
-
-    location = run.location or os.environ.get("ISLAND_REPOSITORY")
-    if not location:
-        raise UsageError(
-            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
-        )
-    return Repository.open(location, create=create)
-
-
-def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both."""
-
-    def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
-        if value:
-            setattr(context.ensure_object(Run), field, value)
-
-    return keep
-
-
-def _common(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has."""
-    for option in (
-        click.option(
-            "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember("quiet"),
-            help="No progress, and no answer but ids.",
-        ),
-        click.option(
-            "--json", is_flag=True, expose_value=False, callback=_remember("json"),
-            help="Answer with one JSON value on standard output.",
-        ),
-        click.option(
-            "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
-            help="A directory's path, or swift://CONTAINER/PREFIX.  [default: $ISLAND_REPOSITORY]",
-        ),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
-_SPAN = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
-_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-
-
-def _seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
-    """A time span such as 24h, 90m, 3600s, 7d or 0, in seconds."""
-    if value is None or value == "0":
-        return None if value is None else 0.0
-    match = _SPAN.fullmatch(value)
-    if not match:
-        raise click.BadParameter(f"{value!r} is no time span; write one such as 24h, 90m, 3600s, 7d or 0")
-    return float(match[1]) * _SECONDS[match[2]]
-
-
-def _text(context: click.Context, parameter: click.Parameter, value: str) -> str:
-    """A value that can be stored: what the shell passed may be any bytes."""
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        raise click.BadParameter("it is not UTF-8 text")
-    return value
 
 
 class _Verbs(click.Group):
@@ -128,7 +65,7 @@ _NAMING = (
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_NAMING,
 )
-@_common
+@common
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
               help="Tell the version and what computes digests.")  # fmt: skip
 def island() -> None:
@@ -168,7 +105,7 @@ def island() -> None:
 @click.option("--volume", metavar="NAME",
               help="The volume's name: at most 128 of A-Z a-z 0-9 . _ -  "
               "[default: the one known for IMAGE, else its file name without the last suffix]")  # fmt: skip
-@click.option("--label", metavar="TEXT", default="", callback=_text,
+@click.option("--label", metavar="TEXT", default="", callback=text,
               help="A text to keep with the snapshot.")  # fmt: skip
 @click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
@@ -177,9 +114,10 @@ def island() -> None:
     "--at", metavar="INTERNAL_SNAPSHOT", help="Store this internal snapshot of IMAGE, not its present."
 )
 @click.option("--full", is_flag=True, help="Read all that is allocated, even where a table diff would do.")
-@click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2",
-              show_default=True, help="Format of IMAGE; a raw one is scanned in full.")  # fmt: skip
-@_common
+@image_format_option("Format of IMAGE; a raw one is scanned in full.")
+@click.option("--backing", metavar="FORMAT:FILE", multiple=True,
+              help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
+@common
 @click.pass_obj
 def snapshot(
     run: Run,
@@ -191,6 +129,7 @@ def snapshot(
     at: str | None,
     full: bool,
     image_format: str,
+    backing: tuple[str, ...],
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -211,7 +150,7 @@ def snapshot(
         return "no snapshot was made, earlier ones are as they were"
 
     run.if_interrupted = if_interrupted
-    with _open(run, create=True) as repository, run.progress() as progress:
+    with opened(run, create=True) as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
             volume=volume,
@@ -221,6 +160,7 @@ def snapshot(
             at=at,
             full=full,
             image_format=image_format,
+            backing=backing,
             progress=progress,
         )
     for note in taken.notes:
@@ -232,7 +172,7 @@ def snapshot(
 @click.option(
     "--volume", metavar="NAME", help="Only snapshots of this volume; needs no listing of the store."
 )
-@_common
+@common
 @click.pass_obj
 def list_(run: Run, volume: str | None) -> None:
     """List snapshots, oldest first within each volume.
@@ -244,7 +184,7 @@ def list_(run: Run, volume: str | None) -> None:
       island -r /srv/snapshots list --volume disk
       island -r /srv/snapshots list --json | jq -r '.[].snapshot'
     """  # noqa: D301
-    with _open(run) as repository:
+    with opened(run) as repository:
         found = repository.snapshots(volume)
         if not found and not run.quiet:
             run.note(f"there are no snapshots in {repository.store.location}")
@@ -254,7 +194,7 @@ def list_(run: Run, volume: str | None) -> None:
 
 @island.command("show", epilog=_NAMING)
 @click.argument("snapshot")
-@_common
+@common
 @click.pass_obj
 def show_(run: Run, snapshot: str) -> None:
     """Show one snapshot.
@@ -263,7 +203,7 @@ def show_(run: Run, snapshot: str) -> None:
     Example:
       island -r /srv/snapshots show disk@latest
     """  # noqa: D301
-    with _open(run) as repository:
+    with opened(run) as repository:
         found = repository.show(snapshot)
     run.answer(found.as_json(), show.shown(found), found.snapshot)
 
@@ -271,9 +211,8 @@ def show_(run: Run, snapshot: str) -> None:
 @island.command(epilog=_NAMING)
 @click.argument("snapshot")
 @click.argument("target", type=click.Path(path_type=Path))
-@click.option("--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2",
-              show_default=True, help="Format of TARGET.")  # fmt: skip
-@_common
+@image_format_option("Format of TARGET.")
+@common
 @click.pass_obj
 def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
     """Write the volume as of SNAPSHOT to the new file TARGET.
@@ -293,7 +232,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
         return f"{target} was not made"
 
     run.if_interrupted = if_interrupted
-    with _open(run) as repository, run.progress() as progress:
+    with opened(run) as repository, run.progress() as progress:
         restored = repository.restore(snapshot, target, image_format=image_format, progress=progress)
     run.answer(restored.as_json(), show.restored(restored))
 
@@ -301,7 +240,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
 @island.command(epilog=_NAMING)
 @click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True)
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
-@_common
+@common
 @click.pass_obj
 def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
     """Delete snapshots; all others stay whole.
@@ -315,18 +254,18 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
     """  # noqa: D301
     if not dry_run:
         run.if_interrupted = lambda: "'island list' shows which snapshots are still there"
-    with _open(run) as repository:
+    with opened(run) as repository:
         deleted = repository.delete(snapshots, dry_run=dry_run)
     run.answer([one.as_json() for one in deleted], show.deleted(deleted, dry_run))
 
 
 @island.command()
-@click.option("--grace", metavar="TIME", callback=_seconds,
+@click.option("--grace", metavar="TIME", callback=seconds,
               help="Keep what is younger than this, such as 24h, 90m, 3600s, 7d or 0. "
               "Less than the default is safe only if nothing else uses the repository now.  "
               "[default: 24h in Swift, 0 in a directory]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
-@_common
+@common
 @click.pass_obj
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     """Remove what no snapshot needs any more, from the volumes that this host owns.
@@ -341,7 +280,7 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     """  # noqa: D301
     if not dry_run:
         run.if_interrupted = lambda: "all snapshots are as they were; the next sweep goes on"
-    with _open(run) as repository, run.progress() as progress:
+    with opened(run) as repository, run.progress() as progress:
         swept = repository.sweep(grace=grace, dry_run=dry_run, progress=progress)
         if not swept and not run.quiet:
             run.note(f"this host owns no volume in {repository.store.location}")
@@ -350,7 +289,7 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
 
 @island.command()
 @click.argument("volume")
-@_common
+@common
 @click.pass_obj
 def adopt(run: Run, volume: str) -> None:
     """Make this host the owner of VOLUME, and let its next snapshot come from any image.
@@ -363,6 +302,10 @@ def adopt(run: Run, volume: str) -> None:
       island -r swift://volumes/host7 adopt disk
     """  # noqa: D301
     run.if_interrupted = lambda: "all snapshots are as they were; run it again"
-    with _open(run) as repository:
+    with opened(run) as repository:
         adopted = repository.adopt(volume)
     run.answer(adopted.as_json(), show.adopted(adopted))
+
+
+island.add_command(info)
+island.add_command(map_)

@@ -66,7 +66,6 @@ class Signals:
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
-            self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 if signal.getsignal(number) is not signal.SIG_IGN:
                     self._before[number] = signal.signal(number, self._handle)
@@ -86,7 +85,7 @@ class Signals:
     def disarm(self) -> None:
         """Raise nothing from now on."""
         self._armed = False
-        if self._received and self._before:
+        if signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def check(self) -> None:
@@ -113,6 +112,8 @@ class Signals:
         waits = place == self._seen  # it was here the last time, too, so it waits for something
         self._seen = place
         if _may_break(frame, waits):
+            if signal.SIGALRM not in self._before:
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
             signal.setitimer(signal.ITIMER_REAL, _SOON)
         else:
             self.disarm()

@@ -271,13 +271,16 @@ class Repository:
         """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
         path = Path(os.path.realpath(image))
         info = image_info(path)
+        if self._id is None:
+            first = "it is the first snapshot of the volume"
+            return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
         files = [Backing.parse(text) for text in backing]
         with Qcow2Source(path, look_only=True, backing=files) as source:
             try:
                 lineage = self._lineage_for(source, volume)
             except RefusedError as error:
                 return replace(info, next_reason=str(error))
-            start = choose(lineage, source, Request(self.id, self.state.writer))
+            start = choose(lineage, source, Request(self.id, writer=""))
             return replace(
                 info,
                 volume=lineage.name,

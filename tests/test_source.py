@@ -18,6 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["cli", "driver", "bench"],
+    ["looking"],
+    ["options"],
     ["outcome"],
     ["show"],
     ["repository"],

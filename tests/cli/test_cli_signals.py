@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from island_fast.host.qemu_img import run_to_the_end
+from island_fast.outcome import Interrupted, Signals
 from island_fast.restoring import new_file
 from tests import qemu
 from tests.cli.conftest import MIB, Island, noise, one_sentence, pins, wait_until
@@ -163,8 +169,39 @@ def test_a_signal_that_is_ignored_stays_ignored(island: Island, large: Path) -> 
     assert len(out.strip()) == 32
 
 
+def test_no_lock_stays_taken() -> None:
+    """A signal that comes just when a lock written in Python was taken waits until it can be given back."""
+    raise_now = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+    steps = []
+    lock: Any = SimpleNamespace(acquire=None, release=None, __enter__=raise_now, __exit__=None)
+    with Signals(), pytest.raises(Interrupted):
+        threading.Condition(lock).__enter__()
+        steps.append("taken")
+        time.sleep(10)
+        steps.append("slept")
+    assert steps == ["taken"]
+
+
+def test_a_wait_is_interrupted() -> None:
+    later = threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM))
+    later.start()
+    with Signals(), pytest.raises(Interrupted):
+        Future[None]().result(timeout=20)
+    later.join()
+
+
+def test_a_process_just_started_is_not_forgotten(tmp_path: Path) -> None:
+    with Signals(), pytest.raises(Interrupted):
+        done = run_to_the_end(["sh", "-c", f"kill -TERM {os.getpid()}; sleep 0.2; echo > {tmp_path}/ended"])
+        assert done.returncode == 0
+        time.sleep(10)
+    assert (tmp_path / "ended").exists()
+
+
 def test_handlers_are_put_back_when_it_is_called(island: Island) -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM)
+    before = [signal.getsignal(number) for number in numbers]
     island("--help")
     island("list")
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+    test_a_wait_is_interrupted()
+    assert [signal.getsignal(number) for number in numbers] == before

@@ -33,10 +33,12 @@ def base(tmp_path: Path) -> Path:
 def overlay(
     path: Path, backing: Path, backing_format: str = "qcow2", size: int = 12 * MIB, **options: object
 ) -> Path:
-    extra = ",".join(f"{name}={value}" for name, value in {"lazy_refcounts": "on", **options}.items())
+    merged = {"lazy_refcounts": "on", **options}
+    extra = ",".join(f"{name}={value}" for name, value in merged.items())
     qemu.run(
-        "qemu-img", "create", "-q", "-f", "qcow2", "-o", extra, "-b", backing, "-F", backing_format, path, size
-    )  # fmt: skip
+        *("qemu-img", "create", "-q", "-f", "qcow2", "-o", extra),
+        *("-b", backing, "-F", backing_format, path, size),
+    )
     return path
 
 

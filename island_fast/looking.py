@@ -1,0 +1,136 @@
+"""The verbs that look at an image and change nothing: `island map` and `island info`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from island_fast import show
+from island_fast.options import common, image_format_option, opened
+from island_fast.outcome import Run
+
+if TYPE_CHECKING:
+    from island_fast.qcow2.extents import Extents
+    from island_fast.results import ImageInfo
+
+__all__ = ["info", "map_"]
+
+
+@click.command("map")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--snapshot", metavar="NAME", help="The volume at this internal snapshot, not as it is.")
+@click.option("--since", metavar="NAME", help="Tell what may have changed since this internal snapshot.")
+@image_format_option("Format of IMAGE.")
+@common
+@click.pass_obj
+def map_(run: Run, image: Path, snapshot: str | None, since: str | None, image_format: str) -> None:
+    """Show where the volume of IMAGE holds data.
+
+    An extent is data, zero (stored as zeros, without data) or hole (nothing stored; a backing file shows).
+    Starts and lengths are in bytes.
+
+    \b
+    Example:
+      island map disk.qcow2
+      island map disk.qcow2 --snapshot monday --since sunday --json
+    """  # noqa: D301
+    from island_fast.inspecting import image_map
+
+    windows = image_map(image, snapshot=snapshot, since=since, image_format=image_format)
+    if run.json:
+        run.answer(_rows(windows, bool(since)), "")
+    else:
+        run.answer(None, "\n".join(_lines(windows, bool(since))))
+
+
+def _rows(windows: Iterable[Extents], since: bool) -> list[dict[str, Any]]:
+    """Extents as the JSON has them."""
+    from island_fast.qcow2.extents import KINDS
+
+    rows: list[dict[str, Any]] = []
+    for part in windows:
+        columns = zip(part.start.tolist(), part.length.tolist(), part.kind.tolist(), strict=True)
+        found: list[dict[str, Any]] = [{"start": a, "length": n, "kind": KINDS[k]} for a, n, k in columns]
+        if since:
+            for row, changed in zip(found, part.changed.tolist(), strict=True):
+                row["changed"] = changed
+        rows += found
+    return rows
+
+
+def _lines(windows: Iterable[Extents], since: bool) -> Iterable[str]:
+    """Extents as people read them, in columns of fixed width."""
+    from island_fast.qcow2.extents import KINDS
+
+    yield f"{'START B':>16}  {'LENGTH B':>16}  KIND" + ("  CHANGED" if since else "")
+    for part in windows:
+        rows = zip(
+            part.start.tolist(), part.length.tolist(), part.kind.tolist(), part.changed.tolist(), strict=True
+        )
+        if since:
+            yield from (f"{a:>16}  {n:>16}  {KINDS[k]}  {'yes' if c else 'no'}" for a, n, k, c in rows)
+        else:
+            yield from (f"{a:>16}  {n:>16}  {KINDS[k]}" for a, n, k, _ in rows)
+
+
+@click.command("info")
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--volume", metavar="NAME", help="The volume that IMAGE's next snapshot would go to.")
+@click.option("--backing", metavar="FORMAT:FILE", multiple=True, help="As for 'island snapshot'.")
+@common
+@click.pass_obj
+def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) -> None:
+    """Tell what the qcow2 file IMAGE is, and what its next snapshot would do.
+
+    With a repository, it is told whether the next snapshot will be a table diff, or why not.
+
+    \b
+    Example:
+      island info disk.qcow2
+      island -r /srv/snapshots info disk.qcow2 --json
+    """  # noqa: D301
+    if run.location or os.environ.get("ISLAND_REPOSITORY"):
+        with opened(run, create=True) as repository:  # which only a snapshot would make
+            found = repository.outlook(image, volume=volume, backing=backing)
+    else:
+        from island_fast.inspecting import image_info
+
+        found = image_info(image)
+    run.answer(found.as_json(), _described(found))
+
+
+def _described(found: ImageInfo) -> str:
+    clusters = f"{show.size(found.cluster_size)}, {found.compression} where compressed"
+    following = f"{found.next_rule}: " if found.next_rule else ""
+    rows = [
+        ("image", f"{show.printable(found.image)}, {show.size(found.file_size)}"),
+        ("format", f"qcow2 version {found.version}"),
+        ("volume", show.size(found.volume_size)),
+        ("clusters", clusters),
+        ("features", ", ".join(found.features)),
+        ("backing", show.printable(found.backing_file or "")),
+        ("in use", "open for writing in another process" if found.in_use else ""),
+    ]
+    for one in found.internal_snapshots:
+        pin = f", pins {one.pin_of}" if one.pin_of else ""
+        rows.append(
+            ("internal", f"{show.printable(one.name)}, {one.created}, {show.size(one.volume_size)}{pin}")
+        )
+    for bitmap in found.bitmaps:
+        rows.append(
+            (
+                "bitmap",
+                f"{show.printable(bitmap.name)}, {show.size(bitmap.granularity)} a bit, {bitmap.state}",
+            )
+        )
+    rows += [
+        ("bitmaps", show.printable(found.bitmap_trouble or "")),
+        ("goes to", found.volume or ""),
+        ("pinned", found.pinned_base or ""),
+        ("next", following + show.printable(found.next_reason or "")),
+    ]
+    return show.sheet(rows)

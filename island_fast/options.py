@@ -1,0 +1,89 @@
+"""Options that verbs share, and what their values may be."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from island_fast.errors import UsageError
+from island_fast.outcome import Run
+
+if TYPE_CHECKING:
+    from island_fast.repository import Repository
+
+__all__ = ["common", "image_format_option", "opened", "seconds", "text"]
+
+
+def opened(run: Run, *, create: bool = False) -> Repository:
+    """The repository that is asked for."""
+    from island_fast.repository import Repository  # here: it takes a good part of a second
+
+    location = run.location or os.environ.get("ISLAND_REPOSITORY")
+    if not location:
+        raise UsageError(
+            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
+        )
+    return Repository.open(location, create=create)
+
+
+def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
+    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both."""
+
+    def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
+        if value:
+            setattr(context.ensure_object(Run), field, value)
+
+    return keep
+
+
+def common(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that every verb has."""
+    for option in (
+        click.option(
+            "-q", "--quiet", is_flag=True, expose_value=False, callback=_remember("quiet"),
+            help="No progress, and no answer but ids.",
+        ),
+        click.option(
+            "--json", is_flag=True, expose_value=False, callback=_remember("json"),
+            help="Answer with one JSON value on standard output.",
+        ),
+        click.option(
+            "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
+            help="A directory's path, or swift://CONTAINER/PREFIX.  [default: $ISLAND_REPOSITORY]",
+        ),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def image_format_option(told: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """The option --format of a verb, with its help text; formats are never probed."""
+    return click.option(
+        "--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2", show_default=True,
+        help=told,
+    )  # fmt: skip
+
+
+_SPAN = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+
+
+def seconds(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A time span such as 24h, 90m, 3600s, 7d or 0, in seconds."""
+    if value is None or value == "0":
+        return None if value is None else 0.0
+    match = _SPAN.fullmatch(value)
+    if not match:
+        raise click.BadParameter(f"{value!r} is no time span; write one such as 24h, 90m, 3600s, 7d or 0")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+def text(context: click.Context, parameter: click.Parameter, value: str) -> str:
+    """A value that can be stored: what the shell passed may be any bytes."""
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise click.BadParameter("it is not UTF-8 text")
+    return value
