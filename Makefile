@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx
 
-.PHONY: demo test quick check bench clean
+.PHONY: demo test quick check fuzz bench clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
@@ -21,6 +21,9 @@ quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes
 
 check: $(VENV)/.tested  ## linting, types, layers and sizes alone
 	$(BIN)/pytest -q tests/test_source.py
+
+fuzz: $(VENV)/.tested  ## malformed images against the reader, for FUZZ_SECONDS (600)
+	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)
 
 bench: $(VENV)/.tested  ## the kernels' and formats' benchmarks
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only

@@ -58,7 +58,8 @@ class Signals:
     """
 
     def __init__(self, *, to_the_end: bool = False) -> None:
-        self._armed = True  # the first signal is still to be raised
+        self._over = False  # nothing is to be raised any more
+        self._raised = False  # into the main thread, where it may have been swallowed
         self._to_the_end = to_the_end
         self._received = self._keys = 0
         self._before: dict[int, Any] = {}
@@ -84,14 +85,18 @@ class Signals:
 
     def disarm(self) -> None:
         """Raise nothing from now on."""
-        self._armed = False
+        self._over = True
+        self._stop_trying()
+
+    def _stop_trying(self) -> None:
+        self._raised = True
         if signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def check(self) -> None:
-        """Raise Interrupted, in any thread, if a signal came that has not been raised yet."""
-        if self._received and self._armed:
-            self._armed = False
+        """Raise Interrupted, in any thread, if a signal came: here it is sure to end the work."""
+        if self._received and not self._over:
+            self._raised = True
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -99,14 +104,14 @@ class Signals:
         self._keys += number == signal.SIGINT
         if self._keys >= _HARD_EXIT:
             os._exit(1)
-        if self._armed:
+        if not self._raised:
             self._again(number, frame)
         elif self._keys == _HARD_EXIT - 1 and os.isatty(2):
             os.write(2, b"\nisland: cleaning up; press Ctrl-C once more to leave at once\n")
 
     def _again(self, number: int, frame: FrameType | None) -> None:
         """Raise Interrupted into `frame`, where the main thread is, or have it tried again soon."""
-        if not (self._armed and self._received):
+        if self._raised:
             return
         place = (id(frame), frame.f_lasti if frame else 0)
         waits = place == self._seen  # it was here the last time, too, so it waits for something
@@ -116,7 +121,7 @@ class Signals:
                 self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
             signal.setitimer(signal.ITIMER_REAL, _SOON)
         else:
-            self.disarm()
+            self._stop_trying()
             raise Interrupted
 
 

@@ -172,13 +172,17 @@ def test_a_signal_that_is_ignored_stays_ignored(island: Island, large: Path) -> 
 def test_no_lock_stays_taken() -> None:
     """A signal that comes just when a lock written in Python was taken waits until it can be given back."""
     raise_now = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    steps = []
     lock: Any = SimpleNamespace(acquire=None, release=None, __enter__=raise_now, __exit__=None)
-    with Signals(), pytest.raises(Interrupted):
+    steps = []
+
+    def work() -> None:
         threading.Condition(lock).__enter__()
         steps.append("taken")
         time.sleep(10)
         steps.append("slept")
+
+    with Signals(), pytest.raises(Interrupted):
+        work()
     assert steps == ["taken"]
 
 
@@ -191,10 +195,14 @@ def test_a_wait_is_interrupted() -> None:
 
 
 def test_a_process_just_started_is_not_forgotten(tmp_path: Path) -> None:
-    with Signals(), pytest.raises(Interrupted):
-        done = run_to_the_end(["sh", "-c", f"kill -TERM {os.getpid()}; sleep 0.2; echo > {tmp_path}/ended"])
-        assert done.returncode == 0
+    script = f"kill -TERM {os.getpid()}; sleep 0.2; echo > {tmp_path}/ended"
+
+    def work() -> None:
+        assert run_to_the_end(["sh", "-c", script]).returncode == 0
         time.sleep(10)
+
+    with Signals(), pytest.raises(Interrupted):
+        work()
     assert (tmp_path / "ended").exists()
 
 
