@@ -215,7 +215,7 @@ def test_common_options_before_or_after_the_verb(
 def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
     text = island.text("--help")
     verbs = re.findall(r"^  ([a-z]+)  ", text.split("Commands:")[1], re.MULTILINE)
-    assert verbs == ["snapshot", "list", "show", "restore", "delete", "sweep", "adopt"]
+    assert verbs == ["snapshot", "list", "show", "restore", "delete", "sweep", "adopt", "info", "map"]
     assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
     assert island.text("-h") == island.text() == text
     for verb in verbs:
