@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
-SOURCES := pyproject.toml setup.py island_fast/_diff.pyx
+SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
 .PHONY: demo test quick check fuzz bench clean
 

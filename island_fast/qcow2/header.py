@@ -161,7 +161,9 @@ def header_span(data: bytes) -> int:
     """
     if data[:4] != MAGIC:
         what = "is empty" if not data else "does not begin with the qcow2 magic"
-        raise DamagedImageError(f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is a raw one")
+        raise DamagedImageError(
+            f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is a raw one"
+        )
     if len(data) < _V2_LENGTH:
         raise _cut_header(len(data))
     bits = int.from_bytes(data[20:24], "big")
