@@ -135,8 +135,6 @@ class Chain:
         return xxhash.xxh3_128_hexdigest(json.dumps(self._facts).encode())
 
     def _opened(self, file: Backing, below: Layer | None, stack: ExitStack) -> Layer:
-        if file.path.is_symlink():
-            raise RefusedError(f"{file.path} is a symbolic link; name the backing file itself")
         if file.format == "raw":
             if below is not None:
                 raise UsageError(
@@ -154,8 +152,10 @@ class Chain:
 
     def _checked(self, path: Path, fd: int) -> None:
         """Keep writers off, refuse a file that is in the chain twice, and note what identifies it."""
-        hold_off_writers(fd, str(path))
         status = os.fstat(fd)
+        if not os.path.samestat(status, os.lstat(path)):  # after the open, so that nobody can swap it
+            raise RefusedError(f"{path} is a symbolic link; name the backing file itself")
+        hold_off_writers(fd, str(path))
         place = (status.st_dev, status.st_ino)
         if place in self._seen:
             raise RefusedError(f"{path} is listed twice as a backing file; check the order of --backing")

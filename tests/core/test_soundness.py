@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 import struct
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -176,3 +178,60 @@ def test_a_raw_image_is_scanned_and_sends_only_what_differs(repository: Reposito
     target = tmp_path / "back.raw"
     repository.restore(third.snapshot, target, image_format="raw")
     assert target.read_bytes() == raw.read_bytes()
+
+
+def test_a_raw_image_asks_the_store_for_no_data(tmp_path: Path) -> None:
+    """Unchanged blocks are known by the digests in the packs' indexes, cached here or fetched."""
+    store = MemoryStore()
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(random.Random(1).randbytes(4 * MIB))
+    Repository(store, LocalState(tmp_path / "one"), create=True).snapshot(raw, image_format="raw")
+    for state, index_reads in (("one", 0), ("two", 1)):
+        repository = Repository(store, LocalState(tmp_path / state))
+        repository.adopt("disk")
+        store.calls.clear()
+        store.received = 0
+        taken = repository.snapshot(raw, volume="disk", image_format="raw")
+        assert (taken.blocks_candidate, taken.blocks_changed) == (64, 0)
+        assert store.calls["get_ranges"] == index_reads
+        assert store.received < 65536
+
+
+@pytest.mark.parametrize("cluster_size", [4096, 65536, 2 * MIB])
+def test_a_rewritten_cluster_sends_the_blocks_that_differ(
+    cluster_size: int, repository: Repository, tmp_path: Path
+) -> None:
+    image = qemu.create(tmp_path / "large.qcow2", 16 * MIB, cluster_size=cluster_size, lazy_refcounts="on")
+    qemu.io(image, qemu.write(0, 8 * MIB, 1))
+    repository.snapshot(image, volume="vol")
+    qemu.io(image, qemu.write(3 * MIB + 100, 10, 2))
+    taken = snapshot_and_check(repository, image, tmp_path)
+    assert (taken.rule, taken.blocks_changed) == ("table-diff", 1)
+    assert taken.blocks_candidate == max(1, cluster_size // 65536)
+
+
+def loop_device(path: Path) -> str:
+    """A loop device over a file; skips where the kernel or the user has none."""
+    done = subprocess.run(["losetup", "--find", "--show", path], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no loop device to be had: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def test_a_block_device_is_a_raw_image(repository: Repository, tmp_path: Path) -> None:
+    raw = tmp_path / "disk.raw"
+    raw.write_bytes(random.Random(2).randbytes(2 * MIB) + bytes(2 * MIB))
+    device = loop_device(raw)
+    try:
+        first = repository.snapshot(device, volume="vol", image_format="raw")
+        assert (first.volume_size, first.blocks_changed) == (4 * MIB, 32)
+        with open(device, "r+b") as file:
+            file.seek(3 * MIB)
+            file.write(b"x" * 512)
+        second = repository.snapshot(device, volume="vol", image_format="raw")
+        assert second.blocks_changed == 1
+        target = tmp_path / "back.raw"
+        repository.restore(second.snapshot, target, image_format="raw")
+        assert target.read_bytes() == raw.read_bytes()
+    finally:
+        subprocess.run(["losetup", "--detach", device], check=True)

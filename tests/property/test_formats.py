@@ -121,8 +121,8 @@ def test_merge_equals_a_dict_of_blocks(data: st.DataObject) -> None:
     assert (merged.start[1:] >= (merged.start + merged.length)[:-1]).all()
 
 
-def small_pack() -> tuple[str, bytes, np.ndarray]:
-    data = np.random.default_rng(3).integers(0, 256, (3, 65536), dtype=np.uint8)
+def small_pack(noise: bool = True) -> tuple[str, bytes, np.ndarray]:
+    data = np.random.default_rng(3).integers(0, 256 if noise else 1, (3, 65536), dtype=np.uint8)
     data[1] = 7
     stored, codecs = compress_blocks(data)
     name = f"vol/packs/{A}/0-00000000"
@@ -221,20 +221,22 @@ def objects() -> list[tuple[str, bytes, object]]:
     manifest, _ = encode("m", manifest_of(rows, numbers))
     blob, _ = encode_record("r", record(numbers), numbers)
     name, pack, _ = small_pack()
+    _, tiny, _ = small_pack(noise=False)
     plain = seal(Kind.REPOSITORY, "repository", [Section(1, [b'{"id":"x"}'])])[0]
     return [
         ("manifest", manifest, lambda b: decode("m", b)),
         ("record", blob, lambda b: decode_record("r", b, SnapshotNumbers())),
         ("pack", pack, lambda b: open_pack(name, b)),
+        ("tiny pack", tiny, lambda b: open_pack(name, b)),
         ("repository", b"".join(plain), lambda b: open_frame(Kind.REPOSITORY, "repository", b)),
     ]
 
 
-@pytest.mark.parametrize("kind", ["manifest", "record", "pack", "repository"])
+@pytest.mark.parametrize("kind", ["manifest", "record", "pack", "tiny pack", "repository"])
 def test_every_single_byte_corruption_is_detected(kind: str) -> None:
     _, blob, read = next(o for o in objects() if o[0] == kind)
     read(blob)  # type: ignore[operator]
-    step = 1 if len(blob) < 10_000 else 61  # in a pack: all of front and index, and a sample of the data
+    step = 1 if len(blob) < 10_000 else 61  # of the large pack a sample of its noise
     places = sorted({*range(min(len(blob), 1000)), *range(0, len(blob), step), len(blob) - 1})
     for at in places:
         damaged = bytearray(blob)
