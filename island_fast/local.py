@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from island_fast.durable import sync_folder
 from island_fast.errors import IslandError
 from island_fast.frame import Buffer
 
@@ -49,15 +50,7 @@ def _durable(path: Path, data: Buffer) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    sync_folder(path.parent)
 
 
 def _private(path: str, flags: int) -> int:
@@ -212,7 +205,7 @@ class LineageFiles:
         """Give up a registration whose process is gone; that id never commits afterwards."""
         with _explained(self.folder):
             (self.folder / "running" / snapshot).unlink(missing_ok=True)
-            _sync_folder(self.folder / "running")
+            sync_folder(self.folder / "running")
 
     def abandoned(self, age: float) -> list[str]:
         """Ids registered more than `age` seconds ago whose process is gone."""

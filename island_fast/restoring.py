@@ -16,6 +16,7 @@ from pathlib import Path
 
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
+from island_fast.durable import link_new, sync_folder
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
@@ -101,8 +102,9 @@ def new_file(target: Path) -> Iterator[int]:
                 os.fsync(fd)
             finally:
                 os.close(fd)
-            os.link(temporary, target)
-            _sync_folder(target.parent)
+            if not link_new(str(temporary), str(target)):
+                raise RefusedError(f"{target} was made by someone else meanwhile; it is left alone")
+            sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
@@ -113,17 +115,7 @@ def _named(target: Path) -> Iterator[None]:
     """Turn a failure of the target's file system into a sentence."""
     try:
         yield
-    except FileExistsError as error:
-        raise RefusedError(f"{target} was made by someone else meanwhile; it is left alone") from error
     except OSError as error:
         raise IslandError(
             f"{target} cannot be written: {error.strerror}; free space or name another place"
         ) from error
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

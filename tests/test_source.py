@@ -37,7 +37,7 @@ LAYERS = [
     ["host"],
     ["qcow2", "stores"],
     ["dirtymap"],
-    ["_diff", "errors", "progress", "results"],
+    ["_diff", "durable", "errors", "progress", "results"],
 ]
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
 

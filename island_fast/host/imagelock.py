@@ -13,7 +13,6 @@ import fcntl
 import os
 import stat
 import struct
-from types import TracebackType
 from typing import Self
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
@@ -84,12 +83,7 @@ class ImageLock:
         self._fd = fd
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         fd, self._fd = self._fd, -1
         os.close(fd)
 

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from island_fast.durable import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -37,7 +38,6 @@ from island_fast.stores.base import (
     is_name,
     views,
 )
-from island_fast.stores.durable import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
 
 __all__ = ["DirectoryStore"]
 

@@ -8,19 +8,12 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import ImageInUseError, RefusedError, UnsupportedImageError, UsageError
-from island_fast.local import LocalState
 from island_fast.repository import Repository
 from island_fast.results import SnapshotTaken
 from tests import qemu
 from tests.daemon import StorageDaemon
-from tests.memory_store import MemoryStore
 
 MIB = 1 << 20
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return Repository(MemoryStore(), LocalState(tmp_path / "state"), create=True)
 
 
 @pytest.fixture

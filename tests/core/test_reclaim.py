@@ -18,16 +18,6 @@ DAY = 24 * 3600.0
 
 
 @pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def repository(store: MemoryStore, tmp_path: Path) -> Repository:
-    return Repository(store, LocalState(tmp_path / "state"), create=True)
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
     noise(path, tmp_path, 0, 4 * MIB, 1)

@@ -26,16 +26,6 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
-
-
-@pytest.fixture
-def repository(store: MemoryStore, tmp_path: Path) -> Repository:
-    return Repository(store, LocalState(tmp_path / "state"), create=True)
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
     qemu.io(path, qemu.write(0, 5 * MIB, 1), qemu.write(20 * MIB, MIB, 2))

@@ -22,11 +22,6 @@ COPIED = 1 << 63
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Repository:
-    return Repository(MemoryStore(), LocalState(tmp_path / "state"), create=True)
-
-
-@pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vol.qcow2", 16 * MIB, lazy_refcounts="on")
     qemu.io(path, qemu.write(0, 2 * MIB, 1), qemu.write(8 * MIB, MIB, 2))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast import durable
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -23,7 +24,6 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.stores import durable
 from island_fast.stores.directory import DirectoryStore
 
 NOBODY = 65534

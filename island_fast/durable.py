@@ -10,9 +10,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 
-from island_fast.stores.base import Views
-
-__all__ = ["link_new", "make_folder", "opened", "write_scratch"]
+__all__ = ["link_new", "make_folder", "opened", "sync_folder", "write_scratch"]
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 
@@ -32,7 +30,7 @@ def opened(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         os.close(fd)
 
 
-def write_scratch(folder: str, content: Views) -> str:
+def write_scratch(folder: str, content: list[memoryview]) -> str:
     """A new file in `folder` that holds `content` and is on disk; its path. An error leaves no file."""
     path = os.path.join(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
     try:
@@ -46,7 +44,7 @@ def write_scratch(folder: str, content: Views) -> str:
     return path
 
 
-def _write_all(fd: int, content: Views) -> None:
+def _write_all(fd: int, content: list[memoryview]) -> None:
     """Write every buffer, however little each call takes."""
     rest = content
     while rest:
@@ -103,5 +101,10 @@ def make_folder(path: str) -> None:
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
-    with opened(os.path.dirname(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
+    sync_folder(os.path.dirname(path))
+
+
+def sync_folder(path: str | os.PathLike[str]) -> None:
+    """Flush a directory's entries to disk."""
+    with opened(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
         os.fsync(fd)

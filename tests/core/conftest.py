@@ -1,0 +1,21 @@
+"""A repository in memory, for tests of whole verbs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from island_fast.local import LocalState
+from island_fast.repository import Repository
+from tests.memory_store import MemoryStore
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture
+def repository(store: MemoryStore, tmp_path: Path) -> Repository:
+    return Repository(store, LocalState(tmp_path / "state"), create=True)
