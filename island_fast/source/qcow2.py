@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from island_fast.dirtymap import DirtyMap
-from island_fast.errors import ImageInUseError, NotFoundError, RefusedError
+from island_fast.errors import DamagedImageError, ImageInUseError, NotFoundError, RefusedError
 from island_fast.host.imagelock import ImageLock, writer_present
 from island_fast.host.qemu_img import QemuImg
 from island_fast.host.qmp import Qmp
@@ -91,6 +91,7 @@ class Qcow2Source(Source):
             self.image = stack.enter_context(Image.open(path, backed=bool(backing)))
             refuse_mismatch(self.image, bool(backing))
             self._chain = stack.enter_context(closing(Chain(backing, self.image.header.backing_name)))
+            self._monitor: Qmp | None = None
             if look_only:
                 self._stack = stack.pop_all()
                 return
@@ -177,7 +178,13 @@ class Qcow2Source(Source):
         if facts.get(_BACKING, "") != self._chain.identity:
             return "the backing files are others than at the parent, or were written to since"
         active, then = self.image.active(), self.image.at(base.internal)
-        if find_shared_copied(self.image, active, then):
+        try:
+            shared = find_shared_copied(self.image, active, then)
+        except DamagedImageError:
+            if self._monitor is None:
+                raise
+            return "the active tables changed while they were looked at"
+        if shared:
             return "clusters that the pinned base shares are marked as writable in place"
         return None
 
