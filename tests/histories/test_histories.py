@@ -37,7 +37,8 @@ class Life:
         size = self.draw.randrange(1, 120) * BLOCK + self.draw.choice([0, 512, 4096, 65024])
         self.bytes = bytearray(size)
         self.image = work / "volume.qcow2"
-        qemu.create(self.image, size, cluster_size=self.clusters, lazy_refcounts="on")
+        extended = "on" if self.clusters >= 16384 and self.draw.random() < 0.3 else "off"
+        qemu.create(self.image, size, cluster_size=self.clusters, lazy_refcounts="on", extended_l2=extended)
         self.truth: dict[str, bytes] = {}
         self.rules: list[str] = []
         self.changes: list[Change] = []
