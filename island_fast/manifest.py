@@ -20,6 +20,7 @@ from island_fast.dirtymap import BLOCK_SIZE, clip_rows, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.frame import Buffer, Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.pack import DIGEST_XXH3_128, MAX_SLOTS
+from island_fast.qcow2.names import unescape
 from island_fast.qcow2.snapshots import PinnedBase
 from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
 
@@ -345,12 +346,19 @@ def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
 def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
     """The pinned base's identity from its JSON; ValueError, KeyError or TypeError if it is not one."""
     return PinnedBase(
-        str(value["name"]),
-        str(value["id"]),
+        _pin_text(value["name"]),
+        _pin_text(value["id"]),
         integer(value["seconds"], 1 << 32),
         integer(value["nanoseconds"], 1 << 32),
         integer(value["disk_size"]),
     )
+
+
+def _pin_text(value: object) -> str:
+    """An escaped name or id that a snapshot table can hold: at most 65535 bytes; else ValueError."""
+    if not isinstance(value, str) or len(unescape(value)) >= 1 << 16:
+        raise ValueError("pin")
+    return value
 
 
 def _matching(pattern: re.Pattern[str], value: object) -> str:

@@ -269,19 +269,19 @@ class Repository:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
         files = [Backing.parse(text) for text in backing]
-        with Qcow2Source(path, look_only=True, backing=files) as source:
-            try:
+        try:
+            with Qcow2Source(path, look_only=True, backing=files) as source:
                 lineage = self._lineage_for(source, volume)
-            except RefusedError as error:
-                return replace(info, next_reason=str(error))
-            start = choose(lineage, source, Request(self.id, writer=""))
-            return replace(
-                info,
-                volume=lineage.name,
-                pinned_base=start.parent.id if start.parent and start.base else None,
-                next_rule=TABLE_DIFF if start.base else FULL_SCAN,
-                next_reason=start.why_not or "the pinned base is in the image",
-            )
+                start = choose(lineage, source, Request(self.id, writer=""))
+        except RefusedError as error:  # so would the next snapshot be
+            return replace(info, next_reason=str(error))
+        return replace(
+            info,
+            volume=lineage.name,
+            pinned_base=start.parent.id if start.parent and start.base else None,
+            next_rule=TABLE_DIFF if start.base else FULL_SCAN,
+            next_reason=start.why_not or "the pinned base is in the image",
+        )
 
     def restore(
         self,

@@ -48,9 +48,9 @@ def restore(
     with new_file(target) as fd:
         writer: Qcow2Writer | RawWriter
         if image_format == "qcow2":
-            writer = Qcow2Writer(
-                fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), manifest.pin
-            )
+            # A pin of another size could not hold what the volume holds: then the next scan is a full one.
+            pin = manifest.pin if manifest.pin.disk_size == manifest.volume_size else None
+            writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
         else:
             writer = RawWriter(fd, manifest.volume_size)
         try:

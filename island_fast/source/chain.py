@@ -107,7 +107,7 @@ def with_below(own: DirtyMap, below: Layer | None, progress: Progress) -> DirtyM
 
 
 class Chain:
-    """The open backing files of one image; `top` is the nearest. A context manager.
+    """The open backing files of one image, until `close`; `top` is the nearest, None without any.
 
     `named` is the backing file's name in the image above, as bytes, which only counts for the identity.
     """

@@ -118,6 +118,9 @@ def test_a_backing_file_is_stored_only_if_listed(island, tmp_path):
     assert island.json("info", top, "--backing", f"qcow2:{base}")["backing_file"] == str(base)
     taken = island.json("snapshot", top, "--backing", f"qcow2:{base}")
     assert taken["blocks_changed"] == 16
+    told = island.json("info", top)
+    assert (told["backing_file"], told["next_rule"]) == (str(base), None)
+    assert "--backing" in told["next_reason"]
     target = tmp_path / "flat.qcow2"
     island("restore", taken["snapshot"], target)
     assert qemu.content(target) == b"\1" * MIB

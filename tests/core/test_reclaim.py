@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from island_fast.catalog import CHECKPOINT_EVERY
 from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.local import LocalState, Registration
 from island_fast.repository import Repository
+from island_fast.restoring import restore
 from tests import qemu
 from tests.memory_store import MemoryStore
 
@@ -26,8 +28,6 @@ def image(tmp_path: Path) -> Path:
 
 def noise(image: Path, folder: Path, offset: int, length: int, seed: int) -> None:
     """Write bytes that do not compress."""
-    import random
-
     piece = folder / "noise"
     piece.write_bytes(random.Random(seed).randbytes(length))
     qemu.write_file(image, offset, piece)
@@ -175,8 +175,6 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
     manifest = found.lineage.manifest(found.row)
     repository.delete([first.snapshot])
     repository.sweep()
-    from island_fast.restoring import restore
-
     target = tmp_path / "late.raw"
     restore(found.lineage, found.row, manifest, target, "raw", lambda *_: None)
     assert target.read_bytes() == qemu.content(image)
@@ -190,8 +188,6 @@ def test_a_restore_whose_snapshot_is_deleted_says_so(
     manifest = found.lineage.manifest(found.row)
     repository.delete([only.snapshot])
     repository.sweep()
-    from island_fast.restoring import restore
-
     with pytest.raises(NotFoundError, match="was deleted"):
         restore(found.lineage, found.row, manifest, tmp_path / "late.raw", "raw", lambda *_: None)
 

@@ -22,9 +22,11 @@ from island_fast.errors import (
 from island_fast.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.local import LocalState
 from island_fast.manifest import Manifest, Runs, decode, encode, tabulate
+from island_fast.progress import silent
 from island_fast.qcow2 import PinnedBase
 from island_fast.reclaim import plan_sweep
 from island_fast.repository import Repository
+from island_fast.restoring import restore
 from island_fast.slots import SnapshotNumbers
 from tests import qemu
 from tests.memory_store import MemoryStore, Stored
@@ -201,3 +203,24 @@ def test_a_taken_epoch_is_told_truthfully(tmp_path: Path) -> None:
     store.put = put  # type: ignore[method-assign, assignment]
     with pytest.raises(ConflictError, match="whether this counts"):
         here.delete([taken.snapshot])
+
+
+@pytest.mark.parametrize("text", ["x" * 65536, "a\\q", "\ud800", 7, None], ids=lambda t: repr(t)[:12])
+@pytest.mark.parametrize("key", ["name", "id"])
+def test_a_pin_that_no_image_can_hold_is_damage(key: str, text: object) -> None:
+    with pytest.raises(DamagedError):
+        decode("m", altered(Kind.MANIFEST, "m", manifest_bytes(), ["pin", key], text))
+
+
+def test_a_pin_of_another_size_is_left_out_of_a_restored_image(tmp_path: Path) -> None:
+    image = qemu.create(tmp_path / "vol.qcow2", 1 << 20)
+    qemu.io(image, qemu.write(0, 1 << 20, 1))
+    repository = Repository(MemoryStore(), LocalState(tmp_path / "state"), create=True)
+    found = repository.find(repository.snapshot(image).snapshot)
+    manifest = found.lineage.manifest(found.row)
+    for size in (0, (1 << 20) - 512, 1 << 62):
+        odd = replace(manifest, pin=replace(manifest.pin, disk_size=size))
+        target = tmp_path / f"{size}.qcow2"
+        restore(found.lineage, found.row, odd, target, "qcow2", silent)
+        assert "snapshots" not in qemu.info(target)
+        assert qemu.content(target) == qemu.content(image)
