@@ -78,11 +78,7 @@ class DirtyMap:
     def from_indices(cls, blocks: int, indices: Int64s) -> Self:
         """A map with the blocks in `indices` set, int64[n] in any order; each in [0, blocks)."""
         new = cls(blocks)
-        indices = np.asarray(indices, np.int64)
-        if indices.size:
-            new._check(int(indices.min()), int(indices.max()) + 1)
-            bits = np.uint64(1) << (indices & 63).astype(np.uint64)
-            np.bitwise_or.at(new._words, indices >> 6, bits)
+        new.set_indices(indices)
         return new
 
     @property
@@ -113,6 +109,14 @@ class DirtyMap:
         self._words[first] |= head
         self._words[first + 1 : last] = _ALL
         self._words[last] |= tail
+
+    def set_indices(self, indices: Int64s) -> None:
+        """Set the blocks in `indices`, int64[n] in any order; costs by their number, not the map's size."""
+        indices = np.asarray(indices, np.int64)
+        if indices.size:
+            self._check(int(indices.min()), int(indices.max()) + 1)
+            bits = np.uint64(1) << (indices & 63).astype(np.uint64)
+            np.bitwise_or.at(self._words, indices >> 6, bits)
 
     def clear_range(self, start: int, stop: int) -> None:
         """Clear every block in [start, stop)."""

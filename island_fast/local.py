@@ -128,7 +128,9 @@ class LineageFiles:
     def lock(self) -> Iterator[None]:
         """Hold the lineage's lock; waits for another process that holds it. The kernel drops it at exit."""
         self.make()
-        with _explained(self.folder), open(self.folder / "lock", "a", opener=_private) as file:
+        with _explained(self.folder):
+            file = open(self.folder / "lock", "a", opener=_private)  # noqa: SIM115 (held across the yield)
+        with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
 

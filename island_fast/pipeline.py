@@ -127,7 +127,7 @@ def _prepare(
     """Hash a batch, note blocks that are known, and have the rest (less zeros) compressed."""
     digests = digest_blocks(rows, seed)
     equal = known.same(blocks, digests)
-    same |= DirtyMap.from_indices(same.blocks, blocks[equal])
+    same.set_indices(blocks[equal])
     zero = np.empty(blocks.size, np.uint8)
     _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
     keep = ~equal & (zero == 0)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.dirtymap import DirtyMap
 from island_fast.errors import (
     ConflictError,
     ImageInUseError,
@@ -344,3 +345,26 @@ def test_bytes_that_a_growing_volume_shows_again_are_found(
     taken = repository.snapshot(image)
     assert taken.rule == "table-diff"
     assert restored(repository, taken.snapshot, tmp_path) == qemu.content(image)
+
+
+def test_no_bitmap_of_the_volume_is_made_for_each_batch(
+    repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a batch costs must not follow the volume's size: a map of 64 TiB has 128 MiB."""
+    made = []
+    real = DirtyMap.__init__
+
+    def counted(self: DirtyMap, blocks: int) -> None:
+        made.append(blocks)
+        real(self, blocks)
+
+    monkeypatch.setattr(DirtyMap, "__init__", counted)
+    counts = []
+    for name, size in (("one", MIB), ("many", 48 * MIB)):
+        image = qemu.create(tmp_path / f"{name}.qcow2", 64 * MIB, lazy_refcounts="on")
+        qemu.io(image, qemu.write(0, size, 1))
+        repository.snapshot(image)
+        made.clear()
+        assert repository.snapshot(image, full=True).blocks_changed == 0
+        counts.append(len(made))
+    assert counts[0] == counts[1]

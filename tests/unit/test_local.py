@@ -1,0 +1,95 @@
+"""Local state: locks that exclude, registrations that tell who lives, caches that may be lost."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from pathlib import Path
+
+import pytest
+
+from island_fast.errors import IslandError
+from island_fast.local import LineageFiles, LocalState, Registration
+
+ONE = Registration("a" * 32, 0, None)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> LineageFiles:
+    found = LocalState(tmp_path / "state").lineage("r" * 32, "vol")
+    found.make()
+    return found
+
+
+def test_an_error_under_the_lock_stays_what_it_is(files: LineageFiles) -> None:
+    """A full disk elsewhere is not blamed on local state."""
+    with pytest.raises(OSError, match="elsewhere") as caught, files.lock():
+        raise OSError(28, "elsewhere")
+    assert not isinstance(caught.value, IslandError)
+
+
+def test_the_lock_is_given_back_and_waited_for(files: LineageFiles) -> None:
+    with files.lock():
+        child = multiprocessing.get_context("spawn").Process(target=lock_once, args=(files.folder,))
+        child.start()
+        child.join(1)
+        assert child.exitcode is None, "it waits"
+    child.join(30)
+    assert child.exitcode == 0
+
+
+def lock_once(folder: Path) -> None:
+    with LineageFiles(folder).lock():
+        pass
+
+
+def test_state_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for use in (
+        lambda: LocalState(tmp_path / "file" / "state").writer,
+        lambda: LineageFiles(tmp_path / "file" / "vol").make(),
+    ):
+        with pytest.raises(IslandError, match="ISLAND_STATE"):
+            use()
+
+
+def test_a_registration_lives_as_long_as_its_process(files: LineageFiles) -> None:
+    with files.register(ONE):
+        assert files.running() == [(ONE, True)]
+        assert files.registered(ONE)
+        assert not files.registered(Registration(ONE.snapshot, 1, None))
+        assert files.abandoned(0) == []
+    assert files.running() == []
+    (files.folder / "running" / ONE.snapshot).write_text(
+        '{"snapshot": "%s", "attempt": 0, "parent": null}' % ("a" * 32)
+    )
+    assert files.running() == [(ONE, False)]
+    assert files.abandoned(3600) == []
+    assert files.abandoned(0) == [ONE.snapshot]
+    files.unregister(ONE.snapshot)
+    assert files.running() == []
+
+
+def test_an_unreadable_registration_keeps_its_id_alive_and_never_commits(files: LineageFiles) -> None:
+    (files.folder / "running" / ONE.snapshot).write_text("{")
+    ((found, alive),) = files.running()
+    assert (found.snapshot, alive) == (ONE.snapshot, False)
+    assert not files.registered(ONE)
+
+
+def test_the_writer_id_is_made_once(tmp_path: Path) -> None:
+    state = LocalState(tmp_path / "state")
+    assert len(state.writer) == 32
+    assert state.writer == LocalState(tmp_path / "state").writer
+    assert os.listdir(tmp_path / "state") == ["writer"]
+
+
+def test_a_deleted_parent_hands_its_retired_children_up(files: LineageFiles) -> None:
+    files.retire("c" * 32, 0, "b" * 32)
+    files.retire("b" * 32, 0, ONE.snapshot)
+    assert {(r.snapshot, r.parent) for r in files.retired()} == {
+        ("b" * 32, ONE.snapshot),
+        ("c" * 32, ONE.snapshot),
+    }
+    files.forget_retired()
+    assert files.retired() == []
