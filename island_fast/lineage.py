@@ -38,7 +38,8 @@ from island_fast.frame import Kind, Section, json_bytes, seal
 from island_fast.local import LineageFiles
 from island_fast.manifest import Manifest, decode
 from island_fast.slots import SnapshotNumbers
-from island_fast.stores.base import Store
+from island_fast.stores.base import Buffer, Store
+from island_fast.stores.checked import get_checked
 
 __all__ = ["Lineage"]
 
@@ -122,10 +123,14 @@ class Lineage:
         if cached is not None:
             return cached
         name = manifest_name(self.name, row.id, row.attempt)
-        data = self.store.get(name)
-        manifest, checksum = decode(name, data)
-        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
-            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+
+        def check(data: Buffer) -> tuple[Manifest, Buffer]:
+            manifest, checksum = decode(name, data)
+            if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+                raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+            return manifest, data
+
+        manifest, data = get_checked(self.store, name, check)
         self.files.cache(name, data)
         return manifest
 
@@ -238,11 +243,15 @@ class Lineage:
                 return data
         if not known and self.store.head(name) is None:
             return None
+
+        def check(data: Buffer) -> bytes:
+            decode_record(name, data, SnapshotNumbers())
+            return bytes(data)
+
         try:
-            fetched = bytes(self.store.get(name, newest=True))
+            fetched = get_checked(self.store, name, check, newest=True)
         except ObjectMissingError:
             return None
-        decode_record(name, fetched, SnapshotNumbers())
         self.files.cache(name, fetched)
         return fetched
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import signal
@@ -189,7 +190,7 @@ def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_en
 
     `json_asked` says that --json is among the arguments, should it fail before they are understood.
     """
-    with Signals(to_the_end=to_the_end) as signals:
+    with Signals(to_the_end=to_the_end) as signals, _warnings_told():
         run = Run(signals)
         try:
             try:
@@ -203,6 +204,26 @@ def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_en
             if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
                 traceback.print_exception(error)
             return _told(error, run, json_asked)
+
+
+class _Complaining(logging.Handler):
+    """Tells what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        _complain(record.getMessage())
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Tell the package's warnings on standard error while the body runs."""
+    logger = logging.getLogger("island_fast")
+    handler = _Complaining(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
 
 
 def _told(error: BaseException, run: Run, json_asked: bool) -> int:

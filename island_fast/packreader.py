@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import pack_full_name
-from island_fast.errors import DamagedObjectError, ObjectMissingError
+from island_fast.errors import DamagedObjectError, ObjectMissingError, UnsupportedObjectError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
 from island_fast.pack import (
@@ -27,6 +27,8 @@ from island_fast.pack import (
     read_front,
     stored_ranges,
 )
+from island_fast.stores.base import Range
+from island_fast.stores.checked import get_checked, told_damaged
 
 __all__ = ["KnownDigests", "PackReader"]
 
@@ -70,13 +72,27 @@ class PackReader:
         """The index of the pack with this key."""
         return self._following(key, self._index)
 
-    def whole(self, key: int) -> tuple[Index, memoryview]:
-        """The whole pack, checked, and its index."""
-        return self._following(key, self._whole)
+    def stored(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        """The stored bytes of each of `slots` (ascending), by whichever way moves less.
 
-    def blocks(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-        """The stored bytes of each of `slots` (ascending), fetched in ranges merged over gaps <= `gap`."""
+        That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
+        can prove.
+        """
+        if 2 * slots.size >= self.slots(key):
+            return self.proved(key, slots)
         return self._following(key, lambda place: self._blocks(place, slots, gap))
+
+    def proved(self, key: int, slots: Int64s) -> tuple[Index, list[memoryview]]:
+        """The same out of the whole pack, which its checksum proves."""
+        index, data = self._following(key, self._whole)
+        offsets, lengths = stored_ranges(index, slots)
+        spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
+        return index, [data[a:b] for a, b in spans]
+
+    def reread(self, key: int, slots: Int64s) -> tuple[Index, list[memoryview]]:
+        """`proved`, because what came before was damaged: the user is told."""
+        told_damaged(self._lineage.store, self._place(key).name)
+        return self.proved(key, slots)
 
     def slots(self, key: int) -> int:
         """How many slots the catalog says that the pack has."""
@@ -99,25 +115,21 @@ class PackReader:
             return _Place(name, int(packs.slots[row]), int(packs.size[row]))
 
     def _following(self, key: int, fetch: Callable[[_Place], T]) -> T:
-        """`fetch(place)`, again under the newer name if the pack was repacked meanwhile.
-
-        What came damaged is fetched once more before it is believed: another replica may answer.
-        """
+        """`fetch(place)`, again under the newer name as often as the pack was repacked meanwhile."""
         place = self._place(key)
-        try:
-            return fetch(place)
-        except ObjectMissingError:
-            with self._lock:
-                self._lineage.refresh()
+        while True:
+            try:
+                return fetch(place)
+            except ObjectMissingError:
+                with self._lock:
+                    self._lineage.refresh()
             newer = self._place(key)
             if newer == place:
                 raise DamagedObjectError(
                     f"pack {place.name} is missing from {self._lineage.store.location}; the snapshots "
                     "that need it are damaged"
-                ) from None
-            return fetch(newer)
-        except DamagedObjectError:
-            return fetch(place)
+                )
+            place = newer
 
     def _index(self, place: _Place) -> Index:
         name = place.name
@@ -141,16 +153,22 @@ class PackReader:
 
     def _fetched_index(self, place: _Place) -> Index:
         length = min(front_size(place.slots), place.size)
-        (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
-        self._count(front.nbytes)
-        index = read_front(place.name, front)
+        try:
+            (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
+            self._count(front.nbytes)
+            index = read_front(place.name, front)
+        except (DamagedObjectError, UnsupportedObjectError):
+            told_damaged(self._lineage.store, place.name)
+            index, front = self._whole(place)
         self._lineage.files.cache(place.name, front[: index.data_start])
         return index
 
     def _whole(self, place: _Place) -> tuple[Index, memoryview]:
-        data = self._lineage.store.get(place.name)
-        self._count(data.nbytes)
-        return open_pack(place.name, data)
+        def check(data: memoryview) -> tuple[Index, memoryview]:
+            self._count(data.nbytes)
+            return open_pack(place.name, data)
+
+        return get_checked(self._lineage.store, place.name, check)
 
     def _blocks(self, place: _Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
         index = self._index(place)
@@ -159,12 +177,22 @@ class PackReader:
         first = np.flatnonzero(np.append(True, offsets[1:] - ends[:-1] > gap))
         last = np.append(first[1:], offsets.size) - 1
         spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
-        parts = self._lineage.store.get_ranges(place.name, [(int(o), int(n)) for o, n in spans])
-        self._count(sum(part.nbytes for part in parts))
+        parts = self._ranges(place, [(int(o), int(n)) for o, n in spans])
         owner = np.searchsorted(first, np.arange(offsets.size), side="right") - 1
         starts = offsets - offsets[first][owner]
         cuts = zip(owner.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
         return index, [parts[o][a:b] for o, a, b in cuts]
+
+    def _ranges(self, place: _Place, ranges: list[Range]) -> list[memoryview]:
+        """The bytes of `ranges`, out of the whole pack if it seems to be cut short."""
+        try:
+            parts = self._lineage.store.get_ranges(place.name, ranges)
+        except DamagedObjectError:
+            told_damaged(self._lineage.store, place.name)
+            _, data = self._whole(place)
+            return [data[offset : offset + length] for offset, length in ranges]
+        self._count(sum(part.nbytes for part in parts))
+        return parts
 
     def _count(self, size: int) -> None:
         with self._lock:

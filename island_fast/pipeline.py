@@ -28,12 +28,10 @@ from island_fast.manifest import Runs
 from island_fast.pack import (
     MAX_SLOTS,
     PACK_SIZE,
-    Index,
     PackHeader,
     compress_blocks,
     digest_blocks,
     seal_pack,
-    stored_ranges,
     unpack_blocks,
 )
 from island_fast.packreader import KnownDigests, PackReader
@@ -312,28 +310,18 @@ def _unpack(
         raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
     order = np.argsort(slots, kind="stable")
     blocks, slots = blocks[order], slots[order]
-    index, stored = _stored(packs, key, slots, gap)
+    index, stored = packs.stored(key, slots, gap)
     out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
     for at in range(0, slots.size, BATCH):
         part = slice(at, at + BATCH)
         rows = out[: slots[part].size]
         try:
             unpack_blocks(index, slots[part], stored[part], rows)
-        except DamagedObjectError:  # once more, from another replica if there is one, before it is believed
-            index, stored = _stored(packs, key, slots, gap)
+        except DamagedObjectError:
+            index, stored = packs.reread(key, slots)
             unpack_blocks(index, slots[part], stored[part], rows)
         write(blocks[part], rows)
         told(len(rows))
-
-
-def _stored(packs: PackReader, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-    """Stored bytes of each of `slots`, by whichever way moves less."""
-    if 2 * slots.size < packs.slots(key):
-        return packs.blocks(key, slots, gap)
-    index, data = packs.whole(key)
-    offsets, lengths = stored_ranges(index, slots)
-    spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
-    return index, [data[a:b] for a, b in spans]
 
 
 def _expand(runs: Runs) -> tuple[Int64s, Int64s]:

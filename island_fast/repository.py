@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from island_fast import reclaim
 from island_fast.catalog import SnapshotRow
@@ -49,6 +49,7 @@ from island_fast.results import (
 )
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.stores import Store, open_store
+from island_fast.stores.checked import get_checked
 from island_fast.taking import take
 
 __all__ = ["Found", "Repository"]
@@ -106,11 +107,13 @@ class Repository:
         return self._id
 
     def _read_id(self) -> str | None:
+        def check(data: memoryview) -> dict[str, Any]:
+            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+
         try:
-            data = self.store.get(_NAME, newest=True)
+            meta = get_checked(self.store, _NAME, check, newest=True)
         except ObjectMissingError:
             return None
-        meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
         if meta.get("keys"):

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -77,8 +78,13 @@ class Island:
 
     def start(self, *words: object, **options: Any) -> subprocess.Popen[bytes]:
         """Start it as a process; both streams are pipes unless told otherwise."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(streams | options))
+        usual = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "stdin": subprocess.DEVNULL,
+            "preexec_fn": _heed_signals,
+        }
+        process = subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(usual | options))
         self._started.append(process)
         return process
 
@@ -88,6 +94,12 @@ class Island:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+
+
+def _heed_signals() -> None:
+    """The tests may run where signals are ignored (nohup, a background job), which processes inherit."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _without_ids(text: str) -> str:
