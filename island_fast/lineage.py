@@ -118,7 +118,10 @@ class Lineage:
     # Manifests.
 
     def manifest(self, row: SnapshotRow) -> Manifest:
-        """The manifest of a live snapshot, from the local cache or the store, checked against its record."""
+        """The manifest of a live snapshot, from the local cache or the store, checked against its record.
+
+        NotFoundError if the snapshot was deleted since the catalog was read.
+        """
         cached = self.cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
@@ -130,7 +133,15 @@ class Lineage:
                 raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
             return manifest, data
 
-        manifest, data = get_checked(self.store, name, check)
+        try:
+            manifest, data = get_checked(self.store, name, check)
+        except ObjectMissingError as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted meanwhile; see 'island list'") from error
+            raise DamagedObjectError(
+                f"manifest {name} is missing from {self.store.location}; its snapshot cannot be restored"
+            ) from error
         self.files.cache(name, data)
         return manifest
 

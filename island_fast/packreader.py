@@ -28,9 +28,9 @@ from island_fast.pack import (
     stored_ranges,
 )
 from island_fast.stores.base import Range
-from island_fast.stores.checked import get_checked, told_damaged
+from island_fast.stores.checked import get_checked
 
-__all__ = ["KnownDigests", "PackReader"]
+__all__ = ["KnownDigests", "PackReader", "Place"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
@@ -48,7 +48,7 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a pack is now: its full name, its slots, and the object's size in bytes."""
 
     name: str
@@ -70,7 +70,7 @@ class PackReader:
 
     def index(self, key: int) -> Index:
         """The index of the pack with this key."""
-        return self._following(key, self._index)
+        return self._following(key, self.index_at)
 
     def stored(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
         """The stored bytes of each of `slots` (ascending), by whichever way moves less.
@@ -82,17 +82,12 @@ class PackReader:
             return self.proved(key, slots)
         return self._following(key, lambda place: self._blocks(place, slots, gap))
 
-    def proved(self, key: int, slots: Int64s) -> tuple[Index, list[memoryview]]:
-        """The same out of the whole pack, which its checksum proves."""
-        index, data = self._following(key, self._whole)
+    def proved(self, key: int, slots: Int64s, damaged: int = 0) -> tuple[Index, list[memoryview]]:
+        """The same out of the whole pack, which its checksum proves; `damaged` reads were in vain before."""
+        index, data = self._following(key, lambda place: self._whole(place, damaged))
         offsets, lengths = stored_ranges(index, slots)
         spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
         return index, [data[a:b] for a, b in spans]
-
-    def reread(self, key: int, slots: Int64s) -> tuple[Index, list[memoryview]]:
-        """`proved`, because what came before was damaged: the user is told."""
-        told_damaged(self._lineage.store, self._place(key).name)
-        return self.proved(key, slots)
 
     def slots(self, key: int) -> int:
         """How many slots the catalog says that the pack has."""
@@ -107,14 +102,14 @@ class PackReader:
             )
         return row
 
-    def _place(self, key: int) -> _Place:
+    def _place(self, key: int) -> Place:
         with self._lock:
             packs = self._lineage.state.packs
             row = self._row(key)
             name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
-            return _Place(name, int(packs.slots[row]), int(packs.size[row]))
+            return Place(name, int(packs.slots[row]), int(packs.size[row]))
 
-    def _following(self, key: int, fetch: Callable[[_Place], T]) -> T:
+    def _following(self, key: int, fetch: Callable[[Place], T]) -> T:
         """`fetch(place)`, again under the newer name as often as the pack was repacked meanwhile."""
         place = self._place(key)
         while True:
@@ -131,7 +126,8 @@ class PackReader:
                 )
             place = newer
 
-    def _index(self, place: _Place) -> Index:
+    def index_at(self, place: Place) -> Index:
+        """The index of the pack at `place`, be it in the catalog or not; ObjectMissingError if it is gone."""
         name = place.name
         with self._lock:
             if name in self._indexes:
@@ -151,27 +147,26 @@ class PackReader:
                 return read_front(name, front)
         return None
 
-    def _fetched_index(self, place: _Place) -> Index:
+    def _fetched_index(self, place: Place) -> Index:
         length = min(front_size(place.slots), place.size)
         try:
             (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
             self._count(front.nbytes)
             index = read_front(place.name, front)
         except (DamagedObjectError, UnsupportedObjectError):
-            told_damaged(self._lineage.store, place.name)
-            index, front = self._whole(place)
+            index, front = self._whole(place, damaged=1)
         self._lineage.files.cache(place.name, front[: index.data_start])
         return index
 
-    def _whole(self, place: _Place) -> tuple[Index, memoryview]:
+    def _whole(self, place: Place, damaged: int) -> tuple[Index, memoryview]:
         def check(data: memoryview) -> tuple[Index, memoryview]:
             self._count(data.nbytes)
             return open_pack(place.name, data)
 
-        return get_checked(self._lineage.store, place.name, check)
+        return get_checked(self._lineage.store, place.name, check, damaged=damaged)
 
-    def _blocks(self, place: _Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-        index = self._index(place)
+    def _blocks(self, place: Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        index = self.index_at(place)
         offsets, lengths = stored_ranges(index, wanted)
         ends = offsets + lengths
         first = np.flatnonzero(np.append(True, offsets[1:] - ends[:-1] > gap))
@@ -183,13 +178,12 @@ class PackReader:
         cuts = zip(owner.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
         return index, [parts[o][a:b] for o, a, b in cuts]
 
-    def _ranges(self, place: _Place, ranges: list[Range]) -> list[memoryview]:
+    def _ranges(self, place: Place, ranges: list[Range]) -> list[memoryview]:
         """The bytes of `ranges`, out of the whole pack if it seems to be cut short."""
         try:
             parts = self._lineage.store.get_ranges(place.name, ranges)
         except DamagedObjectError:
-            told_damaged(self._lineage.store, place.name)
-            _, data = self._whole(place)
+            _, data = self._whole(place, damaged=1)
             return [data[offset : offset + length] for offset, length in ranges]
         self._count(sum(part.nbytes for part in parts))
         return parts
@@ -201,15 +195,15 @@ class PackReader:
 
 
 class KnownDigests:
-    """Digests of a snapshot's blocks, from the indexes of the packs that its runs name.
+    """Digests of blocks that are stored already, from the indexes of the packs that `runs` name.
 
-    It answers only "is this block the same?"; what a snapshot inherits always comes from the manifest.
-    `runs` hold pack keys.
+    It answers only "is this block the same?"; where the block is, the runs tell. `index` gives the index of
+    what stands in the runs' column `pack`; None if that pack is not to be relied on.
     """
 
-    def __init__(self, runs: Runs, packs: PackReader) -> None:
+    def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self._runs = runs
-        self._packs = packs
+        self._index = index
 
     def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
         """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
@@ -218,7 +212,9 @@ class KnownDigests:
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
         for key in np.unique(keys):
             mine = keys == key
-            index = self._packs.index(int(key))
+            index = self._index(int(key))
+            if index is None:
+                continue
             stored_ranges(index, slots[mine])  # refuses slots that the pack does not hold
             known = index.rows["digest"][slots[mine]]
             answer[named[mine]] = (known == digests[named[mine]]).all(axis=1)

@@ -13,39 +13,44 @@ from typing import TypeVar
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.stores.base import Store
 
-__all__ = ["READS", "get_checked", "told_damaged"]
+__all__ = ["READS", "get_checked"]
 
 T = TypeVar("T")
 
 READS = 6
 """Whole reads of one object before damage is believed: with one rotten replica of three, two suffice."""
 
+_MENDED = (
+    "object %s came damaged from %s (%d times) before it came whole; if that happens often, have the store's "
+    "disks and the way to it checked"
+)
 _LOG = logging.getLogger(__name__)
 
 
-def get_checked(store: Store, name: str, check: Callable[[memoryview], T], *, newest: bool = False) -> T:
+def get_checked(
+    store: Store,
+    name: str,
+    check: Callable[[memoryview], T],
+    *,
+    newest: bool = False,
+    damaged: int = 0,
+) -> T:
     """What `check` makes of the bytes of object `name`, read at most READS times while it finds damage.
 
+    Damage that another read mends is told to the user; `damaged` counts reads that found some before.
     The last DamagedObjectError is raised, or UnsupportedObjectError: a flipped bit may look like a newer
     version. ObjectMissingError and StoreError as in `Store.get`.
     """
     for reads_left in range(READS - 1, -1, -1):
         data = store.get(name, newest=newest)
         try:
-            return check(data)
+            found = check(data)
         except (DamagedObjectError, UnsupportedObjectError):
             if not reads_left:
                 raise
-        if reads_left == READS - 1:
-            told_damaged(store, name)
+            damaged += 1
+        else:
+            if damaged:
+                _LOG.warning(_MENDED, name, store.location, damaged)
+            return found
     raise AssertionError
-
-
-def told_damaged(store: Store, name: str) -> None:
-    """Tell the user that an object came damaged and is read again."""
-    _LOG.warning(
-        "object %s came damaged from %s and is read again; if that happens often, have the store's disks "
-        "and the way to it checked",
-        name,
-        store.location,
-    )
