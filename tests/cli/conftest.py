@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
 import signal
 import subprocess
@@ -149,16 +148,8 @@ def island(
 def disk(tmp_path: Path) -> Path:
     """A volume `disk` of 64 MiB with 3 MiB that do not compress, in 48 blocks."""
     path = qemu.create(tmp_path / "disk.qcow2", 64 * MIB, lazy_refcounts="on")
-    noise(path, tmp_path, MIB, 3 * MIB)
+    qemu.noise(path, MIB, 3 * MIB)
     return path
-
-
-def noise(image: Path, folder: Path, offset: int, length: int) -> None:
-    """Write bytes that do not compress."""
-    source = folder / "noise"
-    source.write_bytes(random.Random(f"{offset} {length}").randbytes(length))
-    qemu.write_file(image, offset, source)
-    source.unlink()
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from island_fast.host.qemu_img import run_to_the_end
 from island_fast.outcome import Interrupted, Signals
 from island_fast.restoring import new_file
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, one_sentence, pins, wait_until
+from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
 
 pytestmark = qemu.needs_qemu
 
@@ -32,7 +32,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A volume that takes a good part of a second, and twelve packs, to store."""
     folder = tmp_path_factory.mktemp("pristine")
     image = qemu.create(folder / "large.qcow2", SIZE, lazy_refcounts="on")
-    noise(image, folder, 0, SIZE)
+    qemu.noise(image, 0, SIZE)
     return image
 
 
@@ -82,7 +82,7 @@ def test_an_interrupted_increment_keeps_the_pin_it_had(island: Island, tmp_path:
     image = qemu.create(tmp_path / "large.qcow2", SIZE, lazy_refcounts="on")
     first = island.json("snapshot", image)["snapshot"]
     held = pins(image)
-    noise(image, tmp_path, 0, SIZE)
+    qemu.noise(image, 0, SIZE)
     sentence = interrupted_snapshot(island, image, signal.SIGTERM)
     assert sentence.startswith("interrupted; no snapshot was made")
     assert pins(image) == held != []

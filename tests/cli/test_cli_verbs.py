@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, pins
+from tests.cli.conftest import MIB, Island, pins
 from tests.daemon import StorageDaemon, needs_storage_daemon
 
 pytestmark = qemu.needs_qemu
@@ -58,7 +58,7 @@ def test_snapshot_tells_its_rule_and_its_work(island: Island, disk: Path, tmp_pa
     first = island.json("snapshot", disk, "--label", "before")
     assert (first["rule"], first["blocks_changed"], first["bytes_read"]) == ("full-scan", 48, 3 * MIB)
     assert (first["volume"], first["label"], first["parent"]) == ("disk", "before", None)
-    noise(disk, tmp_path, 10 * MIB, 128 << 10)
+    qemu.noise(disk, 10 * MIB, 128 << 10)
     text = island.text("snapshot", disk)
     found = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     assert list(found) == ["snapshot", "volume", "parent", "rule", "blocks", "read", "stored", "time"]
@@ -153,7 +153,7 @@ def test_restore_gives_the_volume(island: Island, disk: Path, tmp_path: Path, im
 
 def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
     first = island.json("snapshot", disk)["snapshot"]
-    noise(disk, tmp_path, MIB, 2 * MIB)
+    qemu.noise(disk, MIB, 2 * MIB)
     island("snapshot", disk)
     (would,) = island.json("delete", first, "--dry-run")
     text = island.text("delete", first, "--dry-run")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from island_fast.errors import ConflictError, IslandError, StoreError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from tests import qemu
+from tests.core.conftest import check
 from tests.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -33,15 +33,8 @@ def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
-    noise(path, tmp_path, 0, 10 * PACK * BLOCK, 1)
+    qemu.noise(path, 0, 10 * PACK * BLOCK, 1)
     return path
-
-
-def noise(image: Path, folder: Path, offset: int, length: int, seed: int) -> None:
-    """Write bytes that do not compress."""
-    piece = folder / "noise"
-    piece.write_bytes(random.Random(seed).randbytes(length))
-    qemu.write_file(image, offset, piece)
 
 
 class Outage:
@@ -75,13 +68,6 @@ class Outage:
 @pytest.fixture
 def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
     return Outage(monkeypatch)
-
-
-def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:
-    target = folder / "check.raw"
-    repository.restore(snapshot, target, image_format="raw")
-    assert target.read_bytes() == content
-    target.unlink()
 
 
 def registrations(repository: Repository) -> list[str]:
@@ -119,7 +105,7 @@ def test_the_volume_is_stored_as_it_is_now(
 ) -> None:
     """What changed since the interruption is sent, and what it replaced is born dead."""
     outage.interrupt(repository, image, packs=6)
-    noise(image, tmp_path, 2 * PACK * BLOCK, 6 * BLOCK, 2)  # most of the third pack
+    qemu.noise(image, 2 * PACK * BLOCK, 6 * BLOCK, 2)  # most of the third pack
     qemu.io(image, qemu.discard(0, PACK * BLOCK))  # all of the first
     taken = repository.snapshot(image)
     assert taken.blocks_kept == 6 * PACK - 6 - PACK
@@ -142,7 +128,7 @@ def test_it_may_be_interrupted_again_and_again(
     repository: Repository, store: MemoryStore, image: Path, outage: Outage, tmp_path: Path
 ) -> None:
     outage.interrupt(repository, image, packs=3)
-    noise(image, tmp_path, 0, BLOCK, 3)
+    qemu.noise(image, 0, BLOCK, 3)
     outage.interrupt(repository, image, packs=2)
     outage.interrupt(repository, image, packs=1)
     taken = repository.snapshot(image)
@@ -156,7 +142,7 @@ def test_an_increment_goes_on_too(
 ) -> None:
     first = repository.snapshot(image)
     outage.packs.clear()
-    noise(image, tmp_path, 0, 5 * PACK * BLOCK, 2)
+    qemu.noise(image, 0, 5 * PACK * BLOCK, 2)
     outage.interrupt(repository, image, packs=2)
     taken = repository.snapshot(image)
     assert (taken.rule, taken.parent, taken.blocks_kept) == ("table-diff", first.snapshot, 2 * PACK)
@@ -170,10 +156,10 @@ def test_a_parent_that_was_deleted_meanwhile_matters_not(
     repository: Repository, image: Path, outage: Outage, tmp_path: Path
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, 2 * PACK * BLOCK, 2)
+    qemu.noise(image, 0, 2 * PACK * BLOCK, 2)
     second = repository.snapshot(image)
     outage.packs.clear()
-    noise(image, tmp_path, 0, 4 * PACK * BLOCK, 3)
+    qemu.noise(image, 0, 4 * PACK * BLOCK, 3)
     outage.interrupt(repository, image, packs=2)
     repository.delete([second.snapshot])
     repository.sweep()
@@ -238,7 +224,7 @@ def test_a_registration_that_a_crash_left_behind_its_record_is_not_gone_on_with(
         first = repository.snapshot(image)
     assert registrations(repository) == [first.snapshot]
     before = qemu.content(image)
-    noise(image, tmp_path, 0, BLOCK, 2)
+    qemu.noise(image, 0, BLOCK, 2)
     second = repository.snapshot(image)
     assert second.snapshot != first.snapshot
     assert registrations(repository) == []
@@ -263,7 +249,7 @@ def test_a_snapshot_that_was_overtaken_by_two_adoptions_does_not_commit(
 ) -> None:
     """Another host owned the lineage in between, and may have swept what this one was sending."""
     repository.snapshot(image)
-    noise(image, tmp_path, 0, BLOCK, 2)
+    qemu.noise(image, 0, BLOCK, 2)
     real = MemoryStore.put
 
     def put(self: MemoryStore, name: str, parts: list[bytes]) -> None:
