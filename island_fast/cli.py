@@ -143,7 +143,8 @@ def snapshot(
     def if_interrupted() -> str:
         if run.phase == "commit":
             return "the snapshot was about to be finished; 'island list' shows whether it is there"
-        return "no snapshot was made, earlier ones are as they were"
+        kept = "; what was sent is kept for the next one" if run.phase == "send" else ""
+        return "no snapshot was made, earlier ones are as they were" + kept
 
     run.if_interrupted = if_interrupted
     with opened(run, create=True) as repository, run.progress() as progress:

@@ -231,9 +231,9 @@ class LineageFiles:
                 yield
             except BaseException:
                 if not self.sent(snapshot):
-                    self.unregister(snapshot)
+                    self._forget(snapshot)
                 raise
-            self.unregister(snapshot)
+            self._forget(snapshot)
 
     def registered(self, registration: Registration) -> bool:
         """Whether `registration` stands unchanged."""
@@ -252,10 +252,17 @@ class LineageFiles:
 
     def unregister(self, snapshot: str) -> None:
         """Give up a registration, if there is one; unless registered again, that id never commits."""
+        if self._forget(snapshot):
+            with _explained(self.folder):
+                sync_folder(self.folder / "running")
+
+    def _forget(self, snapshot: str) -> bool:
+        """Remove a registration and the notes of what was sent; False if there was none."""
+        self.uncache(f"/sent/{snapshot}/")
         with _explained(self.folder), contextlib.suppress(FileNotFoundError):
             (self.folder / "running" / snapshot).unlink()
-            sync_folder(self.folder / "running")
-        self.uncache(f"/sent/{snapshot}/")
+            return True
+        return False
 
     def abandoned(self, age: float) -> list[str]:
         """Ids whose process is gone, and that registered and sent nothing for `age` seconds."""

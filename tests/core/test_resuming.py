@@ -220,7 +220,7 @@ def test_a_registration_that_a_crash_left_behind_its_record_is_not_gone_on_with(
 ) -> None:
     files = type(repository.lineage("vol").files)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "unregister", lambda *_: None)
+        patch.setattr(files, "_forget", lambda *_: False)
         first = repository.snapshot(image)
     assert registrations(repository) == [first.snapshot]
     before = qemu.content(image)
