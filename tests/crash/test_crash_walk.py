@@ -1,0 +1,130 @@
+"""kill -9 at every call of the store: no walk leaves out a call, and nothing that it leaves matters."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from island_fast.local import LocalState
+from tests import qemu
+from tests.crash.holding import (
+    image_is_whole,
+    nothing_is_left,
+    opened,
+    pins,
+    restored,
+    seen_by_a_stranger,
+    seen_by_its_host,
+    sweep_later,
+)
+from tests.crash.processes import VOLUME, Actors, World
+from tests.crash.starts import STARTS, Start
+from tests.crash.watched import AFTER, BEFORE, UNNAMED, Call
+
+pytestmark = qemu.needs_qemu
+
+Point = tuple[int, str]
+
+
+class Walk:
+    """One verb, done again and again from the same start, and killed at another point each time."""
+
+    def __init__(self, name: str, folder: Path, actors: Actors) -> None:
+        self.world = World(folder / "world", actors)
+        self.start: Start = STARTS[name](self.world)
+        self._kept = folder / "start"
+        self.world.keep(self._kept)
+        self.reached: set[Point] = set()
+        self.committed = 0
+
+    def calls(self) -> list[Call]:
+        """The calls of a run that nobody kills; it must be what the verb is for."""
+        self.world.put_back(self._kept)
+        done = self.world.start(**self._words())
+        done.done()
+        self._done(killed_made=frozenset())
+        return [Call(*call) for call in done.told()["calls"]]
+
+    def _words(self) -> dict[str, object]:
+        start = self.start
+        return {"verb": start.verb, "state": start.state, "older": start.older, **start.arguments}
+
+    def kill(self, point: Point) -> None:
+        """Kill the verb at `point`, see what is left, and do it again."""
+        self.world.put_back(self._kept)
+        killed = self.world.start(**self._words(), kill=point)
+        assert killed.wait() == -signal.SIGKILL, killed.told()
+        number, moment = killed.told()["reached"]
+        self.reached.add((number, moment))
+        self._again(self._left())
+
+    def _left(self) -> frozenset[str]:
+        """Everything is as before the verb or as after it; the snapshot that it made, if it did."""
+        image_is_whole(self.world)
+        self._is_right(seen_by_a_stranger(self.world))
+        left = seen_by_its_host(self.world, self.start.state)
+        self._is_right(left)
+        assert not (self.world.folder / "target.qcow2").exists()
+        made = frozenset(left) - frozenset(self.start.truth)
+        self.committed += bool(made)
+        return made
+
+    def _is_right(self, found: dict[str, bytes]) -> None:
+        """The snapshots before the verb, or those after it, each with every byte."""
+        start, before = self.start, set(self.start.truth)
+        made = found.keys() - before
+        if made:
+            assert start.makes
+            assert len(made) == 1
+        assert found.keys() - made in (before, before - start.removes)
+        assert found == {one: start.truth.get(one, start.content) for one in found}
+
+    def _again(self, made: frozenset[str]) -> None:
+        """The same command on what the killed one left: nobody clears anything up before."""
+        again = self.world.start(**self._words())
+        if self.start.removes and again.wait() == 3:  # the killed one had done it
+            assert again.told()["error"] == "NotFoundError"
+        else:
+            again.done()
+        self._done(killed_made=made)
+
+    def _done(self, killed_made: frozenset[str]) -> None:
+        """The state after the verb, whether it was killed before or not; and it stays after a sweep."""
+        start, world = self.start, self.world
+        image_is_whole(world)
+        assert pins(world) == (1 if start.makes else start.pins)
+        found = seen_by_a_stranger(world)
+        made = found.keys() - start.truth.keys()
+        assert killed_made <= made
+        assert len(made) == len(killed_made) + start.makes
+        assert start.truth.keys() - found.keys() == start.removes
+        owner = start.state if start.verb == "adopt" else "state"
+        self._is_owner(owner)
+        if start.verb == "restore":
+            qemu.compare(world.image, world.folder / "target.qcow2", other_format="qcow2")
+        sweep_later(world, owner)
+        nothing_is_left(world, owner)
+        content = {one: start.truth.get(one, start.content) for one in found}
+        assert found == restored(world.repository, world.state(owner)) == content
+
+    def _is_owner(self, state: str) -> None:
+        with opened(self.world.repository, self.world.state(state)) as repository:
+            (lineage,) = repository.lineages(VOLUME)
+            assert lineage.owner == LocalState(self.world.state(state)).writer
+
+
+@pytest.mark.parametrize("name", STARTS)
+def test_killed_at_every_call_of_the_store(
+    name: str, tmp_path: Path, actors: Actors, walked: list[str]
+) -> None:
+    walk = Walk(name, tmp_path, actors)
+    calls = walk.calls()
+    points = {(call.number, moment) for call in calls for moment in (BEFORE, AFTER)}
+    points |= {(call.number, UNNAMED) for call in calls if call.verb == "put"}
+    for point in sorted(points):
+        walk.kill(point)
+    assert len(walk.calls()) == len(calls), "a verb makes as many calls in every run"
+    assert walk.reached == points
+    walked.append(f"{name}: {len(calls)} calls, killed at {len(walk.reached)} points")
