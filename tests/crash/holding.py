@@ -74,13 +74,14 @@ def image_is_whole(world: World) -> None:
     qemu.check(world.image)
 
 
-def pins(world: World) -> int:
-    """How many internal snapshots of the image pin the lineage."""
-    names = [one["name"] for one in qemu.info(world.image).get("snapshots", [])]
+def pins(world: World, image: Path | None = None) -> int:
+    """How many internal snapshots of the (main) image pin the lineage of its name in this repository."""
+    image = image or world.image
+    names = [one["name"] for one in qemu.info(image).get("snapshots", [])]
     if not names:
         return 0
     with opened(world.repository, world.state()) as repository:
-        return sum(pinned_lineage(repository.id, name) == VOLUME for name in names)
+        return sum(pinned_lineage(repository.id, name) == image.stem for name in names)
 
 
 def sweep_later(world: World, state: str) -> None:

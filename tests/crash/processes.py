@@ -19,6 +19,7 @@ from typing import Any
 
 from tests import qemu
 from tests.crash.actor import Hold, Job
+from tests.crash.watched import Call
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCK = 65536
@@ -111,6 +112,10 @@ class Actor:
         status = self.wait()
         assert status == 0, (status, self.outcome.exists() and self.told())
         return self.told()["answer"]
+
+    def calls(self) -> list[Call]:
+        """Its calls of the store, once it came to a good end."""
+        return [Call(*call) for call in self.told()["calls"]]
 
     def reached(self, gate: str) -> None:
         """Wait until it stands still at `gate`."""

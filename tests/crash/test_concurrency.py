@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -193,6 +194,7 @@ def test_two_volumes_make_one_repository_at_the_same_time(world: World) -> None:
     found = world.run("list", state="elsewhere")
     assert [(one["volume"], one["snapshot"]) for one in found] == [("other", ids[1]), (VOLUME, ids[0])]
     for image, snapshot in zip((world.image, other), ids, strict=True):
+        assert pins(world, image) == 1, "both know the repository by the same id"
         target = world.folder / snapshot
         world.run("restore", state="elsewhere", reference=snapshot, target=str(target))
         qemu.compare(image, target, other_format="qcow2")
@@ -236,14 +238,20 @@ def asks_for_lock(one: Actor) -> None:
     assert one.runs, one.told()
 
 
+def came_after(two: Actor, one: Actor) -> bool:
+    """Whether `two` looked at the catalog only when `one` had appended its record and read it back."""
+    back = max(call.at for call in one.calls() if call.verb == "get" and re.search(RECORD, call.name))
+    return min(call.at for call in two.calls() if "/catalog/" in call.name) > back
+
+
 def test_two_images_of_one_lineage_wait_for_each_other(world: World) -> None:
     past = Branches(world)
     one = past.holding_the_lock()
     two = world.start("snapshot", image=str(past.other))
     asks_for_lock(two)
-    assert len(registrations(world)) == 1, "the second has not begun"
     one.open("record")
     taken = [process.done()["snapshot"] for process in (one, two)]
+    assert came_after(two, one)
     contents = [qemu.content(image) for image in (world.image, past.other)]
     assert seen_by_a_stranger(world) == past.truth | dict(zip(taken, contents, strict=True))
     qemu.check(past.other)
@@ -260,6 +268,7 @@ def test_a_delete_waits_for_the_lineages_lock(world: World) -> None:
     one.open("record")
     taken = one.done()["snapshot"]
     two.done()
+    assert came_after(two, one)
     found = seen_by_a_stranger(world)
     assert past.root not in found
     assert found[taken] == qemu.content(world.image)

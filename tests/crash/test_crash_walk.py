@@ -45,7 +45,7 @@ class Walk:
         done = self.world.start(**self._words())
         done.done()
         self._done(killed_made=frozenset())
-        return [Call(*call) for call in done.told()["calls"]]
+        return done.calls()
 
     def _words(self) -> dict[str, object]:
         start = self.start
@@ -87,7 +87,9 @@ class Walk:
         if self.start.removes and again.wait() == 3:  # the killed one had done it
             assert again.told()["error"] == "NotFoundError"
         else:
-            again.done()
+            answer = again.done()
+            if self.start.makes and (made or self.start.truth):
+                assert answer["rule"] == "table-diff", "the image still holds its newest snapshot's pin"
         self._done(killed_made=made)
 
     def _done(self, killed_made: frozenset[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -25,11 +26,12 @@ only); it has had its effect and nobody saw the answer."""
 
 @dataclass(frozen=True)
 class Call:
-    """One call of the store, counted from 1."""
+    """One call of the store, counted from 1; `at` are seconds of the clock that all processes share."""
 
     number: int
     verb: str
     name: str
+    at: float
 
 
 class WatchedStore(Store):
@@ -51,7 +53,7 @@ class WatchedStore(Store):
 
     def _do(self, verb: str, name: str, act: Callable[[], T]) -> T:
         with self._one_at_a_time:
-            self.calls.append(Call(len(self.calls) + 1, verb, name))
+            self.calls.append(Call(len(self.calls) + 1, verb, name, time.monotonic()))
             self._step(self.calls[-1], BEFORE)
             try:
                 return act()
