@@ -119,9 +119,12 @@ class Actor:
 
     def reached(self, gate: str) -> None:
         """Wait until it stands still at `gate`."""
-        mark = self.gates[gate].with_name(f"{gate}.reached")
-        wait_until(lambda: mark.exists() or not self.runs, f"process at {gate}")
-        assert mark.exists(), self.told()
+        wait_until(lambda: self.stands(gate) or not self.runs, f"process at {gate}")
+        assert self.stands(gate), self.told()
+
+    def stands(self, gate: str) -> bool:
+        """Whether it has come to `gate`."""
+        return self.gates[gate].with_name(f"{gate}.reached").exists()
 
     def open(self, gate: str) -> None:
         """Let it go on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -232,10 +233,18 @@ class Branches:
         return one
 
 
-def asks_for_lock(one: Actor) -> None:
-    """Wait until it has the lineage's lock, or waits for it."""
+PAST_THE_LOCK = Hold(".*", "/catalog/", BEFORE, "past")
+"""While a record of another process is under way, the catalog is not looked at without the lineage's lock."""
+
+
+def waits_for_the_lock(one: Actor) -> None:
+    """Wait until it asks for the lineage's lock, and then let it go past the lock if it can: it must not."""
     wait_until(lambda: one.asks_for_lock() or not one.runs, "a process to ask for the lock")
+    for _ in range(50):  # how long does not matter to a lock that is kept
+        assert not one.stands("past")
+        time.sleep(0.002)
     assert one.runs, one.told()
+    one.open("past")
 
 
 def came_after(two: Actor, one: Actor) -> bool:
@@ -247,8 +256,8 @@ def came_after(two: Actor, one: Actor) -> bool:
 def test_two_images_of_one_lineage_wait_for_each_other(world: World) -> None:
     past = Branches(world)
     one = past.holding_the_lock()
-    two = world.start("snapshot", image=str(past.other))
-    asks_for_lock(two)
+    two = world.start("snapshot", image=str(past.other), holds=(PAST_THE_LOCK,))
+    waits_for_the_lock(two)
     one.open("record")
     taken = [process.done()["snapshot"] for process in (one, two)]
     assert came_after(two, one)
@@ -262,8 +271,8 @@ def test_a_delete_waits_for_the_lineages_lock(world: World) -> None:
     world.snapshot()
     world.write(5, 1, 4)
     one = past.holding_the_lock()
-    two = world.start("delete", snapshot=f"{VOLUME}@{past.root}")
-    asks_for_lock(two)
+    two = world.start("delete", snapshot=f"{VOLUME}@{past.root}", holds=(PAST_THE_LOCK,))
+    waits_for_the_lock(two)
     assert past.root in seen_by_a_stranger(world)
     one.open("record")
     taken = one.done()["snapshot"]
