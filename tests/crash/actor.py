@@ -48,7 +48,8 @@ class Hold:
 class Job:
     """One verb of `repository` with `state`, both folders; `outcome` is the file that tells how it went.
 
-    A snapshot's packs hold `slots` slots. `kill` is the number of a call and one of its moments.
+    A snapshot's packs hold `slots` slots. `kill` is the number of a call and one of its moments. Programs
+    are looked for in the folder `programs` first.
     """
 
     verb: str
@@ -58,6 +59,7 @@ class Job:
     arguments: dict[str, Any]
     older: float = 0.0
     slots: int = 4
+    programs: str = ""
     kill: tuple[int, str] | None = None
     holds: tuple[Hold, ...] = ()
 
@@ -82,6 +84,8 @@ def perform(job: Job) -> int:
     """Carry `job` out; the exit code."""
     if job.verb == "snapshot":  # a reader refuses packs of more slots
         pipeline.BATCH = pipeline.MAX_SLOTS = job.slots
+    if job.programs:
+        os.environ["PATH"] = f"{job.programs}:{os.environ['PATH']}"
     waiting = list(job.holds)
 
     def step(call: Call, moment: str) -> None:

@@ -158,7 +158,7 @@ class World:
         self, verb: str, *, state: str = "state", holds: tuple[Hold, ...] = (), **options: Any
     ) -> Actor:
         """Start `verb` in a process; options are those of `Job`, all others are the verb's arguments."""
-        mine = {name: options.pop(name) for name in ("older", "slots", "kill") if name in options}
+        mine = {name: options.pop(name) for name in ("older", "slots", "kill", "programs") if name in options}
         number = next(self._numbers)
         gates = {hold.gate: self.folder / hold.gate for hold in holds}
         outcome = self.folder / f"outcome-{number}"
