@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +18,7 @@ from island_fast.repository import Repository
 from island_fast.source import pinned_lineage
 from island_fast.stores import DirectoryStore
 from tests import qemu
-from tests.crash.processes import VOLUME, World, set_back, wait_until
+from tests.crash.processes import VOLUME, World, copy, set_back, wait_until
 from tests.crash.starts import LATER, registrations
 from tests.crash.watched import WatchedStore
 
@@ -49,6 +48,12 @@ def restored(repository: Path, state: Path) -> dict[str, bytes]:
         return answer
 
 
+def live(repository: Path, state: Path) -> set[str]:
+    """Ids of all live snapshots."""
+    with opened(repository, state) as found:
+        return {one.snapshot for one in found.snapshots()}
+
+
 def seen_by_a_stranger(world: World) -> dict[str, bytes]:
     """The same by a host that has no local state."""
     with tempfile.TemporaryDirectory(dir=world.folder) as state:
@@ -60,7 +65,7 @@ def seen_by_its_host(world: World, state: str) -> dict[str, bytes]:
     with tempfile.TemporaryDirectory(dir=world.folder) as folder:
         for original in (world.repository, world.state(state)):
             if original.exists():
-                shutil.copytree(original, Path(folder, original.name))
+                copy(original, Path(folder, original.name))
         return restored(Path(folder, world.repository.name), Path(folder, state))
 
 
