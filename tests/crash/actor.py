@@ -26,7 +26,7 @@ from island_fast.errors import IslandError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from island_fast.stores import DirectoryStore
-from tests.crash.watched import Call, WatchedStore
+from tests.crash.watched import ELSEWHERE, Call, Elsewhere, WatchedStore
 
 PATIENCE = 120.0  # seconds that a held process waits before it gives up
 
@@ -48,8 +48,8 @@ class Hold:
 class Job:
     """One verb of `repository` with `state`, both folders; `outcome` is the file that tells how it went.
 
-    A snapshot's packs hold `slots` slots. `kill` is the number of a call and one of its moments. Programs
-    are looked for in the folder `programs` first.
+    A snapshot's packs hold `slots` slots. `kill` is the number of a call and one of its moments, or
+    that of a change elsewhere. Programs are looked for in the folder `programs` first.
     """
 
     verb: str
@@ -88,15 +88,19 @@ def perform(job: Job) -> int:
         os.environ["PATH"] = f"{job.programs}:{os.environ['PATH']}"
     waiting = list(job.holds)
 
-    def step(call: Call, moment: str) -> None:
-        if job.kill == (call.number, moment):
+    def dies_at(number: int, moment: str) -> None:
+        if job.kill == (number, moment):
             _tell(job, reached=job.kill)
             os.kill(os.getpid(), signal.SIGKILL)
+
+    def step(call: Call, moment: str) -> None:
+        dies_at(call.number, moment)
         for hold in [h for h in waiting if h.moment == moment]:
             if re.fullmatch(hold.verb, call.verb) and re.search(hold.name, call.name):
                 waiting.remove(hold)
                 _stand_still(Path(hold.gate))
 
+    elsewhere = Elsewhere(job.repository, lambda number: dies_at(number, ELSEWHERE))
     store = WatchedStore(DirectoryStore(job.repository, create_ok=True), step, job.older)
     try:
         with Repository(store, LocalState(Path(job.state)), create=job.verb == "snapshot") as repository:
@@ -104,7 +108,12 @@ def perform(job: Job) -> int:
     except IslandError as error:
         _tell(job, error=type(error).__name__, message=str(error), traceback=traceback.format_exc())
         return error.exit_code
-    _tell(job, answer=answer, calls=[dataclasses.astuple(call) for call in store.calls])
+    _tell(
+        job,
+        answer=answer,
+        calls=[dataclasses.astuple(call) for call in store.calls],
+        elsewhere=elsewhere.count,
+    )
     return 0
 
 

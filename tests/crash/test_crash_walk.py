@@ -1,8 +1,9 @@
-"""kill -9 at every call of the store: no walk leaves out a call, and nothing that it leaves matters."""
+"""kill -9 at every call of the store, and before every change of other files: what it leaves never matters."""
 
 from __future__ import annotations
 
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,7 @@ from tests.crash.holding import (
 )
 from tests.crash.processes import VOLUME, Actors, World
 from tests.crash.starts import STARTS, Start
-from tests.crash.watched import AFTER, BEFORE, UNNAMED, Call
+from tests.crash.watched import AFTER, BEFORE, ELSEWHERE, UNNAMED
 
 pytestmark = qemu.needs_qemu
 
@@ -39,13 +40,16 @@ class Walk:
         self.reached: set[Point] = set()
         self.committed = 0
 
-    def calls(self) -> list[Call]:
-        """The calls of a run that nobody kills; it must be what the verb is for."""
+    def points(self) -> set[Point]:
+        """Every moment of a run that nobody kills; it must be what the verb is for."""
         self.world.put_back(self._kept)
         done = self.world.start(**self._words())
         done.done()
         self._done(killed_made=frozenset())
-        return done.calls()
+        calls = done.calls()
+        points = {(call.number, moment) for call in calls for moment in (BEFORE, AFTER)}
+        points |= {(call.number, UNNAMED) for call in calls if call.verb == "put"}
+        return points | {(number + 1, ELSEWHERE) for number in range(done.told()["elsewhere"])}
 
     def _words(self) -> dict[str, object]:
         start = self.start
@@ -58,6 +62,13 @@ class Walk:
         assert killed.wait() == -signal.SIGKILL, killed.told()
         number, moment = killed.told()["reached"]
         self.reached.add((number, moment))
+        target = self.world.folder / "target.qcow2"
+        if moment != ELSEWHERE:
+            assert not target.exists(), "it gets its name when nothing more is read"
+        elif target.exists():
+            qemu.compare(self.world.image, target, other_format="qcow2")
+            qemu.check(target)
+            target.unlink()
         self._again(self._left())
 
     def _left(self) -> frozenset[str]:
@@ -66,7 +77,6 @@ class Walk:
         self._is_right(seen_by_a_stranger(self.world))
         left = seen_by_its_host(self.world, self.start.state)
         self._is_right(left)
-        assert not (self.world.folder / "target.qcow2").exists()
         made = frozenset(left) - frozenset(self.start.truth)
         self.committed += bool(made)
         return made
@@ -122,11 +132,16 @@ def test_killed_at_every_call_of_the_store(
     name: str, tmp_path: Path, actors: Actors, walked: list[str]
 ) -> None:
     walk = Walk(name, tmp_path, actors)
-    calls = walk.calls()
-    points = {(call.number, moment) for call in calls for moment in (BEFORE, AFTER)}
-    points |= {(call.number, UNNAMED) for call in calls if call.verb == "put"}
+    points = walk.points()
     for point in sorted(points):
         walk.kill(point)
-    assert len(walk.calls()) == len(calls), "a verb makes as many calls in every run"
+    assert walk.points() == points, "a verb does as much in every run"
     assert walk.reached == points
-    walked.append(f"{name}: {len(calls)} calls, killed at {len(walk.reached)} points")
+    if walk.start.makes:
+        assert 0 < walk.committed < len(points), "killed before it existed, and after"
+    count = Counter(moment for _, moment in points)
+    assert count[BEFORE] == count[AFTER] > 0
+    walked.append(
+        f"{name}: {len(points)} points, two at each of {count[BEFORE]} calls of the store, a third at "
+        f"{count[UNNAMED]} puts, {count[ELSEWHERE]} at changes of other files"
+    )

@@ -1,5 +1,7 @@
 """The directory store under watch: every call is numbered, and something may happen at any of its moments.
 
+So are the changes that a process makes to files outside the store.
+
 Calls come from several threads (uploads, downloads). They are carried out one at a time, so a process that
 ends at call k has done calls 1 to k - 1 wholly and nothing of the later ones. Their order may differ from run
 to run and their number does not: each pack is put once, and read by one thread.
@@ -8,16 +10,21 @@ to run and their number does not: each pack is put once, and read by one thread.
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from island_fast.stores import Buffer, ObjectInfo, Range, Store, directory
 from island_fast.stores.base import Views
 
 T = TypeVar("T")
+
+ELSEWHERE = "elsewhere"
+"""The moment before a change of files outside the store."""
 
 BEFORE, UNNAMED, AFTER = "before", "unnamed", "after"
 """The moments of a call: it has had no effect; its bytes are in the file system and have no name yet (put
@@ -107,3 +114,31 @@ class WatchedStore(Store):
 
     def _aged(self, info: ObjectInfo) -> ObjectInfo:
         return replace(info, age=info.age + self._older)
+
+
+class Elsewhere:
+    """Counts what a process does to its files outside the store: names that come and go, programs started.
+
+    `step(number)` is called before each. It sees local state, images and targets: all that is in the
+    repository's folder and not in the repository.
+    """
+
+    _EVENTS = ("os.rename", "os.remove", "os.link", "os.mkdir", "subprocess.Popen")
+
+    def __init__(self, repository: str, step: Callable[[int], None]) -> None:
+        self.count = 0
+        self._repository = repository
+        self._folder = os.path.dirname(repository)
+        self._step = step
+        self._one_at_a_time = threading.Lock()
+        sys.addaudithook(self._happens)
+
+    def _happens(self, event: str, details: tuple[Any, ...]) -> None:
+        if event in self._EVENTS and (event == "subprocess.Popen" or self._ours(os.fspath(details[0]))):
+            with self._one_at_a_time:
+                self.count += 1
+                self._step(self.count)
+
+    def _ours(self, path: str | bytes) -> bool:
+        name = os.fsdecode(path)
+        return name.startswith(self._folder) and not name.startswith(self._repository)
