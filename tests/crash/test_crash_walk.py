@@ -1,4 +1,4 @@
-"""kill -9 at every call of the store, and before every change of other files: what it leaves never matters."""
+"""kill -9 at every call of the store, and before every change of other files: nothing it leaves matters."""
 
 from __future__ import annotations
 
