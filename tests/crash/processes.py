@@ -132,10 +132,11 @@ class Actor:
 
     def asks_for_lock(self) -> bool:
         """Whether it has a lineage's lock file open: it holds the lock, or waits for it."""
-        for entry in Path(f"/proc/{self.pid}/fd").iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if os.readlink(entry).endswith(f"/{VOLUME}/lock"):
-                    return True
+        with contextlib.suppress(FileNotFoundError):  # it just ended
+            for entry in Path(f"/proc/{self.pid}/fd").iterdir():
+                with contextlib.suppress(FileNotFoundError):  # it just closed that one
+                    if os.readlink(entry).endswith(f"/{VOLUME}/lock"):
+                        return True
         return False
 
 

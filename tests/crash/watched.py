@@ -123,7 +123,8 @@ class Elsewhere:
     repository's folder and not in the repository.
     """
 
-    _EVENTS = ("os.rename", "os.remove", "os.link", "os.mkdir", "subprocess.Popen")
+    # Not os.mkdir: how often folders are tried to be made depends on which thread comes first.
+    _EVENTS = ("os.rename", "os.remove", "os.link", "subprocess.Popen")
 
     def __init__(self, repository: str, step: Callable[[int], None]) -> None:
         self.count = 0
