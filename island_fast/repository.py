@@ -38,7 +38,7 @@ from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
-from island_fast.restoring import restore
+from island_fast.restoring import deletion_told, restore
 from island_fast.results import (
     Adopted,
     Deleted,
@@ -320,7 +320,8 @@ class Repository:
     ) -> Restored:
         """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw"."""
         found = self.find(reference)
-        manifest = found.lineage.manifest(found.row)
+        with deletion_told(found.lineage, found.row):
+            manifest = found.lineage.manifest(found.row)
         return restore(found.lineage, found.row, manifest, Path(target), image_format, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
