@@ -203,11 +203,15 @@ def test_a_spoilt_body_is_the_callers_to_notice(swift: SwiftServer, store: Swift
     assert store.get("object", newest=True) == WHOLE
 
 
-def test_a_spoilt_multipart_frame_is_refused(swift: SwiftServer, store: SwiftStore):
+def test_a_spoilt_multipart_frame_is_asked_for_again_and_then_refused(swift: SwiftServer, store: SwiftStore):
     store.put("object", CONTENT)
-    swift.inject(Fault("corrupt", 0, method="GET"))
+    swift.inject(Fault("corrupt", 0, method="GET", times=2))
+    assert store.get_ranges("object", [(0, 10), (20, 10)]) == [WHOLE[0:10], WHOLE[20:30]]
+    assert swift.count("GET", "object") == 3
+    swift.inject(Fault("corrupt", 0, method="GET", times=3))
     with pytest.raises(StoreError, match="makes no sense"):
         store.get_ranges("object", [(0, 10), (20, 10)])
+    assert swift.count("GET", "object") == 6
 
 
 def test_a_spoilt_listing_is_asked_for_again(swift: SwiftServer, store: SwiftStore):
