@@ -542,6 +542,8 @@ _PROXY = {
         "account_autocreate": "true",
         # One failed answer would otherwise keep a server out of use for a minute.
         "error_suppression_interval": "0.1",
+        # What a proxy once knew of a container it knows to the end of the tests.
+        "recheck_container_existence": "3600",
     },
 }
 
