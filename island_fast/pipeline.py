@@ -272,7 +272,7 @@ class PackSink:
                 np.concatenate(pack.codecs),
                 np.concatenate(pack.digests),
             )
-            self._store.put(name, parts)
+            self._store.put_own(name, parts)
         finally:
             self._buffers.put(pack.data)
         row = PackRow(number, self._attempt, name, size, pack.slots)

@@ -143,7 +143,7 @@ class _Sweep:
         parts, size = seal_pack(
             target, index.header, [data[a:b] for a, b in spans.tolist()], lengths, codecs, index.digests
         )
-        self._lineage.store.put(target, parts)
+        self._lineage.store.put_own(target, parts)
         return size
 
 

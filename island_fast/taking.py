@@ -282,7 +282,7 @@ class _Taking:
         lineage = self._lineage
         name = manifest_name(lineage.name, self._id, manifest.attempt)
         data, checksum = encode(name, manifest)
-        lineage.store.put(name, [data])
+        lineage.store.put_own(name, [data])
         row = SnapshotRow(
             id=self._id,
             parent=manifest.parent,

@@ -51,6 +51,7 @@ class Fault:
     lie       status: said after the request was carried out
     drop      -: the connection is cut at once
     lose      -: the connection is cut after the request was carried out
+    choke     bytes: of the request's body that the server reads before the connection is cut
     die       bytes: of the request's body that the server reads, and then its process is gone (kill -9)
     delay     seconds: before the request is carried out
     sip       seconds: before each piece of the request's body is read
@@ -139,6 +140,15 @@ class FaultFilter:
     def _lose(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         self._carry_out(env)
         return self._drop(fault, env, start)
+
+    def _choke(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        def count(size: int) -> None:
+            if body.size > fault.value:
+                env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
+                raise OSError("choked")
+
+        body = env["wsgi.input"] = _Watched(env["wsgi.input"], count)
+        return self.app(env, start)
 
     def _die(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         def count(size: int) -> None:

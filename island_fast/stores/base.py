@@ -128,6 +128,14 @@ class Store(ABC):
         the object may exist or come to exist: only the same bytes may be sent to that name again.
         """
 
+    def put_own(self, name: str, parts: Sequence[Buffer]) -> None:
+        """`put` under a name that no other writer will ever use, such as one with a random id in it.
+
+        Where an attempt's outcome was unknown, the same bytes may then be sent to the name once more, until
+        the store says that it has them; `put` would be content with finding them there.
+        """
+        self.put(name, parts)
+
     @abstractmethod
     def get(self, name: str, *, newest: bool = False) -> memoryview:
         """All bytes of an object, in a buffer of their own; not checked against anything but their length.

@@ -153,29 +153,45 @@ class SwiftStore(Store):
         + n / rate; a server that stops reading is left TIMEOUT seconds after the 256 KiB then under way
         (with TLS, after each 16 KiB of them); and its answer may be TIMEOUT seconds away.
         """
+        self._put(name, views(parts), own=False)
+
+    def put_own(self, name: str, parts: Sequence[Buffer]) -> None:
+        """See Store.put_own: only 201 is success, for that alone says that most replicas are there.
+
+        A 503 may have left one replica; If-None-Match would find it, and be answered 412 from then on.
+        """
+        self._put(name, views(parts), own=True)
+
+    def _put(self, name: str, content: Views, *, own: bool) -> None:
+        """PUT until it is there; if it is our `own` name, until a PUT is answered 201."""
         full = self._full(name)
-        content = views(parts)
         unsure = False
 
         def send(connection: Connection) -> None:
             nonlocal unsure
             # A broken connection may mean: stored; or refused so early that our sending broke it.
-            if unsure and self._holds(connection, name, content):
+            there = unsure and self._holds(connection, name, content)
+            if there and not own:
                 return
             unsure = True
             try:
-                self._send(connection, full, content)
+                self._send(connection, full, content, sole=not there)
             except Refusal as error:
-                unsure = False
+                unsure = own  # else If-None-Match of the next attempt tells
                 if error.http_status != 412:
                     raise
                 if not self._holds(connection, name, content):
                     raise Again("412 for an object that is not there") from error
+                if own:
+                    self._send(connection, full, content, sole=False)
 
         self._wire.ask(f"put {name}", send)
 
-    def _send(self, connection: Connection, full: str, content: Views) -> None:
-        """PUT once. 201 alone means stored; 202 that our time stamp lost to some newer one."""
+    def _send(self, connection: Connection, full: str, content: Views, *, sole: bool) -> None:
+        """PUT once, if `sole` only where nothing is yet.
+
+        201 alone means stored; 202 that our time stamp lost to some newer one.
+        """
         size = sum(view.nbytes for view in content)
         answer: dict[str, Any] = {}
         try:
@@ -185,7 +201,7 @@ class SwiftStore(Store):
                 _Body(content, self._wire.patience) if size else b"",
                 content_length=size,
                 content_type="application/octet-stream",
-                headers={"If-None-Match": "*"},
+                headers={"If-None-Match": "*"} if sole else {},
                 response_dict=answer,
             )
         except Refusal as error:

@@ -84,6 +84,22 @@ def test_work_done_behind_a_lost_answer_is_not_sent_again(swift: SwiftServer, st
     assert asked == [("PUT", None), ("HEAD", "true")]
 
 
+@pytest.mark.parametrize("fault", [Fault("lose", method="PUT"), Fault("lie", 503, method="PUT")])
+def test_under_an_own_name_only_201_is_success(swift: SwiftServer, store: SwiftStore, fault: Fault):
+    """What is found after a failure may be on one disk only."""
+    swift.inject(fault)
+    store.put_own("object", CONTENT)
+    asked = [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen() if r["path"].endswith("object")]
+    assert asked == [("PUT", "*"), ("HEAD", None), ("PUT", None)]
+    assert store.get("object") == WHOLE
+    swift.calm()
+    store.put_own("other", CONTENT)
+    assert [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen()] == [("PUT", "*")]
+    with pytest.raises(ConflictError, match="other bytes"):
+        store.put_own("object", [b"else"])
+    assert store.get("object") == WHOLE
+
+
 def test_202_is_not_stored(swift: SwiftServer, store: SwiftStore):
     swift.inject(Fault("answer", 202, method="PUT"))
     store.put("object", CONTENT)
