@@ -30,8 +30,8 @@ from tests.swift_server import SwiftServer
 BLOCK = 65536
 PACK_BLOCKS = 32  # so that volumes of a few MiB have several packs
 VOLUME = 8 << 20
-PATIENT = Patience(total=100.0, first=0.02, longest=0.3)
-BRIEF = Patience(total=1.5, first=0.02, longest=0.3)
+PATIENT = Patience(total=100.0, first=0.02, longest=0.15)
+BRIEF = Patience(total=1.5, first=0.02, longest=0.15)
 """Only where the store cannot answer at all: a loaded machine needs longer than this for what goes well."""
 
 
