@@ -17,9 +17,12 @@ from typing import Any
 import requests.adapters
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 
-from island_fast.stores.retry import Patience
+from island_fast.stores.base import Buffer, Views
+from island_fast.stores.retry import Again, Patience
 
-__all__ = ["Pace", "PacedAdapter", "TooSlow"]
+__all__ = ["Pace", "PacedAdapter", "PacedBody", "TooSlow"]
+
+_SENT_AT_ONCE = 256 << 10  # bytes; each must go out within the timeout
 
 Arg = Any
 """What only passes through, to a library."""
@@ -46,6 +49,30 @@ class Pace:
         """Seconds until it is too slow; not positive when it is."""
         patience = self._patience
         return self._began + patience.allowance + self.bytes / patience.rate - self._clock()
+
+
+class PacedBody:
+    """Buffers as a file whose `read` gives out the next one whole: nothing is copied on the way.
+
+    A server that takes them too slowly is left, by `Again` in the middle of the request.
+    """
+
+    def __init__(self, content: Views, patience: Patience) -> None:
+        self._pieces = (
+            view[i : i + _SENT_AT_ONCE] for view in content for i in range(0, view.nbytes, _SENT_AT_ONCE)
+        )
+        self._patience = patience
+        self._pace: Pace | None = None
+
+    def read(self, size: int = -1) -> Buffer:
+        """The next bytes, however many were asked for; b'' at the end."""
+        if self._pace is None:
+            self._pace = Pace(self._patience)  # now: whoever connects has a time limit of his own
+        if self._pace.left() <= 0:
+            raise Again("a body that went too slowly")
+        piece: Buffer = next(self._pieces, b"")
+        self._pace.bytes += len(piece)
+        return piece
 
 
 class _Paced(io.RawIOBase):

@@ -34,7 +34,7 @@ from island_fast.stores.base import (
     views,
 )
 from island_fast.stores.credentials import Keyring, from_environment
-from island_fast.stores.paced import Pace
+from island_fast.stores.paced import PacedBody
 from island_fast.stores.retry import Again, Patience
 from island_fast.stores.wire import Connection, Refusal, Wire, unless
 
@@ -42,34 +42,9 @@ __all__ = ["SwiftStore"]
 
 _NEWEST = {"X-Newest": "true"}  # asks every replica
 _LOOKS = 3  # at a missing object (all but the first with X-Newest), or at nonsense, before it is believed
-_SENT_AT_ONCE = 256 << 10  # bytes; each must go out within the timeout
 _STREAMED = 1 << 20  # any size: it keeps swiftclient from reading a body by itself
 _OPENING = 20.0  # seconds: nobody should wait minutes to be told of a wrong host name
 _CONTAINER = re.compile(r"(?!\.{1,2}\Z)[^/?#\x00-\x1f\x7f]{1,256}")
-
-
-class _Body:
-    """Buffers as a file whose `read` gives out the next one whole: nothing is copied on the way.
-
-    A server that takes them too slowly is left, by `Again` in the middle of the request.
-    """
-
-    def __init__(self, content: Views, patience: Patience) -> None:
-        self._pieces = (
-            view[i : i + _SENT_AT_ONCE] for view in content for i in range(0, view.nbytes, _SENT_AT_ONCE)
-        )
-        self._patience = patience
-        self._pace: Pace | None = None
-
-    def read(self, size: int = -1) -> Buffer:
-        """The next bytes, however many were asked for; b'' at the end."""
-        if self._pace is None:
-            self._pace = Pace(self._patience)  # now: whoever connects has a time limit of his own
-        if self._pace.left() <= 0:
-            raise Again("a body that went too slowly")
-        piece: Buffer = next(self._pieces, b"")
-        self._pace.bytes += len(piece)
-        return piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +173,7 @@ class SwiftStore(Store):
             connection.put_object(
                 self._container,
                 full,
-                _Body(content, self._wire.patience) if size else b"",
+                PacedBody(content, self._wire.patience) if size else b"",
                 content_length=size,
                 content_type="application/octet-stream",
                 headers={"If-None-Match": "*"} if sole else {},
