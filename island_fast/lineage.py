@@ -372,9 +372,16 @@ class Lineage:
 
     def _send(self, name: str, data: bytes) -> None:
         """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+
+        def check(found: Buffer) -> bool:
+            if found == data:
+                return True
+            decode_record(name, found, SnapshotNumbers())  # else they are nobody's: they came damaged
+            return False
+
         try:
             self.store.put(name, [data])
-            same = bytes(self.store.get(name, newest=True)) == data
+            same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
         if not same:

@@ -14,11 +14,13 @@ from __future__ import annotations
 import base64
 import configparser
 import ctypes
+import hashlib
 import http.client
 import importlib
 import json
 import os
 import pwd
+import random
 import re
 import secrets
 import shutil
@@ -28,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -49,10 +51,17 @@ class Fault:
     lie       status: said after the request was carried out
     drop      -: the connection is cut at once
     lose      -: the connection is cut after the request was carried out
+    choke     bytes: of the request's body that the server reads before the connection is cut
+    die       bytes: of the request's body that the server reads, and then its process is gone (kill -9)
     delay     seconds: before the request is carried out
+    sip       seconds: before each piece of the request's body is read
+    drip      seconds: before each byte of the answer's body; after 1000 bytes the rest comes at once
     truncate  bytes: of the answer's body that get through before the connection is cut
     corrupt   offset: of the byte in the answer's body that gets a bit flipped
     whole     -: the server does not get to see the Range header
+
+    Of a storm, a `share` less than 1, every request has that chance to be hit; which ones are is the same
+    every time for the same order of requests.
     """
 
     kind: str
@@ -61,6 +70,7 @@ class Fault:
     path: str = ""
     skip: int = 0
     times: int = 1
+    share: float = 1.0
     headers: Mapping[str, str] = field(default_factory=dict)
 
     def matches(self, method: str, path: str) -> bool:
@@ -76,6 +86,7 @@ class FaultFilter:
         self.seen: list[dict[str, str]] = []
         self.tokens: set[str] = set()
         self.revoked: set[str] = set()
+        self.chance = random.Random(0)
 
     def __call__(self, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         method, path = env["REQUEST_METHOD"], env["PATH_INFO"]
@@ -108,7 +119,7 @@ class FaultFilter:
 
     def _next(self, method: str, path: str) -> Fault | None:
         for fault, hits in self.faults:
-            if fault.matches(method, path):
+            if fault.matches(method, path) and (fault.share == 1 or self.chance.random() < fault.share):
                 hits[0] += 1
                 if fault.skip < hits[0] <= fault.skip + fault.times:
                     return fault
@@ -129,6 +140,44 @@ class FaultFilter:
     def _lose(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         self._carry_out(env)
         return self._drop(fault, env, start)
+
+    def _choke(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        def count(size: int) -> None:
+            if body.size > fault.value:
+                env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
+                raise OSError("choked")
+
+        body = env["wsgi.input"] = _Watched(env["wsgi.input"], count)
+        return self.app(env, start)
+
+    def _die(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        def count(size: int) -> None:
+            if body.size > fault.value:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        body = env["wsgi.input"] = _Watched(env["wsgi.input"], count)
+        return self.app(env, start)
+
+    def _sip(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        import eventlet
+
+        env["wsgi.input"] = _Watched(env["wsgi.input"], lambda _: eventlet.sleep(fault.value))
+        return self.app(env, start)
+
+    def _drip(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
+        env["eventlet.minimum_write_chunk_size"] = 1  # else it collects 4 KiB before it sends any
+        return self._dripping(fault.value, self.app(env, start))
+
+    def _dripping(self, pause: float, body: Iterable[bytes]) -> Iterator[bytes]:
+        import eventlet
+
+        left = 1000
+        for data in body:
+            for at in range(min(left, len(data))):
+                eventlet.sleep(pause)
+                yield data[at : at + 1]
+            yield data[left:]
+            left = max(0, left - len(data))
 
     def _delay(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         import eventlet
@@ -164,6 +213,59 @@ class FaultFilter:
             pass
         if hasattr(body, "close"):
             body.close()
+
+
+class _Watched:
+    """A request's body; `after(size)` is called for each piece that was read."""
+
+    def __init__(self, body: Any, after: Callable[[int], object]) -> None:
+        self.size = 0
+        self._body = body
+        self._after = after
+
+    def read(self, *args: Any) -> bytes:
+        data: bytes = self._body.read(*args)
+        self.size += len(data)
+        self._after(len(data))
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._body, name)
+
+
+class MemoryCache:
+    """WSGI: what a proxy has memcached for, as a filter; above all it remembers what containers are like."""
+
+    def __init__(self, app: Any) -> None:
+        self.app = app
+        self._kept: dict[str, tuple[Any, float]] = {}
+
+    def __call__(self, env: dict[str, Any], start: Any) -> Any:
+        env["swift.cache"] = self
+        return self.app(env, start)
+
+    def get(self, key: str, **_: Any) -> Any:
+        value, end = self._kept.get(key, (None, 0.0))
+        return value if end > time.monotonic() else None
+
+    def set(self, key: str, value: Any, *_: Any, time: float = 0, **__: Any) -> None:
+        self._kept[key] = json.loads(json.dumps(value)), _now() + (time or 86400)
+
+    def incr(self, key: str, delta: int = 1, time: float = 0, **_: Any) -> int:
+        value = (self.get(key) or 0) + delta
+        self.set(key, value, time=time)
+        return int(value)
+
+    def delete(self, key: str, **_: Any) -> None:
+        self._kept.pop(key, None)
+
+
+def memory_cache(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
+    """What paste calls."""
+    return MemoryCache
+
+
+_now = time.monotonic
 
 
 def fault_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
@@ -235,6 +337,7 @@ class SwiftServer:
             "workers": "0",
             "user": pwd.getpwuid(os.getuid()).pw_name,
             "swift_dir": str(self.root),
+            "recon_cache_path": str(self.root),
             "log_level": "WARNING",
         }
         sections = _PROXY if kind == "proxy" else _storage(kind, self.root / f"node{node}")
@@ -270,6 +373,29 @@ class SwiftServer:
         process = self._running.pop(name)
         process.kill()
         process.wait()
+
+    def await_death(self, name: str) -> None:
+        """Return when a server has ended by itself (fault "die")."""
+        self._running[name].wait(30)
+        del self._running[name]
+
+    def mend(self) -> None:
+        """Every server runs, and none has faults."""
+        for name in self.ports:
+            if name not in self._running or self._running[name].poll() is not None:
+                if name in self._running:
+                    self.await_death(name)
+                self.restart_server(name)
+            self.calm(name)
+
+    def once(self, daemon: str) -> None:
+        """Let one of Swift's daemons ("object-updater", "container-replicator") go over every node once."""
+        kind = daemon.partition("-")[0]
+        for node in range(1, self.nodes + 1):
+            conf = self.root / f"{kind}-{node}.conf"
+            command = [sys.executable, __file__, "once", daemon, str(self.root), str(conf)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self) -> None:
         """End all servers and remove their data."""
@@ -314,6 +440,29 @@ class SwiftServer:
             return connection.getresponse().read()
         finally:
             connection.close()
+
+    # -- what is on the disks
+
+    def replicas_of(self, path: str) -> dict[str, Path]:
+        """The file of each replica of CONTAINER/OBJECT in the test user's account, by its object server."""
+        whole = f"/AUTH_test/{path}{_SWIFT_CONF['swift-hash']['swift_hash_path_suffix']}"
+        name = hashlib.md5(whole.encode()).hexdigest()
+        files = self.root.glob(f"node*/*/objects/*/*/{name}/*.data")
+        return {f"object-{file.relative_to(self.root).parts[0].removeprefix('node')}": file for file in files}
+
+    def rot(self, path: str, at: int, servers: Iterable[str]) -> None:
+        """Flip a bit of byte `at` of CONTAINER/OBJECT on the disks of these object servers."""
+        found = self.replicas_of(path)
+        for server in servers:
+            with open(found[server], "r+b") as file:
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1]))
+
+    def waiting_updates(self) -> int:
+        """How many rows for containers the object servers still have to deliver."""
+        return sum(file.is_file() for file in self.root.glob("node*/*/async_pending*/**/*"))
 
     # -- as an administrator
 
@@ -383,9 +532,10 @@ _SWIFT_CONF = {
 }
 _PROXY = {
     "pipeline:main": {
-        "pipeline": "faults catch_errors gatekeeper healthcheck listing_formats tempauth proxy-server"
+        "pipeline": ("faults catch_errors gatekeeper healthcheck cache listing_formats tempauth proxy-server")
     },
     "filter:faults": _FAULTS,
+    "filter:cache": {"paste.filter_factory": "swift_server:memory_cache"},
     "filter:healthcheck": _HEALTH,
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
@@ -402,6 +552,8 @@ _PROXY = {
         "account_autocreate": "true",
         # One failed answer would otherwise keep a server out of use for a minute.
         "error_suppression_interval": "0.1",
+        # What a proxy once knew of a container it knows to the end of the tests.
+        "recheck_container_existence": "3600",
     },
 }
 
@@ -413,6 +565,9 @@ def _storage(kind: str, devices: Path) -> Conf:
         "filter:faults": _FAULTS,
         "filter:healthcheck": _HEALTH,
         f"app:{kind}-server": {"use": f"egg:swift#{kind}"},
+        # The daemons of the kind find their options here; ssync needs no other program, as rsync would be.
+        f"{kind}-updater": {},
+        f"{kind}-replicator": {"sync_method": "ssync"} if kind == "object" else {},
     }
 
 
@@ -452,8 +607,23 @@ def _serve(kind: str, conf: str) -> None:
     sys.exit(importlib.import_module(module).main())
 
 
+def _once(daemon: str, swift_dir: str, conf: str) -> None:
+    """Become a daemon, for one round."""
+    from swift.common import constraints, storage_policy, utils
+
+    if utils.set_swift_dir(swift_dir):
+        storage_policy.reload_storage_policies()
+        constraints.reload_constraints()
+    kind, _, task = daemon.partition("-")
+    sys.argv = [daemon, conf, "once"]
+    module = f"swift.{'obj' if kind == 'object' else kind}.{task}"
+    importlib.import_module(module).main()
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "rings":
         _make_rings(Path(sys.argv[2]), *json.loads(sys.argv[3]))
+    elif sys.argv[1] == "once":
+        _once(*sys.argv[2:])
     else:
         _serve(*sys.argv[2:])

@@ -61,7 +61,7 @@ def test_a_registration_lives_as_long_as_its_process(files: LineageFiles) -> Non
         assert files.abandoned(0) == []
     assert files.running() == []
     (files.folder / "running" / ONE.snapshot).write_text(
-        '{"snapshot": "%s", "attempt": 0, "parent": null}' % ("a" * 32)
+        '{"snapshot": "%s", "attempt": 0, "parent": null, "epoch": 0}' % ("a" * 32)
     )
     assert files.running() == [(ONE, False)]
     assert files.abandoned(3600) == []
