@@ -6,271 +6,34 @@
 
 It needs no root, no memcached and nothing under /etc. TempAuth's tokens are signed (fernet), so that no
 server has to remember them. Every server has a filter in front that makes requests fail as told, and keeps
-a list of what it was asked. Run as a script, this file is one of those servers.
+a list of what it was asked: `swift_faults.py`. What runs is `swift_process.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import configparser
-import ctypes
 import hashlib
 import http.client
-import importlib
 import json
 import os
 import pwd
-import random
-import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-KINDS = ("account", "container", "object")
-CONTROL = "/-faults"
+from tests.swift_faults import CONTROL, Fault
+from tests.swift_process import KINDS
 
-
-# -- what goes wrong, and the filter that does it
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What happens to the requests that it matches, or to `times` of them after the first `skip`.
-
-    kind      value
-    answer    status: said at once; nothing is done and the body is not read
-    lie       status: said after the request was carried out
-    drop      -: the connection is cut at once
-    lose      -: the connection is cut after the request was carried out
-    choke     bytes: of the request's body that the server reads before the connection is cut
-    die       bytes: of the request's body that the server reads, and then its process is gone (kill -9)
-    delay     seconds: before the request is carried out
-    sip       seconds: before each piece of the request's body is read
-    drip      seconds: before each byte of the answer's body; after 1000 bytes the rest comes at once
-    truncate  bytes: of the answer's body that get through before the connection is cut
-    corrupt   offset: of the byte in the answer's body that gets a bit flipped
-    whole     -: the server does not get to see the Range header
-
-    Of a storm, a `share` less than 1, every request has that chance to be hit; which ones are is the same
-    every time for the same order of requests.
-    """
-
-    kind: str
-    value: float = 0
-    method: str = ""
-    path: str = ""
-    skip: int = 0
-    times: int = 1
-    share: float = 1.0
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def matches(self, method: str, path: str) -> bool:
-        return self.method in ("", method) and re.search(self.path, path) is not None
-
-
-class FaultFilter:
-    """WSGI: carries out the faults. Its own path CONTROL sets them, revokes tokens, tells what was asked."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.faults: list[tuple[Fault, list[int]]] = []
-        self.seen: list[dict[str, str]] = []
-        self.tokens: set[str] = set()
-        self.revoked: set[str] = set()
-        self.chance = random.Random(0)
-
-    def __call__(self, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        method, path = env["REQUEST_METHOD"], env["PATH_INFO"]
-        if path == CONTROL:
-            return self._control(method, env, start)
-        if path == "/healthcheck":
-            return self.app(env, start)
-        headers = {k[5:]: v for k, v in env.items() if k.startswith("HTTP_") and "TOKEN" not in k}
-        self.seen.append({**headers, "method": method, "path": path, "port": env["REMOTE_PORT"]})
-        token = env.get("HTTP_X_AUTH_TOKEN", "")
-        self.tokens.add(token)
-        if token in self.revoked:
-            return self._answer(Fault("answer", 401), env, start)
-        fault = self._next(method, path)
-        return getattr(self, "_" + fault.kind)(fault, env, start) if fault else self.app(env, start)
-
-    def _control(self, method: str, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        answer = b"[]"
-        if method == "GET":
-            answer = json.dumps(self.seen).encode()
-        elif method == "POST":
-            faults = json.loads(env["wsgi.input"].read(int(env["CONTENT_LENGTH"])))
-            self.faults += [(Fault(**fault), [0]) for fault in faults]
-        elif method == "PUT":
-            self.revoked = self.tokens - {""}
-        else:
-            self.faults, self.seen = [], []
-        start("200 OK", [("Content-Length", str(len(answer)))])
-        return [answer]
-
-    def _next(self, method: str, path: str) -> Fault | None:
-        for fault, hits in self.faults:
-            if fault.matches(method, path) and (fault.share == 1 or self.chance.random() < fault.share):
-                hits[0] += 1
-                if fault.skip < hits[0] <= fault.skip + fault.times:
-                    return fault
-        return None
-
-    def _answer(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        start(f"{fault.value:.0f} Injected", [("Content-Length", "0"), *fault.headers.items()])
-        return [b""]
-
-    def _lie(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        self._carry_out(env)
-        return self._answer(fault, env, start)
-
-    def _drop(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-        return self._answer(Fault("answer", 500), env, start)
-
-    def _lose(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        self._carry_out(env)
-        return self._drop(fault, env, start)
-
-    def _choke(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        def count(size: int) -> None:
-            if body.size > fault.value:
-                env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-                raise OSError("choked")
-
-        body = env["wsgi.input"] = _Watched(env["wsgi.input"], count)
-        return self.app(env, start)
-
-    def _die(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        def count(size: int) -> None:
-            if body.size > fault.value:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        body = env["wsgi.input"] = _Watched(env["wsgi.input"], count)
-        return self.app(env, start)
-
-    def _sip(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        import eventlet
-
-        env["wsgi.input"] = _Watched(env["wsgi.input"], lambda _: eventlet.sleep(fault.value))
-        return self.app(env, start)
-
-    def _drip(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        env["eventlet.minimum_write_chunk_size"] = 1  # else it collects 4 KiB before it sends any
-        return self._dripping(fault.value, self.app(env, start))
-
-    def _dripping(self, pause: float, body: Iterable[bytes]) -> Iterator[bytes]:
-        import eventlet
-
-        left = 1000
-        for data in body:
-            for at in range(min(left, len(data))):
-                eventlet.sleep(pause)
-                yield data[at : at + 1]
-            yield data[left:]
-            left = max(0, left - len(data))
-
-    def _delay(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        import eventlet
-
-        eventlet.sleep(fault.value)
-        return self.app(env, start)
-
-    def _truncate(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        left = int(fault.value)
-        for data in self.app(env, start):
-            yield data[:left]
-            left -= len(data)
-            if left <= 0:
-                env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-                return
-
-    def _corrupt(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        at = int(fault.value)
-        for data in self.app(env, start):
-            spoilt = bytearray(data)
-            if 0 <= at < len(data):
-                spoilt[at] ^= 1
-            at -= len(data)
-            yield bytes(spoilt)
-
-    def _whole(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        del env["HTTP_RANGE"]
-        return self.app(env, start)
-
-    def _carry_out(self, env: dict[str, Any]) -> None:
-        body = self.app(env, lambda *_: None)
-        for _ in body:
-            pass
-        if hasattr(body, "close"):
-            body.close()
-
-
-class _Watched:
-    """A request's body; `after(size)` is called for each piece that was read."""
-
-    def __init__(self, body: Any, after: Callable[[int], object]) -> None:
-        self.size = 0
-        self._body = body
-        self._after = after
-
-    def read(self, *args: Any) -> bytes:
-        data: bytes = self._body.read(*args)
-        self.size += len(data)
-        self._after(len(data))
-        return data
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._body, name)
-
-
-class MemoryCache:
-    """WSGI: what a proxy has memcached for, as a filter; above all it remembers what containers are like."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self._kept: dict[str, tuple[Any, float]] = {}
-
-    def __call__(self, env: dict[str, Any], start: Any) -> Any:
-        env["swift.cache"] = self
-        return self.app(env, start)
-
-    def get(self, key: str, **_: Any) -> Any:
-        value, end = self._kept.get(key, (None, 0.0))
-        return value if end > time.monotonic() else None
-
-    def set(self, key: str, value: Any, *_: Any, time: float = 0, **__: Any) -> None:
-        self._kept[key] = json.loads(json.dumps(value)), _now() + (time or 86400)
-
-    def incr(self, key: str, delta: int = 1, time: float = 0, **_: Any) -> int:
-        value = (self.get(key) or 0) + delta
-        self.set(key, value, time=time)
-        return int(value)
-
-    def delete(self, key: str, **_: Any) -> None:
-        self._kept.pop(key, None)
-
-
-def memory_cache(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
-    """What paste calls."""
-    return MemoryCache
-
-
-_now = time.monotonic
-
-
-def fault_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
-    """What paste calls."""
-    return FaultFilter
+_PROGRAM = Path(__file__).with_name("swift_process.py")
 
 
 # -- the servers
@@ -321,7 +84,7 @@ class SwiftServer:
         self.ports = dict(zip(names, _free_ports(len(names)), strict=True))
         _write_conf(self.root / "swift.conf", _SWIFT_CONF)
         rings = json.dumps([self.nodes, self.replicas, self.ports])
-        subprocess.run([sys.executable, __file__, "rings", self.root, rings], check=True)
+        subprocess.run([sys.executable, _PROGRAM, "rings", self.root, rings], check=True)
         for name in names:
             self.start_server(name)
         for name in names:
@@ -344,7 +107,7 @@ class SwiftServer:
         _write_conf(conf, {**sections, "DEFAULT": {**common, **sections.get("DEFAULT", {})}})
         with open(self.root / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, __file__, "serve", kind, conf],
+                [sys.executable, _PROGRAM, "serve", kind, conf],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -393,7 +156,7 @@ class SwiftServer:
         kind = daemon.partition("-")[0]
         for node in range(1, self.nodes + 1):
             conf = self.root / f"{kind}-{node}.conf"
-            command = [sys.executable, __file__, "once", daemon, str(self.root), str(conf)]
+            command = [sys.executable, _PROGRAM, "once", daemon, str(self.root), str(conf)]
             done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
             assert done.returncode == 0, done.stdout + done.stderr
 
@@ -524,7 +287,7 @@ def _free_ports(count: int) -> list[int]:
 
 Conf = Mapping[str, Mapping[str, str]]
 
-_FAULTS = {"paste.filter_factory": "swift_server:fault_filter"}
+_FAULTS = {"paste.filter_factory": "swift_faults:fault_filter"}
 _HEALTH = {"use": "egg:swift#healthcheck"}
 _SWIFT_CONF = {
     "swift-hash": {"swift_hash_path_suffix": "tests"},
@@ -535,7 +298,7 @@ _PROXY = {
         "pipeline": ("faults catch_errors gatekeeper healthcheck cache listing_formats tempauth proxy-server")
     },
     "filter:faults": _FAULTS,
-    "filter:cache": {"paste.filter_factory": "swift_server:memory_cache"},
+    "filter:cache": {"paste.filter_factory": "swift_faults:memory_cache"},
     "filter:healthcheck": _HEALTH,
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
@@ -576,54 +339,3 @@ def _write_conf(path: Path, sections: Conf) -> None:
     parser.read_dict(sections)
     with open(path, "w") as file:
         parser.write(file)
-
-
-# -- inside the children
-
-
-def _make_rings(root: Path, nodes: int, replicas: int, ports: Mapping[str, int]) -> None:
-    """Rings in which each node has one device (or as many as it takes for the replicas)."""
-    from swift.common.ring import RingBuilder
-
-    for kind in KINDS:
-        builder = RingBuilder(part_power=4, replicas=replicas, min_part_hours=0)
-        for number in range(max(nodes, replicas)):
-            node, device = number % nodes + 1, f"d{number}"
-            (root / f"node{node}" / device).mkdir(parents=True, exist_ok=True)
-            address = {"ip": "127.0.0.1", "port": ports[f"{kind}-{node}"]}
-            replication = {f"replication_{key}": value for key, value in address.items()}
-            place = {"id": number, "region": 1, "zone": number, "device": device, "weight": 1}
-            builder.add_dev({**place, **address, **replication})
-        builder.rebalance()
-        builder.get_ring().save(str(root / f"{kind}.ring.gz"))
-
-
-def _serve(kind: str, conf: str) -> None:
-    """Become one server, which ends when the process that started it does."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    sys.argv = [kind, conf]
-    module = {"object": "swift.obj.server"}.get(kind, f"swift.{kind}.server")
-    sys.exit(importlib.import_module(module).main())
-
-
-def _once(daemon: str, swift_dir: str, conf: str) -> None:
-    """Become a daemon, for one round."""
-    from swift.common import constraints, storage_policy, utils
-
-    if utils.set_swift_dir(swift_dir):
-        storage_policy.reload_storage_policies()
-        constraints.reload_constraints()
-    kind, _, task = daemon.partition("-")
-    sys.argv = [daemon, conf, "once"]
-    module = f"swift.{'obj' if kind == 'object' else kind}.{task}"
-    importlib.import_module(module).main()
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "rings":
-        _make_rings(Path(sys.argv[2]), *json.loads(sys.argv[3]))
-    elif sys.argv[1] == "once":
-        _once(*sys.argv[2:])
-    else:
-        _serve(*sys.argv[2:])

@@ -22,7 +22,8 @@ from island_fast.stores import open_store
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
 from tests.conftest import OpenSwift
-from tests.swift_server import Fault, SwiftServer
+from tests.swift_faults import Fault
+from tests.swift_server import SwiftServer
 
 CONTENT = [bytes([i]) * 65536 for i in range(40)]
 WHOLE = b"".join(CONTENT)

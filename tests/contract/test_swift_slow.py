@@ -19,7 +19,8 @@ from island_fast.stores.paced import Pace
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
 from tests.conftest import OpenSwift
-from tests.swift_server import Fault, SwiftServer
+from tests.swift_faults import Fault
+from tests.swift_server import SwiftServer
 
 HURRIED = Patience(total=60.0, first=0.01, longest=0.1, allowance=1.0, rate=1 << 20)
 WHOLE = bytes(range(256)) * 8192  # 2 MiB

@@ -8,7 +8,8 @@ import pytest
 
 from tests import qemu
 from tests.reliability.conftest import BLOCK, PACK_BLOCKS, Life
-from tests.swift_server import Fault, SwiftServer
+from tests.swift_faults import Fault
+from tests.swift_server import SwiftServer
 
 pytestmark = qemu.needs_qemu
 

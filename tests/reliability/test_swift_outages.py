@@ -11,7 +11,8 @@ from island_fast.progress import Progress
 from tests import qemu
 from tests.cli.conftest import pins
 from tests.reliability.conftest import BRIEF, PACK_BLOCKS, Life
-from tests.swift_server import Fault, SwiftServer
+from tests.swift_faults import Fault
+from tests.swift_server import SwiftServer
 
 pytestmark = qemu.needs_qemu
 ALWAYS = 1_000_000

@@ -11,7 +11,8 @@ from island_fast.catalog import manifest_name
 from island_fast.errors import DamagedError
 from tests import qemu
 from tests.reliability.conftest import BLOCK, PACK_BLOCKS, Life
-from tests.swift_server import Fault, SwiftServer
+from tests.swift_faults import Fault
+from tests.swift_server import SwiftServer
 
 pytestmark = qemu.needs_qemu
 NODES = ["object-1", "object-2", "object-3"]
