@@ -33,6 +33,7 @@ from island_fast.frame import Buffer
 
 __all__ = ["LineageFiles", "LocalState", "Registration", "SentPack", "default_root"]
 
+_LEFTOVER_AGE = 86400.0  # seconds; nothing here takes this long to write
 _LOG = logging.getLogger(__name__)
 
 
@@ -268,6 +269,14 @@ class LineageFiles:
         """Ids whose process is gone, and that registered and sent nothing for `age` seconds."""
         gone = (r.snapshot for r, alive in self.running() if not alive)
         return [snapshot for snapshot in gone if self._age(snapshot) >= age]
+
+    def tidy(self) -> None:
+        """Remove temporary files that processes left when they died in the middle of writing one."""
+        oldest = time.time() - _LEFTOVER_AGE
+        for path in self.folder.rglob(".*"):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def _age(self, snapshot: str) -> float:
         """Seconds since a registration was written, or a pack of it acknowledged; 0.0 if there is none."""

@@ -44,6 +44,8 @@ def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: 
     hands meanwhile. A pack that is to be repacked and cannot be read is told, and left as it is.
     """
     with lineage.files.sweeping():
+        if not dry_run:
+            lineage.files.tidy()
         with lineage.locked():
             lineage.require_owner(writer)
             if not dry_run:
