@@ -166,7 +166,7 @@ def shown(answer: SnapshotShown) -> str:
             ("created", answer.created),
             ("stored", size(answer.bytes_stored)),
             (
-                "if deleted",
+                "deleting",
                 f"{size(answer.bytes_unreferenced)} would be needed no more; the next sweep would free "
                 f"{size(answer.bytes_freed)}",
             ),
