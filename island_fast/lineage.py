@@ -295,6 +295,10 @@ class Lineage:
             record = replace(record, state=self.state.after(record))
         self._append(record)
 
+    def owned_by(self, writer: str) -> bool:
+        """Whether `writer` owns the lineage, and no adoption of it was begun."""
+        return self.owner == writer and not self._stopped
+
     def require_owner(self, writer: str) -> None:
         """ConflictError, with the way out, unless `writer` owns the lineage."""
         if self._stopped:

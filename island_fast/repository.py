@@ -348,7 +348,7 @@ class Repository:
         grace = self.store.grace if grace is None else grace
         answers = []
         for lineage in self.lineages():
-            if lineage.owner == self.state.writer:
+            if lineage.owned_by(self.state.writer):
                 with lineage.locked():
                     self._give_up_registrations(lineage, grace, dry_run)
                     plan = reclaim.plan_sweep(lineage, grace)

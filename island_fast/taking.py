@@ -68,6 +68,7 @@ class _Taking:
         self._progress = progress
         self._committing = False
         self._objects = 0
+        self._epoch = 0  # of the lineage, when the snapshot was registered
 
     def run(self) -> SnapshotTaken:
         began = time.monotonic()
@@ -112,6 +113,7 @@ class _Taking:
                 lineage.create(request.writer)
                 self._objects += 1
             lineage.require_owner(request.writer)
+            self._epoch = lineage.epoch
             lineage.files.set_image(self._source.path)
             start = choose(lineage, self._source, request)
             registration = Registration(start.id, 0, start.parent.id if start.parent else None)
@@ -259,9 +261,15 @@ class _Taking:
         return row
 
     def _still_allowed(self, start: Start) -> None:
-        """Refuse unless this host owns the lineage, the registration stands, and the parent is live."""
+        """Refuse unless this host still owns the lineage, the registration stands, and the parent is live.
+
+        An owner in between knew nothing of the registration and may have swept this snapshot's objects, so
+        it is no help that the lineage came back.
+        """
         lineage, parent = self._lineage, start.parent.id if start.parent else None
         lineage.require_owner(self._request.writer)
+        if lineage.epoch != self._epoch:
+            raise ConflictError(f"volume {lineage.name} changed hands meanwhile; take the snapshot again")
         if not lineage.files.registered(Registration(start.id, 0, parent)):
             raise ConflictError("this snapshot took so long that a sweep gave it up; take it again")
         if parent is not None and parent not in lineage.state.live:
