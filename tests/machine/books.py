@@ -14,8 +14,19 @@ from island_fast.pipeline import receive
 from island_fast.progress import silent
 from island_fast.slots import SLOT_BITS
 from tests.machine.memory_image import PALETTE, Content
-from tests.machine.memory_swift import Process
+from tests.machine.process import Process
 from tests.machine.world import World
+
+
+def object_names(world: World, lineage: Lineage, row: SnapshotRow) -> frozenset[str]:
+    """The objects that the snapshot needs now, by name: no name ever holds other bytes."""
+    with world.account.by(Process(world.account)):
+        keys = lineage.manifest(row).packs.keys(lineage.numbers)
+    packs = lineage.state.packs
+    rows = packs.find(keys).tolist()
+    assert -1 not in rows, f"snapshot {row.id} needs a pack that the catalog does not name"
+    names = {pack_full_name(lineage.name, packs, at, lineage.numbers) for at in rows}
+    return frozenset(names | {manifest_name(lineage.name, row.id, row.attempt)})
 
 
 def restored(world: World, lineage: Lineage, row: SnapshotRow, packs: PackReader) -> np.ndarray:

@@ -10,19 +10,21 @@ from __future__ import annotations
 import shutil
 import sys
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.packreader import PackReader
-from tests.machine.books import balanced, is_content, restored
-from tests.machine.memory_image import CONTENTS, HOLE, Content, MemoryImage
+from tests.machine.books import balanced, is_content, object_names, restored
+from tests.machine.memory_image import CONTENTS, HOLE, MemoryImage
 from tests.machine.memory_swift import DAY, NODES, Late
+from tests.machine.model import Doubt, Volume
 from tests.machine.troubles import ADOPTING, COMMITTING, READING, troubles
-from tests.machine.world import Host, Outcome, World
+from tests.machine.world import PREFIX, Host, Outcome, World
 
 HOUR = 3600.0
 MOST = 7  # live snapshots of a volume
@@ -38,46 +40,13 @@ VOLUMES = st.integers(0, 1)
 PICK = st.integers(0, MOST - 1)
 
 
-@dataclass
-class Doubt:
-    """A command of unknown outcome, by `writer`: a snapshot of `content`, or a delete of `deleted`."""
-
-    writer: str
-    content: Content | None = None
-    deleted: tuple[str, ...] = ()
-    id: str | None = None  # of the snapshot, once it was seen
-
-
-@dataclass
-class Volume:
-    """The model of one volume: what must be live, what may be, what must not, and the catalog's last word."""
-
-    name: str
-    home: int
-    certain: dict[str, Content] = field(default_factory=dict)
-    seen: dict[str, Content] = field(default_factory=dict)  # of doubtful snapshots, while in doubt
-    gone: set[str] = field(default_factory=set)
-    doubts: list[Doubt] = field(default_factory=list)
-    visible: tuple[str, ...] = ()
-    exists: bool = False
-    owner: str = ""
-    stopped: bool = False
-
-    @property
-    def path(self) -> str:
-        return f"/images/{self.name}.qcow2"
-
-    def content(self, snapshot: str) -> Content:
-        return self.certain.get(snapshot) or self.seen[snapshot]
-
-
 class Machine(RuleBasedStateMachine):
     """See above. `initialize` begins a life, `teardown` ends it and looks at what is left."""
 
     def __init__(self) -> None:
         super().__init__()
         self.volumes = [Volume("alpha", 0), Volume("beta", 1)]
-        self.version = -1
+        self.everything = True  # look at both volumes, whatever changed
         self.targets = 0
         self.world: World | None = None
 
@@ -197,8 +166,8 @@ class Machine(RuleBasedStateMachine):
             lambda r: r.restore(f"{volume.name}@{snapshot}", target, image_format="raw"), faults,
         )  # fmt: skip
         if outcome.done:
-            blocks = memoryview(target.read_bytes())
-            assert same_bytes(blocks, content), f"snapshot {snapshot} restores other bytes"
+            blocks = np.frombuffer(target.read_bytes(), np.uint8).reshape(-1, BLOCK_SIZE)
+            assert is_content(blocks, content), f"snapshot {snapshot} restores other bytes"
         else:
             still = snapshot in volume.certain
             assert not (outcome.undisturbed and still), f"{snapshot} is lost: {outcome.error!r}"
@@ -293,23 +262,37 @@ class Machine(RuleBasedStateMachine):
             chosen = dict.fromkeys(volume.visible[pick % len(volume.visible)] for pick in picks)
             self.remove(host, volume, tuple(chosen), faults)
 
-    @rule(number=VOLUMES, pick=PICK, host=VOLUMES, writes=WRITES, faults=troubles(READING))
-    def branch(self, number: int, pick: int, host: int, writes: dict[int, int], faults: Any) -> None:
-        """Work goes on in an image restored from a snapshot."""
+    @rule(
+        number=VOLUMES,
+        pick=PICK,
+        host=VOLUMES,
+        writes=st.one_of(st.none(), WRITES),
+        faults=troubles(READING),
+    )
+    def restore(self, number: int, pick: int, host: int, writes: dict[int, int] | None, faults: Any) -> None:
+        """Restore a snapshot; with `writes`, work goes on in that image, as a branch."""
         volume = self.volumes[number]
         if volume.visible:
             snapshot = volume.visible[pick % len(volume.visible)]
             row, content = self.world.reader(volume.name).state.live[snapshot], volume.content(snapshot)
-            if self.restore_at(self.hosts[host], volume, snapshot, faults).done:
+            done = self.restore_at(self.hosts[host], volume, snapshot, faults).done
+            if done and writes is not None:
                 image = MemoryImage(content, row.pin)
                 image.write(writes, len(image.blocks))
                 self.world.images[volume.path] = image
 
-    @rule(number=VOLUMES, pick=PICK, one=WRITES, two=WRITES)
+    @rule(number=VOLUMES, pick=PICK, one=WRITES, two=WRITES, figures=st.booleans())
+    def study(self, number: int, pick: int, one: dict[int, int], two: dict[int, int], figures: bool) -> None:
+        """What must happen often and takes several commands."""
+        if figures:
+            self.figures(number, pick)
+        else:
+            self.family(number, pick, one, two)
+
     def family(self, number: int, pick: int, one: dict[int, int], two: dict[int, int]) -> None:
         """Two branches from one snapshot, which then goes, and one of the branches with it."""
         for writes in (one, two):
-            self.branch(number, pick, 0, writes, ())
+            self.restore(number, pick, 0, writes, ())
             self.snapshot(number, {}, 0, {}, False, ())
             self.look_again()
         self.delete(number, [pick], False, ())
@@ -329,9 +312,8 @@ class Machine(RuleBasedStateMachine):
             done = self.adopt_at(self.hosts[host], volume, faults).done
             self.look_again()
             if done and not moved:
-                self.branch(number, MOST - 1, host, {}, ())
+                self.restore(number, MOST - 1, host, {}, ())
 
-    @rule(number=VOLUMES, pick=PICK)
     def figures(self, number: int, pick: int) -> None:
         """What a dry run tells of a delete is what it and the sweep after it then do."""
         volume = self.volumes[number]
@@ -364,13 +346,6 @@ class Machine(RuleBasedStateMachine):
         self.account.catch_up()
         self.sweep_at(host, volume, ())
 
-    @rule(number=VOLUMES, pick=PICK, host=VOLUMES, faults=troubles(READING))
-    def restore(self, number: int, pick: int, host: int, faults: Any) -> None:
-        volume = self.volumes[number]
-        if volume.visible:
-            snapshot = volume.visible[pick % len(volume.visible)]
-            self.restore_at(self.hosts[host], volume, snapshot, faults)
-
     def everyone_looks(self, host: int) -> None:
         """A host with caches, which settles what it left, sees what one without them sees."""
         for volume in self.volumes:
@@ -385,7 +360,7 @@ class Machine(RuleBasedStateMachine):
     def weather(self, what: str, number: int, node: int) -> None:
         """What happens without anybody's command."""
         COUNTS[what] += 1
-        self.account.version += 1
+        self.everything = True
         root = self.hosts[number].root
         if what == "a host looks":
             self.everyone_looks(number)
@@ -410,10 +385,13 @@ class Machine(RuleBasedStateMachine):
 
     @invariant()
     def look_again(self) -> None:
-        if self.world is not None and self.version != self.account.version:
+        if self.world is not None:
             for volume in self.volumes:
-                self.look(volume)
-            self.version = self.account.version
+                changes = self.account.changes[volume.name]
+                if self.everything or volume.changes != changes:
+                    self.look(volume)
+                    volume.changes = changes
+            self.everything = False
 
     def look(self, volume: Volume) -> None:
         """Compare the catalog, and every byte of every live snapshot, with the model."""
@@ -427,10 +405,14 @@ class Machine(RuleBasedStateMachine):
         assert not lost, f"snapshots that were reported as taken are gone: {lost}"
         packs = PackReader(lineage)
         for snapshot, row in live.items():
+            names = object_names(self.world, lineage, row)
+            if volume.proved.get(snapshot) == names and all(map(self.holds, names)):
+                continue
             blocks = restored(self.world, lineage, row, packs)
             if snapshot not in volume.certain and snapshot not in volume.seen:
                 self.recognize(volume, snapshot, blocks)
             assert is_content(blocks, volume.content(snapshot)), f"{snapshot} restores other bytes"
+            volume.proved[snapshot] = names
         volume.exists = lineage.exists
         volume.owner = lineage.owner if lineage.exists else ""
         volume.stopped = lineage.exists and not lineage.owned_by(lineage.owner)
@@ -441,6 +423,9 @@ class Machine(RuleBasedStateMachine):
             volume.seen.clear()
             volume.doubts.clear()
         volume.visible = tuple(live)
+
+    def holds(self, name: str) -> bool:
+        return self.account.holds(f"{PREFIX}/{name}")
 
     def in_doubt(self, volume: Volume) -> bool:
         """Whether outcomes may still change: until hosts have settled what they left.
@@ -465,24 +450,21 @@ class Machine(RuleBasedStateMachine):
         self.account.settled()
         for host in range(2):
             self.everyone_looks(host)
-        self.account.version += 1
+        self.everything = True
         self.look_again()
         for volume in self.volumes:
             if volume.exists and self.owner(volume) is None:
                 assert self.adopt_at(self.hosts[0], volume, ()).done
-        self.account.version += 1
+        self.everything = True
         self.look_again()
         for _ in range(2):
             for host in self.hosts:
                 self.quiet_sweep(host, self.volumes[0])
-        self.account.version += 1
+        self.everything = True
+        for volume in self.volumes:
+            volume.proved.clear()
         self.look_again()
         for volume in self.volumes:
             assert not self.world.pending(volume.name)
             if volume.exists:
                 balanced(self.world, volume.name)
-
-
-def same_bytes(data: memoryview, content: Content) -> bool:
-    """Whether a raw image's bytes are this content."""
-    return is_content(np.frombuffer(data, np.uint8).reshape(-1, 65536), content)

@@ -7,18 +7,18 @@ from collections import Counter
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
-from tests.machine import memory_swift
+from tests.machine import process
 from tests.machine.machine import COUNTS, WEATHER, Machine
-from tests.machine.memory_swift import Fault
+from tests.machine.process import Fault
 from tests.machine.troubles import ADOPTING, COMMITTING, READING
 
 STEPS = 40
 
 VERBS = ("snapshot", "delete", "dry run", "sweep", "adopt", "restore", "list")
 FAULTS = (
-    memory_swift.CRASH_BEFORE, memory_swift.CRASH_AFTER, memory_swift.LOST, memory_swift.FAILED,
-    memory_swift.EXPIRED, memory_swift.LATE, memory_swift.DUPLICATE, memory_swift.STALE, memory_swift.CUT,
-    memory_swift.LISTING, memory_swift.RACE, *memory_swift.HARD,
+    process.CRASH_BEFORE, process.CRASH_AFTER, process.LOST, process.FAILED,
+    process.EXPIRED, process.LATE, process.DUPLICATE, process.STALE, process.CUT,
+    process.LISTING, process.RACE, *process.HARD,
 )  # fmt: skip
 INTRUDERS = tuple(dict.fromkeys(COMMITTING + ADOPTING + READING))
 
@@ -43,10 +43,10 @@ def round_of(number: int, lives: int, *, shrink: bool = False) -> None:
 
 def tour() -> None:
     """Each fault and each intruder once, at a command that meets it, in a life of its own."""
-    for kind in FAULTS[: -len(memory_swift.HARD) - 1] + memory_swift.HARD:
-        _met("restore" if kind in (memory_swift.STALE, memory_swift.CUT) else "sweep", Fault(kind, _at(kind)))
+    for kind in FAULTS[: -len(process.HARD) - 1] + process.HARD:
+        _met("restore" if kind in (process.STALE, process.CUT) else "sweep", Fault(kind, _at(kind)))
     for what in INTRUDERS:
-        kind = memory_swift.RACE if "same moment" in what else memory_swift.INTRUSION
+        kind = process.RACE if "same moment" in what else process.INTRUSION
         verb = "adopt" if what in ADOPTING else "snapshot" if what in COMMITTING else "restore"
         where, skip = {
             "adopt": ("record", 0),
@@ -58,7 +58,7 @@ def tour() -> None:
 
 def _at(kind: str) -> str:
     """What a fault must be planted in to happen in `_met`."""
-    places = {memory_swift.STALE: "plain", memory_swift.CUT: "plain", memory_swift.LISTING: "list"}
+    places = {process.STALE: "plain", process.CUT: "plain", process.LISTING: "list"}
     return places.get(kind, "record")
 
 
@@ -68,7 +68,7 @@ def _met(verb: str, fault: Fault) -> None:
     try:
         life.begin(seed=1, young=False)
         if verb == "restore":
-            life.restore(0, 1, 1, (fault,))
+            life.restore(0, 1, 1, None, (fault,))
         elif verb == "adopt":
             life.adopt(0, 1, True, (fault,))
         elif verb == "snapshot":

@@ -6,7 +6,7 @@ import random
 
 from hypothesis import strategies as st
 
-from tests.machine.memory_swift import (
+from tests.machine.process import (
     CRASH_AFTER,
     CRASH_BEFORE,
     CUT,

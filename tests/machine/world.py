@@ -36,7 +36,8 @@ from island_fast.stores.credentials import Ticket
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
 from tests.machine.memory_image import MemoryImage, MemorySource
-from tests.machine.memory_swift import Account, Crash, Fault, Late, Process
+from tests.machine.memory_swift import Account, Late
+from tests.machine.process import Connection, Crash, Fault, Process
 
 CONTAINER, PREFIX = "box", "repository"
 PATIENCE = Patience(total=60.0, first=0.5, longest=5.0)
@@ -142,7 +143,10 @@ class World:
         def source(path: Path, *_: Any, **__: Any) -> MemorySource:
             return MemorySource(path, self.images[str(path)], self.account.now)
 
-        replaced(wire, "client", SimpleNamespace(Connection=self.account.connect))
+        def connection(**_: Any) -> Connection:
+            return Connection(self.account, self.account.acting[-1])
+
+        replaced(wire, "client", SimpleNamespace(Connection=connection))
         replaced(wire, "persist", persist)
         replaced(repository_module, "Qcow2Source", source)
         replaced(pipeline, "MAX_SLOTS", MAX_SLOTS)
@@ -232,7 +236,6 @@ class World:
     def pass_time(self, seconds: float) -> None:
         """Time passes for the store; registrations, which local files' times date, grow older."""
         self.account.now += seconds
-        self.account.version += 1
         for host in self.hosts:
             for path in host.root.glob("*/*/running/*"):
                 status = path.stat()
