@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo test quick check fuzz bench clean
+.PHONY: demo test quick check fuzz machine mutants bench clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
@@ -24,6 +24,12 @@ check: $(VENV)/.tested  ## linting, types, layers and sizes alone
 
 fuzz: $(VENV)/.tested  ## malformed images against the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)
+
+machine: $(VENV)/.tested  ## random lives of a repository under attack, for MACHINE_SECONDS (3600), or of one MACHINE_SEED
+	$(BIN)/python scripts/machine.py $(if $(MACHINE_SEED),--seed $(MACHINE_SEED),$(or $(MACHINE_SECONDS),3600))
+
+mutants: $(VENV)/.tested  ## whether those lives find each of the mistakes that scripts/mutants.py plants
+	$(BIN)/python scripts/mutants.py
 
 bench: $(VENV)/.tested  ## the kernels' and formats' benchmarks
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
