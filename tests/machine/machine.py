@@ -194,8 +194,12 @@ class Machine(RuleBasedStateMachine):
             owner = self.owner(volume)
             return owner not in (None, host) and self.remove_one(owner, volume)
         host = self.owner(volume) or host
-        if any(self.world.locked(host, each.name) for each in self.volumes):
+        if any(self.world.locked(one, each.name) for one in self.hosts for each in self.volumes):
             return False
+        if what == "a delete of the base":  # or of the newest one, whatever the command is
+            if volume.visible and volume.visible[-1] in volume.certain:
+                self.remove(host, volume, volume.visible[-1:], (), nested=True)
+            return True
         if what == "a delete":
             return self.remove_one(host, volume)
         if what == "there and back":
