@@ -6,7 +6,6 @@ rule is a table diff where that is sound (docs/format.md, "Pinned base"), and th
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -41,9 +40,8 @@ class Request:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What a snapshot starts from: its id, its parent, and the base of a table diff or why there is none."""
+    """What a snapshot starts from: its parent, and the base of a table diff or why there is none."""
 
-    id: str
     parent: SnapshotRow | None
     base: Base | None
     why_not: str
@@ -55,7 +53,7 @@ def choose(lineage: Lineage, source: Source, request: Request) -> Start:
     if parent is not None and base is not None:
         facts = lineage.manifest(parent).properties
         why = _refusal(source, request) or source.evidence(base, facts) or ""
-    return Start(secrets.token_hex(16), parent, None if why else base, why)
+    return Start(parent, None if why else base, why)
 
 
 def _refusal(source: Source, request: Request) -> str | None:

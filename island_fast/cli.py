@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import click
 
@@ -17,9 +16,6 @@ from island_fast import __version__, show
 from island_fast.looking import info, map_
 from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["main"]
 
@@ -147,7 +143,8 @@ def snapshot(
     def if_interrupted() -> str:
         if run.phase == "commit":
             return "the snapshot was about to be finished; 'island list' shows whether it is there"
-        return "no snapshot was made, earlier ones are as they were"
+        kept = "; what was sent is kept for the next one" if run.phase == "send" else ""
+        return "no snapshot was made, earlier ones are as they were" + kept
 
     run.if_interrupted = if_interrupted
     with opened(run, create=True) as repository, run.progress() as progress:
@@ -186,10 +183,11 @@ def list_(run: Run, volume: str | None) -> None:
     """  # noqa: D301
     with opened(run) as repository:
         found = repository.snapshots(volume)
-        if not found and not run.quiet:
+        if not found and not run.quiet and not repository.left_out:
             run.note(f"there are no snapshots in {repository.store.location}")
     text = show.listed(found) if found else ""
     run.answer([one.as_json() for one in found], text, "\n".join(one.snapshot for one in found))
+    run.left_out(repository.left_out)
 
 
 @island.command("show", epilog=_NAMING)
@@ -197,7 +195,7 @@ def list_(run: Run, volume: str | None) -> None:
 @common
 @click.pass_obj
 def show_(run: Run, snapshot: str) -> None:
-    """Show one snapshot.
+    """Show one snapshot, and what deleting it would free.
 
     \b
     Example:
@@ -270,8 +268,8 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     """Remove what no snapshot needs any more, from the volumes that this host owns.
 
-    Packs that are mostly unneeded are written anew without the rest. A sweep can be interrupted and run
-    again at any time.
+    Packs that are mostly unneeded are written anew without the rest; --dry-run lists every object, and why.
+    A sweep can be interrupted and run again at any time; snapshots go on meanwhile.
 
     \b
     Example:
@@ -282,9 +280,10 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
         run.if_interrupted = lambda: "all snapshots are as they were; the next sweep goes on"
     with opened(run) as repository, run.progress() as progress:
         swept = repository.sweep(grace=grace, dry_run=dry_run, progress=progress)
-        if not swept and not run.quiet:
+        if not swept and not run.quiet and not repository.left_out:
             run.note(f"this host owns no volume in {repository.store.location}")
     run.answer([one.as_json() for one in swept], show.swept(swept, dry_run))
+    run.left_out(repository.left_out)
 
 
 @island.command()

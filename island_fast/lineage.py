@@ -38,7 +38,8 @@ from island_fast.frame import Kind, Section, json_bytes, seal
 from island_fast.local import LineageFiles
 from island_fast.manifest import Manifest, decode
 from island_fast.slots import SnapshotNumbers
-from island_fast.stores.base import Store
+from island_fast.stores.base import Buffer, Store
+from island_fast.stores.checked import get_checked
 
 __all__ = ["Lineage"]
 
@@ -117,15 +118,30 @@ class Lineage:
     # Manifests.
 
     def manifest(self, row: SnapshotRow) -> Manifest:
-        """The manifest of a live snapshot, from the local cache or the store, checked against its record."""
+        """The manifest of a live snapshot, from the local cache or the store, checked against its record.
+
+        NotFoundError if the snapshot was deleted since the catalog was read.
+        """
         cached = self.cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
         name = manifest_name(self.name, row.id, row.attempt)
-        data = self.store.get(name)
-        manifest, checksum = decode(name, data)
-        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
-            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+
+        def check(data: Buffer) -> tuple[Manifest, Buffer]:
+            manifest, checksum = decode(name, data)
+            if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+                raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+            return manifest, data
+
+        try:
+            manifest, data = get_checked(self.store, name, check)
+        except ObjectMissingError as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted meanwhile; see 'island list'") from error
+            raise DamagedObjectError(
+                f"manifest {name} is missing from {self.store.location}; its snapshot cannot be restored"
+            ) from error
         self.files.cache(name, data)
         return manifest
 
@@ -238,11 +254,15 @@ class Lineage:
                 return data
         if not known and self.store.head(name) is None:
             return None
+
+        def check(data: Buffer) -> bytes:
+            decode_record(name, data, SnapshotNumbers())
+            return bytes(data)
+
         try:
-            fetched = bytes(self.store.get(name, newest=True))
+            fetched = get_checked(self.store, name, check, newest=True)
         except ObjectMissingError:
             return None
-        decode_record(name, fetched, SnapshotNumbers())
         self.files.cache(name, fetched)
         return fetched
 
@@ -294,10 +314,6 @@ class Lineage:
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=self.state.after(record))
         self._append(record)
-
-    def owned_by(self, writer: str) -> bool:
-        """Whether `writer` owns the lineage, and no adoption of it was begun."""
-        return self.owner == writer and not self._stopped
 
     def require_owner(self, writer: str) -> None:
         """ConflictError, with the way out, unless `writer` owns the lineage."""
@@ -356,9 +372,16 @@ class Lineage:
 
     def _send(self, name: str, data: bytes) -> None:
         """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+
+        def check(found: Buffer) -> bool:
+            if found == data:
+                return True
+            decode_record(name, found, SnapshotNumbers())  # else they are nobody's: they came damaged
+            return False
+
         try:
             self.store.put(name, [data])
-            same = bytes(self.store.get(name, newest=True)) == data
+            same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
         if not same:

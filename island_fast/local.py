@@ -6,10 +6,11 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
 
     writer                                  this host's random writer id
     <repository id>/<lineage>/lock          held while the catalog is followed or appended to
+    <repository id>/<lineage>/sweep         held while the lineage is swept
     <repository id>/<lineage>/image         the image that the lineage belongs to
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
     <repository id>/<lineage>/running/<id>  a snapshot in progress, locked by its process
-    <repository id>/<lineage>/cache/...     catalog records, manifests, pack fronts
+    <repository id>/<lineage>/cache/...     catalog records, manifests, pack fronts, notes of packs sent
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import logging
 import os
 import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from island_fast.durable import sync_folder
 from island_fast.errors import IslandError
 from island_fast.frame import Buffer
 
-__all__ = ["LineageFiles", "LocalState", "Registration", "default_root"]
+__all__ = ["LineageFiles", "LocalState", "Registration", "SentPack", "default_root"]
+
+_LEFTOVER_AGE = 86400.0  # seconds; nothing here takes this long to write
+_LOG = logging.getLogger(__name__)
 
 
 def default_root() -> Path:
@@ -105,11 +110,29 @@ def _explained(root: Path) -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class Registration:
-    """A snapshot's id, attempt and parent: in progress, as written before its first object, or deleted."""
+    """A snapshot that is in progress, as written before its first object, or one that was deleted.
+
+    `epoch` is that of the lineage then: one of an earlier epoch never commits.
+    """
 
     snapshot: str
     attempt: int
     parent: str | None
+    epoch: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SentPack:
+    """A pack of a snapshot in progress that the store has acknowledged.
+
+    Its slots hold, in order, the blocks of `runs` (start and length of each). `size` is the object's, bytes.
+    """
+
+    number: int
+    attempt: int
+    size: int
+    slots: int
+    runs: tuple[tuple[int, int], ...]
 
 
 class LineageFiles:
@@ -124,14 +147,32 @@ class LineageFiles:
             for name in ("pending", "running", "cache"):
                 (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
+    def lock(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lineage's lock: for following its catalog, and appending to it. Short."""
+        return self._holding("lock", "is changing")
+
+    def sweeping(self) -> contextlib.AbstractContextManager[None]:
+        """Hold the lock that makes sweeps of the lineage come one after another."""
+        return self._holding("sweep", "is sweeping")
+
     @contextlib.contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the lineage's lock; waits for another process that holds it. The kernel drops it at exit."""
+    def _holding(self, name: str, doing: str) -> Iterator[None]:
+        """Hold one of the lineage's locks; waits, and says for whom. The kernel drops it at exit."""
         self.make()
         with _explained(self.folder):
-            file = open(self.folder / "lock", "a", opener=_private)  # noqa: SIM115 (held across the yield)
+            file = open(self.folder / name, "a+", opener=_private)  # noqa: SIM115 (held across the yield)
         with file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read(20).strip() or "another"
+                _LOG.warning("waiting for process %s, which %s volume %s", holder, doing, self.folder.name)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            with contextlib.suppress(OSError):  # only to be told to those who wait
+                file.truncate(0)
+                file.write(f"{os.getpid()}\n")
+                file.flush()
             yield
 
     # The image that the lineage belongs to.
@@ -176,17 +217,24 @@ class LineageFiles:
 
     @contextlib.contextmanager
     def register(self, registration: Registration) -> Iterator[None]:
-        """Keep `registration` on disk and locked while the body runs; it is removed afterwards."""
-        path = self.folder / "running" / registration.snapshot
+        """Keep `registration` on disk and locked while the body runs; under the lineage's lock at first.
+
+        It is removed afterwards, unless the body fails and packs were sent: the next attempt keeps those.
+        """
+        snapshot = registration.snapshot
+        path = self.folder / "running" / snapshot
         with _explained(self.folder):
-            _durable(path, json.dumps(_as_json(registration)).encode())
+            _durable(path, json.dumps(asdict(registration)).encode())
             file = open(path, opener=_private)  # noqa: SIM115 (held across the yield)
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
                 yield
-            finally:
-                path.unlink(missing_ok=True)
+            except BaseException:
+                if not self.sent(snapshot):
+                    self._forget(snapshot)
+                raise
+            self._forget(snapshot)
 
     def registered(self, registration: Registration) -> bool:
         """Whether `registration` stands unchanged."""
@@ -204,21 +252,56 @@ class LineageFiles:
         return found
 
     def unregister(self, snapshot: str) -> None:
-        """Give up a registration whose process is gone; that id never commits afterwards."""
-        with _explained(self.folder):
-            (self.folder / "running" / snapshot).unlink(missing_ok=True)
-            sync_folder(self.folder / "running")
+        """Give up a registration, if there is one; unless registered again, that id never commits."""
+        if self._forget(snapshot):
+            with _explained(self.folder):
+                sync_folder(self.folder / "running")
+
+    def _forget(self, snapshot: str) -> bool:
+        """Remove a registration and the notes of what was sent; False if there was none."""
+        self.uncache(f"/sent/{snapshot}/")
+        with _explained(self.folder), contextlib.suppress(FileNotFoundError):
+            (self.folder / "running" / snapshot).unlink()
+            return True
+        return False
 
     def abandoned(self, age: float) -> list[str]:
-        """Ids registered more than `age` seconds ago whose process is gone."""
-        now = time.time()
-        gone = []
-        for registration, alive in self.running():
-            path = self.folder / "running" / registration.snapshot
-            with contextlib.suppress(FileNotFoundError):
-                if not alive and now - path.stat().st_mtime >= age:
-                    gone.append(registration.snapshot)
-        return gone
+        """Ids whose process is gone, and that registered and sent nothing for `age` seconds."""
+        gone = (r.snapshot for r, alive in self.running() if not alive)
+        return [snapshot for snapshot in gone if self._age(snapshot) >= age]
+
+    def tidy(self) -> None:
+        """Remove temporary files that processes left when they died in the middle of writing one."""
+        oldest = time.time() - _LEFTOVER_AGE
+        for path in self.folder.rglob(".*"):
+            with contextlib.suppress(OSError):
+                if path.is_file() and path.stat().st_mtime < oldest:
+                    path.unlink()
+
+    def _age(self, snapshot: str) -> float:
+        """Seconds since a registration was written, or a pack of it acknowledged; 0.0 if there is none."""
+        try:
+            return time.time() - (self.folder / "running" / snapshot).stat().st_mtime
+        except FileNotFoundError:
+            return 0.0
+
+    def interrupted(self, epoch: int) -> Registration | None:
+        """The newest registration of this epoch whose process is gone and that sent packs. Under the lock."""
+        found = [r for r, alive in self.running() if not alive and r.epoch == epoch and r.attempt >= 0]
+        kept = [(self._age(r.snapshot), r.snapshot, r) for r in found if self.sent(r.snapshot)]
+        return min(kept)[2] if kept else None
+
+    def note_sent(self, snapshot: str, pack: SentPack) -> None:
+        """Remember that the store has acknowledged a pack. What is lost of this is sent again."""
+        self.cache(f"/sent/{snapshot}/{pack.number}", json.dumps(asdict(pack)).encode())
+        with contextlib.suppress(OSError):
+            os.utime(self.folder / "running" / snapshot)
+
+    def sent(self, snapshot: str) -> list[SentPack]:
+        """Packs of a registered snapshot that the store has acknowledged, by attempt and number."""
+        names = self.cached_names(f"sent/{snapshot}")
+        read = (_sent_pack(self.cached(f"/sent/{snapshot}/{name}") or b"") for name in names)
+        return sorted((pack for pack in read if pack), key=lambda pack: (pack.attempt, pack.number))
 
     # Deleted snapshots whose pin may still be in the image.
 
@@ -233,7 +316,7 @@ class LineageFiles:
         self._write_retired(Registration(snapshot, attempt, parent))
 
     def _write_retired(self, retired: Registration) -> None:
-        self.cache(f"/retired/{retired.snapshot}", json.dumps(_as_json(retired)).encode())
+        self.cache(f"/retired/{retired.snapshot}", json.dumps(asdict(retired)).encode())
 
     def retired(self) -> list[Registration]:
         """Deleted snapshots, each with its attempt and nearest live ancestor, if their pins may be left."""
@@ -288,17 +371,28 @@ def _relative(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _as_json(registration: Registration) -> dict[str, object]:
-    return {name: getattr(registration, name) for name in Registration.__slots__}
-
-
 def _registration(snapshot: str, text: str) -> Registration:
     """A registration read back; one that is unreadable keeps its id alive and matches no other."""
     try:
         value = json.loads(text)
-        return Registration(str(value["snapshot"]), int(value["attempt"]), value["parent"])
+        return Registration(
+            str(value["snapshot"]), int(value["attempt"]), value["parent"], int(value["epoch"])
+        )
     except (ValueError, KeyError, TypeError):
         return Registration(snapshot, -1, None)
+
+
+def _sent_pack(text: bytes) -> SentPack | None:
+    """A note of a pack read back; None if it is unreadable or contradicts itself."""
+    try:
+        value = json.loads(text)
+        runs = tuple((int(start), int(length)) for start, length in value["runs"])
+        number, attempt, size, slots = (int(value[k]) for k in ("number", "attempt", "size", "slots"))
+    except (ValueError, KeyError, TypeError):
+        return None
+    if sum(length for _, length in runs) != slots or min(number, attempt, size) < 0:
+        return None
+    return SentPack(number, attempt, size, slots, runs)
 
 
 def _locked(fd: int) -> bool:

@@ -10,13 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import logging
 import os
 import re
 import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Self, TextIO
@@ -141,7 +142,8 @@ class Run:
     """One run of the command: what the options of every verb say, and how far it came.
 
     `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
-    it. `phase` is the one that progress was last told of, "" before the first.
+    it. `phase` is the one that progress was last told of, "" before the first. An error may follow an answer
+    (`answered`) that is not complete.
     """
 
     signals: Signals
@@ -150,6 +152,7 @@ class Run:
     quiet: bool = False
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
+    answered: bool = False
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -165,10 +168,18 @@ class Run:
 
     def answer(self, value: object, text: str, brief: str = "") -> None:
         """Tell the outcome: `value` with --json, `brief` with --quiet, else `text`; "" tells nothing."""
+        self.answered = True
         if self.json:
             _answer(json.dumps(value))
         elif line := (brief if self.quiet else text):
             _answer(line)
+
+    def left_out(self, errors: Sequence[IslandError]) -> None:
+        """Tell, after the answer, what is missing in it; raises the last of `errors`, if there are any."""
+        for error in errors[:-1]:
+            self.note(str(error))
+        if errors:
+            raise errors[-1]
 
     def note(self, text: str) -> None:
         """Tell something beside the answer."""
@@ -189,7 +200,7 @@ def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_en
 
     `json_asked` says that --json is among the arguments, should it fail before they are understood.
     """
-    with Signals(to_the_end=to_the_end) as signals:
+    with Signals(to_the_end=to_the_end) as signals, _warnings_told():
         run = Run(signals)
         try:
             try:
@@ -205,11 +216,31 @@ def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_en
             return _told(error, run, json_asked)
 
 
+class _Complaining(logging.Handler):
+    """Tells what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        _complain(record.getMessage())
+
+
+@contextlib.contextmanager
+def _warnings_told() -> Iterator[None]:
+    """Tell the package's warnings on standard error while the body runs."""
+    logger = logging.getLogger("island_fast")
+    handler = _Complaining(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
 def _told(error: BaseException, run: Run, json_asked: bool) -> int:
     """Tell how the run failed; returns the exit code."""
     failure = _failure(error, run)
     as_json = run.json or (json_asked and isinstance(error, click.ClickException))
-    if as_json and not isinstance(error, _OutputError):
+    if as_json and not run.answered and not isinstance(error, _OutputError):
         value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
         with contextlib.suppress(_OutputError):
             _answer(json.dumps(value))

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import pack_full_name
-from island_fast.errors import DamagedObjectError, ObjectMissingError
+from island_fast.errors import DamagedObjectError, ObjectMissingError, UnsupportedObjectError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
 from island_fast.pack import (
@@ -27,8 +27,10 @@ from island_fast.pack import (
     read_front,
     stored_ranges,
 )
+from island_fast.stores.base import Range
+from island_fast.stores.checked import get_checked
 
-__all__ = ["KnownDigests", "PackReader"]
+__all__ = ["KnownDigests", "PackReader", "Place"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
@@ -46,7 +48,7 @@ class Fetched:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class Place:
     """Where a pack is now: its full name, its slots, and the object's size in bytes."""
 
     name: str
@@ -68,15 +70,24 @@ class PackReader:
 
     def index(self, key: int) -> Index:
         """The index of the pack with this key."""
-        return self._following(key, self._index)
+        return self._following(key, self.index_at)
 
-    def whole(self, key: int) -> tuple[Index, memoryview]:
-        """The whole pack, checked, and its index."""
-        return self._following(key, self._whole)
+    def stored(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        """The stored bytes of each of `slots` (ascending), by whichever way moves less.
 
-    def blocks(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-        """The stored bytes of each of `slots` (ascending), fetched in ranges merged over gaps <= `gap`."""
+        That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
+        can prove.
+        """
+        if 2 * slots.size >= self.slots(key):
+            return self.proved(key, slots)
         return self._following(key, lambda place: self._blocks(place, slots, gap))
+
+    def proved(self, key: int, slots: Int64s, damaged: int = 0) -> tuple[Index, list[memoryview]]:
+        """The same out of the whole pack, which its checksum proves; `damaged` reads were in vain before."""
+        index, data = self._following(key, lambda place: self._whole(place, damaged))
+        offsets, lengths = stored_ranges(index, slots)
+        spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
+        return index, [data[a:b] for a, b in spans]
 
     def slots(self, key: int) -> int:
         """How many slots the catalog says that the pack has."""
@@ -91,35 +102,32 @@ class PackReader:
             )
         return row
 
-    def _place(self, key: int) -> _Place:
+    def _place(self, key: int) -> Place:
         with self._lock:
             packs = self._lineage.state.packs
             row = self._row(key)
             name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
-            return _Place(name, int(packs.slots[row]), int(packs.size[row]))
+            return Place(name, int(packs.slots[row]), int(packs.size[row]))
 
-    def _following(self, key: int, fetch: Callable[[_Place], T]) -> T:
-        """`fetch(place)`, again under the newer name if the pack was repacked meanwhile.
-
-        What came damaged is fetched once more before it is believed: another replica may answer.
-        """
+    def _following(self, key: int, fetch: Callable[[Place], T]) -> T:
+        """`fetch(place)`, again under the newer name as often as the pack was repacked meanwhile."""
         place = self._place(key)
-        try:
-            return fetch(place)
-        except ObjectMissingError:
-            with self._lock:
-                self._lineage.refresh()
+        while True:
+            try:
+                return fetch(place)
+            except ObjectMissingError:
+                with self._lock:
+                    self._lineage.refresh()
             newer = self._place(key)
             if newer == place:
                 raise DamagedObjectError(
                     f"pack {place.name} is missing from {self._lineage.store.location}; the snapshots "
                     "that need it are damaged"
-                ) from None
-            return fetch(newer)
-        except DamagedObjectError:
-            return fetch(place)
+                )
+            place = newer
 
-    def _index(self, place: _Place) -> Index:
+    def index_at(self, place: Place) -> Index:
+        """The index of the pack at `place`, be it in the catalog or not; ObjectMissingError if it is gone."""
         name = place.name
         with self._lock:
             if name in self._indexes:
@@ -139,32 +147,46 @@ class PackReader:
                 return read_front(name, front)
         return None
 
-    def _fetched_index(self, place: _Place) -> Index:
+    def _fetched_index(self, place: Place) -> Index:
         length = min(front_size(place.slots), place.size)
-        (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
-        self._count(front.nbytes)
-        index = read_front(place.name, front)
+        try:
+            (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
+            self._count(front.nbytes)
+            index = read_front(place.name, front)
+        except (DamagedObjectError, UnsupportedObjectError):
+            index, front = self._whole(place, damaged=1)
         self._lineage.files.cache(place.name, front[: index.data_start])
         return index
 
-    def _whole(self, place: _Place) -> tuple[Index, memoryview]:
-        data = self._lineage.store.get(place.name)
-        self._count(data.nbytes)
-        return open_pack(place.name, data)
+    def _whole(self, place: Place, damaged: int) -> tuple[Index, memoryview]:
+        def check(data: memoryview) -> tuple[Index, memoryview]:
+            self._count(data.nbytes)
+            return open_pack(place.name, data)
 
-    def _blocks(self, place: _Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-        index = self._index(place)
+        return get_checked(self._lineage.store, place.name, check, damaged=damaged)
+
+    def _blocks(self, place: Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
+        index = self.index_at(place)
         offsets, lengths = stored_ranges(index, wanted)
         ends = offsets + lengths
         first = np.flatnonzero(np.append(True, offsets[1:] - ends[:-1] > gap))
         last = np.append(first[1:], offsets.size) - 1
         spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
-        parts = self._lineage.store.get_ranges(place.name, [(int(o), int(n)) for o, n in spans])
-        self._count(sum(part.nbytes for part in parts))
+        parts = self._ranges(place, [(int(o), int(n)) for o, n in spans])
         owner = np.searchsorted(first, np.arange(offsets.size), side="right") - 1
         starts = offsets - offsets[first][owner]
         cuts = zip(owner.tolist(), starts.tolist(), (starts + lengths).tolist(), strict=True)
         return index, [parts[o][a:b] for o, a, b in cuts]
+
+    def _ranges(self, place: Place, ranges: list[Range]) -> list[memoryview]:
+        """The bytes of `ranges`, out of the whole pack if it seems to be cut short."""
+        try:
+            parts = self._lineage.store.get_ranges(place.name, ranges)
+        except DamagedObjectError:
+            _, data = self._whole(place, damaged=1)
+            return [data[offset : offset + length] for offset, length in ranges]
+        self._count(sum(part.nbytes for part in parts))
+        return parts
 
     def _count(self, size: int) -> None:
         with self._lock:
@@ -173,15 +195,15 @@ class PackReader:
 
 
 class KnownDigests:
-    """Digests of a snapshot's blocks, from the indexes of the packs that its runs name.
+    """Digests of blocks that are stored already, from the indexes of the packs that `runs` name.
 
-    It answers only "is this block the same?"; what a snapshot inherits always comes from the manifest.
-    `runs` hold pack keys.
+    It answers only "is this block the same?"; where the block is, the runs tell. `index` gives the index of
+    what stands in the runs' column `pack`; None if that pack is not to be relied on.
     """
 
-    def __init__(self, runs: Runs, packs: PackReader) -> None:
+    def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self._runs = runs
-        self._packs = packs
+        self._index = index
 
     def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
         """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
@@ -190,7 +212,9 @@ class KnownDigests:
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
         for key in np.unique(keys):
             mine = keys == key
-            index = self._packs.index(int(key))
+            index = self._index(int(key))
+            if index is None:
+                continue
             stored_ranges(index, slots[mine])  # refuses slots that the pack does not hold
             known = index.rows["digest"][slots[mine]]
             answer[named[mine]] = (known == digests[named[mine]]).all(axis=1)

@@ -28,19 +28,17 @@ from island_fast.manifest import Runs
 from island_fast.pack import (
     MAX_SLOTS,
     PACK_SIZE,
-    Index,
     PackHeader,
     compress_blocks,
     digest_blocks,
     seal_pack,
-    stored_ranges,
     unpack_blocks,
 )
 from island_fast.packreader import KnownDigests, PackReader
 from island_fast.progress import Progress
 from island_fast.stores.base import Store
 
-__all__ = ["PackRow", "PackSink", "Sent", "receive", "send"]
+__all__ = ["Known", "PackRow", "PackSink", "Sent", "receive", "send"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
@@ -53,13 +51,13 @@ _COMPRESSING = 4  # batches read and not yet in a pack
 
 @dataclass(frozen=True, slots=True)
 class PackRow:
-    """A pack that was written: its number, full name, object size in bytes, and slots."""
+    """A pack that was written: its number, attempt, full name, object size in bytes, and slots."""
 
     number: int
+    attempt: int
     name: str
     size: int
     slots: int
-    front: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,22 +72,31 @@ class _Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Known:
+    """Digests of the parent's blocks, and of those that earlier attempts at the snapshot stored."""
+
+    parent: KnownDigests
+    kept: KnownDigests
+
+
+@dataclass(frozen=True, slots=True)
 class Sent:
     """What sending gave.
 
-    `packs` were written; `runs` tell where stored blocks are (`pack` is a pack number); `same` are blocks
-    found to be what the parent has.
+    `packs` were written; `runs` tell where their blocks are (`pack` is a pack number); `same` are blocks
+    found to be what the parent has, `kept` those that earlier attempts have stored.
     """
 
     packs: list[PackRow]
     runs: Runs
     same: DirtyMap
+    kept: DirtyMap
 
 
 def send(
     read: Callable[[Int64s, Bytes2D], None],
     data: DirtyMap,
-    known: KnownDigests,
+    known: Known,
     sink: PackSink,
     progress: Progress,
 ) -> Sent:
@@ -97,7 +104,7 @@ def send(
 
     `read(blocks, rows)` fills uint8[n, BLOCK_SIZE]. Returns when every pack is durable.
     """
-    same = DirtyMap(data.blocks)
+    same, kept = DirtyMap(data.blocks), DirtyMap(data.blocks)
     total, done = data.count(), 0
     waiting: deque[Future[_Batch]] = deque()
     buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_COMPRESSING + 1))
@@ -108,29 +115,32 @@ def send(
             rows = buffers[0][: blocks.size]
             buffers.rotate(-1)
             read(blocks, rows)
-            waiting.append(_prepare(pool, blocks, rows, known, same, sink.seed))
+            waiting.append(_prepare(pool, blocks, rows, known, (same, kept), sink.seed))
             done += blocks.size
             progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
         while waiting:
             sink.add(waiting.popleft().result())
-    return Sent(sink.written, sink.runs(), same)
+    return Sent(sink.written, sink.runs(), same, kept)
 
 
 def _prepare(
     pool: ThreadPoolExecutor,
     blocks: Int64s,
     rows: Bytes2D,
-    known: KnownDigests,
-    same: DirtyMap,
+    known: Known,
+    found: tuple[DirtyMap, DirtyMap],
     seed: int,
 ) -> Future[_Batch]:
-    """Hash a batch, note blocks that are known, and have the rest (less zeros) compressed."""
+    """Hash a batch, note blocks that are `found` known, and have the rest (less zeros) compressed."""
+    same, kept = found
     digests = digest_blocks(rows, seed)
-    equal = known.same(blocks, digests)
+    equal = known.parent.same(blocks, digests)
     same.set_indices(blocks[equal])
+    stored = known.kept.same(blocks, digests) & ~equal
+    kept.set_indices(blocks[stored])
     zero = np.empty(blocks.size, np.uint8)
     _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
-    keep = ~equal & (zero == 0)
+    keep = ~equal & ~stored & (zero == 0)
     if not keep.all():
         blocks, rows, digests = blocks[keep], rows[keep], digests[keep]
     return pool.submit(_compress, blocks, rows, digests)
@@ -169,15 +179,23 @@ class PackSink:
     """Fills packs in the order of `add` and uploads them, at most UPLOADS at a time.
 
     A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
-    by an exception drops what is not sent. `written` is complete only afterwards.
+    by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
+    front)` is called from workers as soon as a pack is durable. Packs are numbered from `header.number` on.
     """
 
-    def __init__(self, store: Store, header: PackHeader, attempt: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        header: PackHeader,
+        attempt: int,
+        stored: Callable[[PackRow, Int64s, bytes], None],
+    ) -> None:
         self.seed = header.seed
         self.written: list[PackRow] = []
         self._store = store
         self._header = header
         self._attempt = attempt
+        self._stored = stored
         self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
         for _ in range(UPLOADS + 1):  # kept and reused: what threads allocate and free stays fragmented
             self._buffers.put(np.empty(PACK_SIZE, np.uint8))
@@ -219,7 +237,7 @@ class PackSink:
             return Runs.empty()
         sizes = [blocks.size for blocks in self._blocks]
         blocks = np.concatenate(self._blocks)
-        pack = np.repeat(np.arange(len(sizes)), sizes)
+        pack = np.repeat(np.arange(len(sizes)) + self._header.number, sizes)
         slot = np.concatenate([np.arange(size) for size in sizes])
         first = np.append(True, (np.diff(blocks) != 1) | (np.diff(pack) != 0))
         at = np.flatnonzero(first)
@@ -231,17 +249,18 @@ class PackSink:
         pack = self._open
         if not pack.slots:
             return
-        number = len(self._blocks)
-        self._blocks.append(np.concatenate(pack.blocks))
+        number = self._header.number + len(self._blocks)
+        blocks = np.concatenate(pack.blocks)
+        self._blocks.append(blocks)
         self._wait(UPLOADS - 1)
-        self._uploads.append(self._pool.submit(self._upload, number, pack))
+        self._uploads.append(self._pool.submit(self._upload, number, pack, blocks))
         self._open = _Open(self._buffers.get())
 
     def _wait(self, most: int) -> None:
         while len(self._uploads) > most:
             self.written.append(self._uploads.popleft().result())
 
-    def _upload(self, number: int, pack: _Open) -> PackRow:
+    def _upload(self, number: int, pack: _Open, blocks: Int64s) -> PackRow:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
         name = pack_name(header.lineage, header.snapshot, number, self._attempt)
         try:
@@ -256,7 +275,9 @@ class PackSink:
             self._store.put(name, parts)
         finally:
             self._buffers.put(pack.data)
-        return PackRow(number, name, size, pack.slots, b"".join(parts[:-1]))
+        row = PackRow(number, self._attempt, name, size, pack.slots)
+        self._stored(row, blocks, b"".join(parts[:-1]))
+        return row
 
 
 def receive(
@@ -312,28 +333,18 @@ def _unpack(
         raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
     order = np.argsort(slots, kind="stable")
     blocks, slots = blocks[order], slots[order]
-    index, stored = _stored(packs, key, slots, gap)
+    index, stored = packs.stored(key, slots, gap)
     out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
     for at in range(0, slots.size, BATCH):
         part = slice(at, at + BATCH)
         rows = out[: slots[part].size]
         try:
             unpack_blocks(index, slots[part], stored[part], rows)
-        except DamagedObjectError:  # once more, from another replica if there is one, before it is believed
-            index, stored = _stored(packs, key, slots, gap)
+        except DamagedObjectError:
+            index, stored = packs.proved(key, slots, damaged=1)
             unpack_blocks(index, slots[part], stored[part], rows)
         write(blocks[part], rows)
         told(len(rows))
-
-
-def _stored(packs: PackReader, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
-    """Stored bytes of each of `slots`, by whichever way moves less."""
-    if 2 * slots.size < packs.slots(key):
-        return packs.blocks(key, slots, gap)
-    index, data = packs.whole(key)
-    offsets, lengths = stored_ranges(index, slots)
-    spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
-    return index, [data[a:b] for a, b in spans]
 
 
 def _expand(runs: Runs) -> tuple[Int64s, Int64s]:

@@ -1,15 +1,15 @@
-"""Giving space back: which slots a delete frees, and what a sweep removes and rewrites.
+"""Plans for giving space back: which slots a delete frees, and what a sweep removes and rewrites.
 
-A delete looks at the snapshot and its live neighbours only; a sweep reads no manifests. Everything is
-planned first; carrying a plan out can be cut off anywhere and done again. Rules: docs/format.md, "Delete
-and sweep". Doubt removes nothing: a listing only ever adds candidates, which must be unknown to the state,
-of no registered snapshot, and older than the grace.
+A delete looks at the snapshot and its live neighbours only; a sweep reads no manifests. Rules:
+docs/format.md, "Delete and sweep". Doubt removes nothing: a listing only ever adds candidates, which must
+be unknown to the state, of no registered snapshot, and older than the grace. `repository.py` and
+`sweeping.py` carry the plans out.
 """
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Iterable
+import logging
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,17 +19,29 @@ from island_fast.catalog import Packs, Record, SnapshotRow, State, manifest_name
 from island_fast.dirtymap import merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError
 from island_fast.lineage import Lineage
-from island_fast.pack import ABSENT, Index, open_pack, seal_pack
+from island_fast.pack import Index
 from island_fast.packreader import PackReader
-from island_fast.progress import Progress, silent
 from island_fast.slots import PACK_BITS, SLOT_BITS
 from island_fast.stores.base import ObjectInfo
 
-__all__ = ["Deletion", "SweepPlan", "execute_sweep", "plan_delete", "plan_sweep"]
+__all__ = [
+    "GARBAGE_AGE",
+    "Deletion",
+    "SweepPlan",
+    "live_slots",
+    "pack_names",
+    "plan_delete",
+    "plan_sweep",
+    "row_manifest_name",
+    "steps",
+    "with_more_dead",
+]
 
 Int64s = NDArray[np.int64]
-GARBAGE_AGE = 24 * 3600.0  # what no record names must be this old, on any store
+GARBAGE_AGE = 24 * 3600.0
+"""Seconds: what no record names must be this old, on any store."""
 
+_LOG = logging.getLogger(__name__)
 _SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
@@ -72,6 +84,11 @@ class SweepPlan:
         return int((self.repacked.size - self.repacked.dead).sum())
 
     @property
+    def freed(self) -> int:
+        """Bytes removed less bytes rewritten."""
+        return self.removed - self.rewritten
+
+    @property
     def objects(self) -> int:
         """Number of objects that will be deleted."""
         return len(self.gone) + len(self.repacked) + len(self.manifests) + len(self.garbage)
@@ -102,7 +119,7 @@ def plan_delete(
     record = Record(
         lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
         event="delete", seed=0, deleted=(row.id,), dead=free,
-        packs=_with_more_dead(state.packs, free, packs),
+        packs=with_more_dead(state.packs, free, packs.index),
     )  # fmt: skip
     after = state.after(record)
     bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
@@ -120,8 +137,13 @@ def _dead_before(packs: Packs, touched: Packs) -> int:
     return int(packs.dead[packs.find(touched.key)].sum())
 
 
-def _with_more_dead(packs: Packs, free: Int64s, reader: PackReader) -> Packs:
-    """The rows of packs that lose slots, with the stored bytes of those slots added to their dead."""
+def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) -> Packs:
+    """The rows of packs that lose slots, with the stored bytes of those slots added to their dead.
+
+    `free` are slot keys, int64[n, 2], merged; `index(key)` gives a pack's index. Of a pack that cannot be
+    read, bytes are estimated by slots: they decide only when it is swept. DamagedObjectError for a pack that
+    `packs` lacks, or a slot that its pack does.
+    """
     keys = np.unique(free[:, 0] >> SLOT_BITS)
     at = packs.find(keys)
     if (at < 0).any():
@@ -129,14 +151,27 @@ def _with_more_dead(packs: Packs, free: Int64s, reader: PackReader) -> Packs:
     rows = packs.rows(at)
     dead = rows.dead.copy()
     for row, key in enumerate(keys.tolist()):
-        lengths = np.append(0, np.cumsum(reader.index(key).lengths))
         mine = free[free[:, 0] >> SLOT_BITS == key]
         first = mine[:, 0] & _SLOT_MASK
         stop = first + mine[:, 1] - mine[:, 0]
-        if int(stop.max()) >= lengths.size:
+        if int(stop.max()) > int(rows.slots[row]):
             raise DamagedObjectError("a manifest names a slot that its pack lacks; nothing was deleted")
-        dead[row] += int((lengths[stop] - lengths[first]).sum())
+        ends = _ends(rows, row, index)
+        dead[row] += int((ends[stop] - ends[first]).sum())
     return replace(rows, dead=dead)
+
+
+def _ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
+    """Stored bytes before each slot of a pack, and in all; estimated if the pack cannot be read."""
+    slots, size = int(packs.slots[row]), int(packs.size[row])
+    try:
+        lengths = index(int(packs.key[row])).lengths
+        if lengths.size != slots:
+            raise DamagedObjectError("a pack has other slots than the catalog says")
+    except DamagedObjectError as error:
+        _LOG.warning("%s; the bytes that are freed are an estimate", error)
+        return np.arange(slots + 1) * size // max(slots, 1)
+    return np.append(0, np.cumsum(lengths))
 
 
 def _packs_to_sweep(state: State) -> tuple[Packs, Packs]:
@@ -162,11 +197,24 @@ def plan_sweep(lineage: Lineage, grace: float) -> SweepPlan:
     gone, repacked = _packs_to_sweep(lineage.state)
     manifests = lineage.state.dropped.values()
     return SweepPlan(
-        gone=gone.rows(old.mask(_pack_names(lineage, gone))),
-        repacked=repacked.rows(old.mask(_pack_names(lineage, repacked))),
-        manifests=tuple(row for row in manifests if old.there(_manifest_of(lineage, row))),
+        gone=gone.rows(old.mask(pack_names(lineage, gone))),
+        repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
+        manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
         garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE))),
     )
+
+
+def steps(lineage: Lineage, plan: SweepPlan) -> Iterator[tuple[str, str, int, str]]:
+    """The plan object by object: "remove" or "rewrite", its name, its size in bytes, and why."""
+    for name, size in zip(pack_names(lineage, plan.gone), plan.gone.size.tolist(), strict=True):
+        yield "remove", name, size, "no snapshot needs it"
+    sizes = zip(plan.repacked.size.tolist(), plan.repacked.dead.tolist(), strict=True)
+    for name, (size, dead) in zip(pack_names(lineage, plan.repacked), sizes, strict=True):
+        yield "rewrite", name, size, f"{100 * dead // size} % of it is needed no more"
+    for row in plan.manifests:
+        yield "remove", row_manifest_name(lineage, row), row.manifest_size, "its snapshot was deleted"
+    for info in plan.garbage:
+        yield "remove", info.name, info.size, "no record names it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,20 +234,22 @@ class _Ages:
         return np.array([self.there(name) for name in names], np.bool_)
 
 
-def _pack_names(lineage: Lineage, packs: Packs) -> list[str]:
+def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
+    """Full names of packs of the lineage."""
     return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
 
 
-def _manifest_of(lineage: Lineage, row: SnapshotRow) -> str:
+def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
+    """Name of the manifest of a snapshot, live or dropped."""
     return manifest_name(lineage.name, row.id, row.attempt)
 
 
 def _garbage(lineage: Lineage, age: float) -> Iterable[ObjectInfo]:
     """Packs and manifests that a listing shows and no record or registration accounts for."""
     state = lineage.state
-    named = set(_pack_names(lineage, state.packs))
+    named = set(pack_names(lineage, state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
-        named.add(_manifest_of(lineage, row))
+        named.add(row_manifest_name(lineage, row))
     running = {registration.snapshot for registration, _ in lineage.files.running()}
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
@@ -208,78 +258,10 @@ def _garbage(lineage: Lineage, age: float) -> Iterable[ObjectInfo]:
                 yield info
 
 
-def execute_sweep(
-    lineage: Lineage, plan: SweepPlan, writer: str, time: int, progress: Progress = silent
-) -> None:
-    """Carry `plan` out. Under the lineage's lock, as its owner. Progress counts bytes rewritten and deleted.
-
-    Repacked packs are durable before the record that switches their names; the record is durable before the
-    first object is deleted.
-    """
-    lineage.require_owner(writer)
-    old_names = _pack_names(lineage, plan.repacked)
-    done, total = 0, plan.removed + plan.rewritten
-
-    def told(size: int) -> None:
-        nonlocal done
-        done += size
-        progress("sweep", done, total)
-
-    renamed = _repack(lineage, plan.repacked, old_names, told)
-    gone_names = _pack_names(lineage, plan.gone)
-    record = Record(
-        lineage=lineage.name, epoch=0, number=0, writer=writer, host="", previous=None, time=time,
-        event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
-        swept=tuple(row.id for row in plan.manifests),
-    )  # fmt: skip
-    if len(renamed) or plan.gone.key.size or plan.manifests:
-        lineage.append(record, writer)
-    doomed = [*zip(gone_names, plan.gone.size.tolist(), strict=True)]
-    doomed += zip(old_names, plan.repacked.size.tolist(), strict=True)
-    doomed += [(info.name, info.size) for info in plan.garbage]
-    doomed += [(_manifest_of(lineage, row), row.manifest_size) for row in plan.manifests]
-    retired = {one.snapshot for one in lineage.files.retired()}
-    for name, size in doomed:
-        lineage.store.delete(name)
-        told(size)
-        if name.split("/")[2].partition("-")[0] not in retired:
-            lineage.files.uncache(name)
-
-
-def _repack(lineage: Lineage, packs: Packs, names: list[str], told: Callable[[int], None]) -> Packs:
-    """Write each of `packs` anew without its dead slots; returns their new rows. `told` gets bytes kept."""
-    sizes, suffixes = packs.size.copy(), packs.suffix.copy()
-    for row, name in enumerate(names):
-        suffixes[row] = secrets.randbits(62) + 1
-        renamed = replace(packs, suffix=suffixes)
-        target = pack_full_name(lineage.name, renamed, row, lineage.numbers)
-        index, data = open_pack(name, lineage.store.get(name))
-        keep = _live_slots(lineage.state, int(packs.key[row]), len(index.rows))
-        sizes[row] = _write_kept(lineage, target, index, data, keep)
-        told(int(packs.size[row] - packs.dead[row]))
-    return replace(packs, suffix=suffixes, size=sizes, dead=np.zeros_like(sizes))
-
-
-def _live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
+def live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
     """Which of a pack's slots are not dead."""
     keep = np.ones(slots, np.bool_)
     mine = state.dead[state.dead[:, 0] >> SLOT_BITS == key]
     for first, stop in (mine - (key << SLOT_BITS)).tolist():
         keep[first:stop] = False
     return keep
-
-
-def _write_kept(
-    lineage: Lineage, target: str, index: Index, data: memoryview, keep: NDArray[np.bool_]
-) -> int:
-    """Write a pack of the slots to keep, each under its old number; returns the object's size."""
-    rows = index.rows
-    lengths = np.where(keep, rows["length"].astype(np.int64), 0)
-    starts = rows["offset"].astype(np.int64) + index.data_start
-    spans = merge_intervals(np.stack([starts, starts + lengths], axis=1)[lengths > 0])
-    codecs = np.where(keep, rows["codec"], ABSENT).astype(np.uint8)
-    parts, size = seal_pack(
-        target, index.header, [data[a:b] for a, b in spans.tolist()], lengths, codecs, index.digests
-    )
-    lineage.store.put(target, parts)
-    return size

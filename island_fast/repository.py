@@ -2,7 +2,7 @@
 
 A repository is a store plus a prefix, holding an object `repository` with its id. Each verb brings the
 layers below into their order; the order in which objects become durable (packs, manifest, record) is in
-`taking.py`, for deletes and sweeps in `reclaim.py`.
+`taking.py`, for sweeps in `sweeping.py`.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import os
 import secrets
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from island_fast import reclaim
 from island_fast.catalog import SnapshotRow
 from island_fast.choosing import Request, choose
 from island_fast.errors import (
     ConflictError,
+    DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
     RefusedError,
@@ -36,19 +38,23 @@ from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
-from island_fast.restoring import restore
+from island_fast.restoring import deletion_told, restore
 from island_fast.results import (
     Adopted,
     Deleted,
     ImageInfo,
     Restored,
     Snapshot,
+    SnapshotShown,
     SnapshotTaken,
+    SweepStep,
     Swept,
     timestamp,
 )
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.stores import Store, open_store
+from island_fast.stores.checked import get_checked
+from island_fast.sweeping import sweep
 from island_fast.taking import take
 
 __all__ = ["Found", "Repository"]
@@ -69,12 +75,14 @@ class Repository:
     """An open repository. Owns its store; a context manager. Not thread-safe.
 
     `state` is this host's local state. With `create`, a repository that is not there is made by the first
-    snapshot; without, it is a NotFoundError.
+    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes passed over
+    some of them.
     """
 
     def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
         self.store = store
         self.state = state
+        self.left_out: list[IslandError] = []
         self._id = self._read_id()
         if self._id is None and not (create and self._is_empty()):
             raise NotFoundError(
@@ -106,11 +114,13 @@ class Repository:
         return self._id
 
     def _read_id(self) -> str | None:
+        def check(data: memoryview) -> dict[str, Any]:
+            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+
         try:
-            data = self.store.get(_NAME, newest=True)
+            meta = get_checked(self.store, _NAME, check, newest=True)
         except ObjectMissingError:
             return None
-        meta = read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
         if meta.get("keys"):
@@ -145,18 +155,33 @@ class Repository:
         return Lineage(self.store, self.state.lineage(self.id, name), name)
 
     def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
-        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows."""
-        names = [volume] if volume else sorted(self.store.folders(""))
-        for name in names:
-            if volume or LINEAGE_PATTERN.fullmatch(name):
-                lineage = self.lineage(name)
+        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
+
+        Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
+        """
+        if volume is not None:
+            yield self._existing(volume)
+            return
+        self.left_out = []
+        for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
+            lineage = self.lineage(name)
+            try:
                 self._refresh(lineage)
-                if lineage.exists:
-                    yield lineage
-                elif volume:
-                    raise NotFoundError(
-                        f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
-                    )
+            except (DamagedError, RefusedError) as error:
+                self.left_out.append(error)
+                continue
+            if lineage.exists:
+                yield lineage
+
+    def _existing(self, volume: str) -> Lineage:
+        """The lineage of `volume`, refreshed; NotFoundError if there is none."""
+        lineage = self.lineage(volume)
+        self._refresh(lineage)
+        if not lineage.exists:
+            raise NotFoundError(
+                f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
+            )
+        return lineage
 
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
@@ -179,6 +204,8 @@ class Repository:
             found += [Found(lineage, row) for row in rows if wanted]
         if len(found) > 1:
             raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
+        if not found and not at and self.left_out:
+            raise self.left_out[0]
         if not found:
             raise NotFoundError(
                 f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
@@ -293,7 +320,8 @@ class Repository:
     ) -> Restored:
         """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw"."""
         found = self.find(reference)
-        manifest = found.lineage.manifest(found.row)
+        with deletion_told(found.lineage, found.row):
+            manifest = found.lineage.manifest(found.row)
         return restore(found.lineage, found.row, manifest, Path(target), image_format, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
@@ -302,10 +330,12 @@ class Repository:
             describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
         ]
 
-    def show(self, reference: str) -> Snapshot:
-        """One snapshot."""
+    def show(self, reference: str) -> SnapshotShown:
+        """One snapshot, and what deleting it would free."""
         found = self.find(reference)
-        return describe(found.lineage, found.row)
+        deletion = self._plan_delete(found.lineage, found.row)
+        shown = asdict(describe(found.lineage, found.row))
+        return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
         """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
@@ -336,6 +366,7 @@ class Repository:
                     )
             deletion = self._plan_delete(lineage, row)
             lineage.append(deletion.record, self.state.writer)
+            lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
             return deletion
 
     def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
@@ -344,34 +375,25 @@ class Repository:
     def sweep(
         self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
     ) -> list[Swept]:
-        """Remove what no snapshot needs from every lineage that this host owns."""
+        """Remove what no snapshot needs from every lineage that this host owns.
+
+        One that cannot be swept is passed over: see `left_out`.
+        """
         grace = self.store.grace if grace is None else grace
         answers = []
         for lineage in self.lineages():
-            if lineage.owned_by(self.state.writer):
-                with lineage.locked():
-                    self._give_up_registrations(lineage, grace, dry_run)
-                    plan = reclaim.plan_sweep(lineage, grace)
-                    if not dry_run:
-                        reclaim.execute_sweep(lineage, plan, self.state.writer, time.time_ns(), progress)
-                answers.append(_swept(lineage.name, plan))
+            try:
+                if lineage.owner == self.state.writer:
+                    plan = sweep(lineage, self.state.writer, grace, dry_run, progress)
+                    answers.append(_swept(lineage, plan))
+            except (DamagedError, RefusedError) as error:
+                self.left_out.append(error)
         return answers
-
-    def _give_up_registrations(self, lineage: Lineage, grace: float, dry_run: bool) -> None:
-        """Forget snapshots in progress whose process is gone and that are older than the grace."""
-        if dry_run:
-            return
-        for snapshot in lineage.files.abandoned(max(grace, reclaim.GARBAGE_AGE)):
-            lineage.files.unregister(snapshot)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
-        lineage = self.lineage(volume)
+        lineage = self._existing(volume)
         with lineage.locked():
-            if not lineage.exists:
-                raise NotFoundError(
-                    f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
-                )
             lineage.adopt(self.state.writer)
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
@@ -400,12 +422,13 @@ def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
     )
 
 
-def _swept(volume: str, plan: reclaim.SweepPlan) -> Swept:
+def _swept(lineage: Lineage, plan: reclaim.SweepPlan) -> Swept:
     return Swept(
-        volume=volume,
+        volume=lineage.name,
         objects_removed=plan.objects,
         packs_repacked=len(plan.repacked),
         bytes_removed=plan.removed,
         bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.removed - plan.rewritten,
+        bytes_freed=plan.freed,
+        steps=tuple(SweepStep(*step) for step in reclaim.steps(lineage, plan)),
     )

@@ -26,7 +26,7 @@ from island_fast.progress import Progress
 from island_fast.qcow2 import Qcow2Writer, RawWriter
 from island_fast.results import Restored
 
-__all__ = ["restore"]
+__all__ = ["deletion_told", "restore"]
 
 
 def restore(
@@ -53,13 +53,8 @@ def restore(
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        try:
+        with deletion_told(lineage, row):
             receive(runs, packs, writer.write, lineage.store.range_gap, progress)
-        except (NotFoundError, DamagedError) as error:
-            lineage.refresh()
-            if row.id not in lineage.state.live:
-                raise NotFoundError(f"snapshot {row.id} was deleted while it was restored") from error
-            raise
         writer.finish()
     return Restored(
         snapshot=row.id,
@@ -71,6 +66,18 @@ def restore(
         objects_read=packs.fetched.objects + 1,
         seconds=time.monotonic() - began,
     )
+
+
+@contextlib.contextmanager
+def deletion_told(lineage: Lineage, row: SnapshotRow) -> Iterator[None]:
+    """Say that the snapshot was deleted meanwhile, if that is why an object of it is missing."""
+    try:
+        yield
+    except (NotFoundError, DamagedError) as error:
+        lineage.refresh()
+        if row.id not in lineage.state.live:
+            raise NotFoundError(f"snapshot {row.id} was deleted while it was restored") from error
+        raise
 
 
 def _cluster_bits(manifest: Manifest) -> int:

@@ -18,7 +18,9 @@ __all__ = [
     "InternalInfo",
     "Restored",
     "Snapshot",
+    "SnapshotShown",
     "SnapshotTaken",
+    "SweepStep",
     "Swept",
     "timestamp",
 ]
@@ -51,11 +53,20 @@ class Snapshot(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotShown(Snapshot):
+    """A snapshot, and what deleting it would free: see `Deleted`."""
+
+    bytes_unreferenced: int
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
 class SnapshotTaken(_Answer):
     """A snapshot just made, by which rule and why, and the work it took.
 
     `blocks_candidate` may have changed, `blocks_changed` differ from the parent; `bytes_read` is data read
-    from the image; `notes` are sentences for the user about what was left behind.
+    from the image; `blocks_kept` were not sent, because an earlier `attempt` at this snapshot had sent
+    them; `notes` are sentences for the user about what was left behind.
     """
 
     snapshot: str
@@ -68,9 +79,11 @@ class SnapshotTaken(_Answer):
     reason: str
     blocks_candidate: int
     blocks_changed: int
+    blocks_kept: int
     bytes_read: int
     bytes_stored: int
     objects_written: int
+    attempt: int
     seconds: float
     notes: tuple[str, ...] = ()
 
@@ -104,6 +117,16 @@ class Deleted(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
+class SweepStep(_Answer):
+    """What a sweep does to an object: "remove" it, or "rewrite" a pack without its dead slots; and why."""
+
+    action: str
+    object: str
+    bytes: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Swept(_Answer):
     """What a sweep did in one lineage, or would do. `bytes_freed` is removed less rewritten."""
 
@@ -113,6 +136,7 @@ class Swept(_Answer):
     bytes_removed: int
     bytes_rewritten: int
     bytes_freed: int
+    steps: tuple[SweepStep, ...]
 
 
 @dataclass(frozen=True, slots=True)

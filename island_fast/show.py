@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from island_fast.results import Adopted, Deleted, Restored, Snapshot, SnapshotTaken, Swept
+    from island_fast.results import Adopted, Deleted, Restored, Snapshot, SnapshotShown, SnapshotTaken, Swept
 
 __all__ = [
     "Bars",
@@ -123,11 +123,18 @@ def taken(answer: SnapshotTaken) -> str:
                 "blocks",
                 f"{answer.blocks_candidate} may have changed, {answer.blocks_changed} did; 64 KiB each",
             ),
+            ("kept", _kept(answer)),
             ("read", size(answer.bytes_read)),
             ("stored", f"{size(answer.bytes_stored)}; {count(answer.objects_written, 'object')} written"),
             ("time", duration(answer.seconds)),
         ]
     )
+
+
+def _kept(answer: SnapshotTaken) -> str:
+    if not answer.attempt:
+        return ""
+    return f"{answer.blocks_kept} of these blocks were sent by an attempt that was interrupted"
 
 
 def listed(answers: Sequence[Snapshot]) -> str:
@@ -147,7 +154,7 @@ def listed(answers: Sequence[Snapshot]) -> str:
     return table(("SNAPSHOT", "VOLUME", "CREATED", "SIZE", "STORED", "PARENT", "LABEL"), rows, right=(3, 4))
 
 
-def shown(answer: Snapshot) -> str:
+def shown(answer: SnapshotShown) -> str:
     """One snapshot, ids in full."""
     return sheet(
         [
@@ -158,6 +165,11 @@ def shown(answer: Snapshot) -> str:
             ("label", printable(answer.label)),
             ("created", answer.created),
             ("stored", size(answer.bytes_stored)),
+            (
+                "deleting",
+                f"{size(answer.bytes_unreferenced)} would be needed no more; the next sweep would free "
+                f"{size(answer.bytes_freed)}",
+            ),
         ]
     )
 
@@ -191,8 +203,15 @@ def deleted(answers: Sequence[Deleted], dry_run: bool) -> str:
 
 
 def swept(answers: Sequence[Swept], dry_run: bool) -> str:
-    """A sentence for each lineage."""
-    return "\n".join(_swept(one, dry_run) for one in answers)
+    """A sentence for each lineage; of a dry run, every object before it."""
+    lines = []
+    for one in answers:
+        if dry_run:
+            lines += [
+                f"{step.action:7}  {size(step.bytes):>10}  {step.object}: {step.reason}" for step in one.steps
+            ]
+        lines.append(_swept(one, dry_run))
+    return "\n".join(lines)
 
 
 def _swept(one: Swept, dry_run: bool) -> str:

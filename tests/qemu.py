@@ -67,6 +67,15 @@ def write_file(path, offset, source):
     io(path, f"write -s {source} {offset} {Path(source).stat().st_size}")
 
 
+def noise(path, offset, length, seed=None):
+    """Write bytes that do not compress; the same ones for the same arguments."""
+    chance = random.Random(f"{offset} {length}" if seed is None else seed)
+    with tempfile.NamedTemporaryFile(dir=Path(path).parent) as piece:
+        piece.write(chance.randbytes(length))
+        piece.flush()
+        write_file(path, offset, piece.name)
+
+
 def snapshot_create(path, name):
     """Take an internal snapshot (image closed)."""
     run(QEMU_IMG, "snapshot", "-c", name, path)

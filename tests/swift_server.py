@@ -6,169 +6,34 @@
 
 It needs no root, no memcached and nothing under /etc. TempAuth's tokens are signed (fernet), so that no
 server has to remember them. Every server has a filter in front that makes requests fail as told, and keeps
-a list of what it was asked. Run as a script, this file is one of those servers.
+a list of what it was asked: `swift_faults.py`. What runs is `swift_process.py`.
 """
 
 from __future__ import annotations
 
 import base64
 import configparser
-import ctypes
+import hashlib
 import http.client
-import importlib
 import json
 import os
 import pwd
-import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
-KINDS = ("account", "container", "object")
-CONTROL = "/-faults"
+from tests.swift_faults import CONTROL, Fault
+from tests.swift_process import KINDS
 
-
-# -- what goes wrong, and the filter that does it
-
-
-@dataclass(frozen=True, slots=True)
-class Fault:
-    """What happens to the requests that it matches, or to `times` of them after the first `skip`.
-
-    kind      value
-    answer    status: said at once; nothing is done and the body is not read
-    lie       status: said after the request was carried out
-    drop      -: the connection is cut at once
-    lose      -: the connection is cut after the request was carried out
-    delay     seconds: before the request is carried out
-    truncate  bytes: of the answer's body that get through before the connection is cut
-    corrupt   offset: of the byte in the answer's body that gets a bit flipped
-    whole     -: the server does not get to see the Range header
-    """
-
-    kind: str
-    value: float = 0
-    method: str = ""
-    path: str = ""
-    skip: int = 0
-    times: int = 1
-    headers: Mapping[str, str] = field(default_factory=dict)
-
-    def matches(self, method: str, path: str) -> bool:
-        return self.method in ("", method) and re.search(self.path, path) is not None
-
-
-class FaultFilter:
-    """WSGI: carries out the faults. Its own path CONTROL sets them, revokes tokens, tells what was asked."""
-
-    def __init__(self, app: Any) -> None:
-        self.app = app
-        self.faults: list[tuple[Fault, list[int]]] = []
-        self.seen: list[dict[str, str]] = []
-        self.tokens: set[str] = set()
-        self.revoked: set[str] = set()
-
-    def __call__(self, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        method, path = env["REQUEST_METHOD"], env["PATH_INFO"]
-        if path == CONTROL:
-            return self._control(method, env, start)
-        if path == "/healthcheck":
-            return self.app(env, start)
-        headers = {k[5:]: v for k, v in env.items() if k.startswith("HTTP_") and "TOKEN" not in k}
-        self.seen.append({**headers, "method": method, "path": path, "port": env["REMOTE_PORT"]})
-        token = env.get("HTTP_X_AUTH_TOKEN", "")
-        self.tokens.add(token)
-        if token in self.revoked:
-            return self._answer(Fault("answer", 401), env, start)
-        fault = self._next(method, path)
-        return getattr(self, "_" + fault.kind)(fault, env, start) if fault else self.app(env, start)
-
-    def _control(self, method: str, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        answer = b"[]"
-        if method == "GET":
-            answer = json.dumps(self.seen).encode()
-        elif method == "POST":
-            faults = json.loads(env["wsgi.input"].read(int(env["CONTENT_LENGTH"])))
-            self.faults += [(Fault(**fault), [0]) for fault in faults]
-        elif method == "PUT":
-            self.revoked = self.tokens - {""}
-        else:
-            self.faults, self.seen = [], []
-        start("200 OK", [("Content-Length", str(len(answer)))])
-        return [answer]
-
-    def _next(self, method: str, path: str) -> Fault | None:
-        for fault, hits in self.faults:
-            if fault.matches(method, path):
-                hits[0] += 1
-                if fault.skip < hits[0] <= fault.skip + fault.times:
-                    return fault
-        return None
-
-    def _answer(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        start(f"{fault.value:.0f} Injected", [("Content-Length", "0"), *fault.headers.items()])
-        return [b""]
-
-    def _lie(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        self._carry_out(env)
-        return self._answer(fault, env, start)
-
-    def _drop(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-        return self._answer(Fault("answer", 500), env, start)
-
-    def _lose(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        self._carry_out(env)
-        return self._drop(fault, env, start)
-
-    def _delay(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        import eventlet
-
-        eventlet.sleep(fault.value)
-        return self.app(env, start)
-
-    def _truncate(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        left = int(fault.value)
-        for data in self.app(env, start):
-            yield data[:left]
-            left -= len(data)
-            if left <= 0:
-                env["eventlet.input"].get_socket().shutdown(socket.SHUT_RDWR)
-                return
-
-    def _corrupt(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        at = int(fault.value)
-        for data in self.app(env, start):
-            spoilt = bytearray(data)
-            if 0 <= at < len(data):
-                spoilt[at] ^= 1
-            at -= len(data)
-            yield bytes(spoilt)
-
-    def _whole(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
-        del env["HTTP_RANGE"]
-        return self.app(env, start)
-
-    def _carry_out(self, env: dict[str, Any]) -> None:
-        body = self.app(env, lambda *_: None)
-        for _ in body:
-            pass
-        if hasattr(body, "close"):
-            body.close()
-
-
-def fault_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
-    """What paste calls."""
-    return FaultFilter
+_PROGRAM = Path(__file__).with_name("swift_process.py")
 
 
 # -- the servers
@@ -219,7 +84,7 @@ class SwiftServer:
         self.ports = dict(zip(names, _free_ports(len(names)), strict=True))
         _write_conf(self.root / "swift.conf", _SWIFT_CONF)
         rings = json.dumps([self.nodes, self.replicas, self.ports])
-        subprocess.run([sys.executable, __file__, "rings", self.root, rings], check=True)
+        subprocess.run([sys.executable, _PROGRAM, "rings", self.root, rings], check=True)
         for name in names:
             self.start_server(name)
         for name in names:
@@ -235,13 +100,14 @@ class SwiftServer:
             "workers": "0",
             "user": pwd.getpwuid(os.getuid()).pw_name,
             "swift_dir": str(self.root),
+            "recon_cache_path": str(self.root),
             "log_level": "WARNING",
         }
         sections = _PROXY if kind == "proxy" else _storage(kind, self.root / f"node{node}")
         _write_conf(conf, {**sections, "DEFAULT": {**common, **sections.get("DEFAULT", {})}})
         with open(self.root / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
-                [sys.executable, __file__, "serve", kind, conf],
+                [sys.executable, _PROGRAM, "serve", kind, conf],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -270,6 +136,29 @@ class SwiftServer:
         process = self._running.pop(name)
         process.kill()
         process.wait()
+
+    def await_death(self, name: str) -> None:
+        """Return when a server has ended by itself (fault "die")."""
+        self._running[name].wait(30)
+        del self._running[name]
+
+    def mend(self) -> None:
+        """Every server runs, and none has faults."""
+        for name in self.ports:
+            if name not in self._running or self._running[name].poll() is not None:
+                if name in self._running:
+                    self.await_death(name)
+                self.restart_server(name)
+            self.calm(name)
+
+    def once(self, daemon: str) -> None:
+        """Let one of Swift's daemons ("object-updater", "container-replicator") go over every node once."""
+        kind = daemon.partition("-")[0]
+        for node in range(1, self.nodes + 1):
+            conf = self.root / f"{kind}-{node}.conf"
+            command = [sys.executable, _PROGRAM, "once", daemon, str(self.root), str(conf)]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+            assert done.returncode == 0, done.stdout + done.stderr
 
     def stop(self) -> None:
         """End all servers and remove their data."""
@@ -314,6 +203,29 @@ class SwiftServer:
             return connection.getresponse().read()
         finally:
             connection.close()
+
+    # -- what is on the disks
+
+    def replicas_of(self, path: str) -> dict[str, Path]:
+        """The file of each replica of CONTAINER/OBJECT in the test user's account, by its object server."""
+        whole = f"/AUTH_test/{path}{_SWIFT_CONF['swift-hash']['swift_hash_path_suffix']}"
+        name = hashlib.md5(whole.encode()).hexdigest()
+        files = self.root.glob(f"node*/*/objects/*/*/{name}/*.data")
+        return {f"object-{file.relative_to(self.root).parts[0].removeprefix('node')}": file for file in files}
+
+    def rot(self, path: str, at: int, servers: Iterable[str]) -> None:
+        """Flip a bit of byte `at` of CONTAINER/OBJECT on the disks of these object servers."""
+        found = self.replicas_of(path)
+        for server in servers:
+            with open(found[server], "r+b") as file:
+                file.seek(at)
+                byte = file.read(1)[0]
+                file.seek(at)
+                file.write(bytes([byte ^ 1]))
+
+    def waiting_updates(self) -> int:
+        """How many rows for containers the object servers still have to deliver."""
+        return sum(file.is_file() for file in self.root.glob("node*/*/async_pending*/**/*"))
 
     # -- as an administrator
 
@@ -375,7 +287,7 @@ def _free_ports(count: int) -> list[int]:
 
 Conf = Mapping[str, Mapping[str, str]]
 
-_FAULTS = {"paste.filter_factory": "swift_server:fault_filter"}
+_FAULTS = {"paste.filter_factory": "swift_faults:fault_filter"}
 _HEALTH = {"use": "egg:swift#healthcheck"}
 _SWIFT_CONF = {
     "swift-hash": {"swift_hash_path_suffix": "tests"},
@@ -383,9 +295,10 @@ _SWIFT_CONF = {
 }
 _PROXY = {
     "pipeline:main": {
-        "pipeline": "faults catch_errors gatekeeper healthcheck listing_formats tempauth proxy-server"
+        "pipeline": ("faults catch_errors gatekeeper healthcheck cache listing_formats tempauth proxy-server")
     },
     "filter:faults": _FAULTS,
+    "filter:cache": {"paste.filter_factory": "swift_faults:memory_cache"},
     "filter:healthcheck": _HEALTH,
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
@@ -402,6 +315,8 @@ _PROXY = {
         "account_autocreate": "true",
         # One failed answer would otherwise keep a server out of use for a minute.
         "error_suppression_interval": "0.1",
+        # What a proxy once knew of a container it knows to the end of the tests.
+        "recheck_container_existence": "3600",
     },
 }
 
@@ -413,6 +328,9 @@ def _storage(kind: str, devices: Path) -> Conf:
         "filter:faults": _FAULTS,
         "filter:healthcheck": _HEALTH,
         f"app:{kind}-server": {"use": f"egg:swift#{kind}"},
+        # The daemons of the kind find their options here; ssync needs no other program, as rsync would be.
+        f"{kind}-updater": {},
+        f"{kind}-replicator": {"sync_method": "ssync"} if kind == "object" else {},
     }
 
 
@@ -421,39 +339,3 @@ def _write_conf(path: Path, sections: Conf) -> None:
     parser.read_dict(sections)
     with open(path, "w") as file:
         parser.write(file)
-
-
-# -- inside the children
-
-
-def _make_rings(root: Path, nodes: int, replicas: int, ports: Mapping[str, int]) -> None:
-    """Rings in which each node has one device (or as many as it takes for the replicas)."""
-    from swift.common.ring import RingBuilder
-
-    for kind in KINDS:
-        builder = RingBuilder(part_power=4, replicas=replicas, min_part_hours=0)
-        for number in range(max(nodes, replicas)):
-            node, device = number % nodes + 1, f"d{number}"
-            (root / f"node{node}" / device).mkdir(parents=True, exist_ok=True)
-            address = {"ip": "127.0.0.1", "port": ports[f"{kind}-{node}"]}
-            replication = {f"replication_{key}": value for key, value in address.items()}
-            place = {"id": number, "region": 1, "zone": number, "device": device, "weight": 1}
-            builder.add_dev({**place, **address, **replication})
-        builder.rebalance()
-        builder.get_ring().save(str(root / f"{kind}.ring.gz"))
-
-
-def _serve(kind: str, conf: str) -> None:
-    """Become one server, which ends when the process that started it does."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    sys.argv = [kind, conf]
-    module = {"object": "swift.obj.server"}.get(kind, f"swift.{kind}.server")
-    sys.exit(importlib.import_module(module).main())
-
-
-if __name__ == "__main__":
-    if sys.argv[1] == "rings":
-        _make_rings(Path(sys.argv[2]), *json.loads(sys.argv[3]))
-    else:
-        _serve(*sys.argv[2:])

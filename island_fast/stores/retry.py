@@ -28,11 +28,18 @@ class Again(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long to go on, in seconds: altogether, the first pause, and the longest one."""
+    """How long to go on, in seconds: altogether, the first pause, and the longest one.
+
+    `allowance` (seconds) and `rate` (bytes a second) bound one body: of n bytes, it must have come, or gone,
+    within allowance + n / rate, and may at no moment be later than that for the bytes so far. The rate is
+    low: several bodies share a line, and only those are meant that would keep a verb for hours.
+    """
 
     total: float = 300.0
     first: float = 0.5
     longest: float = 20.0
+    allowance: float = 60.0
+    rate: float = 16 << 10
 
 
 def persist(

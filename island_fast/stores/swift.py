@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import re
@@ -35,30 +34,17 @@ from island_fast.stores.base import (
     views,
 )
 from island_fast.stores.credentials import Keyring, from_environment
+from island_fast.stores.paced import PacedBody
 from island_fast.stores.retry import Again, Patience
 from island_fast.stores.wire import Connection, Refusal, Wire, unless
 
 __all__ = ["SwiftStore"]
 
 _NEWEST = {"X-Newest": "true"}  # asks every replica
-_LOOKS = 3  # at a missing object, all but the first with X-Newest, before it is called so
-_SENT_AT_ONCE = 1 << 20  # bytes; each must go out within the timeout
+_LOOKS = 3  # at a missing object (all but the first with X-Newest), or at nonsense, before it is believed
 _STREAMED = 1 << 20  # any size: it keeps swiftclient from reading a body by itself
 _OPENING = 20.0  # seconds: nobody should wait minutes to be told of a wrong host name
 _CONTAINER = re.compile(r"(?!\.{1,2}\Z)[^/?#\x00-\x1f\x7f]{1,256}")
-
-
-class _Body:
-    """Buffers as a file whose `read` gives out the next one whole: nothing is copied on the way."""
-
-    def __init__(self, content: Views) -> None:
-        self._pieces = (
-            view[i : i + _SENT_AT_ONCE] for view in content for i in range(0, view.nbytes, _SENT_AT_ONCE)
-        )
-
-    def read(self, size: int = -1) -> Buffer:
-        """The next bytes, however many were asked for; b'' at the end."""
-        return next(self._pieces, b"")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,44 +119,51 @@ class SwiftStore(Store):
         )
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        """See Store.put.
+        """See Store.put. Only 201 is success, for that alone says that most replicas have it.
 
-        If-None-Match keeps a late repetition from storing the object twice; it is no lock: of
-        several writers at the same moment all may be told that they succeeded.
+        If-None-Match keeps other bytes from being overwritten; it is no lock: of several writers at the same
+        moment all may be told that they succeeded. A 503 may have left our bytes on one replica, which
+        If-None-Match finds from then on: then they are sent without it.
+
+        An attempt has an end, whatever the server does: n bytes must be gone within the patience's allowance
+        + n / rate; a server that stops reading is left TIMEOUT seconds after the 256 KiB then under way
+        (with TLS, after each 16 KiB of them); and its answer may be TIMEOUT seconds away.
         """
-        full = self._full(name)
         content = views(parts)
         unsure = False
 
         def send(connection: Connection) -> None:
             nonlocal unsure
             # A broken connection may mean: stored; or refused so early that our sending broke it.
-            if unsure and self._holds(connection, name, content):
-                return
+            there = unsure and self._holds(connection, name, content)
             unsure = True
             try:
-                self._send(connection, full, content)
+                self._send(connection, name, content, sole=not there)
             except Refusal as error:
-                unsure = False
+                unsure = False  # If-None-Match of the next attempt tells
                 if error.http_status != 412:
                     raise
                 if not self._holds(connection, name, content):
                     raise Again("412 for an object that is not there") from error
+                self._send(connection, name, content, sole=False)
 
         self._wire.ask(f"put {name}", send)
 
-    def _send(self, connection: Connection, full: str, content: Views) -> None:
-        """PUT once. 201 alone means stored; 202 that our time stamp lost to some newer one."""
+    def _send(self, connection: Connection, name: str, content: Views, *, sole: bool) -> None:
+        """PUT once, if `sole` only where nothing is yet.
+
+        201 alone means stored; 202 that our time stamp lost to some newer one.
+        """
         size = sum(view.nbytes for view in content)
         answer: dict[str, Any] = {}
         try:
             connection.put_object(
                 self._container,
-                full,
-                _Body(content) if size else b"",
+                self._full(name),
+                PacedBody(content, self._wire.patience) if size else b"",
                 content_length=size,
                 content_type="application/octet-stream",
-                headers={"If-None-Match": "*"},
+                headers={"If-None-Match": "*"} if sole else {},
                 response_dict=answer,
             )
         except Refusal as error:
@@ -218,17 +211,35 @@ class SwiftStore(Store):
         check_ranges(ranges)
         found: list[byteranges.Piece] = []
         for few in byteranges.split_ranges(ranges):
-            answer = self._fetch(name, byteranges.range_header(few), byteranges.room(few))
-            got = self._pieces(name, answer, sum(few[-1]))
-            if answer.status == 200:
+            whole, got = self._some(name, few)
+            if whole:
                 found = got
                 break
             found += got
-        with _understood(name):
-            return byteranges.pick(found, ranges)
+        return byteranges.pick(found, ranges)
+
+    def _some(self, name: str, few: Sequence[Range]) -> tuple[bool, list[byteranges.Piece]]:
+        """The pieces that hold `few` ranges, and whether they are the whole object.
+
+        An answer that makes no sense may have been spoilt on its way: it is asked for again, twice.
+        """
+        for looks_left in reversed(range(_LOOKS)):
+            answer = self._fetch(name, byteranges.range_header(few), byteranges.room(few))
+            try:
+                got = self._pieces(name, answer, sum(few[-1]))
+                byteranges.pick(got, few)
+            except ValueError as error:
+                if not looks_left:
+                    raise StoreError(
+                        f"get {name}: the answer to a range request makes no sense ({error}); look at what "
+                        "stands between Swift and this host"
+                    ) from error
+            else:
+                break
+        return answer.status == 200, got
 
     def _pieces(self, name: str, answer: _Answer, needed: int) -> list[byteranges.Piece]:
-        """An answer to a request for ranges, the last of which ends at `needed`."""
+        """An answer to a request for ranges, the last of which ends at `needed`; ValueError for nonsense."""
         if answer.status == 416:
             raise DamagedObjectError(
                 f"object {name} is shorter than the {needed} bytes that it should have; it is damaged"
@@ -236,8 +247,7 @@ class SwiftStore(Store):
         if answer.status == 200:
             found = [byteranges.Piece(0, answer.body, answer.body.nbytes)]
         else:
-            with _understood(name):
-                found = byteranges.pieces(answer.headers, answer.body)
+            found = byteranges.pieces(answer.headers, answer.body)
         if found and found[0].total is not None:
             check_size(name, found[0].total, needed)
         return found
@@ -379,18 +389,6 @@ class SwiftStore(Store):
         if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
             raise StoreError(f"list {self.location}: Swift's answer is no listing; check its address")
         return _http_date(head, "date"), rows
-
-
-@contextlib.contextmanager
-def _understood(name: str) -> Iterator[None]:
-    """A ValueError in the block means that the answer to a request for ranges makes no sense."""
-    try:
-        yield
-    except ValueError as error:
-        raise StoreError(
-            f"get {name}: the answer to a range request makes no sense ({error}); look at what stands "
-            "between Swift and this host"
-        ) from error
 
 
 def _number(headers: Mapping[str, str], key: str) -> int | None:

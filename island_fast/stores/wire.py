@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from http.client import HTTPException
 from typing import Any, TypeVar
 
@@ -22,6 +22,7 @@ from swiftclient.exceptions import ClientException as Refusal
 from island_fast import __version__
 from island_fast.errors import StoreError
 from island_fast.stores.credentials import TIMEOUT, Keyring, Ticket, quiet
+from island_fast.stores.paced import PacedAdapter, TooSlow
 from island_fast.stores.retry import Again, Patience, persist
 
 __all__ = ["Connection", "Refusal", "Wire", "unless"]
@@ -37,6 +38,9 @@ _UNFRAMED = (None, 408, 499)  # the connection may be in the middle of something
 
 class Wire:
     """Connections to an account, each used by one thread at a time, and the retry loop around them.
+
+    An attempt ends in bounded time: connecting, and each silence, in TIMEOUT seconds; an answer, however
+    slowly it drips, as `Patience` says; sending, as `SwiftStore.put` says.
 
     swiftclient's Connection mixes up answers when threads share it; so each call takes one out of
     the idle ones and puts it back. A connection whose state is in doubt is closed first, and opens
@@ -121,18 +125,21 @@ class Wire:
             connection.close()
         connection.url, connection.token = ticket.url, ticket.token
         if connection.http_conn is None:
-            connection.http_conn = _dial(connection)
+            connection.http_conn = _dial(connection, self.patience)
         return connection
 
 
-def _dial(connection: Connection) -> tuple[Any, Any]:
-    """What swiftclient would make, but the environment is read here, not again for every request."""
+def _dial(connection: Connection, patience: Patience) -> tuple[Any, Any]:
+    """What swiftclient would make, but its answers are paced, and the environment is read once, here."""
     parsed, http = connection.http_connection()
     http.default_user_agent = f"island-fast/{__version__}"
     session = http.request_session
     session.trust_env = False
     session.max_redirects = 0  # the token is for this server only
     session.proxies = requests.utils.get_environ_proxies(connection.url)
+    adapter = PacedAdapter(patience)
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, adapter)
     return parsed, http
 
 
@@ -172,14 +179,23 @@ def _broken(what: str, error: Exception) -> Exception:
         return StoreError(f"{what}: the address of Swift only redirects; correct the endpoint in use")
     if isinstance(error, ValueError) and isinstance(error, requests.RequestException):
         return StoreError(f"{what}: the address of Swift is no URL; correct the endpoint in use")
+    causes = list(_causes(error))
+    if any(isinstance(cause, TooSlow) for cause in causes):
+        return Again("a body that came too slowly")
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
         return Again("a timeout")
-    cause: BaseException | None = error
-    while cause is not None:
+    for cause in causes:
         if isinstance(cause, OSError) and cause.strerror:
             return Again(cause.strerror)
-        cause = cause.__cause__ or cause.__context__
     return Again("a broken connection")
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, what led to it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
 
 def unless(status: int, call: Callable[[], T]) -> T | None:

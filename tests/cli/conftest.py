@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import random
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -77,8 +77,13 @@ class Island:
 
     def start(self, *words: object, **options: Any) -> subprocess.Popen[bytes]:
         """Start it as a process; both streams are pipes unless told otherwise."""
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "stdin": subprocess.DEVNULL}
-        process = subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(streams | options))
+        usual = {
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "stdin": subprocess.DEVNULL,
+            "preexec_fn": _heed_signals,
+        }
+        process = subprocess.Popen([*COMMAND, *map(os.fsencode, map(str, words))], **(usual | options))
         self._started.append(process)
         return process
 
@@ -88,6 +93,12 @@ class Island:
             if process.poll() is None:
                 process.kill()
             process.communicate()
+
+
+def _heed_signals() -> None:
+    """The tests may run where signals are ignored (nohup, a background job), which processes inherit."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def _without_ids(text: str) -> str:
@@ -137,16 +148,8 @@ def island(
 def disk(tmp_path: Path) -> Path:
     """A volume `disk` of 64 MiB with 3 MiB that do not compress, in 48 blocks."""
     path = qemu.create(tmp_path / "disk.qcow2", 64 * MIB, lazy_refcounts="on")
-    noise(path, tmp_path, MIB, 3 * MIB)
+    qemu.noise(path, MIB, 3 * MIB)
     return path
-
-
-def noise(image: Path, folder: Path, offset: int, length: int) -> None:
-    """Write bytes that do not compress."""
-    source = folder / "noise"
-    source.write_bytes(random.Random(f"{offset} {length}").randbytes(length))
-    qemu.write_file(image, offset, source)
-    source.unlink()
 
 
 @pytest.fixture

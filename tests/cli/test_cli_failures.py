@@ -14,7 +14,7 @@ import pytest
 from island_fast.repository import Repository
 from island_fast.show import printable
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, one_sentence, pins
+from tests.cli.conftest import MIB, Island, one_sentence, pins
 
 pytestmark = qemu.needs_qemu
 
@@ -229,7 +229,7 @@ def test_a_full_repository(island: Island, disk: Path, tmp_path: Path, small_dis
     place = small_disk("small", 4 * MIB)
     first = island.json("-r", place, "snapshot", disk)["snapshot"]
     truth = qemu.content(disk)
-    noise(disk, tmp_path, 8 * MIB, 2 * MIB)
+    qemu.noise(disk, 8 * MIB, 2 * MIB)
     before = pins(disk)
     assert "no space is left" in island.fails(5, "-r", place, "snapshot", disk)
     qemu.check(disk)
@@ -265,7 +265,7 @@ def test_full_local_state(
 def test_a_full_disk_under_the_image(island: Island, tmp_path: Path, small_disk: SmallDisk) -> None:
     place = small_disk("small", 3 * MIB)
     disk = qemu.create(place / "disk.qcow2", 64 * MIB)
-    noise(disk, tmp_path, MIB, MIB)
+    qemu.noise(disk, MIB, MIB)
     fill(place)
     assert "file system is full" in island.fails(1, "snapshot", disk)
     qemu.check(disk)

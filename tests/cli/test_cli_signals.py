@@ -20,7 +20,7 @@ from island_fast.host.qemu_img import run_to_the_end
 from island_fast.outcome import Interrupted, Signals
 from island_fast.restoring import new_file
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, one_sentence, pins, wait_until
+from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
 
 pytestmark = qemu.needs_qemu
 
@@ -32,7 +32,7 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A volume that takes a good part of a second, and twelve packs, to store."""
     folder = tmp_path_factory.mktemp("pristine")
     image = qemu.create(folder / "large.qcow2", SIZE, lazy_refcounts="on")
-    noise(image, folder, 0, SIZE)
+    qemu.noise(image, 0, SIZE)
     return image
 
 
@@ -67,13 +67,20 @@ def test_an_interrupted_snapshot_leaves_everything_as_it_was(
     assert island("adopt", "large").code == 0
     held = pins(large)
     sentence = interrupted_snapshot(island, large, number)
-    assert sentence == "interrupted; no snapshot was made, earlier ones are as they were"
+    assert sentence == (
+        "interrupted; no snapshot was made, earlier ones are as they were; "
+        "what was sent is kept for the next one"
+    )
     qemu.check(large)
     assert pins(large) == held == []
     assert island.text("list", "-q").split() == [first]
     island("restore", first, tmp_path / "earlier.qcow2")
     qemu.compare(disk, tmp_path / "earlier.qcow2", other_format="qcow2")
+    sent = packs(island)
     again = island.json("snapshot", large, "--volume", "large")
+    assert (again["attempt"], again["blocks_changed"]) == (1, SIZE >> 16)
+    assert again["blocks_kept"] >= 200, "the pack that was there before the signal is not sent again"
+    assert packs(island) - sent < 12
     island("restore", again["snapshot"], tmp_path / "whole.qcow2")
     qemu.compare(large, tmp_path / "whole.qcow2", other_format="qcow2")
 
@@ -82,7 +89,7 @@ def test_an_interrupted_increment_keeps_the_pin_it_had(island: Island, tmp_path:
     image = qemu.create(tmp_path / "large.qcow2", SIZE, lazy_refcounts="on")
     first = island.json("snapshot", image)["snapshot"]
     held = pins(image)
-    noise(image, tmp_path, 0, SIZE)
+    qemu.noise(image, 0, SIZE)
     sentence = interrupted_snapshot(island, image, signal.SIGTERM)
     assert sentence.startswith("interrupted; no snapshot was made")
     assert pins(image) == held != []
@@ -154,7 +161,7 @@ def test_as_json(island: Island, large: Path) -> None:
     assert (process.returncode, err) == (1, b"")
     assert out == (
         b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are as they '
-        b'were", "exit_code": 1}\n'
+        b'were; what was sent is kept for the next one", "exit_code": 1}\n'
     )
 
 

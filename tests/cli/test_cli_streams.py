@@ -17,7 +17,7 @@ import pytest
 from island_fast import show
 from island_fast.outcome import Run, Signals
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, one_sentence
+from tests.cli.conftest import MIB, Island, one_sentence
 
 pytestmark = qemu.needs_qemu
 
@@ -61,7 +61,7 @@ def on_terminal(island: Island, *words: object) -> str:
 def larger(tmp_path: Path) -> Path:
     """A volume that takes some tenths of a second."""
     image = qemu.create(tmp_path / "disk.qcow2", 96 * MIB, lazy_refcounts="on")
-    noise(image, tmp_path, 0, 96 * MIB)
+    qemu.noise(image, 0, 96 * MIB)
     return image
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import qemu
-from tests.cli.conftest import MIB, Island, noise, pins
+from tests.cli.conftest import MIB, Island, pins
 from tests.daemon import StorageDaemon, needs_storage_daemon
 
 pytestmark = qemu.needs_qemu
@@ -21,11 +21,11 @@ ROW = ["snapshot", "lineage", "parent", "volume", "label", "created", "volume_si
 KEYS = {
     "snapshot": [
         *["snapshot", "lineage", "parent", "volume", "label", "volume_size", "rule", "reason"],
-        *["blocks_candidate", "blocks_changed", "bytes_read", "bytes_stored", "objects_written", "seconds"],
-        "notes",
+        *["blocks_candidate", "blocks_changed", "blocks_kept", "bytes_read", "bytes_stored"],
+        *["objects_written", "attempt", "seconds", "notes"],
     ],
     "list": ROW,
-    "show": ROW,
+    "show": [*ROW, "bytes_unreferenced", "bytes_freed"],
     "restore": [
         *["snapshot", "target", "format", "volume_size"],
         *["bytes_read", "bytes_written", "objects_read", "seconds"],
@@ -33,7 +33,7 @@ KEYS = {
     "delete": ["snapshot", "volume", "bytes_unreferenced", "bytes_freed"],
     "sweep": [
         *["volume", "objects_removed", "packs_repacked"],
-        *["bytes_removed", "bytes_rewritten", "bytes_freed"],
+        *["bytes_removed", "bytes_rewritten", "bytes_freed", "steps"],
     ],
     "adopt": ["volume", "snapshots", "epoch"],
 }
@@ -49,7 +49,8 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     adopted = island.json("adopt", "disk")
     found = [taken, *listed, shown, restored, *deleted, *swept, adopted]
     assert [list(one) for one in found] == list(KEYS.values())
-    assert listed == [shown]
+    assert listed == [{key: shown[key] for key in ROW}]
+    assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", shown["created"])
 
 
@@ -57,7 +58,7 @@ def test_snapshot_tells_its_rule_and_its_work(island: Island, disk: Path, tmp_pa
     first = island.json("snapshot", disk, "--label", "before")
     assert (first["rule"], first["blocks_changed"], first["bytes_read"]) == ("full-scan", 48, 3 * MIB)
     assert (first["volume"], first["label"], first["parent"]) == ("disk", "before", None)
-    noise(disk, tmp_path, 10 * MIB, 128 << 10)
+    qemu.noise(disk, 10 * MIB, 128 << 10)
     text = island.text("snapshot", disk)
     found = dict(re.split(r"  +", line, maxsplit=1) for line in text.splitlines())
     assert list(found) == ["snapshot", "volume", "parent", "rule", "blocks", "read", "stored", "time"]
@@ -152,7 +153,7 @@ def test_restore_gives_the_volume(island: Island, disk: Path, tmp_path: Path, im
 
 def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
     first = island.json("snapshot", disk)["snapshot"]
-    noise(disk, tmp_path, MIB, 3 * MIB + 65536)
+    qemu.noise(disk, MIB, 2 * MIB)
     island("snapshot", disk)
     (would,) = island.json("delete", first, "--dry-run")
     text = island.text("delete", first, "--dry-run")
@@ -161,7 +162,14 @@ def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
     assert island.text("delete", first[:8]).startswith(f"Deleted snapshot {first} of volume disk: ")
     (plan,) = island.json("sweep", "--dry-run")
     assert plan["bytes_freed"] == would["bytes_freed"]
-    assert re.match(r"Volume disk: would remove \d objects? \(", island.text("sweep", "--dry-run"))
+    *steps, last = island.text("sweep", "--dry-run").splitlines()
+    assert re.match(r"Volume disk: would remove \d objects? \(", last)
+    assert re.fullmatch(
+        rf"rewrite +\d\.\d MiB  disk/packs/{first}/0-00000000: \d\d % of it is needed no more\n"
+        rf"remove +\d+ B  disk/manifests/{first}-0: its snapshot was deleted",
+        "\n".join(steps),
+    )
+    assert len(steps) == len(plan["steps"]) == plan["objects_removed"]
     before = occupied(island.repository / "disk/packs") + occupied(island.repository / "disk/manifests")
     text = island.text("sweep", "--grace", "0")
     after = occupied(island.repository / "disk/packs") + occupied(island.repository / "disk/manifests")

@@ -19,3 +19,11 @@ def store() -> MemoryStore:
 @pytest.fixture
 def repository(store: MemoryStore, tmp_path: Path) -> Repository:
     return Repository(store, LocalState(tmp_path / "state"), create=True)
+
+
+def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:
+    """Assert that a snapshot restores to these bytes; a file in `folder` comes and goes."""
+    target = folder / "check.raw"
+    repository.restore(snapshot, target, image_format="raw")
+    assert target.read_bytes() == content
+    target.unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from island_fast.local import LocalState, Registration
 from island_fast.repository import Repository
 from island_fast.restoring import restore
 from tests import qemu
+from tests.core.conftest import check
 from tests.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -22,15 +22,8 @@ DAY = 24 * 3600.0
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
     path = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
-    noise(path, tmp_path, 0, 4 * MIB, 1)
+    qemu.noise(path, 0, 4 * MIB, 1)
     return path
-
-
-def noise(image: Path, folder: Path, offset: int, length: int, seed: int) -> None:
-    """Write bytes that do not compress."""
-    piece = folder / "noise"
-    piece.write_bytes(random.Random(seed).randbytes(length))
-    qemu.write_file(image, offset, piece)
 
 
 def size(store: MemoryStore) -> int:
@@ -41,19 +34,16 @@ def size(store: MemoryStore) -> int:
 def check_all(repository: Repository, truth: dict[str, bytes], folder: Path) -> None:
     assert {s.snapshot for s in repository.snapshots()} == set(truth)
     for snapshot, content in truth.items():
-        target = folder / "check.raw"
-        repository.restore(snapshot, target, image_format="raw")
-        assert target.read_bytes() == content
-        target.unlink()
+        check(repository, snapshot, content, folder)
 
 
 def test_a_delete_and_a_sweep_free_what_was_told(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, MIB, 2)
+    qemu.noise(image, 0, MIB, 2)
     middle = repository.snapshot(image)
-    noise(image, tmp_path, 0, MIB, 3)
+    qemu.noise(image, 0, MIB, 3)
     last = repository.snapshot(image)
     before = size(store)
     (planned,) = repository.delete([middle.snapshot], dry_run=True)
@@ -77,7 +67,7 @@ def test_a_pack_more_than_half_dead_is_repacked_under_its_slot_numbers(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, 3 * MIB, 2)
+    qemu.noise(image, 0, 3 * MIB, 2)
     second = repository.snapshot(image)
     content = qemu.content(image)
     manifest = next(o.data for n, o in store.objects.items() if f"/manifests/{second.snapshot}" in n)
@@ -102,9 +92,9 @@ def test_branch_delete_delete_loses_nothing(repository: Repository, image: Path,
     a = repository.snapshot(image)
     other = tmp_path / "other.qcow2"
     repository.restore(a.snapshot, other)
-    noise(image, tmp_path, MIB, 65536, 2)
+    qemu.noise(image, MIB, 65536, 2)
     b = repository.snapshot(image)
-    noise(other, tmp_path, 2 * MIB, 65536, 3)
+    qemu.noise(other, 2 * MIB, 65536, 3)
     c = repository.snapshot(other)
     assert (b.parent, c.parent) == (a.snapshot, a.snapshot)
     repository.delete([a.snapshot])
@@ -169,7 +159,7 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, 3 * MIB, 2)
+    qemu.noise(image, 0, 3 * MIB, 2)
     second = repository.snapshot(image)
     found = repository.find(second.snapshot)
     manifest = found.lineage.manifest(found.row)
@@ -237,7 +227,7 @@ def test_a_delete_reads_the_neighbours_only(
     counts = []
     for length in (3, 30):
         while len(repository.snapshots()) < length:
-            noise(image, tmp_path, 0, 65536, len(repository.snapshots()))
+            qemu.noise(image, 0, 65536, len(repository.snapshots()))
             repository.snapshot(image)
         cold = Repository(store, LocalState(tmp_path / f"cold{length}"))
         cold.adopt("vol")
@@ -253,7 +243,7 @@ def test_a_restore_asks_for_each_object_once_whatever_the_depth(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path
 ) -> None:
     for step in range(20):
-        noise(image, tmp_path, step * MIB, MIB, step)
+        qemu.noise(image, step * MIB, MIB, step)
         taken = repository.snapshot(image)
     told = repository.restore(taken.snapshot, tmp_path / "deep.qcow2")
     live_packs = len([n for n in store.objects if "/packs/" in n])
@@ -265,7 +255,7 @@ def test_a_range_that_comes_damaged_is_fetched_once_more(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, 3 * MIB, 2)  # of the first pack less than half is needed now
+    qemu.noise(image, 0, 3 * MIB, 2)  # of the first pack less than half is needed now
     second = repository.snapshot(image)
     real, spoilt = MemoryStore.get_ranges, []
 
@@ -287,7 +277,7 @@ def test_a_delete_that_is_settled_later_keeps_the_pin_as_base(
     repository: Repository, store: MemoryStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = repository.snapshot(image)
-    noise(image, tmp_path, 0, MIB, 2)
+    qemu.noise(image, 0, MIB, 2)
     second = repository.snapshot(image)
     real = MemoryStore.put
 

@@ -419,7 +419,7 @@ class Machine(RuleBasedStateMachine):
             volume.proved[snapshot] = names
         volume.exists = lineage.exists
         volume.owner = lineage.owner if lineage.exists else ""
-        volume.stopped = lineage.exists and not lineage.owned_by(lineage.owner)
+        volume.stopped = lineage._stopped
         if not self.in_doubt(volume):
             known = volume.certain | volume.seen
             volume.gone |= known.keys() - live.keys()

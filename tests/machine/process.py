@@ -199,20 +199,22 @@ class Connection:
         while content_length and (piece := body.read(65536)):
             pieces.append(bytes(piece))
         data = b"".join(pieces)
-        assert headers["If-None-Match"] == "*"
+        sole = headers.get("If-None-Match") == "*"
         assert len(data) == content_length
         tags = {"put", "change"} | ({"record"} if "/catalog/" in name else set())
-        self._process.perform(tags, lambda fault: self._store(name, data), Late(name, data, None))
+        late = Late(name, data, None if sole else self._account.next_stamp())
+        self._process.perform(tags, lambda fault: self._store(name, data, sole), late)
         response_dict["status"] = 201
 
-    def _store(self, name: str, data: bytes) -> None:
+    def _store(self, name: str, data: bytes, sole: bool) -> None:
         rival = self._process.rival
         if rival is not None and rival.name == name and rival.data != data:
             self._process.rival = None
             self._account.put(name, rival.data, set())
             self._account.put(name, data, set(), self._account.next_stamp())
         else:
-            self._account.put(name, data, self._process.away)
+            stamp = None if sole else self._account.next_stamp()
+            self._account.put(name, data, self._process.away, stamp)
 
     def delete_object(self, container: str, name: str) -> None:
         self._process.perform(

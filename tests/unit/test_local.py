@@ -61,7 +61,7 @@ def test_a_registration_lives_as_long_as_its_process(files: LineageFiles) -> Non
         assert files.abandoned(0) == []
     assert files.running() == []
     (files.folder / "running" / ONE.snapshot).write_text(
-        '{"snapshot": "%s", "attempt": 0, "parent": null}' % ("a" * 32)
+        '{"snapshot": "%s", "attempt": 0, "parent": null, "epoch": 0}' % ("a" * 32)
     )
     assert files.running() == [(ONE, False)]
     assert files.abandoned(3600) == []
@@ -93,3 +93,16 @@ def test_a_deleted_parent_hands_its_retired_children_up(files: LineageFiles) -> 
     }
     files.forget_retired()
     assert files.retired() == []
+
+
+def test_what_processes_left_half_written_is_tidied_up(files: LineageFiles) -> None:
+    files.cache("vol/manifests/m", b"kept")
+    old, new = files.folder / "running" / ".old.0", files.folder / "cache" / "manifests" / ".new.0"
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    os.utime(files.folder / "cache" / "manifests" / "m", (0, 0))
+    files.tidy()
+    assert not old.exists()
+    assert new.exists(), "somebody may be at it"
+    assert files.cached("vol/manifests/m") == b"kept"

@@ -1,0 +1,124 @@
+"""What `show` and a dry run tell is what the store really loses, counted from its objects alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from island_fast import pipeline
+from island_fast.manifest import decode
+from island_fast.pack import ABSENT, open_pack
+from island_fast.repository import Repository
+from tests import qemu
+from tests.memory_store import MemoryStore
+
+BLOCK = 65536
+MIB = 1 << 20
+
+
+@pytest.fixture
+def tree(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Nine snapshots: a trunk of five, two branches of two from its second and fourth; several packs each."""
+    monkeypatch.setattr(pipeline, "BATCH", 4)
+    monkeypatch.setattr(pipeline, "MAX_SLOTS", 8)
+    draw = random.Random(5)
+    taken = []
+
+    def live(image: Path, times: int) -> None:
+        for _ in range(times):
+            for _ in range(3):
+                at, length = draw.randrange(60) * BLOCK, draw.randrange(1, 12) * BLOCK
+                qemu.noise(image, at, length, draw.randrange(1 << 30))
+            taken.append(repository.snapshot(image).snapshot)
+
+    image = qemu.create(tmp_path / "vol.qcow2", 8 * MIB, lazy_refcounts="on")
+    live(image, 5)
+    for number, start in enumerate((taken[1], taken[3])):
+        branch = tmp_path / f"branch{number}.qcow2"
+        repository.restore(start, branch)
+        live(branch, 2)
+    return taken
+
+
+class Store:
+    """The objects of a repository, read without catalog or caches."""
+
+    def __init__(self, store: MemoryStore, live: set[str]) -> None:
+        self._objects = {name: stored.data for name, stored in store.objects.items()}
+        self._needed: dict[tuple[str, int], set[int]] = {}
+        for name, data in self._objects.items():
+            if "/manifests/" in name and name.split("/")[2].partition("-")[0] in live:
+                manifest, _ = decode(name, data)
+                for pack, slot, length in zip(
+                    manifest.runs.pack, manifest.runs.slot, manifest.runs.length, strict=True
+                ):
+                    owner = manifest.packs.snapshots[manifest.packs.snapshot[pack]]
+                    key = (owner, int(manifest.packs.number[pack]))
+                    self._needed.setdefault(key, set()).update(range(slot, slot + length))
+
+    def size(self) -> int:
+        """Bytes of all packs and manifests."""
+        return sum(len(d) for name, d in self._objects.items() if "/packs/" in name or "/manifests/" in name)
+
+    def needed(self) -> int:
+        """Stored bytes of all slots that some live manifest names."""
+        return sum(self._pack(name)[0] for name in self._objects if "/packs/" in name)
+
+    def unneeded(self) -> list[tuple[int, int]]:
+        """For each pack, bytes of slots that nobody needs, and of the object."""
+        return [self._pack(name)[1:] for name in self._objects if "/packs/" in name]
+
+    def _pack(self, name: str) -> tuple[int, int, int]:
+        index, data = open_pack(name, self._objects[name])
+        key = (index.header.snapshot, index.header.number)
+        slots = np.array(sorted(self._needed.get(key, ())), np.int64)
+        assert not (index.rows["codec"][slots] == ABSENT).any(), "a slot that is needed was left out"
+        live = int(index.lengths[slots].sum())
+        return live, int(index.lengths.sum()) - live, data.nbytes
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_figure_is_what_the_store_loses(
+    repository: Repository, store: MemoryStore, tree: list[str], seed: int
+) -> None:
+    """Snapshots of a tree are deleted in random order, sometimes several before a sweep."""
+    draw = random.Random(seed)
+    live = set(tree)
+    for snapshot in draw.sample(tree, len(tree)):
+        shown = repository.show(snapshot)
+        (would,) = repository.delete([snapshot], dry_run=True)
+        before = Store(store, live)
+        (told,) = repository.delete([snapshot])
+        assert would == told
+        assert (shown.bytes_unreferenced, shown.bytes_freed) == (told.bytes_unreferenced, told.bytes_freed)
+        live.remove(snapshot)
+        after = Store(store, live)
+        manifest = len(store.objects[f"vol/manifests/{snapshot}-0"].data)
+        assert told.bytes_unreferenced == before.needed() - after.needed() + manifest
+        if draw.random() < 0.6:
+            size = after.size()
+            swept = repository.sweep(dry_run=True)[0]
+            assert repository.sweep()[0] == swept
+            left = Store(store, live)
+            assert swept.bytes_freed == size - left.size()
+            assert sum(step.bytes for step in swept.steps) == swept.bytes_removed
+            assert all(2 * dead <= whole for dead, whole in left.unneeded()), "more than half dead"
+    repository.sweep()
+    assert Store(store, set()).size() == 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_one_delete_frees_is_what_the_next_sweep_removes(
+    repository: Repository, store: MemoryStore, tree: list[str], seed: int
+) -> None:
+    draw = random.Random(seed)
+    live = set(tree)
+    for snapshot in draw.sample(tree, len(tree)):
+        size = Store(store, live).size()
+        (told,) = repository.delete([snapshot])
+        repository.sweep()
+        live.remove(snapshot)
+        assert told.bytes_freed == size - Store(store, live).size()
