@@ -232,9 +232,9 @@ class World:
     def files(self, host: Host, lineage: str) -> Path:
         return host.root / self.repository_id / lineage
 
-    def locked(self, host: Host, lineage: str) -> bool:
-        """Whether a command of the host holds the lineage's lock."""
-        path = self.files(host, lineage) / "lock"
+    def locked(self, host: Host, lineage: str, lock: str = "lock") -> bool:
+        """Whether a command of the host holds the lineage's lock, or its other one, for sweeps."""
+        path = self.files(host, lineage) / lock
         if not path.exists():
             return False
         with open(path) as file:
