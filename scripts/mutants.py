@@ -65,28 +65,27 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "412 is success, and nothing is read back": [
         ("stores/swift.py", "if not self._holds(connection, name, content):\n", "if False:\n"),
-        ("lineage.py", "same = bytes(self.store.get(name, newest=True)) == data", "same = True"),
+        ("lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
     ],
     "a record is not read back": [
-        ("lineage.py", "same = bytes(self.store.get(name, newest=True)) == data", "same = True"),
+        ("lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
     ],
     "one look at a missing object is enough": [
         ("stores/swift.py", "_LOOKS = 3", "_LOOKS = 1"),
     ],
     "objects are deleted before the sweep's record": [
         (
-            "reclaim.py",
-            "    if len(renamed) or plan.gone.key.size or plan.manifests:\n"
-            "        lineage.append(record, writer)\n",
-            "",
+            "sweeping.py",
+            "        with self._lineage.locked():\n            if self._lineage.epoch",
+            "        for name, _ in doomed:\n            self._lineage.store.delete(name)\n"
+            "        with self._lineage.locked():\n            if self._lineage.epoch",
         ),
-        (
-            "reclaim.py",
-            "            lineage.files.uncache(name)\n",
-            "            lineage.files.uncache(name)\n"
-            "    if len(renamed) or plan.gone.key.size or plan.manifests:\n"
-            "        lineage.append(record, writer)\n",
-        ),
+    ],
+    "a sweep goes on in a later epoch": [
+        ("sweeping.py", "if self._lineage.epoch != epoch:", "if False:"),
+    ],
+    "slots that die during a repack come back to life": [
+        ("sweeping.py", "dead=now.dead - plan.repacked.dead)", "dead=np.zeros_like(now.dead))"),
     ],
     "a sweep takes objects of running snapshots for garbage": [
         ("reclaim.py", "and snapshot not in running ", ""),
@@ -96,10 +95,10 @@ MISTAKES: dict[str, list[Edit]] = {
         ("taking.py", "if parent is not None and parent not in lineage.state.live:", "if False:"),
     ],
     "a snapshot commits without its registration": [
-        ("taking.py", "if not lineage.files.registered(Registration(start.id, 0, parent)):", "if False:"),
+        ("taking.py", "if not lineage.files.registered(self._registration):", "if False:"),
     ],
     "a snapshot commits into a later epoch": [
-        ("taking.py", "if lineage.epoch != self._epoch:", "if False:"),
+        ("taking.py", "if lineage.epoch != self._registration.epoch:", "if False:"),
     ],
     "a writer does not look for the end of its epoch": [
         (
@@ -131,13 +130,13 @@ MISTAKES: dict[str, list[Edit]] = {
         ("reclaim.py", "        keep[first:stop] = False\n", "        keep[: stop - first] = False\n"),
     ],
     "a repacked pack keeps its count of dead bytes": [
-        ("reclaim.py", "dead=np.zeros_like(sizes))", "dead=packs.dead)"),
+        ("sweeping.py", "dead=now.dead - plan.repacked.dead)", "dead=now.dead)"),
     ],
     "a wholly dead pack is not seen": [
         ("reclaim.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
     ],
     "what crashed snapshots registered is never given up": [
-        ("local.py", "if not alive and now - path.stat().st_mtime >= age:", "if False:"),
+        ("local.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
     "garbage is never removed": [
         ("reclaim.py", "info.age >= age:", "False:"),

@@ -194,12 +194,18 @@ class Machine(RuleBasedStateMachine):
             owner = self.owner(volume)
             return owner not in (None, host) and self.remove_one(owner, volume)
         host = self.owner(volume) or host
-        if any(self.world.locked(host, each.name) for each in self.volumes):
+        if self.held("lock", *self.hosts):
             return False
+        if what == "a delete of the base":  # or of the newest one, whatever the command is
+            if volume.visible and volume.visible[-1] in volume.certain:
+                self.remove(host, volume, volume.visible[-1:], (), nested=True)
+            return True
         if what == "a delete":
             return self.remove_one(host, volume)
         if what == "there and back":
             return self.there_and_back(host, volume)
+        if self.held("sweep", host):
+            return False
         if what == "a delete and a sweep" and not self.remove_one(host, volume):
             return False
         if what == "lost registrations":
@@ -209,10 +215,13 @@ class Machine(RuleBasedStateMachine):
         self.sweep_at(host, volume, ())
         return True
 
+    def held(self, lock: str, *hosts: Host) -> bool:
+        return any(self.world.locked(host, each.name, lock) for host in hosts for each in self.volumes)
+
     def there_and_back(self, host: Host, volume: Volume) -> bool:
         """Another host adopts, sweeps a day later, and the first one adopts again."""
         other = self.hosts[1 - host.number]
-        if not volume.exists:
+        if not volume.exists or self.held("sweep", other):
             return False
         self.adopt_at(other, volume, ())
         self.world.pass_time(30 * HOUR)

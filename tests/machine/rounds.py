@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
@@ -44,7 +45,8 @@ def round_of(number: int, lives: int, *, shrink: bool = False) -> None:
 def tour() -> None:
     """Each fault and each intruder once, at a command that meets it, in a life of its own."""
     for kind in FAULTS[: -len(process.HARD) - 1] + process.HARD:
-        _met("restore" if kind in (process.STALE, process.CUT) else "sweep", Fault(kind, _at(kind)))
+        verb = "restore" if kind in (process.STALE, process.CUT) else "sweep"
+        _must_meet(verb, Fault(kind, _at(kind)))
     for what in INTRUDERS:
         kind = process.RACE if "same moment" in what else process.INTRUSION
         verb = "adopt" if what in ADOPTING else "snapshot" if what in COMMITTING else "restore"
@@ -53,7 +55,19 @@ def tour() -> None:
             "snapshot": ("any", 3) if what == "a delete" else ("put", 0),
             "restore": ("get", 0),
         }[verb]
-        _met(verb, Fault(kind, where, skip, what=what))
+        _must_meet(verb, Fault(kind, where, skip, what=what))
+
+
+def march() -> None:
+    """Every change of every command is where something goes wrong, or somebody comes in between."""
+    wrong = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE)
+    for verb, intruders in (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING)):
+        for skip in range(4):
+            for kind in wrong:
+                _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip))
+            for what in intruders:
+                if "same moment" not in what:
+                    _met(verb, Fault(process.INTRUSION, "change", skip, what=what))
 
 
 def _at(kind: str) -> str:
@@ -63,7 +77,8 @@ def _at(kind: str) -> str:
 
 
 def _met(verb: str, fault: Fault) -> None:
-    before = COUNTS.copy()
+    """A life with a few commands, of which `verb` meets the fault."""
+    fault = replace(fault)
     life = Machine()
     try:
         life.begin(seed=1, young=False)
@@ -72,7 +87,7 @@ def _met(verb: str, fault: Fault) -> None:
         elif verb == "adopt":
             life.adopt(0, 1, True, (fault,))
         elif verb == "snapshot":
-            life.snapshot(0, {0: 11}, 0, {}, False, (fault,))
+            life.snapshot(0, {0: 11, 1: 12, 2: 13, 3: 14}, 0, {}, False, (fault,))
         else:
             life.delete(0, [0], False, ())
             life.sweep(0, 0, 30, (fault,))
@@ -80,6 +95,11 @@ def _met(verb: str, fault: Fault) -> None:
         life.end()
     finally:
         life.world.close()
+
+
+def _must_meet(verb: str, fault: Fault) -> None:
+    before = COUNTS.copy()
+    _met(verb, fault)
     names = {fault.kind, fault.what, f"{fault.kind}: {fault.what}"}
     assert any(COUNTS[name] > before[name] for name in names), f"{fault} did not happen to {verb}"
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.machine.machine import COUNTS, Machine
 from tests.machine.process import CRASH_BEFORE, INTRUSION, Fault
-from tests.machine.rounds import never, round_of, table, tour
+from tests.machine.rounds import march, never, round_of, table, tour
 
 SEED = int(os.environ.get("MACHINE_SEED", "6"))
 LIVES = 30
@@ -31,6 +31,7 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     print(f"MACHINE_SEED={SEED}")
     COUNTS.clear()
     tour()
+    march()
     round_of(SEED, LIVES)
     print(table())
     assert not never(), "these never happened, so nothing is known about them"

@@ -25,12 +25,19 @@ from tests.machine.process import (
     Fault,
 )
 
-COMMITTING = ("a sweep a day later", "a delete", "lost registrations", "an adoption", "there and back")
+COMMITTING = (
+    "a delete of the base",
+    "a sweep a day later",
+    "a delete",
+    "lost registrations",
+    "an adoption",
+    "there and back",
+)
 ADOPTING = ("the owner goes on", "the owner deletes", "an adoption at the same moment")
 READING = ("a delete and a sweep", "a sweep a day later")
 
 _SKIPS = (0, 0, 1, 1, 2, 3, 4, 5)
-_INTO = ("record", "change", "any", "get")
+_INTO = ("record", "change", "change", "any", "get")
 _MILD = [
     (LOST, "change"), (LOST, "record"), (FAILED, "any"), (FAILED, "change"), (EXPIRED, "any"),
     (LATE, "put"), (LATE, "put"), (LATE, "record"), (DUPLICATE, "put"), (DUPLICATE, "put"),
@@ -62,7 +69,18 @@ def _drawn(draw: random.Random, intrusions: tuple[str, ...]) -> tuple[Fault, ...
     def intruder() -> Fault:
         return _intrusion(draw.choice(intrusions), draw.choice(_INTO), draw.choice(_SKIPS))
 
-    kinds = ((), (), (), (mild,), (mild, mild), (fatal,), (mild, fatal), (intruder,), (intruder, fatal))
+    kinds = (
+        (),
+        (),
+        (),
+        (mild,),
+        (mild, mild),
+        (fatal,),
+        (mild, fatal),
+        (intruder,),
+        (intruder,),
+        (intruder, fatal),
+    )
     return tuple(kind() for kind in draw.choice(kinds))
 
 

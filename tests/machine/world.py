@@ -25,7 +25,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from island_fast import pipeline
+from island_fast import local, pipeline
 from island_fast import repository as repository_module
 from island_fast.errors import DamagedError, IslandError, StoreError
 from island_fast.lineage import Lineage
@@ -80,6 +80,15 @@ class Inline:
 
     def shutdown(self, **_: Any) -> None:
         pass
+
+
+def _flock(file: Any, operation: int) -> None:
+    """A lock that is held is held by this very process: to wait for it would be for ever."""
+    try:
+        fcntl.flock(file, operation | fcntl.LOCK_NB)
+    except BlockingIOError:
+        assert operation & fcntl.LOCK_NB, "a command waits for a lock that the one around it holds"
+        raise
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ class World:
         replaced(pipeline, "ThreadPoolExecutor", Inline)
         replaced(secrets, "token_hex", lambda n=16: draw.randbytes(n).hex())
         replaced(secrets, "randbits", draw.getrandbits)
+        locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
+        replaced(local, "fcntl", SimpleNamespace(flock=_flock, **locks))
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
         clock.time_ns = lambda: int(self.account.now * 1e9)
@@ -221,9 +232,9 @@ class World:
     def files(self, host: Host, lineage: str) -> Path:
         return host.root / self.repository_id / lineage
 
-    def locked(self, host: Host, lineage: str) -> bool:
-        """Whether a command of the host holds the lineage's lock."""
-        path = self.files(host, lineage) / "lock"
+    def locked(self, host: Host, lineage: str, lock: str = "lock") -> bool:
+        """Whether a command of the host holds the lineage's lock, or its other one, for sweeps."""
+        path = self.files(host, lineage) / lock
         if not path.exists():
             return False
         with open(path) as file:
