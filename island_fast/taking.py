@@ -56,6 +56,11 @@ def take(
     return _Taking(lineage, source, request, progress).run()
 
 
+def new_id() -> str:
+    """A snapshot id that nobody has used."""
+    return secrets.token_hex(16)
+
+
 class _Taking:
     """One snapshot being taken. `_begin` sets `_id`, `_start` (from what) and `_registration`."""
 
@@ -132,9 +137,7 @@ class _Taking:
             before = find_interrupted(lineage)
             self._start = choose(lineage, self._source, request)
             parent = self._start.parent.id if self._start.parent else None
-            snapshot, attempt = (
-                (before.snapshot, before.attempt + 1) if before else (secrets.token_hex(16), 0)
-            )
+            snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
             stack.enter_context(lineage.files.register(self._registration))
         self._packs = PackReader(lineage)
