@@ -211,15 +211,16 @@ def test_what_comes_damaged_is_read_again_and_told(
     assert len(spoilt) == times
 
 
+@pytest.mark.parametrize("lock, doing", [("lock", "changing"), ("sweeping", "sweeping")])
 def test_whoever_waits_for_a_lock_says_for_which_process(
-    repository: Repository, image: Path, tmp_path: Path
+    repository: Repository, image: Path, tmp_path: Path, lock: str, doing: str
 ) -> None:
-    taken = repository.snapshot(image)
+    repository.snapshot(image)
     held = tmp_path / "held"
     program = (
         "import sys; from pathlib import Path; from island_fast.local import LineageFiles\n"
         "files = LineageFiles(Path(sys.argv[1]))\n"
-        "with files.lock():\n"
+        f"with files.{lock}():\n"
         "    Path(sys.argv[2]).touch()\n"
         "    sys.stdin.read()\n"
     )
@@ -229,8 +230,8 @@ def test_whoever_waits_for_a_lock_says_for_which_process(
         while not held.exists():
             assert process.poll() is None
             time.sleep(0.01)
-        repository.delete([taken.snapshot])
-    assert lines == [f"waiting for process {process.pid}, which is changing volume vol"]
+        repository.sweep()
+    assert lines == [f"waiting for process {process.pid}, which is {doing} volume vol"]
 
 
 @contextmanager
