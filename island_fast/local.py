@@ -148,7 +148,7 @@ class LineageFiles:
                 (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lineage's lock: for following its catalog, and appending to it. Short."""
+        """Hold the lineage's lock: to follow its catalog, to plan by it, and to append to it."""
         return self._holding("lock", "is changing")
 
     def sweeping(self) -> contextlib.AbstractContextManager[None]:
