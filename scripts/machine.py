@@ -20,7 +20,7 @@ from random import SystemRandom
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.machine.rounds import march, never, round_of, table  # noqa: E402 (found in the tree that this file is in)
+from tests.machine.rounds import interruptions, march, never, round_of, table  # noqa: E402 (found in the tree that this file is in)
 
 
 def main() -> int:
@@ -38,6 +38,7 @@ def main() -> int:
         try:
             if not rounds:
                 march()
+                interruptions()
             round_of(seed, options.lives, shrink=options.shrink)
         except Exception:  # noqa: BLE001 (whatever it is, it is a finding)
             traceback.print_exc()

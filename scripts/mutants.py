@@ -138,6 +138,26 @@ MISTAKES: dict[str, list[Edit]] = {
     "what crashed snapshots registered is never given up": [
         ("local.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
+    "a sweep does not heed the grace": [
+        ("reclaim.py", "info.age >= age:", "True:"),
+    ],
+    "an id that is used up is gone on with": [
+        ("resuming.py", "    forget_used(lineage)\n", ""),
+        ("catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
+    ],
+    "what an interrupted attempt sent is not compared": [
+        (
+            "pipeline.py",
+            "known.kept.same(blocks, digests) & ~equal",
+            "np.isin(blocks, [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]) & ~equal",
+        ),
+    ],
+    "an attempt numbers its packs like the one before it": [
+        ("resuming.py", "max(self._sent, default=-1) + 1", "0"),
+    ],
+    "slots that a later attempt has no use for are not dead": [
+        ("taking.py", "return kept.updated(written), dead\n", "return kept.updated(written), dead[:0]\n"),
+    ],
     "garbage is never removed": [
         ("reclaim.py", "info.age >= age:", "False:"),
     ],

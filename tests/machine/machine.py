@@ -19,10 +19,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.packreader import PackReader
+from island_fast.stores.swift import SwiftStore
 from tests.machine.books import balanced, is_content, object_names, restored
 from tests.machine.memory_image import CONTENTS, HOLE, MemoryImage
 from tests.machine.memory_swift import DAY, NODES, Late
 from tests.machine.model import Doubt, Volume
+from tests.machine.process import CRASH_AFTER, CRASH_BEFORE, LATE_OUTAGE, LOST_OUTAGE, Fault
 from tests.machine.troubles import ADOPTING, COMMITTING, READING, troubles
 from tests.machine.world import PREFIX, Host, Outcome, World
 
@@ -35,6 +37,9 @@ WEATHER = (
     "a host looks", "a host looks", "state lost", "caches lost", "late PUTs land", "late PUTs land",
     "replication", "node away or back", "node away or back", *TIMES,
 )  # fmt: skip
+GOES_ON, NOT_SENT = "an interrupted snapshot goes on", "blocks that were not sent again"
+INTERRUPTIONS = (CRASH_BEFORE, CRASH_AFTER, LATE_OUTAGE, LOST_OUTAGE)
+MANY = {0: 11, 1: 12, 2: 13, 3: 14, 5: 11, 6: 12}
 WRITES = st.dictionaries(st.integers(0, 11), st.integers(HOLE, CONTENTS - 1), max_size=4)
 VOLUMES = st.integers(0, 1)
 PICK = st.integers(0, MOST - 1)
@@ -113,6 +118,8 @@ class Machine(RuleBasedStateMachine):
         if outcome.done:
             assert allowed or not sure, "a host that does not own the volume took a snapshot"
             snapshot = outcome.value.snapshot
+            COUNTS[GOES_ON] += outcome.value.attempt > 0
+            COUNTS[NOT_SENT] += outcome.value.blocks_kept
             assert snapshot not in volume.certain, "an id was used twice"
             assert snapshot not in volume.gone, "the id of a deleted snapshot was used again"
             volume.certain[snapshot] = content
@@ -298,6 +305,21 @@ class Machine(RuleBasedStateMachine):
         else:
             self.family(number, pick, one, two)
 
+    @rule(
+        number=VOLUMES, one=WRITES, two=WRITES, kind=st.sampled_from(INTERRUPTIONS),
+        skip=st.integers(0, 4), deleted=st.booleans(),
+    )  # fmt: skip
+    def interrupted(
+        self, number: int, one: dict[int, int], two: dict[int, int], kind: str, skip: int, deleted: bool
+    ) -> None:
+        """A snapshot of many blocks ends at one of its PUTs, and the volume is snapshotted again."""
+        self.snapshot(number, MANY | one, 0, {}, False, (Fault(kind, "put", skip),))
+        self.look_again()
+        if deleted:
+            self.delete(number, [MOST - 1], False, ())
+            self.look_again()
+        self.snapshot(number, two, 0, {}, False, ())
+
     def family(self, number: int, pick: int, one: dict[int, int], two: dict[int, int]) -> None:
         """Two branches from one snapshot, which then goes, and one of the branches with it."""
         for writes in (one, two):
@@ -395,6 +417,7 @@ class Machine(RuleBasedStateMachine):
     @invariant()
     def look_again(self) -> None:
         if self.world is not None:
+            assert self.account.youngest >= SwiftStore.grace, "an object went before the grace was over"
             for volume in self.volumes:
                 changes = self.account.changes[volume.name]
                 if self.everything or volume.changes != changes:

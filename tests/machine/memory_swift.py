@@ -8,6 +8,7 @@ when replication has caught up, and one at a time, unless a fault takes two away
 
 from __future__ import annotations
 
+import math
 import random
 from collections import Counter
 from collections.abc import Iterator
@@ -65,6 +66,8 @@ class Account:
         self.random = random.Random(seed)
         self.counts = counts
         self.acting: list[Process] = []
+        self.first: dict[str, float] = {}  # when a name was stored for the first time
+        self.youngest = math.inf  # seconds that a deleted object had been there, at the least
 
     # What the retry loop is given, and who makes requests.
 
@@ -101,6 +104,7 @@ class Account:
             up = []
         copy = Copy(self.next_stamp() if late is None else late, self.now, data)
         won = [node for node in up if self._keep(node, name, copy)]
+        self.first.setdefault(name, self.now)
         if won:
             self._row(name, (len(data), self.now))
         if len(up) < 2:
@@ -110,6 +114,7 @@ class Account:
         up = self._up(away)
         found = any((c := self.nodes[n].get(name)) and c.data is not None for n in up)
         copy = Copy(self.next_stamp(), self.now, None)
+        self.youngest = min(self.youngest, self.now - self.first.get(name, 0.0))
         for node in up:
             self._keep(node, name, copy)
         self._row(name, None)

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.machine import process
-from tests.machine.machine import COUNTS, WEATHER, Machine
+from tests.machine.machine import COUNTS, GOES_ON, INTERRUPTIONS, NOT_SENT, WEATHER, Machine
 from tests.machine.process import Fault
 from tests.machine.troubles import ADOPTING, COMMITTING, READING
 
@@ -70,6 +70,23 @@ def march() -> None:
                     _met(verb, Fault(process.INTRUSION, "change", skip, what=what))
 
 
+def interruptions() -> None:
+    """Every PUT of a snapshot is its last; the next one meets the volume as it was, or otherwise."""
+    for kind in INTERRUPTIONS:
+        for skip in range(6):
+            for writes in ({}, {0: 15, 2: 11}, {1: 0, 7: 14}):
+                life = Machine()
+                try:
+                    life.begin(seed=1, young=False)
+                    life.interrupted(0, {}, writes, kind, skip, deleted=skip % 2 == 1)
+                    life.look_again()
+                    life.delete(0, [skip], False, ())
+                    life.look_again()
+                    life.end()
+                finally:
+                    life.world.close()
+
+
 def _at(kind: str) -> str:
     """What a fault must be planted in to happen in `_met`."""
     places = {process.STALE: "plain", process.CUT: "plain", process.LISTING: "list"}
@@ -112,6 +129,6 @@ def table(counts: Counter[str] = COUNTS) -> str:
 def never(counts: Counter[str] = COUNTS) -> list[str]:
     """Commands, faults, intrusions and events that did not happen at all."""
     intruders = [f"another process: {what}" for what in INTRUDERS if "same moment" not in what]
-    happened = {what: counts[what] for what in (*FAULTS, *WEATHER, *intruders)}
+    happened = {what: counts[what] for what in (*FAULTS, *WEATHER, *intruders, GOES_ON, NOT_SENT)}
     happened |= {f"{verb}: done": counts[f"{verb}: done"] for verb in VERBS}
     return sorted(what for what, count in happened.items() if not count)

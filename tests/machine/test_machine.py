@@ -12,7 +12,7 @@ import pytest
 
 from tests.machine.machine import COUNTS, Machine
 from tests.machine.process import CRASH_BEFORE, INTRUSION, Fault
-from tests.machine.rounds import march, never, round_of, table, tour
+from tests.machine.rounds import interruptions, march, never, round_of, table, tour
 
 SEED = int(os.environ.get("MACHINE_SEED", "6"))
 LIVES = 30
@@ -32,6 +32,7 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     COUNTS.clear()
     tour()
     march()
+    interruptions()
     round_of(SEED, LIVES)
     print(table())
     assert not never(), "these never happened, so nothing is known about them"
