@@ -209,6 +209,7 @@ class State:
             return record.state
         live = dict(self.live)
         if record.snapshot:
+            self._refuse_used(record, record.snapshot.id)
             live[record.snapshot.id] = record.snapshot
         dropped = {k: row for k, row in self.dropped.items() if k not in record.swept}
         for snapshot in record.deleted:
@@ -229,6 +230,15 @@ class State:
             dead=merge_intervals(np.concatenate([self.dead, record.dead])),
         )
         return state._without(record.gone)
+
+    def _refuse_used(self, record: Record, snapshot: str) -> None:
+        """DamagedObjectError if a new snapshot's id, or a pack that it wrote, is in the state already."""
+        used = snapshot in self.live or snapshot in self.dropped
+        if used or bool((self.packs.find(record.packs.key) >= 0).any()):
+            raise DamagedObjectError(
+                f"lineage {record.lineage}: record {record.epoch}-{record.number} makes snapshot {snapshot}, "
+                "which was made before; nothing is deleted until the catalog is mended"
+            )
 
     def _without(self, gone: Int64s) -> State:
         """The state less packs that were swept away, and their dead slots."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 __all__ = [
+    "UNREADABLE",
     "ConflictError",
     "DamagedError",
     "DamagedImageError",
@@ -88,3 +89,7 @@ class DamagedObjectError(DamagedError):
 
 class DamagedImageError(DamagedError):
     """An image contradicts its own format (an offset outside the file, an invalid entry, a cut stream)."""
+
+
+UNREADABLE = (DamagedObjectError, UnsupportedObjectError)
+"""What an object raises that does not come as it was written: a flipped bit may look like a newer version."""

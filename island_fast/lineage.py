@@ -32,6 +32,7 @@ from island_fast.errors import (
     DamagedObjectError,
     NotFoundError,
     ObjectMissingError,
+    StoreError,
     UnsupportedObjectError,
 )
 from island_fast.frame import Kind, Section, json_bytes, seal
@@ -311,8 +312,9 @@ class Lineage:
             record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=writer,
             host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
         )  # fmt: skip
+        after = self.state.after(record)  # refuses what no reader would accept, before it is sent
         if record.number % CHECKPOINT_EVERY == 0:
-            record = replace(record, state=self.state.after(record))
+            record = replace(record, state=after)
         self._append(record)
 
     def require_owner(self, writer: str) -> None:
@@ -384,6 +386,10 @@ class Lineage:
             same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
+        except ObjectMissingError as error:
+            raise StoreError(
+                f"{self.store.location} does not show {name}, which was just written; run it again"
+            ) from error
         if not same:
             self.files.clear_pending(name.rpartition("/")[2])
             self._place = None
@@ -396,8 +402,12 @@ class Lineage:
         """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
         for last, data in self.files.pending():
             name = f"{self.name}/catalog/{last}"
-            with contextlib.suppress(DamagedObjectError, ConflictError):
+            try:
                 decode_record(name, data, SnapshotNumbers())
+            except DamagedObjectError:  # cut off before it was ever sent
+                self.files.clear_pending(last)
+                continue
+            with contextlib.suppress(ConflictError):
                 self._send(name, data)
             self.files.clear_pending(last)
 

@@ -148,7 +148,7 @@ class LineageFiles:
                 (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Hold the lineage's lock: for following its catalog, and appending to it. Short."""
+        """Hold the lineage's lock: to follow its catalog, to plan by it, and to append to it."""
         return self._holding("lock", "is changing")
 
     def sweeping(self) -> contextlib.AbstractContextManager[None]:
@@ -160,18 +160,18 @@ class LineageFiles:
         """Hold one of the lineage's locks; waits, and says for whom. The kernel drops it at exit."""
         self.make()
         with _explained(self.folder):
-            file = open(self.folder / name, "a+", opener=_private)  # noqa: SIM115 (held across the yield)
+            file = open(self.folder / name, "a+b", opener=_private)  # noqa: SIM115 (held across the yield)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 file.seek(0)
-                holder = file.read(20).strip() or "another"
+                holder = file.read(20).strip().decode(errors="replace") or "another"
                 _LOG.warning("waiting for process %s, which %s volume %s", holder, doing, self.folder.name)
                 fcntl.flock(file, fcntl.LOCK_EX)
             with contextlib.suppress(OSError):  # only to be told to those who wait
                 file.truncate(0)
-                file.write(f"{os.getpid()}\n")
+                file.write(b"%d\n" % os.getpid())
                 file.flush()
             yield
 
@@ -200,8 +200,11 @@ class LineageFiles:
         folder = self.folder / "pending"
         if not folder.is_dir():
             return []
-        paths = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
-        return [(path.name, path.read_bytes()) for path in paths]
+        found = []
+        for path in sorted(p for p in folder.iterdir() if not p.name.startswith(".")):
+            with contextlib.suppress(FileNotFoundError):  # settled by another process just now
+                found.append((path.name, path.read_bytes()))
+        return found
 
     def set_pending(self, name: str, data: bytes) -> None:
         """Keep a record's bytes on disk before they are sent for the first time."""
@@ -231,7 +234,7 @@ class LineageFiles:
             try:
                 yield
             except BaseException:
-                if not self.sent(snapshot):
+                if not self.cached_names(f"sent/{snapshot}"):
                     self._forget(snapshot)
                 raise
             self._forget(snapshot)
@@ -247,7 +250,7 @@ class LineageFiles:
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
             if path.name.startswith("."):
                 continue
-            with contextlib.suppress(FileNotFoundError), open(path) as file:
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
                 found.append((_registration(path.name, file.read()), _locked(file.fileno())))
         return found
 
@@ -273,10 +276,11 @@ class LineageFiles:
     def tidy(self) -> None:
         """Remove temporary files that processes left when they died in the middle of writing one."""
         oldest = time.time() - _LEFTOVER_AGE
-        for path in self.folder.rglob(".*"):
-            with contextlib.suppress(OSError):
-                if path.is_file() and path.stat().st_mtime < oldest:
-                    path.unlink()
+        for folder, _, names in os.walk(self.folder):
+            for path in (Path(folder, name) for name in names if name.startswith(".")):
+                with contextlib.suppress(OSError):
+                    if path.stat().st_mtime < oldest:
+                        path.unlink()
 
     def _age(self, snapshot: str) -> float:
         """Seconds since a registration was written, or a pack of it acknowledged; 0.0 if there is none."""
@@ -288,8 +292,8 @@ class LineageFiles:
     def interrupted(self, epoch: int) -> Registration | None:
         """The newest registration of this epoch whose process is gone and that sent packs. Under the lock."""
         found = [r for r, alive in self.running() if not alive and r.epoch == epoch and r.attempt >= 0]
-        kept = [(self._age(r.snapshot), r.snapshot, r) for r in found if self.sent(r.snapshot)]
-        return min(kept)[2] if kept else None
+        kept = [r for r in found if self.cached_names(f"sent/{r.snapshot}")]
+        return min(kept, key=lambda r: self._age(r.snapshot), default=None)
 
     def note_sent(self, snapshot: str, pack: SentPack) -> None:
         """Remember that the store has acknowledged a pack. What is lost of this is sent again."""
@@ -321,7 +325,7 @@ class LineageFiles:
     def retired(self) -> list[Registration]:
         """Deleted snapshots, each with its attempt and nearest live ancestor, if their pins may be left."""
         names = self.cached_names("retired")
-        found = (_registration(n, (self.cached(f"/retired/{n}") or b"").decode()) for n in names)
+        found = (_registration(n, self.cached(f"/retired/{n}") or b"") for n in names)
         return [one for one in found if one.attempt >= 0]
 
     def forget_retired(self) -> None:
@@ -371,7 +375,7 @@ def _relative(name: str) -> str:
     return name.partition("/")[2]
 
 
-def _registration(snapshot: str, text: str) -> Registration:
+def _registration(snapshot: str, text: bytes) -> Registration:
     """A registration read back; one that is unreadable keeps its id alive and matches no other."""
     try:
         value = json.loads(text)

@@ -7,6 +7,7 @@ was repacked or swept: the catalog is read again, and only if the name stays is 
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import pack_full_name
-from island_fast.errors import DamagedObjectError, ObjectMissingError, UnsupportedObjectError
+from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
 from island_fast.pack import (
@@ -37,6 +38,7 @@ Bytes2D = NDArray[np.uint8]
 T = TypeVar("T")
 
 _INDEXES_KEPT = 64
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -143,7 +145,7 @@ class PackReader:
     def _cached_index(self, name: str) -> Index | None:
         front = self._lineage.files.cached(name)
         if front is not None:
-            with contextlib.suppress(DamagedObjectError):
+            with contextlib.suppress(*UNREADABLE):
                 return read_front(name, front)
         return None
 
@@ -153,7 +155,7 @@ class PackReader:
             (front,) = self._lineage.store.get_ranges(place.name, [(0, length)])
             self._count(front.nbytes)
             index = read_front(place.name, front)
-        except (DamagedObjectError, UnsupportedObjectError):
+        except UNREADABLE:
             index, front = self._whole(place, damaged=1)
         self._lineage.files.cache(place.name, front[: index.data_start])
         return index
@@ -198,12 +200,14 @@ class KnownDigests:
     """Digests of blocks that are stored already, from the indexes of the packs that `runs` name.
 
     It answers only "is this block the same?"; where the block is, the runs tell. `index` gives the index of
-    what stands in the runs' column `pack`; None if that pack is not to be relied on.
+    what stands in the runs' column `pack`; None if that pack is not to be relied on. Of a pack whose index
+    cannot be read no block counts as the same, which is told.
     """
 
     def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self._runs = runs
         self._index = index
+        self._unreadable: set[int] = set()
 
     def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
         """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
@@ -212,10 +216,23 @@ class KnownDigests:
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
         for key in np.unique(keys):
             mine = keys == key
-            index = self._index(int(key))
+            index = self._readable(int(key), slots[mine])
             if index is None:
                 continue
-            stored_ranges(index, slots[mine])  # refuses slots that the pack does not hold
             known = index.rows["digest"][slots[mine]]
             answer[named[mine]] = (known == digests[named[mine]]).all(axis=1)
         return answer
+
+    def _readable(self, key: int, slots: Int64s) -> Index | None:
+        """The index of a pack that holds `slots`; None if it cannot be relied on."""
+        if key in self._unreadable:
+            return None
+        try:
+            index = self._index(key)
+            if index is not None:
+                stored_ranges(index, slots)  # refuses slots that the pack does not hold
+            return index
+        except UNREADABLE as error:
+            _LOG.warning("%s; those of its blocks that are read are sent again", error)
+            self._unreadable.add(key)
+            return None

@@ -9,7 +9,7 @@ be unknown to the state, of no registered snapshot, and older than the grace. `r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from island_fast.catalog import Packs, Record, SnapshotRow, State, manifest_name, pack_full_name
 from island_fast.dirtymap import merge_intervals, subtract_intervals
-from island_fast.errors import DamagedObjectError
+from island_fast.errors import UNREADABLE, DamagedObjectError
 from island_fast.lineage import Lineage
 from island_fast.pack import Index
 from island_fast.packreader import PackReader
@@ -150,15 +150,16 @@ def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) ->
         raise DamagedObjectError("a manifest names a pack that the catalog does not; nothing was deleted")
     rows = packs.rows(at)
     dead = rows.dead.copy()
-    for row, key in enumerate(keys.tolist()):
-        mine = free[free[:, 0] >> SLOT_BITS == key]
+    bounds = np.append(np.searchsorted(free[:, 0], keys << SLOT_BITS), len(free))
+    for row in range(len(rows)):
+        mine = free[bounds[row] : bounds[row + 1]]
         first = mine[:, 0] & _SLOT_MASK
         stop = first + mine[:, 1] - mine[:, 0]
         if int(stop.max()) > int(rows.slots[row]):
             raise DamagedObjectError("a manifest names a slot that its pack lacks; nothing was deleted")
         ends = _ends(rows, row, index)
         dead[row] += int((ends[stop] - ends[first]).sum())
-    return replace(rows, dead=dead)
+    return replace(rows, dead=np.minimum(dead, rows.size))
 
 
 def _ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
@@ -168,7 +169,7 @@ def _ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
         lengths = index(int(packs.key[row])).lengths
         if lengths.size != slots:
             raise DamagedObjectError("a pack has other slots than the catalog says")
-    except DamagedObjectError as error:
+    except UNREADABLE as error:
         _LOG.warning("%s; the bytes that are freed are an estimate", error)
         return np.arange(slots + 1) * size // max(slots, 1)
     return np.append(0, np.cumsum(lengths))
@@ -188,10 +189,11 @@ def _packs_to_sweep(state: State) -> tuple[Packs, Packs]:
     return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))
 
 
-def plan_sweep(lineage: Lineage, grace: float) -> SweepPlan:
+def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -> SweepPlan:
     """What a sweep would do now. Under the lineage's lock, after `refresh`.
 
-    An object is taken only if the store says that it is older than `grace` seconds.
+    An object is taken only if the store says that it is older than `grace` seconds. The registrations of the
+    snapshots `given_up` account for nothing any more.
     """
     old = _Ages(lineage, grace)
     gone, repacked = _packs_to_sweep(lineage.state)
@@ -200,7 +202,7 @@ def plan_sweep(lineage: Lineage, grace: float) -> SweepPlan:
         gone=gone.rows(old.mask(pack_names(lineage, gone))),
         repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
         manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
-        garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE))),
+        garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
     )
 
 
@@ -244,13 +246,13 @@ def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
     return manifest_name(lineage.name, row.id, row.attempt)
 
 
-def _garbage(lineage: Lineage, age: float) -> Iterable[ObjectInfo]:
+def _garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterable[ObjectInfo]:
     """Packs and manifests that a listing shows and no record or registration accounts for."""
     state = lineage.state
     named = set(pack_names(lineage, state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
         named.add(row_manifest_name(lineage, row))
-    running = {registration.snapshot for registration, _ in lineage.files.running()}
+    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
             snapshot = info.name.split("/")[2].partition("-")[0]
@@ -261,7 +263,7 @@ def _garbage(lineage: Lineage, age: float) -> Iterable[ObjectInfo]:
 def live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
     """Which of a pack's slots are not dead."""
     keep = np.ones(slots, np.bool_)
-    mine = state.dead[state.dead[:, 0] >> SLOT_BITS == key]
-    for first, stop in (mine - (key << SLOT_BITS)).tolist():
+    at, end = np.searchsorted(state.dead[:, 0], [key << SLOT_BITS, (key + 1) << SLOT_BITS])
+    for first, stop in (state.dead[at:end] - (key << SLOT_BITS)).tolist():
         keep[first:stop] = False
     return keep

@@ -8,6 +8,7 @@ layers below into their order; the order in which objects become durable (packs,
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
 import time
@@ -59,6 +60,7 @@ from island_fast.taking import take
 
 __all__ = ["Found", "Repository"]
 
+_LOG = logging.getLogger(__name__)
 _NAME = "repository"
 _META = 1
 
@@ -204,8 +206,8 @@ class Repository:
             found += [Found(lineage, row) for row in rows if wanted]
         if len(found) > 1:
             raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
-        if not found and not at and self.left_out:
-            raise self.left_out[0]
+        if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
+            raise self.left_out[0]  # what is left out may hold it, or another that begins like it
         if not found:
             raise NotFoundError(
                 f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
@@ -333,8 +335,12 @@ class Repository:
     def show(self, reference: str) -> SnapshotShown:
         """One snapshot, and what deleting it would free."""
         found = self.find(reference)
-        deletion = self._plan_delete(found.lineage, found.row)
         shown = asdict(describe(found.lineage, found.row))
+        try:
+            deletion = self._plan_delete(found.lineage, found.row)
+        except DamagedError as error:
+            _LOG.warning("what deleting it would free cannot be told: %s", error)
+            return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
         return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:

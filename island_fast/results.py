@@ -54,10 +54,10 @@ class Snapshot(_Answer):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotShown(Snapshot):
-    """A snapshot, and what deleting it would free: see `Deleted`."""
+    """A snapshot, and what deleting it would free: see `Deleted`; None if damage hides it."""
 
-    bytes_unreferenced: int
-    bytes_freed: int
+    bytes_unreferenced: int | None
+    bytes_freed: int | None
 
 
 @dataclass(frozen=True, slots=True)

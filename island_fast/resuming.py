@@ -17,30 +17,40 @@ from numpy.typing import NDArray
 
 from island_fast.catalog import Packs, pack_name
 from island_fast.dirtymap import merge_intervals, subtract_intervals
-from island_fast.errors import DamagedObjectError, ObjectMissingError
+from island_fast.errors import UNREADABLE, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.local import Registration, SentPack
 from island_fast.manifest import Runs, merge
 from island_fast.pack import Index
 from island_fast.packreader import KnownDigests, PackReader, Place
 from island_fast.pipeline import PackRow
-from island_fast.slots import MAX_PACK_NUMBER, SLOT_BITS, pack_keys, slot_intervals
+from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, SLOT_BITS, pack_keys, slot_intervals
 
-__all__ = ["KeptPacks", "find_interrupted", "note_sent"]
+__all__ = ["KeptPacks", "find_interrupted", "forget_used", "note_sent"]
 
 Int64s = NDArray[np.int64]
 
 
 def find_interrupted(lineage: Lineage) -> Registration | None:
-    """The attempt that the next snapshot of `lineage` goes on with. Under the lineage's lock.
+    """The attempt that the next snapshot of `lineage` goes on with: the newest that sent packs.
 
-    One that has committed after all is not among them: its registration is removed here.
+    Under the lineage's lock. Ids that are used up are not among them.
     """
-    found = lineage.files.interrupted(lineage.epoch)
-    while found and (found.snapshot in lineage.state.live or found.snapshot in lineage.state.dropped):
-        lineage.files.unregister(found.snapshot)
-        found = lineage.files.interrupted(lineage.epoch)
-    return found
+    forget_used(lineage)
+    return lineage.files.interrupted(lineage.epoch)
+
+
+def forget_used(lineage: Lineage) -> None:
+    """Remove registrations of snapshots that have been committed: crashes, and lost answers, leave them.
+
+    Under the lineage's lock, and before a sweep takes a deleted snapshot's last trace out of the state.
+    """
+    state, files = lineage.state, lineage.files
+    owners = {lineage.numbers.id(int(owner)) for owner in np.unique(state.packs.key >> PACK_BITS)}
+    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.retired()}
+    for registration, _ in files.running():
+        if registration.snapshot in used:
+            files.unregister(registration.snapshot)
 
 
 def note_sent(lineage: Lineage, snapshot: str, row: PackRow, blocks: Int64s, front: bytes) -> None:
@@ -80,7 +90,7 @@ class KeptPacks:
         if self._there[number]:
             try:
                 index = self._packs.index_at(place)
-            except (DamagedObjectError, ObjectMissingError):
+            except (ObjectMissingError, *UNREADABLE):
                 self._there[number] = False
             else:
                 return index if len(index.rows) == place.slots else None

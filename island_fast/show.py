@@ -165,13 +165,16 @@ def shown(answer: SnapshotShown) -> str:
             ("label", printable(answer.label)),
             ("created", answer.created),
             ("stored", size(answer.bytes_stored)),
-            (
-                "deleting",
-                f"{size(answer.bytes_unreferenced)} would be needed no more; the next sweep would free "
-                f"{size(answer.bytes_freed)}",
-            ),
+            ("deleting", _would_free(answer)),
         ]
     )
+
+
+def _would_free(answer: SnapshotShown) -> str:
+    if answer.bytes_unreferenced is None or answer.bytes_freed is None:
+        return ""
+    unneeded, freed = size(answer.bytes_unreferenced), size(answer.bytes_freed)
+    return f"{unneeded} would be needed no more; the next sweep would free {freed}"
 
 
 def restored(answer: Restored) -> str:

@@ -16,9 +16,9 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.catalog import Packs, Record, pack_full_name
+from island_fast.catalog import Packs, Record, manifest_name, pack_full_name
 from island_fast.dirtymap import merge_intervals
-from island_fast.errors import ConflictError, DamagedObjectError, ObjectMissingError
+from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
@@ -30,6 +30,7 @@ from island_fast.reclaim import (
     plan_sweep,
     row_manifest_name,
 )
+from island_fast.resuming import forget_used
 from island_fast.stores.checked import get_checked
 
 __all__ = ["sweep"]
@@ -48,10 +49,12 @@ def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: 
             lineage.files.tidy()
         with lineage.locked():
             lineage.require_owner(writer)
+            forget_used(lineage)
+            given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
-                for snapshot in lineage.files.abandoned(max(grace, GARBAGE_AGE)):
+                for snapshot in given_up:
                     lineage.files.unregister(snapshot)
-            plan = plan_sweep(lineage, grace)
+            plan = plan_sweep(lineage, grace, given_up)
         return plan if dry_run or not plan.objects else _Sweep(lineage, writer, plan, progress).run()
 
 
@@ -78,11 +81,12 @@ class _Sweep:
                     "run it again"
                 )
             self._record(renamed)
-        retired = {one.snapshot for one in self._lineage.files.retired()}
+        retired = self._lineage.files.retired()
+        kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
         for name, size in doomed:
             self._lineage.store.delete(name)
             self._told(size)
-            if name.split("/")[2].partition("-")[0] not in retired:
+            if name not in kept:  # the base of a table diff may need it
                 self._lineage.files.uncache(name)
         return self._plan
 
@@ -104,7 +108,10 @@ class _Sweep:
         Slots that died since the plan was made stay dead: none comes back to life.
         """
         lineage, plan = self._lineage, self._plan
-        now = lineage.state.packs.rows(lineage.state.packs.find(renamed.key))
+        at = lineage.state.packs.find(renamed.key)
+        if (at < 0).any():
+            raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
+        now = lineage.state.packs.rows(at)
         renamed = replace(renamed, dead=now.dead - plan.repacked.dead)
         record = Record(
             lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
@@ -126,7 +133,7 @@ class _Sweep:
             )
             try:
                 index, data = get_checked(self._lineage.store, name, _opener(name))
-            except (DamagedObjectError, ObjectMissingError) as error:
+            except (ObjectMissingError, *UNREADABLE) as error:
                 _LOG.warning("%s; it is not repacked", error)
                 readable[row] = False
                 continue

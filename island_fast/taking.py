@@ -40,7 +40,6 @@ from island_fast.source import Change, Source, View, pin_name
 __all__ = ["Request", "take"]
 
 Int64s = NDArray[np.int64]
-_NONE = np.zeros((0, 2), np.int64)
 
 
 def take(
@@ -55,6 +54,11 @@ def take(
     On an error nothing is visible in the repository, and the image keeps the pins that it had.
     """
     return _Taking(lineage, source, request, progress).run()
+
+
+def new_id() -> str:
+    """A snapshot id that nobody has used."""
+    return secrets.token_hex(16)
 
 
 class _Taking:
@@ -130,12 +134,10 @@ class _Taking:
                 self._objects += 1
             lineage.require_owner(request.writer)
             lineage.files.set_image(self._source.path)
+            before = find_interrupted(lineage)
             self._start = choose(lineage, self._source, request)
             parent = self._start.parent.id if self._start.parent else None
-            before = find_interrupted(lineage)
-            snapshot, attempt = (
-                (before.snapshot, before.attempt + 1) if before else (secrets.token_hex(16), 0)
-            )
+            snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
             stack.enter_context(lineage.files.register(self._registration))
         self._packs = PackReader(lineage)
@@ -315,6 +317,8 @@ class _Taking:
         if lineage.epoch != self._registration.epoch:
             raise ConflictError(f"volume {lineage.name} changed hands meanwhile; take the snapshot again")
         if not lineage.files.registered(self._registration):
-            raise ConflictError("this snapshot took so long that a sweep gave it up; take it again")
+            raise ConflictError(
+                "the registration of this snapshot is gone, so its packs may be swept; take it again"
+            )
         if parent is not None and parent not in lineage.state.live:
             raise ConflictError(f"snapshot {parent} was deleted meanwhile; take the new one again")

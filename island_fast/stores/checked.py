@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+from island_fast.errors import UNREADABLE
 from island_fast.stores.base import Store
 
 __all__ = ["READS", "get_checked"]
@@ -45,7 +45,7 @@ def get_checked(
         data = store.get(name, newest=newest)
         try:
             found = check(data)
-        except (DamagedObjectError, UnsupportedObjectError):
+        except UNREADABLE:
             if not reads_left:
                 raise
             damaged += 1

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast import pipeline
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from tests.memory_store import MemoryStore
@@ -19,6 +20,18 @@ def store() -> MemoryStore:
 @pytest.fixture
 def repository(store: MemoryStore, tmp_path: Path) -> Repository:
     return Repository(store, LocalState(tmp_path / "state"), create=True)
+
+
+PACK = 8
+"""Blocks of a pack where `small_packs` is in force."""
+
+
+@pytest.fixture
+def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packs of PACK blocks, sent one at a time and in order."""
+    monkeypatch.setattr(pipeline, "BATCH", PACK)
+    monkeypatch.setattr(pipeline, "MAX_SLOTS", PACK)
+    monkeypatch.setattr(pipeline, "UPLOADS", 1)
 
 
 def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:

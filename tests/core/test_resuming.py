@@ -8,26 +8,19 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import pipeline
 from island_fast.catalog import pack_full_name
 from island_fast.errors import ConflictError, IslandError, StoreError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from tests import qemu
-from tests.core.conftest import check
+from tests.core.conftest import PACK, check
 from tests.memory_store import MemoryStore
 
 MIB = 1 << 20
 DAY = 24 * 3600.0
 BLOCK = 65536
-PACK = 8  # blocks
 
-
-@pytest.fixture(autouse=True)
-def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BATCH", PACK)
-    monkeypatch.setattr(pipeline, "MAX_SLOTS", PACK)
-    monkeypatch.setattr(pipeline, "UPLOADS", 1)
+pytestmark = pytest.mark.usefixtures("small_packs")
 
 
 @pytest.fixture
