@@ -6,16 +6,21 @@ from dataclasses import replace
 
 import numpy as np
 
-from island_fast.catalog import SnapshotRow, manifest_name, pack_full_name
+from island_fast.catalog import SnapshotRow, State, manifest_name, pack_full_name
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.lineage import Lineage
 from island_fast.packreader import PackReader
 from island_fast.pipeline import receive
 from island_fast.progress import silent
+from island_fast.reclaim import live_slots
 from island_fast.slots import SLOT_BITS
 from tests.machine.memory_image import PALETTE, Content
 from tests.machine.process import Process
 from tests.machine.world import World
+
+
+def _columns(state: State) -> tuple[np.ndarray, ...]:
+    return state.packs.key, state.packs.dead, state.packs.slots
 
 
 def object_names(world: World, lineage: Lineage, row: SnapshotRow) -> frozenset[str]:
@@ -67,6 +72,10 @@ def balanced(world: World, name: str) -> None:
     alive = subtract_intervals(every, state.dead)
     assert set((alive[:, 0] >> SLOT_BITS).tolist()) == set(state.packs.key.tolist()), "a pack is wholly dead"
     with world.account.by(Process(world.account)):
+        reader = PackReader(lineage)
+        for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
+            lengths = reader.index(key).lengths
+            assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
         named = [
             lineage.manifest(row).slot_intervals(lineage.numbers)
             for row in state.live.values()

@@ -25,7 +25,7 @@ from tests.machine.memory_image import CONTENTS, HOLE, MemoryImage
 from tests.machine.memory_swift import DAY, NODES, Late
 from tests.machine.model import Doubt, Volume
 from tests.machine.process import CRASH_AFTER, CRASH_BEFORE, LATE_OUTAGE, LOST_OUTAGE, Fault
-from tests.machine.troubles import ADOPTING, COMMITTING, READING, troubles
+from tests.machine.troubles import ADOPTING, COMMITTING, LATEST, READING, troubles
 from tests.machine.world import PREFIX, Host, Outcome, World
 
 HOUR = 3600.0
@@ -203,9 +203,10 @@ class Machine(RuleBasedStateMachine):
         host = self.owner(volume) or host
         if self.held("lock", *self.hosts):
             return False
-        if what == "a delete of the base":  # or of the newest one, whatever the command is
-            if volume.visible and volume.visible[-1] in volume.certain:
-                self.remove(host, volume, volume.visible[-1:], (), nested=True)
+        if what in LATEST:  # the newest one may be the base of a running snapshot
+            chosen = volume.visible[LATEST[what] :][:1]
+            if chosen and chosen[0] in volume.certain:
+                self.remove(host, volume, chosen, (), nested=True)
             return True
         if what == "a delete":
             return self.remove_one(host, volume)

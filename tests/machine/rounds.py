@@ -62,7 +62,7 @@ def march() -> None:
     """Every change of every command is where something goes wrong, or somebody comes in between."""
     wrong = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE)
     for verb, intruders in (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING)):
-        for skip in range(4):
+        for skip in range(6 if verb == "sweep" else 4):
             for kind in wrong:
                 _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip))
             for what in intruders:
@@ -106,7 +106,11 @@ def _met(verb: str, fault: Fault) -> None:
         elif verb == "snapshot":
             life.snapshot(0, {0: 11, 1: 12, 2: 13, 3: 14}, 0, {}, False, (fault,))
         else:
-            life.delete(0, [0], False, ())
+            every = {0: 11, 1: 12, 2: 13, 3: 14, 4: 14, 5: 12}
+            for writes in (every, {0: 17, 3: 18, 4: 19}, {1: 17}):
+                life.snapshot(0, writes, 0, {}, False, ())
+                life.look_again()
+            life.delete(0, [3], False, ())  # leaves two packs more than half dead
             life.sweep(0, 0, 30, (fault,))
         life.look_again()
         life.end()

@@ -25,8 +25,9 @@ from tests.machine.process import (
     Fault,
 )
 
+LATEST = {"a delete of the newest": -1, "a delete of the one before": -2}
 COMMITTING = (
-    "a delete of the base",
+    *LATEST,
     "a sweep a day later",
     "a delete",
     "lost registrations",
@@ -99,4 +100,4 @@ def _placed(where: str, skip: int) -> int:
     return max(0, skip - 3) if where == "record" else 4 * skip if where == "any" else skip
 
 
-__all__ = ["ADOPTING", "COMMITTING", "READING", "troubles"]
+__all__ = ["ADOPTING", "COMMITTING", "LATEST", "READING", "troubles"]

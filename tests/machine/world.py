@@ -45,7 +45,7 @@ SHM = Path("/dev/shm")
 NOWHERE = Path("/dev/null/nowhere")  # local state that can neither be read nor written: no caches
 
 # Small, so that a few blocks fill several packs and a few records cross a checkpoint.
-CHECKPOINT_EVERY, MAX_SLOTS, BATCH = 4, 3, 2
+CHECKPOINT_EVERY, MAX_SLOTS, BATCH = 4, 4, 2
 
 
 class Keys:
