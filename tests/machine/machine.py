@@ -176,7 +176,7 @@ class Machine(RuleBasedStateMachine):
             blocks = np.frombuffer(target.read_bytes(), np.uint8).reshape(-1, BLOCK_SIZE)
             assert is_content(blocks, content), f"snapshot {snapshot} restores other bytes"
         else:
-            still = snapshot in volume.certain
+            still = volume.must_be_live(snapshot)
             assert not (outcome.undisturbed and still), f"{snapshot} is lost: {outcome.error!r}"
             if outcome.process.intruded and not outcome.process.hard and not outcome.crashed:
                 assert not still, f"{snapshot} is live and did not restore: {outcome.error!r}"

@@ -38,5 +38,9 @@ class Volume:
     def path(self) -> str:
         return f"/images/{self.name}.qcow2"
 
+    def must_be_live(self, snapshot: str) -> bool:
+        """Whether it was reported as taken, and no delete of it is in doubt: any command may settle that."""
+        return snapshot in self.certain and all(snapshot not in doubt.deleted for doubt in self.doubts)
+
     def content(self, snapshot: str) -> Content:
         return self.certain.get(snapshot) or self.seen[snapshot]
