@@ -152,8 +152,11 @@ class Process:
         return refusal(503, "Service Unavailable", **{"Retry-After": "1"})
 
     def _maybe_admitted(self, late: Late) -> Late:
-        """Some late PUTs were admitted before they were held up, with the stamp of that moment."""
-        if self.account.random.random() < 0.5:
+        """Some late PUTs were admitted before they were held up, with the stamp of that moment.
+
+        One that If-None-Match refuses now is not among them.
+        """
+        if self.account.random.random() < 0.5 or (late.stamp is None and self.account.holds(late.name)):
             return late
         return Late(late.name, late.data, self.account.next_stamp())
 
