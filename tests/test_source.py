@@ -23,7 +23,7 @@ LAYERS = [
     ["outcome"],
     ["show"],
     ["repository"],
-    ["taking", "restoring", "inspecting", "sweeping"],
+    ["taking", "restoring", "inspecting", "sweeping", "unpinning"],
     ["choosing", "resuming"],
     ["pipeline", "reclaim"],
     ["packreader"],
