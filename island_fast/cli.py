@@ -313,13 +313,15 @@ def adopt(run: Run, volume: str) -> None:
 @click.argument("image", type=click.Path(path_type=Path))
 @click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
+@click.option("--orphans", is_flag=True,
+              help="Only those that interrupted snapshots left, by the repository's catalog.")  # fmt: skip
 @common
 @click.pass_obj
-def unpin(run: Run, image: Path, qmp: Path | None) -> None:
+def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     """Drop all pins from the qcow2 file IMAGE, of whatever repository.
 
     They hold what was written over since the last snapshot. The next snapshot of IMAGE scans in full and
-    stores what differs; snapshots that are stored stay as they are. No repository is needed.
+    stores what differs; snapshots that are stored stay as they are. Only --orphans needs a repository.
 
     \b
     Example:
@@ -329,7 +331,11 @@ def unpin(run: Run, image: Path, qmp: Path | None) -> None:
     from island_fast.unpinning import unpin
 
     run.if_interrupted = lambda: "'island info' shows which pins are still there"
-    answer = unpin(image, qmp)
+    if orphans:
+        with opened(run) as repository:
+            answer = unpin(image, qmp, orphaned_in=repository)
+    else:
+        answer = unpin(image, qmp)
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 

@@ -284,6 +284,20 @@ def test_unpin_drops_the_pins_of_every_repository_and_nothing_else(island: Islan
     assert island.text("unpin", disk) == f"There is no pin in {disk}.\n"
 
 
+def test_unpin_of_orphans_keeps_what_a_table_diff_can_use(island: Island, disk: Path) -> None:
+    taken = island.json("snapshot", disk)
+    orphan = pins(disk)[0].replace(taken["snapshot"], "0" * 32)
+    stranger = "island-00000000.disk-" + "0" * 32
+    for name in (orphan, stranger):
+        qemu.snapshot_create(disk, name)
+    assert island.json("unpin", disk, "--orphans")["pins"] == [orphan]
+    assert stranger in pins(disk)
+    island.json("delete", "disk@latest")
+    assert island.json("unpin", disk, "--orphans")["pins"] == []
+    qemu.noise(disk, 10 * MIB, MIB)
+    assert island.json("snapshot", disk)["blocks_changed"] > 0
+
+
 @needs_storage_daemon
 def test_unpin_of_a_volume_in_use(island: Island, disk: Path) -> None:
     with StorageDaemon(disk) as daemon:

@@ -1,0 +1,39 @@
+"""Our errors as Cinder's: translated once, the sentences as they are."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from cinder import exception
+from oslo_log import log as logging
+
+from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
+
+__all__ = ["referenced", "translated"]
+
+LOG = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def translated(resource: Any = None) -> Iterator[None]:
+    """Turn an error of ours into Cinder's, the sentence as it is."""
+    try:
+        yield
+    except IslandError as error:
+        LOG.error("%s", error, resource=resource)
+        raise exception.VolumeDriverException(message=str(error)) from error
+
+
+@contextlib.contextmanager
+def referenced(existing_ref: Mapping[str, str]) -> Iterator[None]:
+    """Turn an error about a reference into Cinder's."""
+    try:
+        yield
+    except exception.VolumeDriverException as error:
+        if isinstance(error.__cause__, UsageError | NotFoundError | RefusedError):
+            raise exception.ManageExistingInvalidReference(
+                existing_ref=existing_ref, reason=str(error.__cause__)
+            ) from error
+        raise
