@@ -12,15 +12,12 @@ import json
 import os
 import signal
 import subprocess
-import time
-from collections.abc import Sequence
-from typing import Protocol
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
+from island_fast.host.execute import Execute, run_to_the_end
 
-__all__ = ["Execute", "QemuImg", "run_to_the_end"]
+__all__ = ["QemuImg"]
 
-TIMEOUT = 1800.0  # seconds; a scattered 1 TiB image takes about 5
 _MAX_NAME_BYTES = 255  # qemu cuts longer names off in silence
 _MAX_SAID = 300  # characters of qemu's own words in a message
 
@@ -29,55 +26,6 @@ _MAX_SAID = 300  # characters of qemu's own words in a message
 # snapshot and 95 s to delete, with a cache for them all 0.05 s. Memory is only taken as it is used.
 _L2_CACHE_BYTES = 128 << 20
 _REFCOUNT_CACHE_BYTES = 64 << 20
-
-
-class Execute(Protocol):
-    """Runs one program to its end and returns what it said, as `subprocess.run` does.
-
-    Takes the command as a list, program first. Returns for every exit status, with `stderr` as text
-    and a negative `returncode` for a signal. Raises OSError (FileNotFoundError: no such program) if
-    the program did not start, and `subprocess.TimeoutExpired` if it was given up.
-    """
-
-    def __call__(self, command: Sequence[str], /) -> subprocess.CompletedProcess[str]:
-        """Run `command`."""
-        ...
-
-
-def run_to_the_end(command: Sequence[str], timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run a program that must not be stopped half-way; the default `Execute`.
-
-    The program gets a session of its own, so that Ctrl-C in the terminal reaches this process and not
-    the program: half of an internal snapshot leaves clusters that nobody owns, which is worse than
-    a second of waiting. A KeyboardInterrupt, or a signal handler's SystemExit, is raised again when
-    the program has ended. After `timeout` seconds it is killed, and
-    `subprocess.TimeoutExpired` raised.
-    """
-    deadline = time.monotonic() + timeout
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="backslashreplace",
-        env={**os.environ, "LC_ALL": "C"},
-        start_new_session=True,
-    )
-    interrupt: BaseException | None = None
-    while True:
-        try:
-            output, complaints = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-            break
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            raise
-        except (KeyboardInterrupt, SystemExit) as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt
-    return subprocess.CompletedProcess(command, process.returncode, output, complaints)
 
 
 class QemuImg:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from island_fast.host.qemu_img import run_to_the_end
+from island_fast.host.execute import run_to_the_end
 from island_fast.outcome import Interrupted, Signals
 from island_fast.restoring import new_file
 from tests import qemu

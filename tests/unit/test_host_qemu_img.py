@@ -9,12 +9,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.host.qemu_img import QemuImg, run_to_the_end
+from island_fast.host.execute import run_to_the_end
+from island_fast.host.qemu_img import QemuImg
 from tests.daemon import StorageDaemon, create_qcow2, needs_qemu, needs_storage_daemon, qemu_io
 
 SIZE = 16 << 20
@@ -120,7 +122,7 @@ def test_a_backing_file_in_the_header_is_not_opened(tmp_path: Path) -> None:
     overlay = create_qcow2(tmp_path / "disk.qcow2", SIZE, backing_file=backing, backing_fmt="qcow2")
     backing.unlink()
     os.mkfifo(backing)  # opening it would hang, or fail
-    QemuImg(lambda command: run_to_the_end(command, 20)).snapshot_create(overlay, "one")
+    QemuImg(partial(run_to_the_end, timeout=20)).snapshot_create(overlay, "one")
     backing.unlink()
     create_qcow2(backing, SIZE)
     assert snapshot_names(overlay) == ["one"]
@@ -155,7 +157,7 @@ def test_a_file_that_may_not_be_written_gives_one_sentence(qcow2: Path) -> None:
     if os.geteuid() == 0:  # root without the right to override
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
     with pytest.raises(IslandError, match="Permission denied") as caught:
-        QemuImg(lambda words: run_to_the_end([*command, *words])).snapshot_create(qcow2, "one")
+        QemuImg(lambda words, **how: run_to_the_end([*command, *words], **how)).snapshot_create(qcow2, "one")
     sentence(caught)
 
 
@@ -224,7 +226,7 @@ def test_a_silent_failure_is_a_failure(tmp_path: Path) -> None:
 
 def test_a_program_that_hangs_is_given_up(tmp_path: Path) -> None:
     sleeper = program(tmp_path / "sleeper", f"echo $$ > {tmp_path}/pid", "exec sleep 60")
-    images = QemuImg(lambda command: run_to_the_end(command, 0.5), sleeper)
+    images = QemuImg(partial(run_to_the_end, timeout=0.5), sleeper)
     with pytest.raises(IslandError, match=r"did not take internal snapshot .* stopped") as caught:
         images.snapshot_create(tmp_path / "disk", "one")
     sentence(caught)
@@ -326,5 +328,5 @@ def test_ctrl_c_in_the_terminal_leaves_a_whole_snapshot(qcow2: Path) -> None:
     assert snapshot_names(qcow2) == ["one"]
 
 
-def _never(command: Sequence[str], /) -> subprocess.CompletedProcess[str]:
+def _never(command: Sequence[str], /, **_: object) -> subprocess.CompletedProcess[str]:
     raise AssertionError(f"{command} was run")
