@@ -251,7 +251,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     def _guarded(self, snapshot: Any, origin: Origin) -> bool:
         """Whether this very host would have to delete the snapshot, so that it can refuse."""
         here = volume_utils.extract_host(snapshot.volume.host) == volume_utils.extract_host(self.host)
-        return here and CONF.snapshot_same_host and self._is_ours(snapshot, origin)
+        return here and self._is_ours(snapshot, origin)
 
     def _is_ours(self, snapshot: Any, origin: Origin) -> bool:
         """Whether the snapshot is of its volume's own lineage; any other was managed, and is only read."""

@@ -6,6 +6,7 @@ section of its own for every other one. They are keystoneauth's, under the names
 
 from __future__ import annotations
 
+import copy
 import os
 from typing import Any
 
@@ -83,7 +84,9 @@ def _sign_in_options() -> list[cfg.Opt]:
         [one for one in loading.get_adapter_conf_options(include_deprecated=False) if one.dest in _ADAPTER],
     ]
     for option in (one for group in groups for one in group):
-        found.setdefault(option.dest, option)
+        named = copy.copy(option)
+        named.name = option.dest  # Cinder looks options up by their names, which must not have dashes
+        found.setdefault(option.dest, named)
     return list(found.values())
 
 
