@@ -9,8 +9,8 @@ qemu-storage-daemon serves it over NBD to a guest that writes 4 KiB at a time at
 every 256th) and notes when each request began and ended. Meanwhile QMP takes and drops snapshots. A run
 starts a new daemon with nothing in memory: take the first snapshot, take a second one (as every day, with a
 pin there), drop the first (as every day), drop the second. The wait is that of the longest request that
-overlaps the command. Beside it stand the command's own time, and the daemon's processor time, reads and writes,
-which other load on the machine does not change.
+overlaps the command. Beside it stand the daemon's processor time, reads and writes, which other load on
+the machine changes less.
 
 `in order` is a mapping as `qemu-img create -o preallocation=metadata` makes it; `scattered` is the same with
 all places shuffled, the worst that a long life can do. With `--freed N` the guest loses N clusters at random
@@ -20,6 +20,7 @@ places between the snapshots, so that dropping the first one frees them; each ha
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import os
@@ -65,11 +66,13 @@ class Case:
     freed: int = 0  # clusters
     extended: bool = False
     direct: bool = True
+    piece: int = 0  # bytes of a table that the L2 cache reads and writes at once; 0: as qemu chooses
 
     def name(self) -> str:
         """Return the row's first cells."""
         cluster = size_text(self.cluster) + (" ext" if self.extended else "")
-        cells = [size_text(self.volume), cluster, self.layout, self.cache, f"{self.freed}", self.discard]
+        cache = self.cache + (f" {size_text(self.piece)}" if self.piece else "")
+        cells = [size_text(self.volume), cluster, self.layout, cache, f"{self.freed}", self.discard]
         return " | ".join(cells)
 
 
@@ -103,10 +106,16 @@ class Guest:
 
     def stop(self) -> None:
         """End it; `requests` then holds when each began and ended, on the monotonic clock."""
-        assert self._ours is not None and self._process is not None
+        assert self._ours is not None
+        assert self._process is not None
         self._ours.send(None)
         self.requests = self._ours.recv()
         self._process.join()
+
+    def usual(self, start: float, end: float) -> tuple[int, float]:
+        """Return how many requests began and ended between these times, and the median's seconds."""
+        inside = [b - a for a, b in self.requests if a >= start and b <= end]
+        return len(inside), statistics.median(inside) if inside else 0.0
 
     def longest(self, start: float, end: float) -> float:
         """Return the seconds that the longest request took of those under way from `start` to `end`."""
@@ -255,6 +264,8 @@ def daemon(path: Path, case: Case, folder: Path) -> Iterator[int]:
     if case.cache == "covering":
         caches = cache_sizes(case.volume, case.cluster)
         node |= {"l2-cache-size": caches.l2 * (1 + case.extended), "refcount-cache-size": caches.refcount}
+    if case.piece:
+        node["l2-cache-entry-size"] = min(case.piece, case.cluster)
     command = ["qemu-storage-daemon", "--blockdev", json.dumps(node)]
     command += ["--nbd-server", f"addr.type=unix,addr.path={folder}/nbd"]
     command += ["--export", "type=nbd,id=e,node-name=disk,name=disk,writable=on"]
@@ -263,7 +274,8 @@ def daemon(path: Path, case: Case, folder: Path) -> Iterator[int]:
     try:
         deadline = time.monotonic() + 60
         while not (folder / "qmp").exists():
-            assert process.poll() is None and time.monotonic() < deadline, "the daemon did not start"
+            assert process.poll() is None, "the daemon did not start"
+            assert time.monotonic() < deadline, "the daemon does not listen"
             time.sleep(0.05)
         time.sleep(0.1)
         yield process.pid
@@ -288,8 +300,8 @@ def peak_memory(pid: int) -> int:
     return int(found.group(1)) << 10 if found else 0
 
 
-def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> tuple[dict[str, Figures], int]:
-    """Take and drop two snapshots of a volume that is written to; figures by step, and the daemon's memory."""
+def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> dict[str, Any]:
+    """Take and drop two snapshots of a volume that is written to; what each step and a write cost."""
     forget(path)
     timed: dict[str, tuple[float, float, tuple[float, ...]]] = {}
     with daemon(path, case, folder) as pid, Qmp(folder / "qmp") as qmp:
@@ -305,9 +317,11 @@ def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> tup
                 qmp.snapshot_delete("disk", "1" if snapshot == "first" else "2", snapshot)
             end = time.monotonic()
             timed[name] = start, end, tuple(b - a for a, b in zip(before, used(pid), strict=True))
-            time.sleep(0.3)
 
         step("take first", "first")
+        after, start = used(pid), time.monotonic()
+        time.sleep(1)
+        copied, end = used(pid)[2] - after[2], time.monotonic()
         if len(lost):
             lose(f"{folder}/nbd", lost, case.cluster)
         step("take", "second")
@@ -315,7 +329,11 @@ def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> tup
         step("drop last", "second")
         guest.stop()
         memory = peak_memory(pid)
-    return {name: figures(guest, *found) for name, found in timed.items()}, memory
+    writes, copying = guest.usual(start, end)
+    steps = {name: vars(figures(guest, *found)) for name, found in timed.items()}
+    plain = guest.usual(0, timed["take first"][0])[1]
+    each = copied / max(1, writes)
+    return {"steps": steps, "memory": memory, "plain": plain, "copying": copying, "written": each}
 
 
 def figures(guest: Guest, start: float, end: float, cost: tuple[float, ...]) -> Figures:
@@ -338,9 +356,7 @@ def measure(case: Case, runs: int, folder: Path) -> list[dict[str, Any]]:
             lost = np.sort(chance.choice(total, min(case.freed, total), replace=False))
             put_data(path, change_places(path, case, shuffled=False)[lost])
         load = os.getloadavg()[0]
-        found, memory = run(path, case, folder, lost)
-        steps = {name: vars(found[name]) for name in STEPS}
-        results.append({"case": vars(case), "load": load, "memory": memory, "steps": steps})
+        results.append({"case": vars(case), "load": load, **run(path, case, folder, lost)})
     path.unlink()
     print(row(case, results), flush=True)
     return results
@@ -358,16 +374,22 @@ def row(case: Case, results: list[dict[str, Any]]) -> str:
         ]
         times = f"{statistics.median(waits):.2f} / {max(waits):.2f}"
         cells.append(f"{times} ({processor:.2f}; {moved[0]:.0f}, {moved[1]:.0f})")
+    plain, copying, written = (
+        statistics.median(found[key] for found in results) for key in ("plain", "copying", "written")
+    )
+    cells.append(f"{1e3 * plain:.2f}, {1e3 * copying:.2f} ({written / 1024:.0f})")
     cells.append(f"{max(found['memory'] for found in results) / 2**20:.0f}")
     load = [found["load"] for found in results]
     return "| " + " | ".join([*cells, f"{len(results)}", f"{min(load):.1f}-{max(load):.1f}"]) + " |"
 
 
+LEGEND = """A step: median / worst wait, s (processor s; MiB read, MiB written).
+A write: median ms without a snapshot, ms in the second after one (KiB that each made the daemon write)."""
 HEADER = (
     "| volume | cluster | mapping | caches | freed | punched | "
     + " | ".join(STEPS)
-    + " | memory MiB | runs | load |\n|"
-    + "---|" * 13
+    + " | write ms | memory MiB | runs | load |\n|"
+    + "---|" * 14
 )
 
 
@@ -402,14 +424,11 @@ def size_text(size: int) -> str:
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     """Yield every combination of what was asked for."""
     for volume in options.volume:
+        rest = (options.layout, options.cache, options.discard, options.freed, options.piece)
         for cluster in options.cluster or [cluster_size(volume)]:
-            for layout in options.layout:
-                for cache in options.cache:
-                    for freed in options.freed:
-                        for discard in options.discard:
-                            yield Case(
-                                volume, cluster, layout, cache, discard, freed, options.extended, not options.cached
-                            )
+            for layout, cache, discard, freed, piece in itertools.product(*rest):
+                ways = options.extended, not options.cached, piece
+                yield Case(volume, cluster, layout, cache, discard, freed, *ways)
 
 
 def main() -> int:
@@ -422,6 +441,7 @@ def main() -> int:
     parser.add_argument("--cache", nargs="+", default=["covering"], help="default, covering")
     parser.add_argument("--freed", type=int, nargs="+", default=[0], help="clusters freed by dropping")
     parser.add_argument("--discard", nargs="+", default=["off"], help="on, off")
+    parser.add_argument("--piece", type=size_bytes, nargs="+", default=[0], help="l2-cache-entry-size")
     parser.add_argument("--extended", action="store_true", help="with extended L2 entries")
     parser.add_argument("--cached", action="store_true", help="through the page cache, not O_DIRECT")
     parser.add_argument("--runs", type=int, default=5)
@@ -430,8 +450,7 @@ def main() -> int:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pause-", dir=options.folder) as name:
         folder = Path(name)
-        print(f"{flush_times(folder)}\n\nA step's cell: median wait / worst wait in seconds "
-              f"(processor seconds; MiB read, MiB written)\n\n{HEADER}", flush=True)  # fmt: skip
+        print(f"{flush_times(folder)}\n\n{LEGEND}\n\n{HEADER}", flush=True)
         for case in cases(options):
             for result in measure(case, options.runs, folder):
                 if options.json:

@@ -50,7 +50,7 @@ def cache_sizes(volume_size: int, cluster_size: int) -> Caches:
     """
     _check(volume_size)
     if cluster_size < 512 or cluster_size & (cluster_size - 1):
-        raise UsageError(f"a qcow2 cluster cannot have {cluster_size} bytes; it is a power of two from 512 up")
+        raise UsageError(f"a qcow2 cluster cannot have {cluster_size} bytes; it is a power of two from 512")
     clusters = -(-volume_size // cluster_size)
     l2 = _whole(clusters * _L2_ENTRY_BYTES, cluster_size)
     refcount = _whole(clusters * _REFCOUNT_BYTES * _VERSIONS, cluster_size)
