@@ -1,6 +1,6 @@
 """How long a guest waits while an internal snapshot of its volume is taken, and while one is dropped.
 
-    scripts/pause.py                     the table in docs/pause.md, in about half an hour
+    scripts/pause.py                     the driver's own choices, in ten minutes
     scripts/pause.py --volume 1T --cluster 256k --layout scattered --cache covering --runs 5
     scripts/pause.py --volume 1T --cluster 256k --freed 16384 --discard on off
 
@@ -195,14 +195,15 @@ def create(path: Path, case: Case) -> None:
     options += ",extended_l2=on" if case.extended else ""
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, f"{path}", f"{case.volume}"]
     subprocess.run(command, check=True)
-    if case.layout == "scattered":
-        change_places(path, case)
+    if case.layout == "scattered" or case.extended:
+        change_places(path, case, shuffled=case.layout == "scattered")
 
 
 def change_places(path: Path, case: Case, shuffled: bool = True) -> np.ndarray[Any, Any]:
     """Shuffle where the volume's clusters lie, table by table in place; the new places, in guest order.
 
-    Every cluster keeps exactly one reference, so reference counts stay right.
+    Every cluster keeps exactly one reference, so reference counts stay right. qemu leaves the pieces of
+    extended entries unallocated; here all are data, or a write would have nothing to copy.
     """
     words = 2 if case.extended else 1
     per_table = case.cluster // 8 // words
@@ -218,13 +219,14 @@ def change_places(path: Path, case: Case, shuffled: bool = True) -> np.ndarray[A
                 tables[row] = np.frombuffer(file.read(case.cluster), ">u8").reshape(per_table, words)
         mapped = tables[:, :, 0] != 0
         places = tables[:, :, 0][mapped]
+        tables[:, :, 1:][mapped] = 0xFFFF_FFFF
         if shuffled:
             np.random.default_rng(1).shuffle(places)
             tables[:, :, 0][mapped] = places
-            for row, offset in enumerate(l1.tolist()):
-                if offset:
-                    file.seek(offset)
-                    file.write(tables[row].tobytes())
+        for row, offset in enumerate(l1.tolist() if shuffled or case.extended else []):
+            if offset:
+                file.seek(offset)
+                file.write(tables[row].tobytes())
     return places.astype(np.uint64) & np.uint64(_OFFSET)
 
 
@@ -263,6 +265,7 @@ def daemon(path: Path, case: Case, folder: Path) -> Iterator[int]:
     }
     if case.cache == "covering":
         caches = cache_sizes(case.volume, case.cluster)
+        # 16 bytes an entry, not 8
         node |= {"l2-cache-size": caches.l2 * (1 + case.extended), "refcount-cache-size": caches.refcount}
     if case.piece:
         node["l2-cache-entry-size"] = min(case.piece, case.cluster)
