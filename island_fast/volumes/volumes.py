@@ -223,7 +223,7 @@ class Volumes:
         """
         with self._lock(f"snapshots-{volume}"), self._served(volume) as image:
             lineage = self.records.read(volume).lineage or volume
-            monitor = self.exports.monitor(volume)
+            monitor = self._monitor(volume)
             self._given_up.discard(volume)
             taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
             self.records.change(volume, lineage=taken.lineage)
@@ -265,7 +265,13 @@ class Volumes:
 
     def _unpin(self, volume: str, *, orphans: bool) -> int:
         with self._served(volume) as image:
-            return self.own.unpin(image, self.exports.monitor(volume), orphans=orphans)
+            return self.own.unpin(image, self._monitor(volume), orphans=orphans)
+
+    def _monitor(self, volume: str) -> Path:
+        monitor = self.exports.monitor(volume)
+        if monitor is None:
+            raise IslandError(f"the daemon of volume {volume} ended just now; try again")
+        return monitor
 
     def revert(self, volume: str, record: Record, snapshot: Origin) -> None:
         """Give a volume that is not attached the content of a snapshot of its own lineage.

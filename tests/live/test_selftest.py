@@ -10,10 +10,9 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import DamagedError, IslandError
-from island_fast.host import daemon, selftest
 from island_fast.host.device import LoopDevices
 from island_fast.host.execute import run_to_the_end
-from island_fast.host.selftest import VOLUME, check_data_path, choose_kind
+from island_fast.host.selftest import VOLUME, check_data_path
 from tests.live.actor import Remote
 from tests.live.conftest import Host
 

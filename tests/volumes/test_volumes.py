@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.errors import NotFoundError, RefusedError
+from island_fast.errors import IslandError, NotFoundError, RefusedError
 from island_fast.host.exports import State
 from island_fast.volumes import Origin, Record
 from tests import qemu
@@ -302,12 +302,12 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(host: Host) -> None:
     host.volumes.snapshot(volume, "one")
     assert host.volumes.drop_pins(volume) == 1
     assert host.volumes.pinned() == []
-    failed: list[BaseException] = []
+    failed: list[IslandError] = []
 
     def snapshot() -> None:
         try:
             host.volumes.snapshot(volume, "two")
-        except BaseException as error:
+        except IslandError as error:
             failed.append(error)
 
     thread = threading.Thread(target=snapshot)
