@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ from island_fast import __version__
 from island_fast.driver_errors import referenced, translated
 from island_fast.driver_options import STORE_OPTIONS, VOLUME_OPTIONS, repositories
 from island_fast.errors import NotFoundError, RefusedError
+from island_fast.host.execute import Finished
 from island_fast.host.exports import Exports
 from island_fast.host.selftest import choose_kind
 from island_fast.volumes import Origin, Record, Records, Volumes
@@ -116,7 +116,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def _programs(
         self, command: Sequence[str], /, *, root: bool = False, env: Mapping[str, str] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    ) -> Finished:
         """Run a program as Cinder runs them, through rootwrap where it needs root's rights."""
         status = 0
         environment = {**os.environ, "LC_ALL": "C", **(env or {})}
@@ -126,7 +126,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             if not isinstance(error.exit_code, int):
                 raise OSError(str(error)) from error
             status, output, complaints = error.exit_code, error.stdout, error.stderr
-        return subprocess.CompletedProcess(list(command), status, output or "", complaints or "")
+        return Finished(list(command), status, output or "", complaints or "")
 
     # What is known of a volume.
 
@@ -228,7 +228,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             self._volumes.detach(volume.name_id)
 
     def initialize_connection(
-        self, volume: Any, connector: Mapping[str, Any], **kwargs: Any
+        self, volume: Any, connector: Mapping[str, Any], initiator_data: Any = None
     ) -> dict[str, Any]:
         """The path of the volume's device, a link of its own."""
         with translated(volume):
@@ -331,7 +331,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             return True, self._kept(name)
 
     def update_migrated_volume(
-        self, ctxt: Any, volume: Any, new_volume: Any, original_volume_status: str
+        self, context: Any, volume: Any, new_volume: Any, original_volume_status: str
     ) -> dict[str, Any]:
         """Keep the name that the volume got when Cinder copied it here."""
         return {

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from island_fast.errors import IslandError
 
-__all__ = ["TIMEOUT", "Execute", "run_to_the_end", "said_by", "succeed"]
+__all__ = ["TIMEOUT", "Execute", "Finished", "run_to_the_end", "said_by", "succeed"]
 
 TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image takes about 5
 _MAX_SAID = 300  # characters of a program's own words in a message
@@ -23,6 +23,10 @@ _PACKAGES = {  # Debian's, for programs that a host may lack
     "setsid": "util-linux",
     "systemd-run": "systemd",
 }
+
+
+Finished = subprocess.CompletedProcess[str]
+"""A program that has ended: `args`, `returncode`, `stdout`, `stderr`."""
 
 
 class Execute(Protocol):
