@@ -18,7 +18,7 @@ import island_fast.driver
 from cinder.tests.compliance import test_volume_drivers as suite
 names = [driver.class_fqn for driver in suite.VOLUME_DRIVERS]
 assert "island_fast.driver.IslandDriver" in names, names
-unittest.main(module=suite, argv=["compliance", "-k", "IslandDriver"])
+unittest.main(module=suite, argv=["compliance"])
 """
 
 OPTIONS = """
@@ -51,7 +51,7 @@ def test_signatures_are_those_that_cinder_calls() -> None:
 def test_cinders_own_compliance_suite() -> None:
     done = python("-c", COMPLIANCE)
     assert done.returncode == 0, done.stderr
-    assert "Ran 1 test" in done.stderr, done.stderr
+    assert int(done.stderr.split("Ran ")[1].split()[0]) > 100, done.stderr
 
 
 def test_every_option_has_a_help_text_and_secrets_are_secret() -> None:
