@@ -25,6 +25,9 @@ _MOST = 1 << 20  # bytes of one direct request
 class BlockDevice:
     """A device opened twice, with the page cache and without (O_DIRECT). A context manager.
 
+    `discard` and `punch` flush first: the kernel drops what the page cache has of the range before it asks
+    the device, and when that cannot do it, writes that were not on the device yet would be lost.
+
     Offsets and lengths are bytes, and whole sectors but for `read` and `write`. Errors are OSError.
     """
 
@@ -84,6 +87,7 @@ class BlockDevice:
 
     def discard(self, begin: int, length: int) -> bool:
         """Give the range up by BLKDISCARD; False, and nothing changed, if the device cannot."""
+        self.flush()
         try:
             fcntl.ioctl(self._fd, _BLKDISCARD, _RANGE.pack(begin, length))
         except OSError as error:
@@ -94,6 +98,7 @@ class BlockDevice:
 
     def punch(self, begin: int, length: int) -> bool:
         """Make zeros that take no space, by fallocate; False, and nothing changed, if the device cannot."""
+        self.flush()
         call = ctypes.CDLL(None, use_errno=True).fallocate
         if call(self._fd, _PUNCH_HOLE, ctypes.c_int64(begin), ctypes.c_int64(length)) == 0:
             return True

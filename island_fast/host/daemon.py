@@ -282,7 +282,10 @@ def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
 
 
 def _front_node() -> dict[str, object]:
-    """What is exported: the volume without discards (the module's docstring says why)."""
+    """What is exported: the volume without discards (the module's docstring says why).
+
+    With discard=unmap all the same, for else qemu says "done" to each and asks nobody.
+    """
     refusal = {
         "event": "none",
         "iotype": "discard",
@@ -290,7 +293,13 @@ def _front_node() -> dict[str, object]:
         "once": False,
         "immediately": True,
     }
-    return {"node-name": _FRONT, "driver": "blkdebug", "image": _NODE, "inject-error": [refusal]}
+    return {
+        "node-name": _FRONT,
+        "driver": "blkdebug",
+        "image": _NODE,
+        "discard": "unmap",
+        "inject-error": [refusal],
+    }
 
 
 def _takes_direct(image: Path) -> bool:

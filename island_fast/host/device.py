@@ -21,7 +21,7 @@ __all__ = ["LoopDevices"]
 _SYSFS = Path("/sys/block")
 _NAME = re.compile(r"/dev/(loop\d+)")
 _SECTOR = 512  # bytes, the unit of sysfs whatever the device's own
-_LETTING_GO = 5.0  # seconds; udev opens every device that changes, for a moment
+_LETTING_GO = 3.0  # seconds; udev opens every device that changes, for a moment
 _STEP = 0.05
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from island_fast.errors import NotFoundError, RefusedError, UsageError
+from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.host.daemon import Daemon
 from island_fast.host.device import LoopDevices
 from island_fast.host.execute import TIMEOUT, Execute
@@ -63,10 +63,13 @@ class Exports:
         RefusedError if the volume is served from another image.
         """
         with self._alone(volume) as daemon:
-            self._start(daemon, image)
-            daemon.export()
-            device = self._device(daemon) or self._devices.attach(daemon.disk, daemon.size())
-            return self._point(volume, device)
+            ran = daemon.runs()
+            try:
+                return self._attach(daemon, image)
+            except IslandError:
+                if not ran or daemon.runs():
+                    raise
+            return self._attach(daemon, image)  # it died just now
 
     def serve(self, volume: str, image: Path) -> None:
         """Start the daemon alone, without a device, or find it running."""
@@ -79,20 +82,18 @@ class Exports:
         ImageInUseError, and all stays as it was, if something has the device open: a guest, a mount.
         """
         with self._alone_if_there(volume) as daemon:
-            if daemon is None or not daemon.runs():
-                self._clear(volume, daemon)
+            if daemon is None:
+                self._link(volume).unlink(missing_ok=True)
             else:
-                self._let_go(daemon)
+                self._wind_down(daemon, end=False)
 
     def stop(self, volume: str) -> None:
         """Detach the volume and end its daemon, which flushes and closes the image; nothing is left."""
         with self._alone_if_there(volume) as daemon:
-            if daemon is None or not daemon.runs():
-                self._clear(volume, daemon)
+            if daemon is None:
+                self._link(volume).unlink(missing_ok=True)
             else:
-                self._let_go(daemon)
-                daemon.quit()
-            if daemon is not None:
+                self._wind_down(daemon, end=True)
                 shutil.rmtree(daemon.folder)
 
     def freeze(self, volume: str, name: str) -> None:
@@ -159,8 +160,27 @@ class Exports:
         if daemon.runs():
             daemon.check_serves(image)
         else:
-            self._clear(daemon.volume, daemon)
+            self._clear(daemon)
             daemon.start(image)
+
+    def _attach(self, daemon: Daemon, image: Path) -> Path:
+        self._start(daemon, image)
+        daemon.export()
+        device = self._device(daemon) or self._devices.attach(daemon.disk, daemon.size())
+        return self._point(daemon.volume, device)
+
+    def _wind_down(self, daemon: Daemon, end: bool) -> None:
+        """Detach, and with `end` end the daemon; one that is dead, or dies just now, is cleared away."""
+        try:
+            if daemon.runs():
+                self._let_go(daemon)
+                if end:
+                    daemon.quit()
+                return
+        except IslandError:
+            if daemon.runs():
+                raise
+        self._clear(daemon)
 
     def _let_go(self, daemon: Daemon) -> None:
         """The link first: from then on nobody comes in by it; back again if the device is held."""
@@ -175,13 +195,12 @@ class Exports:
                 raise
         daemon.unexport()
 
-    def _clear(self, volume: str, daemon: Daemon | None) -> None:
+    def _clear(self, daemon: Daemon) -> None:
         """Take away what a dead daemon left. Who has the dead device open keeps it, and gets errors."""
-        self._link(volume).unlink(missing_ok=True)
-        if daemon is not None:
-            for device in self._devices.over(daemon.disk):
-                self._devices.abandon(device)
-            unmount_dead(daemon.disk, self._execute)
+        self._link(daemon.volume).unlink(missing_ok=True)
+        for device in self._devices.over(daemon.disk):
+            self._devices.abandon(device)
+        unmount_dead(daemon.disk, self._execute)
 
     def _device(self, daemon: Daemon) -> Path | None:
         return next(iter(self._devices.over(daemon.disk)), None)

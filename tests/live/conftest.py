@@ -79,6 +79,16 @@ def host(request: pytest.FixtureRequest) -> Iterator[Host]:
         yield from _host(request.param, Path(folder), Path(links))
 
 
+@pytest.fixture
+def root_host() -> Iterator[Host]:
+    """A host worked by root in this process, so that faults can be planted in it."""
+    with (
+        tempfile.TemporaryDirectory(prefix="island-live-") as folder,
+        tempfile.TemporaryDirectory(prefix="island-links-", dir="/dev/shm") as links,
+    ):
+        yield from _host("root", Path(folder), Path(links))
+
+
 def _host(user: str, folder: Path, links: Path) -> Iterator[Host]:
     run, images, uid = folder / "run", folder / "images", 0 if user == "root" else USER
     images.mkdir()
