@@ -27,7 +27,7 @@ from island_fast.errors import IslandError, RefusedError, UsageError
 from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
 from island_fast.host.mounts import is_mounted
 from island_fast.host.qmp import Qmp
-from island_fast.host.sizing import cache_sizes
+from island_fast.host.sizing import node_options
 from island_fast.qcow2 import Image
 
 __all__ = ["Daemon"]
@@ -267,7 +267,6 @@ def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
     Without the host's page cache (`direct`): a flush, and so an internal snapshot, would else have to write
     gigabytes first, while the guest waits. A guest's flush reaches the disk with the tables.
     """
-    caches = cache_sizes(size, cluster)
     return {
         "node-name": _NODE,
         "driver": "qcow2",
@@ -275,8 +274,7 @@ def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
         "backing": None,
         "discard": "unmap",
         "detect-zeroes": "unmap",
-        "l2-cache-size": caches.l2,
-        "refcount-cache-size": caches.refcount,
+        **node_options(size, cluster),
         "cache": {"direct": direct, "no-flush": False},
     }
 

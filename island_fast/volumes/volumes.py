@@ -289,10 +289,13 @@ class Volumes:
 
     def drop_pins(self, volume: str) -> int:
         """Drop a volume's pins to win space; a snapshot that is being taken is given up first. How many."""
-        if snapshot_under_way(self.records.image(volume)):
+        try:
+            return self._unpin(volume, orphans=False)
+        except RefusedError:
+            if not snapshot_under_way(self.records.image(volume)):
+                raise
             self._given_up.add(volume)
             return 0
-        return self._unpin(volume, orphans=False)
 
     def pinned(self) -> list[str]:
         """The volumes whose images hold pins, those with the largest files first."""

@@ -6,12 +6,15 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 from island_fast.host.exports import State
+from island_fast.host.imagelock import ImageLock
+from island_fast.repository import Repository
 from island_fast.volumes import Origin, Record
 from tests import qemu
 from tests.volumes.conftest import MIB, Host, new_id, read, write
@@ -247,10 +250,8 @@ def test_what_a_failed_snapshot_left_goes(host: Host) -> None:
 
 
 def repository_id(host: Host) -> str:
-    import json
-
-    found = (host.folder.parent / "snapshots" / "repository").read_bytes()
-    return str(json.loads(found[found.index(b"{") : found.rindex(b"}") + 1])["id"])
+    with Repository.open(str(host.folder.parent / "snapshots")) as repository:
+        return repository.id
 
 
 def test_a_volume_goes_to_another_host_through_the_repository(new_host: Callable[..., Host]) -> None:
@@ -297,27 +298,38 @@ def test_a_snapshot_of_another_repository_is_read_only(host: Host) -> None:
         host.volumes.repository(Origin("a", "0" * 32, "nowhere"))
 
 
-def test_dropping_pins_gives_up_a_snapshot_under_way_first(host: Host) -> None:
-    volume = made(host, os.urandom(32 * MIB))
+def test_dropping_pins_gives_up_a_snapshot_under_way_first(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = made(host, b"content")
     host.volumes.snapshot(volume, "one")
     assert host.volumes.drop_pins(volume) == 1
     assert host.volumes.pinned() == []
-    failed: list[IslandError] = []
+    host.volumes.snapshot(volume, "two")
+    own, under_way = host.repositories[""], threading.Event()
 
-    def snapshot() -> None:
-        try:
-            host.volumes.snapshot(volume, "two")
-        except IslandError as error:
-            failed.append(error)
+    class Slow:
+        """The command, which is not done before it is told to end."""
 
-    thread = threading.Thread(target=snapshot)
-    thread.start()
-    while thread.is_alive() and host.volumes.drop_pins(volume):
-        time.sleep(0.01)
-    thread.join()
-    if failed:
-        assert "interrupted" in str(failed[0])
-    assert host.volumes.drop_pins(volume) == (0 if failed else 1)
+        unpin = own.unpin
+
+        def snapshot(self, image: Path, *words: object) -> Origin:
+            *_, cancelled = words
+            with ImageLock(image):
+                under_way.set()
+                while not cancelled():  # type: ignore[operator]
+                    time.sleep(0.01)
+            return own.snapshot(image, *words)  # type: ignore[arg-type]
+
+    monkeypatch.setitem(host.repositories, "", Slow())
+    with ThreadPoolExecutor() as pool:
+        third = pool.submit(host.volumes.snapshot, volume, "three")
+        under_way.wait()
+        assert host.volumes.drop_pins(volume) == 0
+        with pytest.raises(IslandError, match="interrupted|ended with status"):
+            third.result()
+    assert host.volumes.drop_pins(volume) == 1
+    assert [row["label"] for row in own.listed(volume)] == ["one", "two"]
 
 
 def test_a_volume_goes_on_under_another_name(host: Host) -> None:
