@@ -24,6 +24,10 @@ def translated(resource: Any = None) -> Iterator[None]:
     except IslandError as error:
         LOG.error("%s", error, resource=resource)
         raise exception.VolumeDriverException(message=str(error)) from error
+    except OSError as error:
+        LOG.exception("the file system refused", resource=resource)
+        said = f"{error.filename or 'the file system of the volumes'}: {error.strerror or error}"
+        raise exception.VolumeDriverException(message=said) from error
 
 
 @contextlib.contextmanager

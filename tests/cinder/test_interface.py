@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -58,3 +59,9 @@ def test_every_option_has_a_help_text_and_secrets_are_secret() -> None:
     done = python("-c", OPTIONS)
     assert done.returncode == 0, done.stderr
     assert {"island_repository", "island_volumes_dir", "password", "auth_url"} <= set(done.stdout.split())
+
+
+def test_the_document_names_every_option_of_the_drivers_own() -> None:
+    options = set(re.findall(r'"(island_\w+)"', (ROOT / "island_fast" / "driver_options.py").read_text()))
+    told = set(re.findall(r"^\| `(island_\w+)`", (ROOT / "docs" / "cinder.md").read_text(), re.MULTILINE))
+    assert options == told
