@@ -202,7 +202,7 @@ class Daemon:
         if not SYSTEMD.is_dir():
             succeed(self._execute, ["setsid", "--fork", *run], task)
             return
-        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+        user, group = _user()
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
         succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
@@ -288,6 +288,11 @@ def _front_node() -> dict[str, object]:
         "discard": "unmap",
         "inject-error": [refusal],
     }
+
+
+def _user() -> tuple[str, str]:
+    """The names of this process's user and group."""
+    return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
 
 
 def _takes_direct(image: Path) -> bool:
