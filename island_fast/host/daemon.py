@@ -23,7 +23,7 @@ import struct
 import time
 from pathlib import Path
 
-from island_fast.errors import IslandError, RefusedError, UsageError
+from island_fast.errors import ImageInUseError, IslandError, RefusedError, UsageError
 from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
 from island_fast.host.mounts import is_mounted
 from island_fast.host.qmp import Qmp
@@ -72,7 +72,7 @@ class Daemon:
 
         It may take as long as a repair of the image's reference counts, where a crash left them behind.
         RefusedError (or another of the image's errors) if the image is not one of ours to serve:
-        encrypted, with a backing file, with an external data file.
+        encrypted, with a backing file, with an external data file. ImageInUseError if another process has it.
         """
         with Image.open(image) as opened:
             size, cluster = opened.header.size, opened.header.cluster_size
@@ -214,7 +214,7 @@ class Daemon:
         if not SYSTEMD.is_dir():
             succeed(self._execute, ["setsid", "--fork", *run], task)
             return
-        user, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+        user, group = _user()
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
         succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
@@ -224,8 +224,9 @@ class Daemon:
         while not self.runs():
             pid, waited = self._written_pid(), time.monotonic() - begun
             if (pid is None and waited > _START_PATIENCE) or (pid is not None and not _is_alive(pid)):
-                raise IslandError(
-                    f"the daemon of volume {self.volume} did not start on {str(image)!r}: {self._said()}"
+                said = self._said()
+                raise (ImageInUseError if 'Failed to get "' in said else IslandError)(
+                    f"the daemon of volume {self.volume} did not start on {str(image)!r}: {said}"
                 )
             if waited > TIMEOUT:
                 raise IslandError(
@@ -298,6 +299,11 @@ def _front_node() -> dict[str, object]:
         "discard": "unmap",
         "inject-error": [refusal],
     }
+
+
+def _user() -> tuple[str, str]:
+    """The names of this process's user and group."""
+    return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
 
 
 def _takes_direct(image: Path) -> bool:

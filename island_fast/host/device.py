@@ -69,7 +69,7 @@ class LoopDevices:
         it. So it is seen whether it went, and if not, it is made to stay again.
         """
         if self._is_mounted(device):
-            raise _in_use(device, "it is mounted")
+            raise _in_use(device, "it is mounted or part of another device")
         for _ in range(3):
             self._detach(device)
             if self._is_gone(device, file):

@@ -28,7 +28,7 @@ __all__ = ["KINDS", "Exports", "State"]
 KINDS = ("loop",)
 
 _VOLUME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_.-]+)+")
+_PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
 _STEP = 0.05  # seconds
 
 

@@ -19,6 +19,7 @@ import numpy as np
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.host.blockio import BlockDevice
+from island_fast.host.daemon import SYSTEMD
 from island_fast.host.execute import Execute, succeed
 from island_fast.host.exports import KINDS, Exports
 from island_fast.host.mounts import file_system
@@ -90,7 +91,7 @@ def _check_host(links: Path) -> None:
         ("qemu-img", "qemu-utils"),
         ("fusermount3", "fuse3"),
         ("losetup", "mount"),
-        ("setsid", "util-linux"),
+        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
     ):
         if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
             raise IslandError(f"the program {program} is missing; install the package {package}")

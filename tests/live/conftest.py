@@ -72,24 +72,29 @@ class Host:
 
 @pytest.fixture(params=["root", "nobody"])
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
-    with (
-        tempfile.TemporaryDirectory(prefix="island-live-") as folder,
-        tempfile.TemporaryDirectory(prefix="island-links-", dir="/dev/shm") as links,
-    ):
-        yield from _host(request.param, Path(folder), Path(links))
+    yield from _host(request.param)
 
 
 @pytest.fixture
 def root_host() -> Iterator[Host]:
     """A host worked by root in this process, so that faults can be planted in it."""
+    yield from _host("root")
+
+
+@pytest.fixture
+def nobody_host() -> Iterator[Host]:
+    yield from _host("nobody")
+
+
+def _host(user: str) -> Iterator[Host]:
     with (
         tempfile.TemporaryDirectory(prefix="island-live-") as folder,
         tempfile.TemporaryDirectory(prefix="island-links-", dir="/dev/shm") as links,
     ):
-        yield from _host("root", Path(folder), Path(links))
+        yield from _host_in(user, Path(folder), Path(links))
 
 
-def _host(user: str, folder: Path, links: Path) -> Iterator[Host]:
+def _host_in(user: str, folder: Path, links: Path) -> Iterator[Host]:
     run, images, uid = folder / "run", folder / "images", 0 if user == "root" else USER
     images.mkdir()
     for place in (folder, images, links):

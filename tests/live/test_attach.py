@@ -340,7 +340,7 @@ def test_a_volume_is_not_served_from_two_images(host: Host) -> None:
     with pytest.raises(RefusedError, match="does not hold image"):
         host.exports.attach(volume, other)
     second, _ = host.volume()
-    with pytest.raises(IslandError, match=r"did not start on .*: .*lock"):
+    with pytest.raises(ImageInUseError, match=r"did not start on .*: .*lock"):
         host.exports.attach(second, image)
 
 
