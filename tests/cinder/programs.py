@@ -96,7 +96,9 @@ class Program:
         return "\n".join((loud or said)[-lines:])
 
 
-def wait_for(what: str, true: Callable[[], object], why: Callable[[], str], patience: float = PATIENCE) -> None:
+def wait_for(
+    what: str, true: Callable[[], object], why: Callable[[], str], patience: float = PATIENCE
+) -> None:
     """Return when `true()` is; after `patience` seconds fail, saying `what` did not happen and `why()`."""
     end = time.monotonic() + patience
     while not true():
