@@ -46,6 +46,11 @@ class Account:
         """The rootwrap.conf that sudo lets the user run cinder-rootwrap with."""
         return self.home / "etc" / "rootwrap.conf"
 
+    @property
+    def cinder_etc(self) -> Path:
+        """The folder of the files that come with Cinder for its configuration."""
+        return self._etc
+
     def __enter__(self) -> Self:
         try:
             self._make()
@@ -76,6 +81,22 @@ class Account:
             "PYTHONPATH": self._packages,
             "LC_ALL": "C.UTF-8",
         }
+
+    def call(self, *command: str | Path) -> str:
+        """What a program of `bin` prints, run as the user; fails if it does."""
+        done = subprocess.run(
+            [self.bin / command[0], *command[1:]],
+            env=self.environment(),
+            user=self.ids[0],
+            group=self.ids[1],
+            extra_groups=[],
+            cwd="/",
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        return done.stdout
 
     def folder(self, name: str) -> Path:
         """A folder of the user's, below home, that nobody else can look into."""
@@ -120,7 +141,8 @@ class Account:
             script = "" if name == "python" else f"'{reachable}/bin/{name}'"
             text = (
                 "#!/bin/sh\n"
-                f"export PYTHONPATH='{self._packages}' LD_LIBRARY_PATH='{base}/lib' PYTHONDONTWRITEBYTECODE=1\n"
+                "export PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore\n"
+                f"export PYTHONPATH='{self._packages}' LD_LIBRARY_PATH='{base}/lib'\n"
                 f"exec '{interpreter}' {script} \"$@\"\n"
             )
             (self.bin / name).write_text(text)
