@@ -100,10 +100,12 @@ class Account:
 
     def folder(self, name: str) -> Path:
         """A folder of the user's, below home, that nobody else can look into."""
-        place = self.home / name
-        if not place.exists():
-            place.mkdir(0o700, parents=True)
-            os.chown(place, *self.ids)
+        place = self.home
+        for part in Path(name).parts:
+            place /= part
+            if not place.exists():
+                place.mkdir(0o700)
+                os.chown(place, *self.ids)
         return place
 
     # -- making it
@@ -131,10 +133,12 @@ class Account:
         environment = Path(sys.prefix).resolve()
         reachable = self._reachable(environment, "environment")
         packages = Path(sysconfig.get_path("purelib")).resolve().relative_to(environment)
+        self._etc = reachable / "etc" / "cinder"
         ours = self.home / "lib"
         shutil.copytree(
             ROOT / "island_fast", ours / "island_fast", ignore=shutil.ignore_patterns("__pycache__")
         )
+        shutil.copy(Path(__file__).with_name("plain_driver.py"), ours)
         subprocess.run(["chmod", "-R", "u=rwX,go=rX", ours], check=True)
         self._packages = f"{ours}:{reachable / packages}"
         for name in (*(f"cinder-{program}" for program in _PROGRAMS), "privsep-helper", "python"):

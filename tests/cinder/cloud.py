@@ -82,6 +82,11 @@ class Cloud:
         [found] = [pool.name for pool in self.api.pools.list() if pool.name.startswith(f"{host}@")]
         return str(found)
 
+    def host_of(self, volume: Any) -> str:
+        """The host that holds a volume."""
+        found = self.api.volumes.get(volume.id)
+        return str(getattr(found, "os-vol-host-attr:host")).partition("@")[0]
+
     def delete_volume(self, volume: Any, wait: bool = True, cascade: bool = False) -> None:
         self.api.volumes.delete(volume, cascade=cascade)
         if wait:
@@ -170,7 +175,8 @@ class Cloud:
     def upload(self, volume: Any, name: str = "image", disk_format: str = "raw") -> str:
         """Make an image of a volume; its id in Glance."""
         was = self.api.volumes.get(volume.id).status
-        made = self.api.volumes.upload_to_image(volume, True, name, "bare", disk_format)
+        more = {"visibility": "public", "protected": False}
+        made = self.api.volumes.upload_to_image(volume, True, name, "bare", disk_format, **more)
         self.await_volume(volume, was)
         return str(made[1]["os-volume_upload_image"]["image_id"])
 

@@ -13,7 +13,6 @@ from tests.cinder.rabbit import Rabbit
 
 PROJECT = "0123456789abcdef0123456789abcdef"
 BACKEND = "island"  # the section of the driver in every cinder.conf, its volume_backend_name and its type
-FAKE = {"volume_driver": "cinder.tests.fake_driver.FakeLoggingVolumeDriver"}
 _FILTERS = "AvailabilityZoneFilter,CapacityFilter,CapabilitiesFilter,JsonFilter"
 
 _WAL = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA journal_mode=WAL')"

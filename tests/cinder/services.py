@@ -12,7 +12,7 @@ from tests.cinder.cloud import Cloud
 from tests.cinder.images import Glance
 from tests.cinder.programs import wait_for
 from tests.cinder.rabbit import Rabbit
-from tests.cinder.region import BACKEND, FAKE, Region, Sections
+from tests.cinder.region import BACKEND, Region, Sections
 from tests.swift_server import SwiftServer
 
 REGIONS = ("one", "two")
@@ -20,7 +20,7 @@ DRIVER = "island_fast.driver.IslandDriver"
 _READY = "Driver post RPC initialization completed successfully"
 _FAILED = "Failed to initialize driver"
 
-__all__ = ["BACKEND", "DRIVER", "FAKE", "REGIONS", "Services"]
+__all__ = ["BACKEND", "DRIVER", "REGIONS", "Services"]
 
 
 class Services:
@@ -97,6 +97,11 @@ class Services:
         }
         return options | changed
 
+    def plain(self, region: str, host: str) -> dict[str, object]:
+        """The section of the driver of raw files for a host."""
+        folder = self.account.folder(f"region-{region}/{host}/plain")
+        return {"volume_driver": "plain_driver.PlainDriver", "plain_dir": folder}
+
     def run(
         self,
         region: str = "one",
@@ -131,7 +136,8 @@ class Services:
 
         def ready() -> bool:
             said = volume.text()[before:]
-            assert _FAILED not in said and volume.running, volume.complaints()
+            assert volume.running, volume.complaints()
+            assert _FAILED not in said, volume.complaints()
             return _READY in said
 
         wait_for(f"the driver of {host} is ready", ready, volume.complaints)
@@ -143,7 +149,7 @@ class Services:
         if not program.running:
             before = len(program.text())
             program.start()
-            where.await_line(f"backup-{host}", "Backup driver was successfully initialized", before)
+            where.await_line(f"backup-{host}", "Cleaning up incomplete backup operations", before)
         cloud = Cloud(where)
         up = "cinder-backup", host
         wait_for("cinder-backup is up", lambda: cloud.service_state(*up) == "up", program.complaints)
