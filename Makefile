@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, i
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
-	@scripts/need qemu daemon vm mkfs fuse
+	@scripts/need qemu daemon vm mkfs fuse rabbit
 	$(BIN)/pytest
 
 quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes

@@ -1,0 +1,23 @@
+"""Real services for the tests of the Cinder driver: started once, for the first test that asks for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from tests.cinder.services import Services
+
+
+@pytest.fixture(scope="session")
+def services() -> Iterator[Services]:
+    """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can make the user that Cinder's services run as")
+    for program in ("rabbitmq-server", "sudo"):
+        if shutil.which(program) is None:
+            pytest.skip(f"{program} is not installed; `make test` does it")
+    with Services() as running:
+        yield running
