@@ -56,7 +56,7 @@ def test_a_mapped_tebibyte_is_snapshotted_from_memory(tmp_path):
 
 @pytest.mark.parametrize("punched", [False, True])
 def test_the_space_of_a_dropped_snapshot_stays_in_the_file_and_is_used_again(tmp_path, punched):
-    """Holes would be punched while the guest waits. Without them the file keeps the space, and fills it first."""
+    """Holes would be punched while the guest waits; without them the file keeps the space and fills it."""
     image = create_qcow2(tmp_path / "disk", GIB)
     options = {**node_options(GIB, CLUSTER), "discard": "unmap", "file.discard": "unmap"}
     if punched:
