@@ -26,15 +26,15 @@ __all__ = ["Commands"]
 
 _LOG = logging.getLogger(__name__)
 _TELL_EVERY = 30.0  # seconds between two lines of progress in the log
-_INHERITED = ("PATH", "HOME", "LANG", "TMPDIR", "PYTHONPATH", "http_proxy", "https_proxy", "no_proxy")
+_OURS = ("OS_", "ST_", "ISLAND_")  # variables of whoever started the service say nothing to the command
 
 
 @dataclass(frozen=True, slots=True)
 class Commands:
     """One repository, as the command `island` is told of it.
 
-    `name` is "" for one's own repository. `environment` holds the credentials and ISLAND_STATE; beside it a
-    process gets only a few harmless variables of this one's.
+    `name` is "" for one's own repository. `environment` holds the credentials and ISLAND_STATE; of this
+    process's own a command gets the rest.
     """
 
     url: str
@@ -111,7 +111,7 @@ class Commands:
         """The answer of `island VERB --json`, or the error that it ended with."""
         command = [sys.executable, "-m", "island_fast", verb, *map(str, words), "--json", "--json-progress"]
         told = _Told(" ".join([verb, *map(str, words[:1])]))
-        inherited = {key: os.environ[key] for key in _INHERITED if key in os.environ}
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
         env = inherited | {"ISLAND_REPOSITORY": self.url, **self.environment}
         try:
             done = run_child(command, env, told, cancelled)
