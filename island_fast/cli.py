@@ -210,9 +210,10 @@ def show_(run: Run, snapshot: str) -> None:
 @click.argument("snapshot")
 @click.argument("target", type=click.Path(path_type=Path))
 @image_format_option("Format of TARGET.")
+@click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
 @common
 @click.pass_obj
-def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
+def restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
     """Write the volume as of SNAPSHOT to the new file TARGET.
 
     TARGET must not exist; it gets its name when it is whole and on disk. A qcow2 holds a pin, so its next
@@ -231,7 +232,9 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str) -> None:
 
     run.if_interrupted = if_interrupted
     with opened(run) as repository, run.progress() as progress:
-        restored = repository.restore(snapshot, target, image_format=image_format, progress=progress)
+        restored = repository.restore(
+            snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
+        )
     run.answer(restored.as_json(), show.restored(restored))
 
 
@@ -304,6 +307,36 @@ def adopt(run: Run, volume: str) -> None:
     with opened(run) as repository:
         adopted = repository.adopt(volume)
     run.answer(adopted.as_json(), show.adopted(adopted))
+
+
+@island.command()
+@click.argument("image", type=click.Path(path_type=Path))
+@click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
+              help="QMP socket of the process that has IMAGE open.")  # fmt: skip
+@click.option("--orphans", is_flag=True,
+              help="Only those that interrupted snapshots left, by the repository's catalog.")  # fmt: skip
+@common
+@click.pass_obj
+def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
+    """Drop all pins from the qcow2 file IMAGE, of whatever repository.
+
+    They hold what was written over since the last snapshot. The next snapshot of IMAGE scans in full and
+    stores what differs; snapshots that are stored stay as they are. Only --orphans needs a repository.
+
+    \b
+    Example:
+      island unpin disk.qcow2
+      island unpin vm.qcow2 --qmp /run/vm.qmp
+    """  # noqa: D301
+    from island_fast.unpinning import unpin
+
+    run.if_interrupted = lambda: "'island info' shows which pins are still there"
+    if orphans:
+        with opened(run) as repository:
+            answer = unpin(image, qmp, orphaned_in=repository)
+    else:
+        answer = unpin(image, qmp)
+    run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
 island.add_command(info)

@@ -52,6 +52,10 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Answer with one JSON value on standard output.",
         ),
         click.option(
+            "--json-progress", is_flag=True, expose_value=False, callback=_remember("json_progress"),
+            help="Tell progress as lines of JSON on standard error.",
+        ),
+        click.option(
             "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
             help="A directory's path, or swift://CONTAINER/PREFIX.  [default: $ISLAND_REPOSITORY]",
         ),

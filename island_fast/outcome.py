@@ -143,21 +143,23 @@ class Run:
 
     `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
     it. `phase` is the one that progress was last told of, "" before the first. An error may follow an answer
-    (`answered`) that is not complete.
+    (`answered`) that is not complete. With `json_progress` progress is told as lines of JSON.
     """
 
     signals: Signals
     location: str | None = None
     json: bool = False
     quiet: bool = False
+    json_progress: bool = False
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
     answered: bool = False
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
-        """What verbs tell their progress to: shown as bars on a terminal."""
-        with show.Bars(not self.quiet) as bars:
+        """What verbs tell their progress to: shown as bars on a terminal, or as lines of JSON."""
+        shown = show.Lines() if self.json_progress else show.Bars(not self.quiet)
+        with shown as bars:
 
             def tell(phase: str, done: int, total: int) -> None:
                 self.signals.check()

@@ -39,7 +39,7 @@ from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
-from island_fast.restoring import deletion_told, restore
+from island_fast.restoring import Target, deletion_told, restore
 from island_fast.results import (
     Adopted,
     Deleted,
@@ -318,13 +318,18 @@ class Repository:
         target: str | Path,
         *,
         image_format: str = "qcow2",
+        pin: bool = True,
         progress: Progress = silent,
     ) -> Restored:
-        """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw"."""
+        """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw".
+
+        A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
+        """
         found = self.find(reference)
         with deletion_told(found.lineage, found.row):
             manifest = found.lineage.manifest(found.row)
-        return restore(found.lineage, found.row, manifest, Path(target), image_format, progress)
+        make = Target(Path(target), image_format, pin)
+        return restore(found.lineage, found.row, manifest, make, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""

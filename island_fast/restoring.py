@@ -11,7 +11,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from island_fast.catalog import SnapshotRow
@@ -26,30 +26,35 @@ from island_fast.progress import Progress
 from island_fast.qcow2 import Qcow2Writer, RawWriter
 from island_fast.results import Restored
 
-__all__ = ["deletion_told", "restore"]
+__all__ = ["Target", "deletion_told", "restore"]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The file to make: where, as "qcow2" or "raw", and whether a qcow2 holds the pinned base.
+
+    With it, the next snapshot of that lineage is incremental.
+    """
+
+    path: Path
+    image_format: str
+    pin: bool
 
 
 def restore(
-    lineage: Lineage,
-    row: SnapshotRow,
-    manifest: Manifest,
-    target: Path,
-    image_format: str,
-    progress: Progress,
+    lineage: Lineage, row: SnapshotRow, manifest: Manifest, target: Target, progress: Progress
 ) -> Restored:
-    """Write the snapshot's volume to `target`, which must not exist, as "qcow2" or "raw".
-
-    A qcow2 holds the pinned base in its snapshot table, so that its next snapshot is incremental.
-    """
+    """Write the snapshot's volume to `target`, which must not exist."""
     began = time.monotonic()
     packs = PackReader(lineage)
     keys = manifest.packs.keys(lineage.numbers)
     runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
-    with new_file(target) as fd:
+    with new_file(target.path) as fd:
         writer: Qcow2Writer | RawWriter
-        if image_format == "qcow2":
+        if target.image_format == "qcow2":
             # A pin of another size could not hold what the volume holds: then the next scan is a full one.
-            pin = manifest.pin if manifest.pin.disk_size == manifest.volume_size else None
+            fits = manifest.pin.disk_size == manifest.volume_size
+            pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
         else:
             writer = RawWriter(fd, manifest.volume_size)
@@ -58,8 +63,8 @@ def restore(
         writer.finish()
     return Restored(
         snapshot=row.id,
-        target=str(target),
-        format=image_format,
+        target=str(target.path),
+        format=target.image_format,
         volume_size=manifest.volume_size,
         bytes_read=packs.fetched.bytes + row.manifest_size,
         bytes_written=runs.blocks * BLOCK_SIZE,

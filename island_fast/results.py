@@ -22,6 +22,7 @@ __all__ = [
     "SnapshotTaken",
     "SweepStep",
     "Swept",
+    "Unpinned",
     "timestamp",
 ]
 
@@ -146,6 +147,15 @@ class Adopted(_Answer):
     volume: str
     snapshots: int
     epoch: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unpinned(_Answer):
+    """The pins that were dropped from an image; `bytes_freed` is what its file takes less on disk."""
+
+    image: str
+    pins: tuple[str, ...]
+    bytes_freed: int
 
 
 @dataclass(frozen=True, slots=True)

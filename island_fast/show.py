@@ -8,6 +8,7 @@ lines go to terminals and pipes: no colour, no wrapping, columns two spaces apar
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import threading
 import time
@@ -17,10 +18,20 @@ from typing import TYPE_CHECKING, Self
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
-    from island_fast.results import Adopted, Deleted, Restored, Snapshot, SnapshotShown, SnapshotTaken, Swept
+    from island_fast.results import (
+        Adopted,
+        Deleted,
+        Restored,
+        Snapshot,
+        SnapshotShown,
+        SnapshotTaken,
+        Swept,
+        Unpinned,
+    )
 
 __all__ = [
     "Bars",
+    "Lines",
     "adopted",
     "deleted",
     "duration",
@@ -32,11 +43,13 @@ __all__ = [
     "size",
     "swept",
     "taken",
+    "unpinned",
 ]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 _SHORT_ID = 12
 _REDRAW = 0.1  # seconds between two changes of a bar
+_LINE_EVERY = 1.0  # seconds between two lines of progress
 _PHASES = {
     "scan": "Scanning",
     "send": "Sending",
@@ -237,6 +250,16 @@ def adopted(answer: Adopted) -> str:
     )
 
 
+def unpinned(answer: Unpinned) -> str:
+    """A sentence on what was dropped."""
+    if not answer.pins:
+        return f"There is no pin in {printable(answer.image)}."
+    return (
+        f"Dropped {count(len(answer.pins), 'pin')} from {printable(answer.image)}: "
+        f"{size(answer.bytes_freed)} freed; the next snapshot scans in full."
+    )
+
+
 class Bars:
     """Progress on standard error, one bar at a time; a context manager, and called as a `Progress`.
 
@@ -288,6 +311,38 @@ class Bars:
             self._bars.remove_task(self._task)
         self._task = self._bars.add_task(_PHASES.get(phase, phase), total=None, pace="")
         self._phase, self._began = phase, now
+
+
+class Lines:
+    """Progress as lines of JSON on standard error, for programs; a context manager, and a `Progress`.
+
+    A line such as {"phase": "send", "done": 1048576, "total": 4194304}, in bytes: when a phase begins, once
+    a second, and when it is done. May be called from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._phase = ""
+        self._written = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Tell that `done` of `total` bytes of `phase` are done."""
+        with self._lock:
+            now = time.monotonic()
+            if phase == self._phase and done < total and now - self._written < _LINE_EVERY:
+                return
+            self._phase, self._written = phase, now
+            line = json.dumps({"phase": phase, "done": done, "total": total})
+            if sys.stderr is not None:
+                with contextlib.suppress(OSError, ValueError):
+                    sys.stderr.write(line + "\n")
+                    sys.stderr.flush()
 
 
 def _rich_progress() -> Progress:

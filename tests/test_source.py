@@ -22,6 +22,7 @@ LAYERS = [
     ["options"],
     ["outcome"],
     ["show"],
+    ["unpinning"],
     ["repository"],
     ["taking", "restoring", "inspecting", "sweeping"],
     ["choosing", "resuming"],

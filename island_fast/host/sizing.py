@@ -51,7 +51,7 @@ def cache_sizes(volume_size: int, cluster_size: int) -> Caches:
     _check(volume_size)
     if cluster_size < 512 or cluster_size & (cluster_size - 1):
         raise UsageError(
-            f"a qcow2 cluster cannot have {cluster_size} bytes; it is a power of two from 512 up"
+            f"a qcow2 cluster cannot have {cluster_size} bytes, which must be a power of two from 512"
         )
     clusters = -(-volume_size // cluster_size)
     l2 = _whole(clusters * _L2_ENTRY_BYTES, cluster_size)

@@ -36,6 +36,7 @@ KEYS = {
         *["bytes_removed", "bytes_rewritten", "bytes_freed", "steps"],
     ],
     "adopt": ["volume", "snapshots", "epoch"],
+    "unpin": ["image", "pins", "bytes_freed"],
 }
 
 
@@ -47,7 +48,8 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     deleted = island.json("delete", "disk@latest")
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
-    found = [taken, *listed, shown, restored, *deleted, *swept, adopted]
+    unpinned = island.json("unpin", disk)
+    found = [taken, *listed, shown, restored, *deleted, *swept, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]
     assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
@@ -223,7 +225,18 @@ def test_common_options_before_or_after_the_verb(
 def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
     text = island.text("--help")
     verbs = re.findall(r"^  ([a-z]+)  ", text.split("Commands:")[1], re.MULTILINE)
-    assert verbs == ["snapshot", "list", "show", "restore", "delete", "sweep", "adopt", "info", "map"]
+    assert verbs == [
+        "snapshot",
+        "list",
+        "show",
+        "restore",
+        "delete",
+        "sweep",
+        "adopt",
+        "unpin",
+        "info",
+        "map",
+    ]
     assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
     assert island.text("-h") == island.text() == text
     for verb in verbs:
@@ -254,3 +267,65 @@ def test_as_a_process_and_as_a_console_script(island: Island, disk: Path) -> Non
     script = Path(sys.executable).with_name("island")
     done = subprocess.run([script, "--version"], capture_output=True, text=True, check=True)
     assert re.fullmatch(r"island \d+\.\d+\.\d+, digests by (libxxhash|python-xxhash).*\n", done.stdout)
+
+
+def test_unpin_drops_the_pins_of_every_repository_and_nothing_else(island: Island, disk: Path) -> None:
+    qemu.snapshot_create(disk, "mine")
+    island.json("snapshot", disk)
+    island.json("snapshot", disk, "-r", f"{island.repository}2")
+    assert len(pins(disk)) == 3
+    before = qemu.content(disk)
+    answer = island.json("unpin", disk)
+    assert (len(answer["pins"]), pins(disk)) == (2, ["mine"])
+    assert qemu.content(disk) == before
+    qemu.check(disk)
+    assert island.json("snapshot", disk)["rule"] == "full-scan"
+    assert island.text("unpin", disk).startswith("Dropped 1 pin from ")
+    assert island.text("unpin", disk) == f"There is no pin in {disk}.\n"
+
+
+def test_unpin_of_orphans_keeps_what_a_table_diff_can_use(island: Island, disk: Path) -> None:
+    taken = island.json("snapshot", disk)
+    orphan = pins(disk)[0].replace(taken["snapshot"], "0" * 32)
+    stranger = "island-00000000.disk-" + "0" * 32
+    for name in (orphan, stranger):
+        qemu.snapshot_create(disk, name)
+    assert island.json("unpin", disk, "--orphans")["pins"] == [orphan]
+    assert stranger in pins(disk)
+    island.json("delete", "disk@latest")
+    assert island.json("unpin", disk, "--orphans")["pins"] == []
+    qemu.noise(disk, 10 * MIB, MIB)
+    assert island.json("snapshot", disk)["blocks_changed"] > 0
+
+
+@needs_storage_daemon
+def test_unpin_of_a_volume_in_use(island: Island, disk: Path) -> None:
+    with StorageDaemon(disk) as daemon:
+        island.json("snapshot", disk, "--qmp", daemon.qmp_socket)
+        daemon.write(MIB, MIB, 9)
+        assert island.json("unpin", disk, "--qmp", daemon.qmp_socket)["bytes_freed"] >= 0
+    assert pins(disk) == []
+    qemu.check(disk)
+
+
+def test_restore_without_a_pin_is_as_one_never_snapshotted(
+    island: Island, disk: Path, tmp_path: Path
+) -> None:
+    island.json("snapshot", disk)
+    copy = tmp_path / "copy.qcow2"
+    island.json("restore", "disk@latest", copy, "--no-pin")
+    assert pins(copy) == []
+    qemu.check(copy)
+    qemu.compare(disk, copy, other_format="qcow2")
+    assert island.json("snapshot", copy, "--volume", "copy")["parent"] is None
+
+
+def test_progress_as_lines_of_json(island: Island, disk: Path) -> None:
+    done = island.start("snapshot", disk, "--json", "--json-progress")
+    output, complaints = done.communicate()
+    assert json.loads(output)["bytes_read"] == 3 * MIB
+    told = [json.loads(line) for line in complaints.splitlines()]
+    assert [list(line) for line in told] == [["phase", "done", "total"]] * len(told)
+    sent = [line for line in told if line["phase"] == "send"]
+    assert sent[-1]["done"] == sent[-1]["total"] == 3 * MIB
+    assert told[-1]["phase"] == "commit"

@@ -9,8 +9,9 @@ import pytest
 from island_fast.catalog import CHECKPOINT_EVERY
 from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.local import LocalState, Registration
+from island_fast.progress import silent
 from island_fast.repository import Repository
-from island_fast.restoring import restore
+from island_fast.restoring import Target, restore
 from tests import qemu
 from tests.core.conftest import check
 from tests.memory_store import MemoryStore
@@ -166,7 +167,7 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
     repository.delete([first.snapshot])
     repository.sweep()
     target = tmp_path / "late.raw"
-    restore(found.lineage, found.row, manifest, target, "raw", lambda *_: None)
+    restore(found.lineage, found.row, manifest, Target(target, "raw", pin=False), silent)
     assert target.read_bytes() == qemu.content(image)
 
 
@@ -179,7 +180,7 @@ def test_a_restore_whose_snapshot_is_deleted_says_so(
     repository.delete([only.snapshot])
     repository.sweep()
     with pytest.raises(NotFoundError, match="was deleted"):
-        restore(found.lineage, found.row, manifest, tmp_path / "late.raw", "raw", lambda *_: None)
+        restore(found.lineage, found.row, manifest, Target(tmp_path / "late.raw", "raw", pin=False), silent)
 
 
 @pytest.mark.parametrize("kind", ["packs", "manifests"])
