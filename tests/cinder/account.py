@@ -111,6 +111,7 @@ class Account:
     # -- making it
 
     def _make(self) -> None:
+        _forget_dead_accounts()
         command = ["useradd", "--system", "--no-create-home", "--shell", "/usr/sbin/nologin", self.name]
         subprocess.run(command, check=True, capture_output=True)
         entry = pwd.getpwnam(self.name)
@@ -190,6 +191,14 @@ class Account:
         shutil.copyfile(rules, _SUDOERS / f"{self.name}.new~")  # sudo reads no name with a tilde
         (_SUDOERS / f"{self.name}.new~").chmod(0o440)
         (_SUDOERS / f"{self.name}.new~").rename(_SUDOERS / self.name)
+
+
+def _forget_dead_accounts() -> None:
+    """Remove users, and their rights, of test runs that were killed."""
+    for name in [entry.pw_name for entry in pwd.getpwall() if entry.pw_name.startswith(_PREFIX)]:
+        if not Path("/proc", name.removeprefix(_PREFIX)).exists():
+            (_SUDOERS / name).unlink(missing_ok=True)
+            subprocess.run(["userdel", name], check=False, capture_output=True)
 
 
 def _open_folder() -> str:

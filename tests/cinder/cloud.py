@@ -62,6 +62,10 @@ class Cloud:
         found = [one.state for one in self.api.services.list(host=host, binary=binary)]
         return found[0] if found else "unknown"
 
+    def await_service(self, binary: str, host: str, state: str) -> None:
+        what = f"{binary} of {host} is {state}"
+        wait_for(what, lambda: self.service_state(binary, host) == state, self.region.complaints)
+
     def heartbeat(self, binary: str, host: str) -> str:
         """When the service was last heard of."""
         [found] = self.api.services.list(host=host, binary=binary)

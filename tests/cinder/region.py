@@ -163,6 +163,7 @@ class Region:
             "verify_glance_signatures": "disabled",
             "enable_force_upload": True,
             "backup_driver": "cinder.backup.drivers.posix.PosixBackupDriver",
+            "backup_compression_algorithm": "zstd",
             "backup_use_same_host": True,
             "snapshot_same_host": True,
             "quota_volumes": -1,

@@ -150,9 +150,7 @@ class Services:
             before = len(program.text())
             program.start()
             where.await_line(f"backup-{host}", "Cleaning up incomplete backup operations", before)
-        cloud = Cloud(where)
-        up = "cinder-backup", host
-        wait_for("cinder-backup is up", lambda: cloud.service_state(*up) == "up", program.complaints)
+        Cloud(where).await_service("cinder-backup", host, "up")
 
 
 def _v1(swift: SwiftServer) -> dict[str, object]:

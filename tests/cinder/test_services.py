@@ -57,6 +57,22 @@ def test_backups_read_devices_by_sudo(services: Services, cloud: Cloud) -> None:
     cloud.delete_backup(backup)
 
 
+def test_regions_and_hosts_stand_apart(services: Services, cloud: Cloud) -> None:
+    services.run(host="other", backend=services.plain("one", "other"))
+    far = services.run("two", HOST, services.plain("two", HOST))
+    here, there, away = (
+        cloud.create_volume(host=HOST),
+        cloud.create_volume(host="other"),
+        far.create_volume(host=HOST),
+    )
+    assert [cloud.host_of(one) for one in (here, there)] == [HOST, "other"]
+    assert {one.id for one in far.api.volumes.list()} == {away.id}
+    services.region().service("volume-other").stop()
+    services.region("two").stop()
+    cloud.delete_volume(here)
+    cloud.await_service("cinder-volume", "other@island", "down")
+
+
 def test_a_failure_is_told_with_its_cause(cloud: Cloud) -> None:
     with pytest.raises(AssertionError, match=r"is error, not available\n(.|\n)*No valid (host|backend)"):
         cloud.create_volume(host=HOST, size=1 << 20)
