@@ -55,6 +55,9 @@ def test_backups_read_devices_by_sudo(services: Services, cloud: Cloud) -> None:
     with open(cloud.attach(restored, cloud.connector(HOST)).device, "rb") as file:
         assert file.read(5) == b"kept\0"
     cloud.delete_backup(backup)
+    said = services.region().service(f"backup-{HOST}").text()
+    assert "sudo cinder-rootwrap" in said
+    assert "Spawned new privsep daemon via rootwrap" in said
 
 
 def test_regions_and_hosts_stand_apart(services: Services, cloud: Cloud) -> None:
