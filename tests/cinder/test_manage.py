@@ -178,7 +178,7 @@ def refused(cloud: Cloud, name: str, reason: str) -> None:
     volume = cloud.manage_volume({"source-name": name}, wait=False)
     wait_for(
         f"{name} is refused",
-        lambda: cloud.api.volumes.get(volume.id).status == "error_managing",
+        lambda: cloud.api.volumes.get(volume.id).status == "error",  # as the API tells of error_managing
         lambda: cloud.why(volume),
     )
     told = log.text()[seen:]

@@ -37,8 +37,9 @@ def test_no_secret_is_told(services: Services) -> None:
     assert with_daemon
     child = cloud.create_volume(snapshot_id=snapshot.id)
     cloud.detach(cloud.attach(child, cloud.connector(_HOST)), child)
+    guest.write(attached.device, 0, guest.noise("more", 1 << 20))
     cloud.detach(attached, volume)
-    swift.inject(Fault("answer", 503, method="PUT", path="/packs/", times=100))
+    swift.inject(Fault("answer", 403, method="PUT", path="/packs/", times=100))
     failed = cloud.snapshot(volume, wait=False)
     wait_for("it failed", lambda: cloud.api.volume_snapshots.get(failed.id).status == "error", lambda: "")
     swift.calm()

@@ -7,14 +7,19 @@ host's configuration whose volume service does not run. Prints what each first a
 import json
 import sys
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
+from cinder import objects
 from cinder.cmd import volume as _patched  # noqa: F401 (it patches what must be patched, before all else)
-from cinder.volume import configuration, manager
 from oslo_config import cfg
 from oslo_log import log as logging
 
-from island_fast.driver import IslandDriver
+objects.register_all()
+
+from cinder.volume import configuration, manager  # noqa: E402
+
+from island_fast.driver import IslandDriver  # noqa: E402
 
 GIB = 1 << 30
 
@@ -40,18 +45,18 @@ def snapshot(of):
 
 
 class Calls:
-    """Calls of a driver, each made twice."""
+    """Calls of a driver, each made twice; but `manage_existing`: its reference is gone then."""
 
     def __init__(self, driver):
         self._driver = driver
 
-    def __call__(self, name, thing, *more):
-        """Both answers go to standard output; of a thing that is told about, the second is kept."""
-        answers = [getattr(self._driver, name)(*more_before(name), thing, *more) for _ in range(2)]
+    def __call__(self, name, thing, *more, times=2):
+        """All answers go to standard output; of a thing that is told about, the last is kept."""
+        answers = [getattr(self._driver, name)(*more_before(name), thing, *more) for _ in range(times)]
         print(json.dumps([name, *answers]))
-        if isinstance(answers[1], dict) and name.startswith(("create_", "manage_")):
-            thing.update(answers[1])
-        return answers[1]
+        if isinstance(answers[-1], dict) and name.startswith(("create_", "manage_")):
+            thing.update(answers[-1])
+        return answers[-1]
 
 
 def more_before(name):
@@ -64,8 +69,7 @@ def walk(call, connector):
     call("create_volume", first)
     call("create_export", first, connector)
     path = call("initialize_connection", first, connector)["data"]["device_path"]
-    with open(path, "rb") as device:
-        assert device.seek(0, 2) == GIB
+    assert int(Path("/sys/block", Path(path).resolve().name, "size").read_text()) == GIB // 512
     call("ensure_export", first)
     call("extend_volume", first, 2)
     first.size = 2
@@ -86,7 +90,7 @@ def walk(call, connector):
     call("unmanage", clone)
     managed = volume()
     call("manage_existing_get_size", managed, {"source-name": clone.id})
-    call("manage_existing", managed, {"source-name": clone.id})
+    call("manage_existing", managed, {"source-name": clone.id}, times=1)
     for one in (first, child, managed):
         call("delete_volume", one)
 
