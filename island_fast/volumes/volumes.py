@@ -219,10 +219,16 @@ class Volumes:
     def snapshot(self, volume: str, label: str) -> Origin:
         """Take a snapshot, after those of this volume that were asked for before.
 
-        The lineage is the one that the volume has, or a new one of its name.
+        The lineage is the one that the volume has, or a new one of its name. Asked for again with the label
+        of the last one, which may be finished though nobody was told, it is that one.
         """
         with self._lock(f"snapshots-{volume}"), self._served(volume) as image:
-            lineage = self.records.read(volume).lineage or volume
+            record = self.records.read(volume)
+            lineage = record.lineage or volume
+            for taken in self.own.labelled(lineage, label) if record.label == label else []:
+                self.records.change(volume, lineage=lineage)
+                return taken
+            self.records.change(volume, label=label)
             monitor = self._monitor(volume)
             self._given_up.discard(volume)
             taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)

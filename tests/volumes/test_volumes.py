@@ -235,6 +235,16 @@ def test_a_second_snapshot_waits_for_the_first(host: Host) -> None:
     assert sorted(row["label"] for row in host.repositories[""].listed(volume)) == ["one", "two"]
 
 
+def test_a_snapshot_asked_for_again_is_taken_once(host: Host) -> None:
+    volume = made(host, b"content")
+    first = host.volumes.snapshot(volume, "one")
+    host.volumes.records.change(volume, lineage=None)  # it was taken, but nobody was told
+    assert host.volumes.snapshot(volume, "one") == first
+    assert host.volumes.records.read(volume).lineage == first.lineage
+    assert host.volumes.snapshot(volume, "two") != first
+    assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+
+
 def test_what_a_failed_snapshot_left_goes(host: Host) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "good")
