@@ -101,9 +101,7 @@ class FaultyHost:
         """Return when Swift was asked so since faults were set last."""
 
         def asked() -> bool:
-            return any(
-                one["method"] == method and re.search(path, one["path"]) for one in self.swift.seen()
-            )
+            return any(one["method"] == method and re.search(path, one["path"]) for one in self.swift.seen())
 
         wait_for(f"{method} {path}", asked, self.service.complaints)
 
@@ -135,14 +133,18 @@ class FaultyHost:
 
     def pins(self, volume: Any) -> list[str]:
         """The internal snapshots of the volume's image."""
-        return [line.split()[1] for line in run("qemu-img", "snapshot", "-l", "-U", self.image(volume)).splitlines()[2:]]
+        return [
+            line.split()[1]
+            for line in run("qemu-img", "snapshot", "-l", "-U", self.image(volume)).splitlines()[2:]
+        ]
 
     def commands(self, verb: str, about: object) -> list[int]:
         """The processes of `island VERB` that have this in their arguments."""
         return [
             pid
             for pid, words in _islands(self.account.ids[0])
-            if words[words.index("island_fast") + 1 :][:1] == [verb] and any(str(about) in one for one in words)
+            if words[words.index("island_fast") + 1 :][:1] == [verb]
+            and any(str(about) in one for one in words)
         ]
 
     def stored(self, volume: Any) -> dict[str, str]:
@@ -182,4 +184,3 @@ def _runs(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
-
