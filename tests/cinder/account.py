@@ -9,6 +9,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
@@ -18,7 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 _SUDOERS = Path("/etc/sudoers.d")
 _PREFIX = "island-test-"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-_PROGRAMS = ("api", "backup", "manage", "rootwrap", "scheduler", "volume")
+_PROGRAMS = ("api", "backup", "manage", "scheduler", "volume")
+_AS_ROOT = ("cinder-rootwrap", "privsep-helper")
 
 
 class Account:
@@ -60,18 +62,22 @@ class Account:
         return self
 
     def __exit__(self, *_: object) -> None:
-        (_SUDOERS / self.name).unlink(missing_ok=True)
         folders = [folder for folder in (self.home, self.run) if folder != Path()]
-        leftovers.clear(self.ids[0], folders)
-        for place in self._mounted:
-            subprocess.run(["umount", place], check=True)
-            place.rmdir()
-        if self._mounts != Path():
-            self._mounts.rmdir()
-        for folder in folders:
-            leftovers.remove(folder)
-        if self.ids[0]:
-            subprocess.run(["userdel", self.name], check=True, capture_output=True)
+        with ExitStack() as last_first:  # each step is taken, even if one before it fails
+            if self.ids[0]:
+                # Processes that were killed may be unable to go for lack of someone who waits for them.
+                command = ["userdel", "--force", self.name]
+                last_first.callback(subprocess.run, command, check=True, capture_output=True)
+            for folder in folders:
+                last_first.callback(leftovers.remove, folder)
+            if self._mounts != Path():
+                last_first.callback(self._mounts.rmdir)
+            for place in self._mounted:
+                last_first.callback(place.rmdir)
+                # A process that was killed may hold it for a moment longer.
+                last_first.callback(subprocess.run, ["umount", "--lazy", place], check=True)
+            last_first.callback(leftovers.clear, self.ids[0], folders)
+            (_SUDOERS / self.name).unlink(missing_ok=True)
 
     def environment(self) -> dict[str, str]:
         """What services have in their environment."""
@@ -136,19 +142,21 @@ class Account:
         packages = Path(sysconfig.get_path("purelib")).resolve().relative_to(environment)
         self._etc = reachable / "etc" / "cinder"
         ours = self.home / "lib"
-        shutil.copytree(
-            ROOT / "island_fast", ours / "island_fast", ignore=shutil.ignore_patterns("__pycache__")
-        )
-        shutil.copy(Path(__file__).with_name("plain_driver.py"), ours)
+        unwanted = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / "island_fast", ours / "island_fast", ignore=unwanted)
+        for name in ("plain_driver.py", "serve.py"):
+            shutil.copy(Path(__file__).with_name(name), ours)
         subprocess.run(["chmod", "-R", "u=rwX,go=rX", ours], check=True)
         self._packages = f"{ours}:{reachable / packages}"
-        for name in (*(f"cinder-{program}" for program in _PROGRAMS), "privsep-helper", "python"):
-            script = "" if name == "python" else f"'{reachable}/bin/{name}'"
+        libraries = f" LD_LIBRARY_PATH='{base}/lib'" if base in self._mounted else ""
+        programs = {"python": "", **{name: f"'{reachable}/bin/{name}'" for name in _AS_ROOT}}
+        programs |= {f"cinder-{name}": f"'{ours}/serve.py' {name}" for name in _PROGRAMS}
+        for name, words in programs.items():
             text = (
                 "#!/bin/sh\n"
                 "export PYTHONDONTWRITEBYTECODE=1 PYTHONWARNINGS=ignore\n"
-                f"export PYTHONPATH='{self._packages}' LD_LIBRARY_PATH='{base}/lib'\n"
-                f"exec '{interpreter}' {script} \"$@\"\n"
+                f"export PYTHONPATH='{self._packages}'{libraries}\n"
+                f"exec '{interpreter}' {words} \"$@\"\n"
             )
             (self.bin / name).write_text(text)
             (self.bin / name).chmod(0o755)

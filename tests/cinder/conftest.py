@@ -5,10 +5,21 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from tests.cinder.services import Services
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """A test that fails shows what the services complained of."""
+    outcome: Any = yield
+    report = outcome.get_result()
+    running = getattr(item, "funcargs", {}).get("services")
+    if report.failed and isinstance(running, Services):
+        report.sections.append(("errors of the services", running.complaints()))
 
 
 @pytest.fixture(scope="session")

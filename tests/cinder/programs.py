@@ -89,10 +89,10 @@ class Program:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
     def complaints(self, lines: int = 15) -> str:
-        """The last errors of its log; the log's end if there are none."""
+        """The last errors of its log; its end if there are none."""
         said = self.text().splitlines()
         loud = [line for line in said if " ERROR " in line or " CRITICAL " in line or "Traceback" in line]
-        return "\n".join((loud or said)[-lines:])
+        return "\n".join(line[:400] for line in loud[-lines:] or said[-3:])
 
 
 def wait_for(

@@ -82,6 +82,10 @@ class Services:
                 region.service(kind).start()
         return self._regions[name]
 
+    def complaints(self) -> str:
+        """The last errors of the services of all regions."""
+        return "\n".join(region.complaints() for region in self._regions.values())
+
     # -- hosts
 
     def island(self, region: str = "one", host: str = "hosta", **changed: object) -> dict[str, object]:
