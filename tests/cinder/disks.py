@@ -76,6 +76,16 @@ def mounted(device: Path, *options: str) -> Iterator[Path]:
             run("umount", folder)
 
 
+def small_disk(folder: Path, capacity: int, owner: tuple[int, int]) -> None:
+    """Mount an ext4 of its own at `folder`; it goes with the account."""
+    file = folder.with_name(f"{folder.name}.ext4")
+    with open(file, "xb") as opened:
+        opened.truncate(capacity)
+    run("mke2fs", "-q", "-t", "ext4", "-m", "0", "-J", "size=4", "-N", "256", file)
+    run("mount", "-o", "loop,discard", file, folder)
+    os.chown(folder, *owner)
+
+
 class Writer:
     """A guest that writes and flushes numbered blocks over and over, from `offset` on, as a context.
 
