@@ -24,12 +24,17 @@ def translated(resource: Any = None) -> Iterator[None]:
     try:
         yield
     except IslandError as error:
-        LOG.error("%s", error, resource=resource)
+        LOG.error("%s%s", _named(resource), error, resource=resource)
         raise exception.VolumeDriverException(message=str(error)) from error
     except OSError as error:
-        LOG.exception("the file system refused", resource=resource)
+        LOG.exception("%sthe file system refused", _named(resource), resource=resource)
         said = f"{error.filename or 'the file system of the volumes'}: {error.strerror or error}"
         raise exception.VolumeDriverException(message=said) from error
+
+
+def _named(resource: Any) -> str:
+    """The beginning of a line about a volume or snapshot; oslo.log's own formats do not show `resource`."""
+    return f"{type(resource).__name__.lower()} {resource.id}: " if resource else ""
 
 
 @contextlib.contextmanager

@@ -137,6 +137,13 @@ class Records:
         make_folder(str(self.place(volume)))
         return self.image(volume)
 
+    def tidy(self, volume: str, keep: str) -> None:
+        """Remove images that were being made when their makers died; all but the one called `keep`."""
+        kept = {"volume.json", self.image(volume).name, keep}
+        for entry in os.scandir(self.place(volume)):
+            if entry.name not in kept:
+                os.unlink(entry.path)
+
     def change(self, volume: str, **changes: object) -> Record:
         """Replace fields of a record; the new one."""
         record = self.read(volume)

@@ -114,6 +114,7 @@ class Volumes:
         """Make the image from a snapshot, or replace it; it is of the record's size, at least."""
         image = self.records.image(volume)
         scratch = image.with_name(f"from-{origin.snapshot}.qcow2")
+        self.records.tidy(volume, keep=scratch.name)  # each could be as large as the volume
         if not scratch.exists():  # what is there under its own name is whole, from an attempt before
             self.repository(origin).restore(origin, scratch, pin=pin)
         size = max(self.records.read(volume).size, volume_size(scratch))

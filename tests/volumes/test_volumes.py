@@ -181,6 +181,16 @@ def test_an_image_that_is_gone_is_told_and_never_made_blank(host: Host) -> None:
     assert content(host, volume, 5) == b"first"
 
 
+def test_what_a_killed_restore_left_goes_with_the_next(host: Host) -> None:
+    origin = host.volumes.snapshot(made(host, b"content"), "one")
+    copy = new_id()
+    host.volumes.create(copy, Record(SIZE, origin=origin))
+    half = host.volumes.records.place(copy) / f".from-{origin.snapshot}.qcow2.island-0123456789abcdef"
+    half.write_bytes(bytes(4096))
+    assert content(host, copy, 7) == b"content"
+    assert sorted(os.listdir(half.parent)) == ["image.qcow2", "volume.json"]
+
+
 def test_whoever_needs_an_image_that_is_being_made_waits_for_it(host: Host) -> None:
     volume = made(host, b"content")
     origin = host.volumes.snapshot(volume, "one")
