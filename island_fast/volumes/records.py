@@ -107,9 +107,15 @@ class Records:
         return []
 
     def all(self) -> Iterator[tuple[str, Record]]:
-        """Every volume with its record; one that is removed meanwhile is left out."""
+        """Every volume with its record; one that is removed meanwhile is left out. DamagedError as `read`."""
         for volume in self.volumes():
             with contextlib.suppress(NotFoundError):
+                yield volume, self.read(volume)
+
+    def sound(self) -> Iterator[tuple[str, Record]]:
+        """Every volume whose record can be read, where nothing is lost by leaving others out."""
+        for volume in self.volumes():
+            with contextlib.suppress(NotFoundError, DamagedError):
                 yield volume, self.read(volume)
 
     def read(self, volume: str) -> Record:
