@@ -177,7 +177,6 @@ def refused(cloud: Cloud, name: str, reason: str) -> None:
         lambda: cloud.api.volumes.get(volume.id).status == "error",  # as the API tells of error_managing
         lambda: cloud.why(volume),
     )
-    told = log.text()[seen:]
-    assert "ManageExistingInvalidReference" in told
-    assert reason in told
+    cloud.region.await_line("volume-hosta", "exception.ManageExistingInvalidReference: ", seen)
+    assert reason in log.text()[seen:]
     cloud.delete_volume(volume)
