@@ -98,7 +98,7 @@ class Manageable:
     def volumes(self, known: Mapping[str, str]) -> list[dict[str, Any]]:
         """The volumes and loose files of the host, as Cinder lists them; `known` are its own, name to id."""
         entries = []
-        for name, record in self._volumes.records.all():
+        for name, record in self._volumes.records.sound():
             reason = "already managed" if name in known else None
             entries.append(_entry(name, record.size, reason, known.get(name)))
         for path in sorted(self._volumes.records.folder.glob("*.qcow2")):
@@ -110,7 +110,7 @@ class Manageable:
 
     def snapshots(self, known: Mapping[str, str]) -> list[dict[str, Any]]:
         """The snapshots of the host's volumes; `known` are Cinder's own, by how it keeps them, to its ids."""
-        mine = {record.lineage: name for name, record in self._volumes.records.all() if record.lineage}
+        mine = {record.lineage: name for name, record in self._volumes.records.sound() if record.lineage}
         entries = []
         for row in self._volumes.own.listed():
             if row["lineage"] in mine:

@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from island_fast.durable import sync_folder
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.host.execute import Execute
 from island_fast.host.exports import Exports, State
 from island_fast.host.imagelock import ImageLock
@@ -142,11 +142,12 @@ class Volumes:
         """Remove a volume from this host; ImageInUseError if someone has its device open."""
         with self._lock(volume):
             self.exports.stop(volume)
-            with contextlib.suppress(NotFoundError):
-                record = self.records.read(volume)
-                if record.passing and record.origin:
-                    self.own.adopt(record.origin.lineage)
-                    self.own.delete(record.origin)
+            record = None
+            with contextlib.suppress(DamagedError):  # it goes all the same
+                record = self._known(volume)
+            if record and record.passing and record.origin:
+                self.own.adopt(record.origin.lineage)
+                self.own.delete(record.origin)
             self.records.remove(volume)
 
     def extend(self, volume: str, size: int) -> None:
@@ -220,10 +221,16 @@ class Volumes:
     def snapshot(self, volume: str, label: str) -> Origin:
         """Take a snapshot, after those of this volume that were asked for before.
 
-        The lineage is the one that the volume has, or a new one of its name.
+        The lineage is the one that the volume has, or a new one of its name. Asked for again with the label
+        of the last one, which may be finished though nobody was told, it is that one.
         """
         with self._lock(f"snapshots-{volume}"), self._served(volume) as image:
-            lineage = self.records.read(volume).lineage or volume
+            record = self.records.read(volume)
+            lineage = record.lineage or volume
+            for taken in self.own.labelled(lineage, label) if record.label == label else []:
+                self.records.change(volume, lineage=lineage)
+                return taken
+            self.records.change(volume, label=label)
             monitor = self._monitor(volume)
             self._given_up.discard(volume)
             taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
@@ -301,7 +308,7 @@ class Volumes:
     def pinned(self) -> list[str]:
         """The volumes whose images hold pins, those with the largest files first."""
         sizes = {}
-        for volume, record in self.records.all():
+        for volume, record in self.records.sound():
             with contextlib.suppress(IslandError, OSError):
                 if record.made and holds_pins(self.records.image(volume)):
                     sizes[volume] = self.records.image(volume).stat().st_blocks
@@ -313,7 +320,7 @@ class Volumes:
         for volume in self.pinned():
             with contextlib.suppress(OSError):
                 held += self.records.image(volume).stat().st_blocks * 512
-        return held + sum(record.size for _, record in self.records.all())
+        return held + sum(record.size for _, record in self.records.sound())
 
     # To other names and hosts.
 

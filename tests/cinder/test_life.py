@@ -246,7 +246,7 @@ def test_revert_goes_back_and_snapshots_go_on(cloud: Cloud) -> None:
 
 
 def test_the_scheduler_is_told_what_volumes_could_come_to_take(cloud: Cloud) -> None:
-    before = stats(cloud)
+    before = fresh_stats(cloud)
     volume = cloud.create_volume(3)
     settled(cloud, before, volumes=1, provisioned=3.0)
     attached = cloud.attach(volume)
@@ -270,6 +270,16 @@ def stats(cloud: Cloud) -> dict[str, Any]:
     return dict(pool.to_dict().get("capabilities") or pool.to_dict())
 
 
+def fresh_stats(cloud: Cloud) -> dict[str, Any]:
+    """Those that were made after this call: the second report from now on."""
+    for _ in range(2):
+        last = stats(cloud)["timestamp"]
+        wait_for(
+            "a report comes", lambda last=last: stats(cloud)["timestamp"] != last, cloud.region.complaints
+        )
+    return stats(cloud)
+
+
 def settled(cloud: Cloud, before: dict[str, Any], volumes: int, provisioned: float) -> None:
     """Return when the scheduler knows of that much more than before."""
     goal = before["total_volumes"] + volumes, before["provisioned_capacity_gb"] + provisioned
@@ -288,12 +298,7 @@ def test_what_is_not_supported_is_refused(cloud: Cloud) -> None:
         cloud.create_volume(volume_type="many")
     locked = cloud.api.volume_types.create("locked")
     locked.set_keys({"volume_backend_name": "island"})
-    specs = {
-        "provider": "luks",
-        "cipher": "aes-xts-plain64",
-        "key_size": 256,
-        "control_location": "front-end",
-    }
+    specs = {"provider": "luks", "cipher": "aes-xts-plain64", "key_size": 256}
     cloud.api.volume_encryption_types.create(locked, {**specs, "control_location": "front-end"})
     seen = len(log(cloud))
     with pytest.raises(AssertionError, match="is error, not available"):

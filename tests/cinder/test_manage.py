@@ -48,27 +48,23 @@ def listed_snapshots(cloud: Cloud) -> dict[str, Any]:
     return {entry.reference["source-name"]: entry for entry in entries}
 
 
-def origin(cloud: Cloud, volume: Any) -> str:
-    """The one snapshot of a volume that is listed, by its name."""
-    [found] = [name for name in listed_snapshots(cloud) if name.startswith(f"{volume.id}@")]
-    return found
-
-
 def test_a_volume_and_its_snapshot_go_and_come_back(cloud: Cloud, folder: Path) -> None:
     volume = cloud.create_volume()
     attached = cloud.attach(volume)
     guest.write(attached.device, 0, _DATA)
     cloud.detach(attached, volume)
     snapshot = cloud.snapshot(volume)
-    name = origin(cloud, volume)
-    assert listed(cloud)[volume.id].cinder_id == volume.id
-    assert not listed(cloud)[volume.id].safe_to_manage
-    assert listed_snapshots(cloud)[name].cinder_id == snapshot.id
+    [[name, entry]] = [one for one in listed_snapshots(cloud).items() if one[0].startswith(f"{volume.id}@")]
+    assert entry.cinder_id == snapshot.id
+    entry = listed(cloud)[volume.id]
+    assert entry.cinder_id == volume.id
+    assert not entry.safe_to_manage
     cloud.unmanage_snapshot(snapshot)
     assert listed_snapshots(cloud)[name].safe_to_manage
     cloud.unmanage_volume(volume)
-    assert listed(cloud)[volume.id].safe_to_manage
-    assert listed(cloud)[volume.id].size == 1
+    entry = listed(cloud)[volume.id]
+    assert entry.safe_to_manage
+    assert entry.size == 1
 
     again = cloud.manage_volume({"source-name": volume.id})
     assert again.id != volume.id

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.host.exports import State
 from island_fast.host.imagelock import ImageLock
 from island_fast.repository import Repository
@@ -245,6 +245,16 @@ def test_a_second_snapshot_waits_for_the_first(host: Host) -> None:
     assert sorted(row["label"] for row in host.repositories[""].listed(volume)) == ["one", "two"]
 
 
+def test_a_snapshot_asked_for_again_is_taken_once(host: Host) -> None:
+    volume = made(host, b"content")
+    first = host.volumes.snapshot(volume, "one")
+    host.volumes.records.change(volume, lineage=None)  # it was taken, but nobody was told
+    assert host.volumes.snapshot(volume, "one") == first
+    assert host.volumes.records.read(volume).lineage == first.lineage
+    assert host.volumes.snapshot(volume, "two") != first
+    assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+
+
 def test_what_a_failed_snapshot_left_goes(host: Host) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "good")
@@ -351,3 +361,18 @@ def test_a_volume_goes_on_under_another_name(host: Host) -> None:
     second = host.volumes.snapshot(name, "two")
     assert second.lineage == volume
     assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+
+
+def test_a_damaged_record_stands_in_the_way_of_its_own_volume_alone(host: Host) -> None:
+    volume, damaged = made(host, b"content"), made(host, b"content")
+    snapshot = host.volumes.snapshot(volume, "one")
+    (host.volumes.records.place(damaged) / "volume.json").write_text("{")
+    assert host.volumes.pinned() == [volume]
+    assert SIZE < host.volumes.provisioned() < 2 * SIZE
+    with pytest.raises(DamagedError):
+        host.volumes.attach(damaged)
+    with pytest.raises(DamagedError):
+        host.volumes.delete_snapshot(volume, snapshot)  # perhaps that one needs it
+    host.volumes.delete(damaged)
+    host.volumes.delete_snapshot(volume, snapshot)
+    assert host.volumes.records.volumes() == [volume]
