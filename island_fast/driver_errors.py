@@ -9,9 +9,11 @@ from typing import Any
 from cinder import exception
 from oslo_log import log as logging
 
-from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
+from island_fast.errors import DamagedImageError, IslandError, NotFoundError, RefusedError, UsageError
 
 __all__ = ["referenced", "translated"]
+
+_NOT_TO_BE_MANAGED = (UsageError, NotFoundError, RefusedError, DamagedImageError)
 
 LOG = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def referenced(existing_ref: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except exception.VolumeDriverException as error:
-        if isinstance(error.__cause__, UsageError | NotFoundError | RefusedError):
+        if isinstance(error.__cause__, _NOT_TO_BE_MANAGED):
             raise exception.ManageExistingInvalidReference(
                 existing_ref=existing_ref, reason=str(error.__cause__)
             ) from error

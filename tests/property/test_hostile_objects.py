@@ -26,7 +26,7 @@ from island_fast.progress import silent
 from island_fast.qcow2 import PinnedBase
 from island_fast.reclaim import plan_sweep
 from island_fast.repository import Repository
-from island_fast.restoring import restore
+from island_fast.restoring import Target, restore
 from island_fast.slots import SnapshotNumbers
 from tests import qemu
 from tests.memory_store import MemoryStore, Stored
@@ -221,6 +221,6 @@ def test_a_pin_of_another_size_is_left_out_of_a_restored_image(tmp_path: Path) -
     for size in (0, (1 << 20) - 512, 1 << 62):
         odd = replace(manifest, pin=replace(manifest.pin, disk_size=size))
         target = tmp_path / f"{size}.qcow2"
-        restore(found.lineage, found.row, odd, target, "qcow2", silent)
+        restore(found.lineage, found.row, odd, Target(target, "qcow2", pin=True), silent)
         assert "snapshots" not in qemu.info(target)
         assert qemu.content(target) == qemu.content(image)
