@@ -233,7 +233,15 @@ class Volumes:
             self.records.change(volume, label=label)
             monitor = self._monitor(volume)
             self._given_up.discard(volume)
-            taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            try:
+                taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            except IslandError as error:
+                if volume not in self._given_up:
+                    raise
+                raise IslandError(
+                    f"the snapshot of volume {volume} was given up, because the host's disk is nearly full; "
+                    "take it again when there is room"
+                ) from error
             self.records.change(volume, lineage=taken.lineage)
             return taken
 
@@ -295,14 +303,21 @@ class Volumes:
             self._restore(volume, snapshot, pin=True)
             self.records.change(volume, lineage=snapshot.lineage, origin=None, passing=False, made=True)
 
-    def drop_pins(self, volume: str) -> int:
-        """Drop a volume's pins to win space; a snapshot that is being taken is given up first. How many."""
+    def drop_pins(self, volume: str, *, give_up: bool) -> int:
+        """Drop a volume's pins to win space; how many.
+
+        While a snapshot is being taken none go; with `give_up` that is ended, and they can go afterwards.
+        """
         try:
             return self._unpin(volume, orphans=False)
         except RefusedError:
             if not snapshot_under_way(self.records.image(volume)):
                 raise
-            self._given_up.add(volume)
+            if give_up and volume not in self._given_up:
+                self._given_up.add(volume)
+                _LOG.warning(
+                    "space is short: the snapshot of volume %s that is being taken is given up", volume
+                )
             return 0
 
     def pinned(self) -> list[str]:
