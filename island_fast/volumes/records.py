@@ -77,6 +77,11 @@ class Record:
     passing: bool = False
     made: bool = False
 
+    @property
+    def on_its_way(self) -> bool:
+        """Whether the volume's content is on its way between hosts, and this host may have given it away."""
+        return self.passing and not self.made
+
 
 class Records:
     """The folder of a host's volumes; made when first written to. Not locked: `Volumes` sees to that."""
