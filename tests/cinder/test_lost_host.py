@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -72,9 +73,10 @@ def test_a_lost_volume_is_not_attached_and_what_to_do_is_said(lost: Lost) -> Non
     assert "revert it to its newest snapshot, or create a volume from one" in told, told
 
 
-def test_volumes_that_were_never_attached_are_not_lost(lost: Lost) -> None:
-    with pytest.raises(AssertionError, match="is available"):  # the copy needs it, which only Cinder knows
-        lost.cloud.delete_snapshot(lost.snapshot)
+def test_volumes_that_were_never_attached_are_not_lost(services: Services, lost: Lost) -> None:
+    lost.cloud.delete_snapshot(lost.snapshot, wait=False)  # the copy needs it, which only Cinder knows
+    services.region().await_line(f"volume-{HEIR}", f"is needed by {lost.copy.id}, whose image is made")
+    lost.cloud.await_snapshot(lost.snapshot, "available")
     assert read(lost.cloud, lost.copy, HEIR, len(DATA)) == DATA
     assert read(lost.cloud, lost.blank, HEIR, 4096) == bytes(4096)
     lost.cloud.delete_volume(lost.copy)
@@ -89,7 +91,7 @@ def test_a_volume_is_made_from_a_snapshot_of_a_lost_one(lost: Lost) -> None:
 
 def test_a_revert_that_fails_leaves_no_blank_volume(services: Services, lost: Lost) -> None:
     swift = services.swift()
-    swift.inject(Fault("answer", 503, method="GET", path="/packs/", times=10_000))
+    swift.inject(Fault("answer", 404, method="GET", path="/packs/", times=10_000))
     lost.cloud.api.volumes.revert_to_snapshot(lost.volume, lost.snapshot)
     with pytest.raises(AssertionError, match="is error"):
         lost.cloud.await_volume(lost.volume, "available")
@@ -126,6 +128,25 @@ def test_the_lost_host_cannot_write_when_it_comes_back(services: Services, lost:
     before = snapshots(services, volume.id)
     services.run(host=LOST)
     region = services.region()
+    region.service(f"volume-{HEIR}").stop()
     region.manage(
         *("volume", "update_host", "--currenthost", f"{HEIR}@island", "--newhost", f"{LOST}@island#island")
     )
+    shutil.copytree(
+        services.account.folder(f"region-one/{HEIR}/volumes/{volume.id}"),
+        services.account.folder(f"region-one/{LOST}/volumes/{volume.id}"),
+        dirs_exist_ok=True,
+        copy_function=_copy_as_owner,
+    )
+    late = cloud.snapshot(volume, wait=False)
+    with pytest.raises(AssertionError, match=f"volume {volume.id} belongs to host"):
+        cloud.await_snapshot(late, "available")
+    with pytest.raises(AssertionError, match=f"volume {volume.id} belongs to host"):
+        cloud.delete_snapshot(lost.snapshot)
+    assert snapshots(services, volume.id) == before
+
+
+def _copy_as_owner(source: str, target: str) -> None:
+    shutil.copy2(source, target)
+    found = os.stat(source)
+    os.chown(target, found.st_uid, found.st_gid)
