@@ -47,6 +47,7 @@ CONF = cfg.CONF
 _MADE = "made"
 _TEND_EVERY = 5.0  # seconds
 _ROOTWRAP_REFUSES = range(96, 100)  # exit statuses: no such program, bad configuration, no command, no filter
+_FORGET_EVERY = 30.0  # seconds
 
 
 @interface.volumedriver
@@ -108,7 +109,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         tending = Tending(self._volumes, self.configuration.island_free_space_reserve / 100)
         self._start(tending.look, _TEND_EVERY)
         self._start(tending.sweep, self.configuration.island_sweep_interval)
-        self._start(self._forget_departed, 600.0)
+        self._start(self._forget_departed, _FORGET_EVERY)
 
     def _start(self, work: Any, interval: float) -> None:
         loop = loopingcall.FixedIntervalLoopingCall(work)
@@ -134,23 +135,15 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     def _name(self, volume: Any) -> str:
         """The name of a volume that this host knows, or comes to know by what Cinder keeps of it."""
         name: str = volume.name_id
-        try:
-            self._volumes.records.read(name)
-        except NotFoundError:
-            kind, _, origin = (volume.provider_location or "").partition(":")
-            if kind == _MADE:
-                raise NotFoundError(
-                    f"volume {volume.id} has no image on this host, its host or its files were lost; revert "
-                    "it to its newest snapshot, or create a volume from one"
-                ) from None
-            source = Origin.parse(origin) if origin else None
-            record = Record(volume.size * units.Gi, volume.provider_id, source, passing=kind == "passing")
-            self._volumes.create(name, record)
+        kind, _, origin = (volume.provider_location or "").partition(":")
+        source = Origin.parse(origin) if origin else None
+        size = volume.size * units.Gi
+        self._volumes.learn(name, Record(size, volume.provider_id, source, kind == "passing", kind == _MADE))
         return name
 
-    def _kept(self, volume: str) -> dict[str, str | None]:
+    def _kept(self, volume: str, record: Record | None = None) -> dict[str, str | None]:
         """What Cinder is to keep of a volume."""
-        record = self._volumes.records.read(volume)
+        record = record or self._volumes.records.read(volume)
         location = None
         if record.made:
             location = _MADE
@@ -197,6 +190,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         """Copy a volume as it is now, on this host."""
         with translated(volume):
             self._volumes.clone(self._name(src_vref), volume.name_id, volume.size * units.Gi)
+            self._keep(src_vref)
             return self._kept(volume.name_id)
 
     # Attaching.
@@ -278,12 +272,20 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             if not self._is_ours(snapshot, origin):
                 LOG.info("%s is forgotten, and stays where it is", origin, resource=snapshot)
                 return
-            if needing := self._volumes.needing(origin):
+            if needing := self._needing(origin):
                 raise exception.SnapshotIsBusy(
                     f"snapshot {snapshot.id} is needed by {', '.join(needing)}, whose image is made when "
                     "first attached: attach or delete them first"
                 )
             self._volumes.delete_snapshot(volume, origin)
+
+    def _needing(self, origin: Origin) -> list[str]:
+        """The volumes that are yet to be made from a snapshot, those too that came from a lost host."""
+        filters = {"provider_location": f"from:{origin}"}
+        kept = objects.VolumeList.get_all(cinder_context.get_admin_context(), filters=filters)
+        made = [name for name, record in self._volumes.records.sound() if record.made]
+        theirs = [volume.name_id for volume in kept if volume.name_id not in made]
+        return sorted({*self._volumes.needing(origin), *theirs})
 
     def revert_to_snapshot(self, context: Any, volume: Any, snapshot: Any) -> None:
         """Give a volume the content of a snapshot of its own."""
@@ -307,6 +309,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         kind = image_meta["disk_format"]
         with translated(volume), image_utils.temporary_file(prefix="island_upload_") as path:
             self._volumes.export(self._name(volume), Path(path), image_utils.fixup_disk_format(kind))
+            self._keep(volume)
             volume_utils.upload_volume(
                 context, image_service, image_meta, path, volume, volume_format=kind, run_as_root=False
             )
@@ -328,8 +331,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             if volume_utils.extract_host(host["host"]) == volume_utils.extract_host(self.host):
                 return True, None
             name = self._name(volume)
-            self._volumes.depart(name, f"passing-{volume.id}")
-            return True, self._kept(name)
+            return True, self._kept(name, self._volumes.depart(name, f"passing-{volume.id}"))
 
     def update_migrated_volume(
         self, context: Any, volume: Any, new_volume: Any, original_volume_status: str
@@ -343,9 +345,9 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def _forget_departed(self) -> None:
         """Forget volumes that another host has taken over."""
-        admin = cinder_context.get_admin_context()
-        for name, record in self._volumes.records.all():
-            if record.passing and not record.made:
+        admin = cinder_context.get_admin_context(read_deleted="yes")
+        for name, record in self._volumes.records.sound():
+            if record.on_its_way:
                 with contextlib.suppress(exception.VolumeNotFound):
                     volume = objects.Volume.get_by_id(admin, name)
                     if volume_utils.extract_host(volume.host) != volume_utils.extract_host(self.host):
@@ -372,7 +374,9 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     def unmanage(self, volume: Any) -> None:
         """Leave a volume where it is, without Cinder."""
         with translated(volume):
-            self._volumes.stop(volume.name_id)
+            if volume.provider_location != _MADE:
+                self._name(volume)
+            self._volumes.leave(volume.name_id)
 
     def get_manageable_volumes(
         self, cinder_volumes: Any, marker: Any, limit: Any, offset: Any, sort_keys: Any, sort_dirs: Any

@@ -50,8 +50,8 @@ class Manageable:
         name = _name(reference)
         if "@" in name:
             return self.snapshot_size(reference)
-        if name in self._volumes.records.volumes():
-            return _gib(self._volumes.records.read(name).size)
+        if name in self._here():
+            return _gib(self._here()[name].size)
         return _gib(volume_size(self._file(name)))
 
     def manage(self, volume: str, reference: Mapping[str, str]) -> None:
@@ -63,11 +63,15 @@ class Manageable:
             self._volumes.create(volume, record, at_once=True)
             return
         size = self.size(reference) * _GIB
-        if name in self._volumes.records.volumes():
+        if name in self._here():
             self._volumes.rename(name, volume)
         else:
             self._take_in(self._file(name), volume)
         self._volumes.extend(volume, size)
+
+    def _here(self) -> dict[str, Record]:
+        """The host's volumes; one that is on its way may be another host's by now."""
+        return {name: record for name, record in self._volumes.records.sound() if not record.on_its_way}
 
     def _file(self, name: str) -> Path:
         """The loose file of this name; RefusedError unless it is a qcow2 that may become a volume's image."""
@@ -98,7 +102,7 @@ class Manageable:
     def volumes(self, known: Mapping[str, str]) -> list[dict[str, Any]]:
         """The volumes and loose files of the host, as Cinder lists them; `known` are its own, name to id."""
         entries = []
-        for name, record in self._volumes.records.sound():
+        for name, record in self._here().items():
             reason = "already managed" if name in known else None
             entries.append(_entry(name, record.size, reason, known.get(name)))
         for path in sorted(self._volumes.records.folder.glob("*.qcow2")):

@@ -79,6 +79,11 @@ class Record:
     made: bool = False
     label: str | None = None
 
+    @property
+    def on_its_way(self) -> bool:
+        """Whether the volume's content is on its way between hosts, and this host may have given it away."""
+        return self.passing and not self.made
+
 
 class Records:
     """The folder of a host's volumes; made when first written to. Not locked: `Volumes` sees to that."""

@@ -20,7 +20,8 @@ class Tending:
     """Looks after a host's volumes, a little at each call; an error is told, and met again next time.
 
     `reserve` is the part of the volumes' file system that is kept free: with less, pins are dropped, those of
-    the largest images first. An image keeps the space that its pin held, and uses it before it grows again.
+    the largest images first, and with less than half of it snapshots under way are given up. An image keeps
+    the space that its pin held, and uses it before it grows again.
     """
 
     def __init__(self, volumes: Volumes, reserve: float) -> None:
@@ -32,7 +33,7 @@ class Tending:
     def look(self) -> None:
         """Tell of daemons that died, and see that guests do not run out of space."""
         self._tell_of_the_dead()
-        if self._is_low() and time.monotonic() - self._failed > _PATIENCE:
+        if self._is_below(self._reserve) and time.monotonic() - self._failed > _PATIENCE:
             self._drop_pins()
 
     def _tell_of_the_dead(self) -> None:
@@ -46,30 +47,28 @@ class Tending:
             )
         self._dead = dead
 
-    def _is_low(self) -> bool:
+    def _is_below(self, part: float) -> bool:
         try:
             disk = os.statvfs(self._volumes.records.folder)
         except OSError as error:
             _LOG.error("the space for volumes cannot be told: %s", error)
             return False
-        return disk.f_bavail < disk.f_blocks * self._reserve
+        return disk.f_bavail < disk.f_blocks * part
 
     def _drop_pins(self) -> None:
-        """Where a snapshot is given up, its volume's pins go at the next look."""
+        give_up = self._is_below(self._reserve / 2)
         for volume in self._volumes.pinned():
             try:
-                dropped = self._volumes.drop_pins(volume)
+                dropped = self._volumes.drop_pins(volume, give_up=give_up)
             except IslandError as error:
                 _LOG.error("space is short, and the pins of volume %s stay: %s", volume, error)
                 self._failed = time.monotonic()
                 continue
             if dropped:
-                said = f"{dropped} pins of volume {volume} dropped; its next snapshot scans it in full"
-            else:
-                said = f"the snapshot of volume {volume} that is being taken is given up"
-            _LOG.warning("space is short: %s", said)
-            if not self._is_low():
-                return
+                _LOG.warning(
+                    "space is short: %d pins of volume %s dropped; its next snapshot scans it in full",
+                    *(dropped, volume),
+                )
 
     def sweep(self) -> None:
         """Sweep what this host writes, deleted volumes' lineages included."""

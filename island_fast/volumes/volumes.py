@@ -15,6 +15,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from island_fast.durable import sync_folder
@@ -85,6 +86,23 @@ class Volumes:
             self.records.write(volume, record)
         if at_once or not self._lazy:
             self.make(volume)
+
+    def learn(self, volume: str, kept: Record) -> None:
+        """Know a volume that came here by what is kept of it elsewhere.
+
+        What this host knows of it is older where it says another origin: it had the volume once, and gave it
+        away. NotFoundError if there was an image, which must have been lost.
+        """
+        known = self._known(volume)
+        if known is None and kept.made:
+            raise NotFoundError(
+                f"volume {volume} has no image on this host, its host or its files were lost; revert it to "
+                "its newest snapshot, or create a volume from one"
+            )
+        if known is not None and kept.origin and not known.made and known.origin != kept.origin:
+            with self._lock(volume):
+                self.records.write(volume, kept)
+        self.create(volume, kept)
 
     def make(self, volume: str) -> Path:
         """The volume's image, made if it is not there yet."""
@@ -173,6 +191,13 @@ class Volumes:
             self.exports.detach(volume)
             self._settle(volume)
 
+    def leave(self, volume: str) -> None:
+        """Stop a volume that nobody knows from now on but this host; its content is on it."""
+        known = self._known(volume)
+        if known is not None and known.on_its_way:
+            self.make(volume)
+        self.stop(volume)
+
     def stop(self, volume: str) -> None:
         """Take the block device away, and end the daemon, whoever uses it."""
         with self._lock(volume):
@@ -233,7 +258,15 @@ class Volumes:
             self.records.change(volume, label=label)
             monitor = self._monitor(volume)
             self._given_up.discard(volume)
-            taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            try:
+                taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            except IslandError as error:
+                if volume not in self._given_up:
+                    raise
+                raise IslandError(
+                    f"the snapshot of volume {volume} was given up, because the host's disk is nearly full; "
+                    "take it again when there is room"
+                ) from error
             self.records.change(volume, lineage=taken.lineage)
             return taken
 
@@ -245,7 +278,13 @@ class Volumes:
                 "or delete them first"
             )
         with self._lock(f"snapshots-{volume}"):
+            self._inherit(volume, snapshot.lineage)
             self.own.delete(snapshot)
+
+    def _inherit(self, volume: str, lineage: str) -> None:
+        """Own the lineage of a volume whose image is not here: the host that had it is lost."""
+        if not self.records.image(volume).exists():
+            self.own.adopt(lineage)
 
     def forget_snapshot(self, volume: str, label: str) -> None:
         """Remove what a failed or interrupted snapshot with this label left, its pin in the image included.
@@ -285,24 +324,33 @@ class Volumes:
         """Give a volume that is not attached the content of a snapshot of its own lineage.
 
         `record` is for a volume that this host does not know, because the host that had it was lost: then
-        this one becomes the owner of its lineage.
+        this one becomes the owner of its lineage. Until the content is there the volume has no image, and is
+        never a blank one.
         """
         with self._lock(f"snapshots-{volume}"), self._lock(volume):
             self.exports.stop(volume)
-            if self._known(volume) is None:
-                self.records.write(volume, record)
-                self.own.adopt(snapshot.lineage)
+            self._inherit(volume, snapshot.lineage)
+            known = self._known(volume)
+            if known is None or not known.made:
+                self.records.write(volume, replace(record, made=True))
             self._restore(volume, snapshot, pin=True)
             self.records.change(volume, lineage=snapshot.lineage, origin=None, passing=False, made=True)
 
-    def drop_pins(self, volume: str) -> int:
-        """Drop a volume's pins to win space; a snapshot that is being taken is given up first. How many."""
+    def drop_pins(self, volume: str, *, give_up: bool) -> int:
+        """Drop a volume's pins to win space; how many.
+
+        While a snapshot is being taken none go; with `give_up` that is ended, and they can go afterwards.
+        """
         try:
             return self._unpin(volume, orphans=False)
         except RefusedError:
             if not snapshot_under_way(self.records.image(volume)):
                 raise
-            self._given_up.add(volume)
+            if give_up and volume not in self._given_up:
+                self._given_up.add(volume)
+                _LOG.warning(
+                    "space is short: the snapshot of volume %s that is being taken is given up", volume
+                )
             return 0
 
     def pinned(self) -> list[str]:
@@ -327,9 +375,15 @@ class Volumes:
     def depart(self, volume: str, label: str) -> Record:
         """Bring a detached volume to where another host can make it; what that host must keep of it.
 
-        The image goes; the record stays, so that it can be made here again if it was not taken over.
+        The image goes; the record stays, so that it can be made here again if it was not taken over. One that
+        is to be made from a snapshot is made first, for no other host can see that the snapshot is kept. Of
+        one that is to be blank nothing is left.
         """
-        if self.records.read(volume).made:
+        record = self.records.read(volume)
+        if not record.made and not record.origin:
+            self.delete(volume)
+            return record
+        if not record.on_its_way:
             snapshot = self.snapshot(volume, label)
             self.records.change(volume, origin=snapshot, passing=True, made=False)
             with self._lock(volume):
