@@ -32,7 +32,7 @@ from island_fast import __version__
 from island_fast.driver_errors import referenced, translated
 from island_fast.driver_options import STORE_OPTIONS, VOLUME_OPTIONS, repositories
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.host.execute import Finished
+from island_fast.host.execute import Finished, said_by
 from island_fast.host.exports import Exports
 from island_fast.host.selftest import choose_kind
 from island_fast.volumes import Origin, Record, Records, Volumes
@@ -46,6 +46,7 @@ CONF = cfg.CONF
 
 _MADE = "made"
 _TEND_EVERY = 5.0  # seconds
+_ROOTWRAP_REFUSES = range(96, 100)  # exit statuses: no such program, bad configuration, no command, no filter
 _FORGET_EVERY = 30.0  # seconds
 
 
@@ -124,8 +125,8 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         try:
             output, complaints = self._execute(*command, run_as_root=root, env_variables=environment)
         except processutils.ProcessExecutionError as error:
-            if not isinstance(error.exit_code, int):
-                raise OSError(str(error)) from error
+            if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
+                raise OSError(said_by(error.stderr or str(error))) from error
             status, output, complaints = error.exit_code, error.stdout, error.stderr
         return Finished(list(command), status, output or "", complaints or "")
 
@@ -282,7 +283,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         """The volumes that are yet to be made from a snapshot, those too that came from a lost host."""
         filters = {"provider_location": f"from:{origin}"}
         kept = objects.VolumeList.get_all(cinder_context.get_admin_context(), filters=filters)
-        made = [name for name, record in self._volumes.records.all() if record.made]
+        made = [name for name, record in self._volumes.records.sound() if record.made]
         theirs = [volume.name_id for volume in kept if volume.name_id not in made]
         return sorted({*self._volumes.needing(origin), *theirs})
 
@@ -345,7 +346,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     def _forget_departed(self) -> None:
         """Forget volumes that another host has taken over."""
         admin = cinder_context.get_admin_context(read_deleted="yes")
-        for name, record in self._volumes.records.all():
+        for name, record in self._volumes.records.sound():
             if record.on_its_way:
                 with contextlib.suppress(exception.VolumeNotFound):
                     volume = objects.Volume.get_by_id(admin, name)

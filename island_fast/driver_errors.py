@@ -9,9 +9,11 @@ from typing import Any
 from cinder import exception
 from oslo_log import log as logging
 
-from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
+from island_fast.errors import DamagedImageError, IslandError, NotFoundError, RefusedError, UsageError
 
 __all__ = ["referenced", "translated"]
+
+_NOT_TO_BE_MANAGED = (UsageError, NotFoundError, RefusedError, DamagedImageError)
 
 LOG = logging.getLogger(__name__)
 
@@ -22,12 +24,17 @@ def translated(resource: Any = None) -> Iterator[None]:
     try:
         yield
     except IslandError as error:
-        LOG.error("%s", error, resource=resource)
+        LOG.error("%s%s", _named(resource), error, resource=resource)
         raise exception.VolumeDriverException(message=str(error)) from error
     except OSError as error:
-        LOG.exception("the file system refused", resource=resource)
+        LOG.exception("%sthe file system refused", _named(resource), resource=resource)
         said = f"{error.filename or 'the file system of the volumes'}: {error.strerror or error}"
         raise exception.VolumeDriverException(message=said) from error
+
+
+def _named(resource: Any) -> str:
+    """The beginning of a line about a volume or snapshot; oslo.log's own formats do not show `resource`."""
+    return f"{type(resource).__name__.lower()} {resource.id}: " if resource else ""
 
 
 @contextlib.contextmanager
@@ -36,7 +43,7 @@ def referenced(existing_ref: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     except exception.VolumeDriverException as error:
-        if isinstance(error.__cause__, UsageError | NotFoundError | RefusedError):
+        if isinstance(error.__cause__, _NOT_TO_BE_MANAGED):
             raise exception.ManageExistingInvalidReference(
                 existing_ref=existing_ref, reason=str(error.__cause__)
             ) from error

@@ -59,7 +59,8 @@ VOLUME_OPTIONS = [
         min=0.0,
         max=90.0,
         help="Percent of the file system of island_volumes_dir. With less than that free, pins are dropped, "
-        "before a guest runs out of space: the next snapshot of such a volume scans it in full.",
+        "before a guest runs out of space: the next snapshot of such a volume scans it in full. With less "
+        "than half of it, snapshots under way are given up.",
     ),
     cfg.ListOpt(
         "island_connector_hosts",

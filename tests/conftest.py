@@ -19,6 +19,18 @@ IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
 OpenSwift = Callable[..., SwiftStore]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay together where several processes run them: a file's, and all that share services.
+
+    The longest of these groups comes first.
+    """
+    here = Path(__file__).parent
+    for item in items:
+        place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
+        item.add_marker(pytest.mark.xdist_group(place if place == "cinder" else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "cinder")
+
+
 @pytest.fixture(scope="session")
 def swift_server() -> Iterator[SwiftServer]:
     """A Swift with one replica."""

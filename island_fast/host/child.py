@@ -6,6 +6,7 @@ patch. So nothing is waited for here but time: the program writes to files, and 
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import tempfile
@@ -16,6 +17,7 @@ from typing import IO
 __all__ = ["run_child"]
 
 _SOON, _LATER = 0.01, 0.25  # seconds between two looks, at first and at last
+_GRACE = 15.0  # seconds from being asked to end until it is killed
 _MAX_LINE = 1 << 16  # bytes of a line that is told
 
 
@@ -28,8 +30,9 @@ def run_child(
     """Run a program to its end, and return what it said on standard output.
 
     `env` is all of its environment. `tell` gets each line of its standard error, soon after it was written.
-    Once `cancelled` says so it is asked to end (SIGTERM), and its end is waited for. It ends, by the same
-    signal, when this process does. Raises OSError if it does not start.
+    Once `cancelled` says so it is asked to end (SIGTERM), and killed if it has not after 15 s: it may wait
+    for a store that says nothing. It is asked, too, when this process ends. Raises OSError if it does not
+    start.
     """
     command = ["setpriv", "--pdeathsig", "TERM", *command]
     with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
@@ -42,11 +45,13 @@ def run_child(
             start_new_session=True,
         )
         lines = _Lines(complaints, tell)
-        pause, asked = _SOON, False
+        pause, deadline = _SOON, math.inf
         while process.poll() is None:
-            if not asked and cancelled():
-                asked = True
+            if deadline == math.inf and cancelled():
+                deadline = time.monotonic() + _GRACE
                 process.terminate()
+            elif time.monotonic() > deadline:
+                process.kill()
             time.sleep(pause)
             pause = min(_LATER, pause * 1.5)
             lines.look()

@@ -105,7 +105,7 @@ def succeed(execute: Execute, command: Sequence[str], task: str, *, root: bool =
     except OSError as error:
         raise IslandError(
             f"{program} could not be started to {task}: {error.strerror or error}; "
-            f"{'see the rootwrap filters of island' if root else 'check the program'}"
+            f"{'put island.filters where rootwrap looks for filters' if root else 'check the program'}"
         ) from error
     if result.returncode:
         said = said_by(result.stderr or result.stdout or "")

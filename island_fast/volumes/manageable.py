@@ -71,7 +71,7 @@ class Manageable:
 
     def _here(self) -> dict[str, Record]:
         """The host's volumes; one that is on its way may be another host's by now."""
-        return {name: record for name, record in self._volumes.records.all() if not record.on_its_way}
+        return {name: record for name, record in self._volumes.records.sound() if not record.on_its_way}
 
     def _file(self, name: str) -> Path:
         """The loose file of this name; RefusedError unless it is a qcow2 that may become a volume's image."""
@@ -114,7 +114,7 @@ class Manageable:
 
     def snapshots(self, known: Mapping[str, str]) -> list[dict[str, Any]]:
         """The snapshots of the host's volumes; `known` are Cinder's own, by how it keeps them, to its ids."""
-        mine = {record.lineage: name for name, record in self._volumes.records.all() if record.lineage}
+        mine = {record.lineage: name for name, record in self._volumes.records.sound() if record.lineage}
         entries = []
         for row in self._volumes.own.listed():
             if row["lineage"] in mine:

@@ -69,6 +69,7 @@ class Record:
     `lineage` is where its snapshots are, None before the first. `origin` is the snapshot that the image is to
     be made from, None if it is made or is to be blank. With `passing`, that snapshot was taken only to bring
     the volume to this host, and is deleted once the image is made. `made`: there is an image, or it was lost.
+    `label` is that of the snapshot that was begun last.
     """
 
     size: int
@@ -76,6 +77,7 @@ class Record:
     origin: Origin | None = None
     passing: bool = False
     made: bool = False
+    label: str | None = None
 
     @property
     def on_its_way(self) -> bool:
@@ -110,9 +112,15 @@ class Records:
         return []
 
     def all(self) -> Iterator[tuple[str, Record]]:
-        """Every volume with its record; one that is removed meanwhile is left out."""
+        """Every volume with its record; one that is removed meanwhile is left out. DamagedError as `read`."""
         for volume in self.volumes():
             with contextlib.suppress(NotFoundError):
+                yield volume, self.read(volume)
+
+    def sound(self) -> Iterator[tuple[str, Record]]:
+        """Every volume whose record can be read, where nothing is lost by leaving others out."""
+        for volume in self.volumes():
+            with contextlib.suppress(NotFoundError, DamagedError):
                 yield volume, self.read(volume)
 
     def read(self, volume: str) -> Record:
@@ -139,6 +147,13 @@ class Records:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         make_folder(str(self.place(volume)))
         return self.image(volume)
+
+    def tidy(self, volume: str, keep: str) -> None:
+        """Remove images that were being made when their makers died; all but the one called `keep`."""
+        kept = {"volume.json", self.image(volume).name, keep}
+        for entry in os.scandir(self.place(volume)):
+            if entry.name not in kept:
+                os.unlink(entry.path)
 
     def change(self, volume: str, **changes: object) -> Record:
         """Replace fields of a record; the new one."""
@@ -168,8 +183,9 @@ class Records:
 
 def _record(value: dict[str, Any]) -> Record:
     size, lineage, origin = value["size"], value["lineage"], value["origin"]
-    passing, made = value["passing"], value["made"]
+    passing, made, label = value["passing"], value["made"], value["label"]
     sound = type(size) is int and 0 <= size <= _MAX_SIZE and type(passing) is type(made) is bool
+    sound = sound and (label is None or isinstance(label, str))
     if not (sound and (lineage is None or LINEAGE_PATTERN.fullmatch(lineage))):
         raise ValueError(value)
-    return Record(size, lineage, Origin.parse(origin) if origin else None, passing, made)
+    return Record(size, lineage, Origin.parse(origin) if origin else None, passing, made, label)

@@ -13,26 +13,27 @@ from island_fast.volumes.volumes import Volumes
 __all__ = ["Tending"]
 
 _LOG = logging.getLogger(__name__)
-_PATIENCE = 60.0  # seconds after pins were dropped, until it is looked again whether more must go
+_PATIENCE = 60.0  # seconds after pins could not be dropped, until it is tried again
 
 
 class Tending:
     """Looks after a host's volumes, a little at each call; an error is told, and met again next time.
 
     `reserve` is the part of the volumes' file system that is kept free: with less, pins are dropped, those of
-    the largest images first, one volume at a time.
+    the largest images first, and with less than half of it snapshots under way are given up. An image keeps
+    the space that its pin held, and uses it before it grows again.
     """
 
     def __init__(self, volumes: Volumes, reserve: float) -> None:
         self._volumes = volumes
         self._reserve = reserve
         self._dead: set[str] = set()
-        self._dropped = -_PATIENCE
+        self._failed = -_PATIENCE
 
     def look(self) -> None:
         """Tell of daemons that died, and see that guests do not run out of space."""
         self._tell_of_the_dead()
-        if self._is_low() and time.monotonic() - self._dropped > _PATIENCE:
+        if self._is_below(self._reserve) and time.monotonic() - self._failed > _PATIENCE:
             self._drop_pins()
 
     def _tell_of_the_dead(self) -> None:
@@ -46,29 +47,28 @@ class Tending:
             )
         self._dead = dead
 
-    def _is_low(self) -> bool:
+    def _is_below(self, part: float) -> bool:
         try:
             disk = os.statvfs(self._volumes.records.folder)
         except OSError as error:
             _LOG.error("the space for volumes cannot be told: %s", error)
             return False
-        return disk.f_bavail < disk.f_blocks * self._reserve
+        return disk.f_bavail < disk.f_blocks * part
 
     def _drop_pins(self) -> None:
+        give_up = self._is_below(self._reserve / 2)
         for volume in self._volumes.pinned():
             try:
-                dropped = self._volumes.drop_pins(volume)
+                dropped = self._volumes.drop_pins(volume, give_up=give_up)
             except IslandError as error:
                 _LOG.error("space is short, and the pins of volume %s stay: %s", volume, error)
+                self._failed = time.monotonic()
                 continue
-            _LOG.warning(
-                "space is short: %s of volume %s; its next snapshot scans it in full",
-                f"{dropped} pins dropped" if dropped else "the snapshot under way is given up",
-                volume,
-            )
-            if not self._is_low():
-                return
-        self._dropped = time.monotonic()
+            if dropped:
+                _LOG.warning(
+                    "space is short: %d pins of volume %s dropped; its next snapshot scans it in full",
+                    *(dropped, volume),
+                )
 
     def sweep(self) -> None:
         """Sweep what this host writes, deleted volumes' lineages included."""

@@ -19,7 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from island_fast.durable import sync_folder
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.host.execute import Execute
 from island_fast.host.exports import Exports, State
 from island_fast.host.imagelock import ImageLock
@@ -132,6 +132,7 @@ class Volumes:
         """Make the image from a snapshot, or replace it; it is of the record's size, at least."""
         image = self.records.image(volume)
         scratch = image.with_name(f"from-{origin.snapshot}.qcow2")
+        self.records.tidy(volume, keep=scratch.name)  # each could be as large as the volume
         if not scratch.exists():  # what is there under its own name is whole, from an attempt before
             self.repository(origin).restore(origin, scratch, pin=pin)
         size = max(self.records.read(volume).size, volume_size(scratch))
@@ -159,11 +160,12 @@ class Volumes:
         """Remove a volume from this host; ImageInUseError if someone has its device open."""
         with self._lock(volume):
             self.exports.stop(volume)
-            with contextlib.suppress(NotFoundError):
-                record = self.records.read(volume)
-                if record.passing and record.origin:
-                    self.own.adopt(record.origin.lineage)
-                    self.own.delete(record.origin)
+            record = None
+            with contextlib.suppress(DamagedError):  # it goes all the same
+                record = self._known(volume)
+            if record and record.passing and record.origin:
+                self.own.adopt(record.origin.lineage)
+                self.own.delete(record.origin)
             self.records.remove(volume)
 
     def extend(self, volume: str, size: int) -> None:
@@ -244,13 +246,27 @@ class Volumes:
     def snapshot(self, volume: str, label: str) -> Origin:
         """Take a snapshot, after those of this volume that were asked for before.
 
-        The lineage is the one that the volume has, or a new one of its name.
+        The lineage is the one that the volume has, or a new one of its name. Asked for again with the label
+        of the last one, which may be finished though nobody was told, it is that one.
         """
         with self._lock(f"snapshots-{volume}"), self._served(volume) as image:
-            lineage = self.records.read(volume).lineage or volume
+            record = self.records.read(volume)
+            lineage = record.lineage or volume
+            for taken in self.own.labelled(lineage, label) if record.label == label else []:
+                self.records.change(volume, lineage=lineage)
+                return taken
+            self.records.change(volume, label=label)
             monitor = self._monitor(volume)
             self._given_up.discard(volume)
-            taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            try:
+                taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+            except IslandError as error:
+                if volume not in self._given_up:
+                    raise
+                raise IslandError(
+                    f"the snapshot of volume {volume} was given up, because the host's disk is nearly full; "
+                    "take it again when there is room"
+                ) from error
             self.records.change(volume, lineage=taken.lineage)
             return taken
 
@@ -320,20 +336,27 @@ class Volumes:
             self._restore(volume, snapshot, pin=True)
             self.records.change(volume, lineage=snapshot.lineage, origin=None, passing=False, made=True)
 
-    def drop_pins(self, volume: str) -> int:
-        """Drop a volume's pins to win space; a snapshot that is being taken is given up first. How many."""
+    def drop_pins(self, volume: str, *, give_up: bool) -> int:
+        """Drop a volume's pins to win space; how many.
+
+        While a snapshot is being taken none go; with `give_up` that is ended, and they can go afterwards.
+        """
         try:
             return self._unpin(volume, orphans=False)
         except RefusedError:
             if not snapshot_under_way(self.records.image(volume)):
                 raise
-            self._given_up.add(volume)
+            if give_up and volume not in self._given_up:
+                self._given_up.add(volume)
+                _LOG.warning(
+                    "space is short: the snapshot of volume %s that is being taken is given up", volume
+                )
             return 0
 
     def pinned(self) -> list[str]:
         """The volumes whose images hold pins, those with the largest files first."""
         sizes = {}
-        for volume, record in self.records.all():
+        for volume, record in self.records.sound():
             with contextlib.suppress(IslandError, OSError):
                 if record.made and holds_pins(self.records.image(volume)):
                     sizes[volume] = self.records.image(volume).stat().st_blocks
@@ -345,7 +368,7 @@ class Volumes:
         for volume in self.pinned():
             with contextlib.suppress(OSError):
                 held += self.records.image(volume).stat().st_blocks * 512
-        return held + sum(record.size for _, record in self.records.all())
+        return held + sum(record.size for _, record in self.records.sound())
 
     # To other names and hosts.
 

@@ -28,10 +28,12 @@ class Cloud:
     messages and the services' last errors. `wait=False` returns at once. Sizes are in GiB.
     """
 
-    def __init__(self, region: Region, project: str = PROJECT, version: str = "3.70") -> None:
+    def __init__(
+        self, region: Region, project: str = PROJECT, version: str = "3.70", endpoint: str = ""
+    ) -> None:
         self.region = region
         self.project = project
-        plugin = CinderNoAuthPlugin("admin", project, None, region.endpoint)
+        plugin = CinderNoAuthPlugin("admin", project, None, endpoint or region.endpoint)
         self.api = cinderclient.Client(version, session=Session(auth=plugin, timeout=PATIENCE))
 
     # -- the services

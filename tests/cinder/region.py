@@ -15,6 +15,7 @@ PROJECT = "0123456789abcdef0123456789abcdef"
 BACKEND = "island"  # the section of the driver in every cinder.conf, its volume_backend_name and its type
 _FILTERS = "AvailabilityZoneFilter,CapacityFilter,CapabilitiesFilter,JsonFilter"
 
+_KEY_MANAGER = "cinder.keymgr.conf_key_mgr.ConfKeyManager"
 _WAL = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('PRAGMA journal_mode=WAL')"
 
 Sections = dict[str, dict[str, object]]
@@ -128,6 +129,8 @@ class Region:
             "DEFAULT": common,
             "database": {"connection": database, "sqlite_synchronous": "False"},
             "oslo_concurrency": {"lock_path": state},
+            # It lets there be encrypted volume types.
+            "key_manager": {"backend": _KEY_MANAGER, "fixed_key": "00" * 32},
         }
         path = self.conf(host)
         names = {**known, **sections}

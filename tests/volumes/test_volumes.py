@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.host.exports import State
 from island_fast.host.imagelock import ImageLock
 from island_fast.repository import Repository
@@ -182,6 +182,16 @@ def test_an_image_that_is_gone_is_told_and_never_made_blank(host: Host) -> None:
     assert content(host, volume, 5) == b"first"
 
 
+def test_what_a_killed_restore_left_goes_with_the_next(host: Host) -> None:
+    origin = host.volumes.snapshot(made(host, b"content"), "one")
+    copy = new_id()
+    host.volumes.create(copy, Record(SIZE, origin=origin))
+    half = host.volumes.records.place(copy) / f".from-{origin.snapshot}.qcow2.island-0123456789abcdef"
+    half.write_bytes(bytes(4096))
+    assert content(host, copy, 7) == b"content"
+    assert sorted(os.listdir(half.parent)) == ["image.qcow2", "volume.json"]
+
+
 def test_whoever_needs_an_image_that_is_being_made_waits_for_it(host: Host) -> None:
     volume = made(host, b"content")
     origin = host.volumes.snapshot(volume, "one")
@@ -234,6 +244,16 @@ def test_a_second_snapshot_waits_for_the_first(host: Host) -> None:
     for thread in threads:
         thread.join()
     assert sorted(row["label"] for row in host.repositories[""].listed(volume)) == ["one", "two"]
+
+
+def test_a_snapshot_asked_for_again_is_taken_once(host: Host) -> None:
+    volume = made(host, b"content")
+    first = host.volumes.snapshot(volume, "one")
+    host.volumes.records.change(volume, lineage=None)  # it was taken, but nobody was told
+    assert host.volumes.snapshot(volume, "one") == first
+    assert host.volumes.records.read(volume).lineage == first.lineage
+    assert host.volumes.snapshot(volume, "two") != first
+    assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
 
 
 def test_what_a_failed_snapshot_left_goes(host: Host) -> None:
@@ -381,7 +401,7 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(
 ) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "one")
-    assert host.volumes.drop_pins(volume) == 1
+    assert host.volumes.drop_pins(volume, give_up=True) == 1
     assert host.volumes.pinned() == []
     host.volumes.snapshot(volume, "two")
     own, under_way = host.repositories[""], threading.Event()
@@ -403,10 +423,12 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(
     with ThreadPoolExecutor() as pool:
         third = pool.submit(host.volumes.snapshot, volume, "three")
         under_way.wait()
-        assert host.volumes.drop_pins(volume) == 0
-        with pytest.raises(IslandError, match=r"interrupted|ended with status"):
+        assert host.volumes.drop_pins(volume, give_up=False) == 0
+        assert not third.done()
+        assert host.volumes.drop_pins(volume, give_up=True) == 0
+        with pytest.raises(IslandError, match="was given up, because the host's disk is nearly full"):
             third.result()
-    assert host.volumes.drop_pins(volume) == 1
+    assert host.volumes.drop_pins(volume, give_up=True) == 1
     assert [row["label"] for row in own.listed(volume)] == ["one", "two"]
 
 
@@ -419,3 +441,18 @@ def test_a_volume_goes_on_under_another_name(host: Host) -> None:
     second = host.volumes.snapshot(name, "two")
     assert second.lineage == volume
     assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+
+
+def test_a_damaged_record_stands_in_the_way_of_its_own_volume_alone(host: Host) -> None:
+    volume, damaged = made(host, b"content"), made(host, b"content")
+    snapshot = host.volumes.snapshot(volume, "one")
+    (host.volumes.records.place(damaged) / "volume.json").write_text("{")
+    assert host.volumes.pinned() == [volume]
+    assert SIZE < host.volumes.provisioned() < 2 * SIZE
+    with pytest.raises(DamagedError):
+        host.volumes.attach(damaged)
+    with pytest.raises(DamagedError):
+        host.volumes.delete_snapshot(volume, snapshot)  # perhaps that one needs it
+    host.volumes.delete(damaged)
+    host.volumes.delete_snapshot(volume, snapshot)
+    assert host.volumes.records.volumes() == [volume]
