@@ -14,7 +14,7 @@ demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, i
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
 	@scripts/need qemu daemon vm mkfs fuse rabbit
-	$(BIN)/pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes
 	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py

@@ -16,19 +16,26 @@ from tests.swift_server import SwiftServer
 
 IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
 
+CINDER = "tests/cinder/"
+
 OpenSwift = Callable[..., SwiftStore]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay together where several processes run them: a file's, and all that share services.
+    """What takes longest begins first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(CINDER))
 
-    The longest of these groups comes first.
-    """
-    here = Path(__file__).parent
-    for item in items:
-        place = item.path.relative_to(here).parts[0] if item.path.is_relative_to(here) else ""
-        item.add_marker(pytest.mark.xdist_group(place if place == "cinder" else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args[0] != "cinder")
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Which tests stay together where several processes run them: a file's, and all that share services."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return CINDER if nodeid.startswith(CINDER) else nodeid.partition("::")[0]
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")
