@@ -6,15 +6,15 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo test quick check fuzz machine mutants bench clean
+.PHONY: demo test quick check fuzz machine mutants bench pause clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
-	@scripts/need qemu daemon vm mkfs
-	$(BIN)/pytest
+	@scripts/need qemu daemon vm mkfs fuse rabbit
+	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes
 	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py
@@ -33,6 +33,10 @@ mutants: $(VENV)/.tested  ## whether those lives find each of the mistakes that 
 
 bench: $(VENV)/.tested  ## the kernels' and formats' benchmarks
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
+
+pause: $(VENV)/.installed  ## how long guests wait for snapshots, by volume and cluster size, ten minutes; PAUSE="--help"
+	@scripts/need qemu daemon
+	@$(BIN)/python scripts/pause.py $(PAUSE)
 
 clean:  ## remove what was built
 	rm -rf $(VENV) build *.egg-info island_fast/_diff.c island_fast/_diff*.so

@@ -16,7 +16,26 @@ from tests.swift_server import SwiftServer
 
 IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
 
+CINDER = "tests/cinder/"
+
 OpenSwift = Callable[..., SwiftStore]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest begins first."""
+    items.sort(key=lambda item: not item.nodeid.startswith(CINDER))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Which tests stay together where several processes run them: a file's, and all that share services."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return CINDER if nodeid.startswith(CINDER) else nodeid.partition("::")[0]
+
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session")

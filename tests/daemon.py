@@ -13,7 +13,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -45,9 +45,9 @@ class StorageDaemon:
     """A daemon that holds `image` open, from `start` (or `with`) to `stop` or `kill`.
 
     It may write unless told otherwise. The sockets are in a short temporary folder of their own (a unix
-    socket's path has at most 107 bytes). `node` is the qcow2 node's name and the export's; `options`
-    are further arguments. `cwd` with a relative `image` makes a daemon that knows its image by a relative
-    name only.
+    socket's path has at most 107 bytes). `node` is the qcow2 node's name and the export's, `node_options` are
+    more of that node's options; `options` are further arguments. `cwd` with a relative `image` makes a
+    daemon that knows its image by a relative name only.
     """
 
     def __init__(
@@ -57,12 +57,14 @@ class StorageDaemon:
         node: str = "disk",
         read_only: bool = False,
         options: Sequence[str] = (),
+        node_options: Mapping[str, object] | None = None,
         cwd: str | os.PathLike[str] | None = None,
     ) -> None:
         self.image = os.fspath(image)
         self.node = node
         self._read_only = read_only
         self._options = list(options)
+        self._node_options = dict(node_options or {})
         self._cwd = cwd
         self._folder = Path(tempfile.mkdtemp(prefix="island-qsd-"))
         self.qmp_socket = self._folder / "qmp"
@@ -82,6 +84,8 @@ class StorageDaemon:
         name = self.image.replace(",", ",,")
         only, writable = ("on", "off") if self._read_only else ("off", "on")
         node = f"driver=qcow2,node-name={self.node},read-only={only}"
+        for key, value in self._node_options.items():
+            node += f",{key}={str(value).lower() if isinstance(value, bool) else value}"
         command = [
             *[STORAGE_DAEMON, "--blockdev"],
             f"{node},file.driver=file,file.filename={name}",

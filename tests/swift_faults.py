@@ -34,6 +34,7 @@ class Fault:
     choke     bytes: of the request's body that the server reads before the connection is cut
     die       bytes: of the request's body that the server reads, and then its process is gone (kill -9)
     delay     seconds: before the request is carried out
+    hold      -: the request waits until there are no faults any more (`calm`), and is carried out then
     sip       seconds: before each piece of the request's body is read
     drip      seconds: before each byte of the answer's body; after 1000 bytes the rest comes at once
     truncate  bytes: of the answer's body that get through before the connection is cut
@@ -163,6 +164,13 @@ class FaultFilter:
         import eventlet
 
         eventlet.sleep(fault.value)
+        return self.app(env, start)
+
+    def _hold(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        import eventlet
+
+        while any(known is fault for known, _ in self.faults):
+            eventlet.sleep(0.05)
         return self.app(env, start)
 
     def _truncate(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:

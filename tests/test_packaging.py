@@ -28,7 +28,7 @@ def test_a_wheel_holds_every_module_and_runs(tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(installed)
         inside = set(archive.namelist())
-    modules = {name for name in names if name.endswith((".py", ".pyi", "py.typed"))}
+    modules = {name for name in names if name.endswith((".py", ".pyi", "py.typed", ".filters"))}
     assert modules <= inside
     environment = os.environ | {"PYTHONPATH": str(installed)}
     program = "import island_fast.repository as r; print(r.__file__)"

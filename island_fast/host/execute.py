@@ -9,9 +9,24 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
-__all__ = ["TIMEOUT", "Execute", "run_to_the_end"]
+from island_fast.errors import IslandError
+
+__all__ = ["TIMEOUT", "Execute", "Finished", "run_to_the_end", "said_by", "succeed"]
 
 TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image takes about 5
+_MAX_SAID = 300  # characters of a program's own words in a message
+_PACKAGES = {  # Debian's, for programs that a host may lack
+    "fusermount3": "fuse3",
+    "losetup": "mount",
+    "qemu-img": "qemu-utils",
+    "qemu-storage-daemon": "qemu-system-common",
+    "setsid": "util-linux",
+    "systemd-run": "systemd",
+}
+
+
+Finished = subprocess.CompletedProcess[str]
+"""A program that has ended: `args`, `returncode`, `stdout`, `stderr`."""
 
 
 class Execute(Protocol):
@@ -74,3 +89,32 @@ def run_to_the_end(
     if interrupt is not None:
         raise interrupt
     return subprocess.CompletedProcess(command, process.returncode, output, complaints)
+
+
+def succeed(execute: Execute, command: Sequence[str], task: str, *, root: bool = False) -> str:
+    """Run `command`, which shall `task`, and return its output; IslandError with its words if it fails."""
+    program = command[0]
+    try:
+        result = execute(command, root=root)
+    except FileNotFoundError as error:
+        package = _PACKAGES.get(program)
+        way_out = f"install the package {package}" if package else "install it"
+        raise IslandError(f"the program {program!r}, which would {task}, is missing; {way_out}") from error
+    except subprocess.TimeoutExpired as error:
+        raise IslandError(f"{program} did not {task} within {error.timeout:.0f} s and was stopped") from error
+    except OSError as error:
+        raise IslandError(
+            f"{program} could not be started to {task}: {error.strerror or error}; "
+            f"{'put island.filters where rootwrap looks for filters' if root else 'check the program'}"
+        ) from error
+    if result.returncode:
+        said = said_by(result.stderr or result.stdout or "")
+        raise IslandError(f"{program} could not {task} (status {result.returncode}): {said}")
+    return result.stdout
+
+
+def said_by(text: str) -> str:
+    """Return a program's complaint as one printable line; of a long one the end, where the cause is."""
+    line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
+    shown = "".join(c if c.isprintable() else "?" for c in line).rstrip(".")
+    return shown[-_MAX_SAID:] or "it gave no reason"

@@ -1,4 +1,4 @@
-"""Internal snapshots of an image that a qemu process has open, asked for over its QMP socket.
+"""A qemu process that has images open, over its QMP socket; internal snapshots are taken there.
 
 QMP is JSON, one message to a line: a greeting, then commands and their replies, with events between them
 (qemu's docs/interop/qmp-spec.rst; the commands are in qapi/block-core.json). Answers are bounded in size
@@ -22,6 +22,7 @@ __all__ = ["Qmp"]
 
 TIMEOUT = 1800.0  # seconds for one command: with small caches, scattered tables take minutes
 _HANDSHAKE_TIMEOUT = 10.0  # seconds; nothing but another client of the monitor delays a greeting
+_QUEUE_STEP = 0.02  # seconds
 _MAX_MESSAGE = 16 << 20
 _MAX_SAID = 300  # characters of qemu's own words in a message
 _READ_SIZE = 65536
@@ -60,8 +61,21 @@ class Qmp:
         """End the connection; the process and its images stay as they are."""
         self._socket.close()
 
+    def command(self, name: str, arguments: Mapping[str, object] | None = None) -> object:
+        """Give one command and return qemu's answer to it."""
+        return self._execute(name, arguments or {})
+
+    def peer(self) -> int:
+        """Return the pid of the process that listens on the socket."""
+        peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        pid: int = _PEER.unpack(peer)[0]
+        return pid
+
     def find_node(self, path: str | os.PathLike[str]) -> str:
         """Return the name of the qcow2 node whose file is the very inode of `path`.
+
+        Where a daemon of ours has a filter in front of that node (`daemon.py` says why), it is the filter's
+        name: qemu takes internal snapshots through it, and refuses to take them below it.
 
         Other nodes over the same file (its protocol node, a raw view, filters) do not count.
         RefusedError if the process has no such node, or several, or if nobody has the file open for
@@ -90,7 +104,8 @@ class Qmp:
                 f"the process behind {self.socket_path!r} names image {shown!r}, but nobody has that file "
                 f"open for writing; see whether it was replaced while in use, or is open read-only"
             )
-        return names[0]
+        fronts = [name for name, file in _fronts(nodes) if self._is_file(file, wanted)]
+        return fronts[0] if len(fronts) == 1 else names[0]
 
     def snapshot_create(self, node: str, name: str) -> None:
         """Take an internal snapshot of the node's image; on return it is in the file.
@@ -171,15 +186,10 @@ class Qmp:
         """
         try:
             if not os.path.isabs(name):
-                name = f"/proc/{self._peer()}/cwd/{name}"
+                name = f"/proc/{self.peer()}/cwd/{name}"
             return os.path.samestat(os.stat(name), wanted)
         except (OSError, ValueError):
             return False
-
-    def _peer(self) -> int:
-        peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        pid: int = _PEER.unpack(peer)[0]
-        return pid
 
     def _failure(self, command: str, error: object) -> IslandError:
         said = str(error.get("desc")) if isinstance(error, dict) else str(error)
@@ -208,11 +218,19 @@ class Qmp:
 
 
 def _connect(path: str) -> socket.socket:
-    """Connect to a unix socket."""
+    """Connect to a unix socket, waiting for a place in its queue: qemu's has one, for the next client."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(_HANDSHAKE_TIMEOUT)
-        connection.connect(path)
+        deadline = time.monotonic() + _HANDSHAKE_TIMEOUT
+        while True:
+            try:
+                connection.connect(path)
+                return connection
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_QUEUE_STEP)
     except FileNotFoundError as error:
         connection.close()
         raise NotFoundError(f"there is no QMP socket {path!r}; check the path") from error
@@ -233,7 +251,6 @@ def _connect(path: str) -> socket.socket:
     except BaseException:
         connection.close()
         raise
-    return connection
 
 
 def _left(deadline: float) -> float:
@@ -254,18 +271,37 @@ def _qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
             yield name, _protocol_file(file)
 
 
+def _fronts(nodes: object) -> Iterator[tuple[str, str]]:
+    """Yield node name and file name of every blkdebug filter that stands on a qcow2 node."""
+    for node in nodes if isinstance(nodes, list) else ():
+        if not isinstance(node, dict) or node.get("drv") != "blkdebug":
+            continue
+        name, file = node.get("node-name"), node.get("file")
+        if isinstance(name, str) and isinstance(file, str):
+            below = _options(file).get("image")
+            if isinstance(below, dict) and below.get("driver") == "qcow2":
+                yield name, _bottom(below)
+
+
 def _protocol_file(name: str) -> str:
     """Return the name of the file at the bottom of a node; "" where it is no file.
 
     qemu reports a plain name where that says all, else the node's options as JSON, each node's child
     under "file".
     """
-    if not name.startswith("json:"):
-        return name
+    return _bottom(_options(name)) if name.startswith("json:") else name
+
+
+def _options(name: str) -> dict[str, object]:
+    """Return a node's options, where qemu reports it by them."""
     try:
         node = json.loads(name.removeprefix("json:"))
     except (ValueError, RecursionError):
-        return ""
+        return {}
+    return node if isinstance(node, dict) else {}
+
+
+def _bottom(node: object) -> str:
     while isinstance(node, dict) and "filename" not in node:
         node = node.get("file")
     file = node.get("filename") if isinstance(node, dict) else None

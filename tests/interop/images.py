@@ -75,7 +75,7 @@ def _recipes() -> list[Recipe]:
     }
     rows: list[dict[str, object]] = []
     while missing or len(rows) < LEAST:
-        want = dict(min(missing, key=repr)) if missing else {}
+        want = dict(min(missing, key=lambda pair: sorted(map(repr, pair)))) if missing else {}
         tries = [{axis: chance.choice(values) for axis, values in AXES.items()} | want for _ in range(300)]
         tries = [row for row in tries if possible(row)]
         if not tries:

@@ -467,7 +467,10 @@ def test_a_deeply_nested_file_name_finds_nothing(serve: Callable[[Script], Path]
 # --- sockets that are none ---
 
 
-def test_a_socket_that_cannot_be_connected_to_gives_one_sentence(short_folder: Path) -> None:
+def test_a_socket_that_cannot_be_connected_to_gives_one_sentence(
+    short_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("island_fast.host.qmp._HANDSHAKE_TIMEOUT", 0.2)
     with pytest.raises(NotFoundError, match="no QMP socket"):
         Qmp(short_folder / "none")
     dead = short_folder / "dead"

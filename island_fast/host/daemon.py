@@ -1,0 +1,371 @@
+"""The qemu-storage-daemon that owns one volume's image, and what it exports.
+
+It outlives the process that starts it: where systemd runs, as a transient unit of its own, elsewhere in
+a session of its own. Everything about it is in one private folder, and there it is found again.
+
+FUSE shows the volume as a file, for a loop device to stand on. In front of the qcow2 node stands a filter
+that refuses discards, with ENOSYS, after which the kernel asks for none any more. For QEMU before 8.0
+answers "punch a hole", which a loop device makes of "write zeros", by a discard, and that leaves old
+data in the clusters that the hole does not wholly cover (QEMU's issue 1507). Without holes the kernel
+writes zeros, and the qcow2 node makes zero clusters of them (detect-zeroes), which gives the space back.
+"""
+
+from __future__ import annotations
+
+import errno
+import grp
+import json
+import os
+import pwd
+import shlex
+import socket
+import struct
+import time
+from pathlib import Path
+
+from island_fast.errors import ImageInUseError, IslandError, RefusedError, UsageError
+from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
+from island_fast.host.mounts import is_mounted
+from island_fast.host.qmp import Qmp
+from island_fast.host.sizing import node_options
+from island_fast.qcow2 import Image
+
+__all__ = ["Daemon"]
+
+SYSTEMD = Path("/run/systemd/system")  # is there where systemd is the first process, sd_booted(3)
+
+_NODE, _FRONT, _FILE, _EXPORT = "volume", "front", "file", "device"
+_MAX_SOCKET_PATH = 107  # bytes, unix(7)
+_START_PATIENCE = 60.0  # seconds until the program runs; opening an image that needs repair comes after
+_STEP = 0.05  # seconds between two looks
+_LOG_TAIL = 4096  # bytes
+_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
+_NOBODY_LISTENS = (errno.ENOENT, errno.ECONNREFUSED)
+
+
+class Daemon:
+    """One volume's daemon, running or not. `folder`, named by the volume, is private and is the caller's.
+
+    `control` is our own QMP socket, `monitor` the one for snapshots (each serves one client at a time),
+    `disk` the file under which the volume is exported. The caller keeps callers of one folder apart.
+    """
+
+    def __init__(self, folder: Path, execute: Execute) -> None:
+        self.folder = folder
+        self.volume = folder.name
+        self.control = folder / "control"
+        self.monitor = folder / "monitor"
+        self.disk = folder / "disk"
+        self._execute = execute
+        if len(os.fsencode(self.monitor)) > _MAX_SOCKET_PATH:
+            raise UsageError(
+                f"the path {str(self.monitor)!r} has over {_MAX_SOCKET_PATH} bytes, too long for a socket; "
+                f"choose a shorter folder for the sockets"
+            )
+
+    def runs(self) -> bool:
+        """Tell whether somebody listens on the control socket. Never waits for an answer."""
+        return _listener(self.control) is not None
+
+    def start(self, image: Path) -> None:
+        """Start the daemon on a qcow2 image; on return it serves it.
+
+        It may take as long as a repair of the image's reference counts, where a crash left them behind.
+        RefusedError (or another of the image's errors) if the image is not one of ours to serve:
+        encrypted, with a backing file, with an external data file. ImageInUseError if another process has it.
+        """
+        with Image.open(image) as opened:
+            size, cluster = opened.header.size, opened.header.cluster_size
+        for stale in (self.control, self.monitor, self._pid_file):
+            stale.unlink(missing_ok=True)
+        if self._log.exists():
+            self._log.replace(self.folder / "log.old")  # what the one before died of
+        self._write_script(image.resolve(), size, cluster)
+        self._launch()
+        self._wait_until_it_serves(image)
+
+    def check_serves(self, image: Path) -> None:
+        """RefusedError if it is another image that the running daemon holds."""
+        with Qmp(self.control) as qmp:
+            qmp.find_node(image)
+
+    def size(self) -> int:
+        """Return the volume's size as the daemon has it, in bytes."""
+        with Qmp(self.control) as qmp:
+            return _size(qmp)
+
+    def export(self) -> None:
+        """Export the volume at `disk`; nothing happens if it is exported already."""
+        self.disk.touch(0o600)
+        with Qmp(self.control) as qmp:
+            if _exports(qmp):
+                return
+            wanted = {
+                "type": "fuse",
+                "id": _EXPORT,
+                "node-name": _FRONT,
+                "mountpoint": str(self.disk),
+                "writable": True,
+                "growable": False,
+                "allow-other": "on",  # root, who sets the loop device up, is another
+            }
+            try:
+                qmp.command("block-export-add", wanted)
+            except IslandError as error:
+                raise IslandError(f"{error}; the daemon says: {self._said()}") from error
+        if not is_mounted(self.disk):
+            raise IslandError(
+                f"{str(self.disk)!r} was exported, but nothing is mounted there that this process sees; "
+                f"let both have one mount namespace"
+            )
+
+    def unexport(self) -> None:
+        """End the export; on return nothing is mounted at `disk`. Whoever has the file open gets errors."""
+        with Qmp(self.control) as qmp:
+            if _exports(qmp):
+                qmp.command("block-export-del", {"id": _EXPORT, "mode": "hard"})
+            deadline = time.monotonic() + TIMEOUT
+            while _exports(qmp) or is_mounted(self.disk):
+                if time.monotonic() > deadline:
+                    raise IslandError(f"the export of volume {self.volume} does not end; {self._said()}")
+                time.sleep(_STEP)
+
+    def freeze(self, name: str) -> None:
+        """Take an internal snapshot; on return it is in the image."""
+        with Qmp(self.control) as qmp:
+            qmp.snapshot_create(_FRONT, name)
+
+    def thaw(self, name: str) -> None:
+        """Drop the internal snapshots of this name, if there are any."""
+        with Qmp(self.control) as qmp:
+            for one in _internals(qmp):
+                if one["name"] == name:
+                    qmp.snapshot_delete(_FRONT, str(one["id"]), name)
+
+    def grow(self, size: int) -> None:
+        """Make the volume `size` bytes big, and the caches fit it. RefusedError if it is bigger now."""
+        with Qmp(self.control) as qmp:
+            now = _size(qmp)
+            if size < now:
+                raise RefusedError(
+                    f"volume {self.volume} has {now} bytes and would be cut to {size}; it can only grow"
+                )
+            if size == now:
+                return
+            qmp.command("block_resize", {"node-name": _FRONT, "size": size})
+            nodes = qmp.command("query-named-block-nodes", {"flat": True})
+            cluster = next(
+                node["image"]["cluster-size"]
+                for node in (nodes if isinstance(nodes, list) else ())
+                if node["node-name"] == _NODE
+            )
+            direct = _holds_direct(nodes)
+            qmp.command("blockdev-reopen", {"options": [_qcow2_node(size, cluster, direct)]})
+
+    def quit(self) -> None:
+        """End the daemon: it flushes and closes the image, and on return is gone. Idempotent."""
+        pid = _listener(self.control)
+        if pid is None:
+            return
+        with Qmp(self.control) as qmp:
+            pid = qmp.peer()
+            qmp.command("quit")
+        deadline = time.monotonic() + TIMEOUT
+        while _is_alive(pid):
+            if time.monotonic() > deadline:
+                raise IslandError(f"the daemon of volume {self.volume} (process {pid}) does not end")
+            time.sleep(_STEP)
+
+    @property
+    def _pid_file(self) -> Path:
+        return self.folder / "pid"
+
+    @property
+    def _log(self) -> Path:
+        return self.folder / "log"
+
+    @property
+    def _script(self) -> Path:
+        return self.folder / "start"
+
+    def _write_script(self, image: Path, size: int, cluster: int) -> None:
+        """The whole start as one file, so that the command which root runs for us is always the same."""
+        direct = _takes_direct(image)
+        nodes = [_file_node(image, direct), _qcow2_node(size, cluster, direct), _front_node()]
+        command = ["qemu-storage-daemon"]
+        for node in nodes:
+            command += ["--blockdev", json.dumps(node)]
+        for name, path in (("control", self.control), ("monitor", self.monitor)):
+            quoted = str(path).replace(",", ",,")
+            command += ["--chardev", f"socket,id={name},path={quoted},server=on,wait=off"]
+            command += ["--monitor", f"chardev={name}"]
+        lines = [
+            f"exec </dev/null >{shlex.quote(str(self._log))} 2>&1",
+            "umask 077",
+            "cd /",
+            f"echo $$ >{shlex.quote(str(self._pid_file))}",
+            f"exec {shlex.join(command)}",
+        ]
+        self._script.write_text("\n".join([*lines, ""]))
+
+    def _launch(self) -> None:
+        task = f"start the daemon of volume {self.volume}"
+        run = ["/bin/sh", str(self._script)]
+        if not SYSTEMD.is_dir():
+            succeed(self._execute, ["setsid", "--fork", *run], task)
+            return
+        user, group = _user()
+        unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
+        succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
+
+    def _wait_until_it_serves(self, image: Path) -> None:
+        """It listens only when it has the image open, and that has no bound but the process's life."""
+        begun = time.monotonic()
+        while not self.runs():
+            pid, waited = self._written_pid(), time.monotonic() - begun
+            if (pid is None and waited > _START_PATIENCE) or (pid is not None and not _is_alive(pid)):
+                said = self._said()
+                raise (ImageInUseError if 'Failed to get "' in said else IslandError)(
+                    f"the daemon of volume {self.volume} did not start on {str(image)!r}: {said}"
+                )
+            if waited > TIMEOUT:
+                raise IslandError(
+                    f"the daemon of volume {self.volume} (process {pid}) did not open image {str(image)!r} "
+                    f"within {TIMEOUT:.0f} s; see its log {str(self._log)!r}"
+                )
+            time.sleep(_STEP)
+        self.check_serves(image)
+
+    def _written_pid(self) -> int | None:
+        try:
+            return int(self._pid_file.read_text())
+        except (FileNotFoundError, ValueError):  # not written yet, or half
+            return None
+
+    def _said(self) -> str:
+        """The end of the daemon's log."""
+        try:
+            return said_by(self._log.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
+        except OSError:
+            return "it has no log"
+
+
+def _file_node(image: Path, direct: bool) -> dict[str, object]:
+    """The file itself. With locks, for they tell others that the image is in use (`imagelock.py`)."""
+    return {
+        "node-name": _FILE,
+        "driver": "file",
+        "filename": str(image),
+        "locking": "on",
+        "discard": "unmap",
+        "cache": {"direct": direct, "no-flush": False},
+    }
+
+
+def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
+    """The volume, `size` bytes, its tables cached as a whole; nothing that the header names is opened.
+
+    Without the host's page cache (`direct`): a flush, and so an internal snapshot, would else have to write
+    gigabytes first, while the guest waits. A guest's flush reaches the disk with the tables.
+    """
+    return {
+        "node-name": _NODE,
+        "driver": "qcow2",
+        "file": _FILE,
+        "backing": None,
+        "discard": "unmap",
+        "detect-zeroes": "unmap",
+        **node_options(size, cluster),
+        "cache": {"direct": direct, "no-flush": False},
+    }
+
+
+def _front_node() -> dict[str, object]:
+    """What is exported: the volume without discards (the module's docstring says why).
+
+    With discard=unmap all the same, for else qemu says "done" to each and asks nobody.
+    """
+    refusal = {
+        "event": "none",
+        "iotype": "discard",
+        "errno": errno.ENOSYS,
+        "once": False,
+        "immediately": True,
+    }
+    return {
+        "node-name": _FRONT,
+        "driver": "blkdebug",
+        "image": _NODE,
+        "discard": "unmap",
+        "inject-error": [refusal],
+    }
+
+
+def _user() -> tuple[str, str]:
+    """The names of this process's user and group."""
+    return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
+
+
+def _takes_direct(image: Path) -> bool:
+    """Tell whether the image's file system has O_DIRECT; tmpfs has not everywhere."""
+    try:
+        os.close(os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True
+
+
+def _holds_direct(nodes: object) -> bool:
+    return any(
+        node["node-name"] == _NODE and node["cache"]["direct"]
+        for node in (nodes if isinstance(nodes, list) else ())
+    )
+
+
+def _size(qmp: Qmp) -> int:
+    nodes = qmp.command("query-named-block-nodes", {"flat": True})
+    for node in nodes if isinstance(nodes, list) else ():
+        if node["node-name"] == _NODE:
+            return int(node["image"]["virtual-size"])
+    raise IslandError(f"the process behind {qmp.socket_path!r} serves no volume; it is no daemon of ours")
+
+
+def _internals(qmp: Qmp) -> list[dict[str, object]]:
+    nodes = qmp.command("query-named-block-nodes", {"flat": True})
+    for node in nodes if isinstance(nodes, list) else ():
+        if node["node-name"] == _NODE:
+            return list(node["image"].get("snapshots", []))
+    return []
+
+
+def _exports(qmp: Qmp) -> list[object]:
+    answer = qmp.command("query-block-exports")
+    return answer if isinstance(answer, list) else []
+
+
+def _listener(path: Path) -> int | None:
+    """The process that listens on a socket: its pid, 0 where its queue is full, None where nobody does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
+        client.setblocking(False)
+        try:
+            client.connect(str(path))
+        except BlockingIOError:
+            return 0
+        except OSError as error:
+            if error.errno in _NOBODY_LISTENS:
+                return None
+            raise IslandError(f"QMP socket {str(path)!r} cannot be connected to: {error.strerror}") from error
+        peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
+        pid: int = _PEER.unpack(peer)[0]
+        return pid
+
+
+def _is_alive(pid: int) -> bool:
+    """Tell whether a process runs; one that has ended and waits for its parent does not."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")

@@ -1,0 +1,161 @@
+"""The block device in front of a volume's export: a loop device, set up and taken away with root's rights.
+
+A loop device is known by the name of the file it stands on, as the kernel tells it. Its number means nothing:
+the kernel gives it to whoever asks next.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+import time
+from pathlib import Path
+
+from island_fast.errors import ImageInUseError, IslandError
+from island_fast.host.execute import Execute, succeed
+from island_fast.host.mounts import mounted_devices
+
+__all__ = ["LoopDevices"]
+
+_SYSFS = Path("/sys/block")
+_NAME = re.compile(r"/dev/(loop\d+)")
+_SECTOR = 512  # bytes, the unit of sysfs whatever the device's own
+_LETTING_GO = 3.0  # seconds; udev opens every device that changes, for a moment
+_STEP = 0.05
+
+
+class LoopDevices:
+    """The loop devices of this host, and those of them that stand on our files.
+
+    Loops are buffered. Direct I/O over the FUSE export of QEMU 7.2 has been seen to corrupt, and
+    `selftest.py` finds it.
+    """
+
+    def __init__(self, execute: Execute) -> None:
+        self._execute = execute
+
+    def over(self, file: Path) -> list[Path]:
+        """Return the devices that stand on `file` to stay; one that goes when its last user does is none."""
+        return [
+            Path("/dev", entry.name)
+            for entry in sorted(_SYSFS.glob("loop*"))
+            if _read(entry / "loop/backing_file") == str(file) and _read(entry / "loop/autoclear") == "0"
+        ]
+
+    def stands_on(self, device: Path, file: Path) -> bool:
+        """Tell whether a device, by its name alone, stands on `file` now."""
+        name = _NAME.fullmatch(str(device))
+        return name is not None and _read(_SYSFS / name[1] / "loop/backing_file") == str(file)
+
+    def attach(self, file: Path, size: int) -> Path:
+        """Put a new device on `file`, which must be alive and have `size` bytes; checked before and after.
+
+        IslandError, and no device, if either is not as it should be: losetup is content with a dead file.
+        """
+        self._check_file(file, size)
+        device = self._set_up(file)
+        try:
+            self._check(device, file, size)
+        except BaseException:
+            self._detach(device)
+            raise
+        return device
+
+    def release(self, device: Path, file: Path) -> None:
+        """Take the device away; ImageInUseError, and it stays as it was, if somebody has it open.
+
+        The kernel does not refuse to detach a device that is open: it detaches it when the last user closes
+        it. So it is seen whether it went, and if not, it is made to stay again.
+        """
+        if self._is_mounted(device):
+            raise _in_use(device, "it is mounted or part of another device")
+        for _ in range(3):
+            self._detach(device)
+            if self._is_gone(device, file):
+                return
+            again = self._set_up(file)
+            if again == device:
+                raise _in_use(device, "a guest or another program has it open")
+            device = again  # it went in between, so this is a new one that nobody knows
+        raise _in_use(device, "it does not go away")
+
+    def abandon(self, device: Path) -> None:
+        """Take away a device whose file is dead, now or when its last user closes it."""
+        self._detach(device)
+
+    def grow(self, device: Path, file: Path, size: int) -> None:
+        """Make the device as big as its file, which has grown to `size` bytes; IslandError if it does not."""
+        self._check_file(file, size, patience=30.0)
+        command = ["losetup", "--set-capacity", str(device)]
+        succeed(self._execute, command, f"let {device} grow", root=True)
+        self._check(device, file, size)
+
+    def _set_up(self, file: Path) -> Path:
+        command = ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", str(file)]
+        output = succeed(self._execute, command, f"make a loop device over {str(file)!r}", root=True).strip()
+        if not _NAME.fullmatch(output):
+            raise IslandError(f"losetup made a loop device over {str(file)!r}, but names {output[:80]!r}")
+        return Path(output)
+
+    def _detach(self, device: Path) -> None:
+        succeed(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
+
+    def _is_gone(self, device: Path, file: Path) -> bool:
+        deadline = time.monotonic() + _LETTING_GO
+        while self.stands_on(device, file):
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(_STEP)
+        return True
+
+    def _is_mounted(self, device: Path) -> bool:
+        entry = _SYSFS / device.name
+        return _read(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
+
+    def _check_file(self, file: Path, size: int, patience: float = 0.0) -> None:
+        """The kernel remembers a file's size for a second, hence the patience after it has grown."""
+        deadline = time.monotonic() + patience
+        while (seen := _file_size(file)) != size:
+            if time.monotonic() >= deadline:
+                raise IslandError(
+                    f"the export {str(file)!r} has {seen} bytes and the volume {size}; "
+                    f"no device was put on it"
+                )
+            time.sleep(_STEP)
+
+    def _check(self, device: Path, file: Path, size: int) -> None:
+        """See that the device is ours and as big as the volume, and that its node is the device's."""
+        entry = _SYSFS / device.name
+        number = int(_read(entry / "size") or 0) * _SECTOR
+        if not self.stands_on(device, file):
+            raise IslandError(f"{device} was put on {str(file)!r}, but stands on another file now")
+        if number != size:
+            raise IslandError(f"{device} has {number} bytes and the volume {size}; it is of no use")
+        if _read(entry / "loop/dio") != "0" or _read(entry / "ro") != "0":
+            raise IslandError(f"{device} came with direct I/O or read-only; it is of no use")
+        status = os.stat(device)
+        found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+        if not stat.S_ISBLK(status.st_mode) or found != _read(entry / "dev"):
+            raise IslandError(
+                f"the node {device} is not the device of that name; let udev or devtmpfs make it"
+            )
+
+
+def _file_size(file: Path) -> int:
+    try:
+        return os.stat(file).st_size
+    except OSError as error:
+        raise IslandError(f"the export {str(file)!r} does not answer: {error.strerror}") from error
+
+
+def _in_use(device: Path, why: str) -> ImageInUseError:
+    return ImageInUseError(f"{device} cannot be taken away, because {why}; end that and try again")
+
+
+def _read(path: Path) -> str:
+    """A value of sysfs; "" where there is none."""
+    try:
+        return path.read_text(errors="surrogateescape").strip("\n")
+    except OSError:
+        return ""

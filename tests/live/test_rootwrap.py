@@ -1,0 +1,133 @@
+"""What root may be asked to do: Cinder's own rootwrap, with the filters that the package brings."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from oslo_rootwrap import wrapper
+
+from island_fast.host import daemon
+from island_fast.host.daemon import Daemon
+from tests.live.actor import ROOT
+from tests.live.conftest import Host
+
+FILTERS = ROOT / "island_fast/etc/rootwrap.d"
+VOLUME = "0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e"
+EXEC_DIRS = ["/usr/sbin", "/sbin", "/usr/bin", "/bin", *os.environ["PATH"].split(":")]
+
+
+def allowed(command: list[str]) -> bool:
+    filters = wrapper.load_filters([str(FILTERS)])
+    try:
+        found = wrapper.match_filter(filters, command, EXEC_DIRS)
+    except wrapper.NoFilterMatched:
+        return False
+    except wrapper.FilterMatchNotExecutable:  # allowed, and the program is not installed
+        return True
+    return found.run_as == "root"
+
+
+def losetup(path: str) -> list[str]:
+    return ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", path]
+
+
+def unit(
+    *, name: str = VOLUME, user: str = "cinder", script: str = f"/run/island/{VOLUME}/start"
+) -> list[str]:
+    flags = ["--quiet", "--collect", f"--unit=island-{name}", f"--uid={user}", "--gid=cinder"]
+    return ["systemd-run", *flags, "--", "/bin/sh", script]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        losetup(f"/run/island/{VOLUME}/disk"),
+        losetup(f"/var/lib/cinder/island.d/run-1/{VOLUME}/disk"),
+        ["losetup", "--detach", "/dev/loop12"],
+        ["losetup", "--set-capacity", "/dev/loop0"],
+        ["chown", "64060:64060", "/dev/loop7"],
+        unit(),
+    ],
+)
+def test_what_the_driver_needs_is_allowed(command: list[str]) -> None:
+    assert allowed(command)
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        losetup("/etc/shadow"),
+        losetup(f"/run/island/../../etc/{VOLUME}/disk"),
+        losetup(f"/run/island/{VOLUME}/disk/../../shadow"),
+        losetup(f"relative/{VOLUME}/disk"),
+        losetup(f"/run/island/{VOLUME.upper()}/disk"),
+        losetup("/dev/sda"),
+        [*losetup(f"/run/island/{VOLUME}/disk"), "/dev/sda"],
+        ["losetup", "--find", "--show", "--nooverlap", "--direct-io=on", f"/run/island/{VOLUME}/disk"],
+        ["losetup", "--detach", "/dev/loop0", "/dev/loop1"],
+        ["losetup", "--detach-all"],
+        ["losetup", "--detach", "/dev/loop0/../sda"],
+        ["losetup", "/dev/loop0", "/dev/sda"],
+        ["chown", "0:0", "/etc/shadow"],
+        ["chown", "64060:64060", "/dev/sda"],
+        ["chown", "root", "/dev/loop7"],
+        ["chown", "-R", "64060:64060", "/dev/loop7"],
+        unit(user="root"),
+        unit(user="0"),
+        unit(name="ssh"),
+        unit(script="/tmp/start"),
+        unit(script=f"/tmp/../{VOLUME}/start"),
+        [*unit()[:-2], "/bin/bash", f"/run/island/{VOLUME}/start"],
+        ["systemd-run", "/bin/sh", f"/run/island/{VOLUME}/start"],
+        ["qemu-storage-daemon"],
+        ["mount", "/dev/loop0", "/mnt"],
+        ["sh", "-c", "id"],
+    ],
+)
+def test_anything_else_is_refused(command: list[str]) -> None:
+    assert not allowed(command)
+
+
+def test_a_whole_life_asks_root_for_nothing_else(nobody_host: Host) -> None:
+    volume, image = nobody_host.volume()
+    exports = nobody_host.exports
+    exports.check_data_path(nobody_host.images)
+    exports.attach(volume, image)
+    exports.grow(volume, 128 << 20)
+    exports.detach(volume)
+    exports.stop(volume)
+    asked = exports.became_root
+    assert {tuple(words[:2]) for words in asked} >= {
+        ("losetup", "--find"),
+        ("losetup", "--detach"),
+        ("losetup", "--set-capacity"),
+    }
+    assert [words for words in asked if not allowed(words)] == []
+
+
+def test_under_systemd_each_daemon_is_a_unit_of_its_own(
+    root_host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """systemd itself does not run here: what it would be asked for is looked at, and done in its place."""
+    asked = []
+
+    def execute(command, /, *, root=False, env=None):
+        asked.append((list(command), root))
+        start = command[command.index("--") + 1 :]
+        return subprocess.run(["setsid", "--fork", *start], capture_output=True, text=True, check=True)
+
+    monkeypatch.setattr(daemon, "SYSTEMD", tmp_path)
+    monkeypatch.setattr(daemon, "_user", lambda: ("cinder", "cinder"))
+    volume, image = root_host.volume()
+    (root_host.run / volume).mkdir(parents=True)
+    root_host.run.chmod(0o700)
+    one = Daemon(root_host.run / volume, execute)
+    one.start(image)
+    assert one.runs()
+    assert asked == [(unit(name=volume, script=f"{root_host.run / volume}/start"), True)]
+    assert allowed(asked[0][0])
+    one.quit()
+    assert not one.runs()
