@@ -10,15 +10,14 @@ from unittest import mock
 
 import pytest
 
-from island_fast.errors import IslandError
+from island_fast.errors import ImageInUseError, IslandError
 from island_fast.host.blockio import BlockDevice
 from island_fast.host.daemon import Daemon
 from island_fast.host.execute import run_to_the_end
 from island_fast.host.exports import State
 from island_fast.host.nbd import NbdDevices
-from island_fast.host.selftest import choose_kind
 from tests.live.conftest import SIZE, Host
-from tests.live.test_attach import check, daemon_of, eventually
+from tests.live.test_attach import check, daemon_of, eventually, make_file_system, mounted, run
 from tests.live.test_snapshots import Writer, newest
 
 
@@ -26,8 +25,30 @@ class CutOffError(BaseException):
     """Stands for the end of the process."""
 
 
-def it_is_chosen(host: Host) -> None:
-    assert choose_kind(host.run, host.links, host.images, run_to_the_end) == "nbd"
+def it_is_right_and_is_chosen(host: Host) -> None:
+    """The whole self-test, with the split of rights; what wants root's is allowed by the filters' names."""
+    assert host.exports.call("choose_kind", host.images) == "nbd"
+    assert {command[0] for command in host.exports.became_root} == {"island-nbd", "chown"}
+    assert list(host.images.iterdir()) == []
+
+
+def a_mounted_file_system_is_not_detached_and_outlives_growth(host: Host) -> None:
+    volume, image = host.volume()
+    link = host.exports.attach(volume, image)
+    make_file_system(link)
+    with mounted(link) as folder:
+        with pytest.raises(ImageInUseError, match=r"/dev/nbd\d+ cannot .* because it is mounted"):
+            host.exports.detach(volume)
+        (folder / "before").write_bytes(b"before" * 4096)
+        host.exports.grow(volume, 2 * SIZE)
+        (folder / "after").write_bytes(b"after" * 4096)
+    host.exports.detach(volume)
+    with mounted(host.exports.attach(volume, image)) as folder:
+        assert (folder / "before").read_bytes() == b"before" * 4096
+        assert (folder / "after").read_bytes() == b"after" * 4096
+    run("fsck.ext4", "-f", "-n", link)
+    with BlockDevice(link) as device:
+        assert device.read_direct(2 * SIZE - 4096, 4096) == bytes(4096)
 
 
 def a_volume_that_is_written_to_is_frozen_and_grows(host: Host) -> None:
