@@ -299,7 +299,26 @@ class Daemon:
                     f"within {TIMEOUT:.0f} s; see its log {str(self._log)!r}"
                 )
             time.sleep(_STEP)
-        self.check_serves(image)
+        self._meet(image)
+
+    def _meet(self, image: Path) -> None:
+        """Hear from the daemon that it serves the image.
+
+        On a slow machine qemu hangs up on whoever connects while it starts, right after one that only
+        looked: so it is asked again while it lives.
+        """
+        deadline = time.monotonic() + _START_PATIENCE
+        while True:
+            try:
+                self.check_serves(image)
+                return
+            except RefusedError:
+                raise
+            except IslandError:
+                pid = self._written_pid()
+                if pid is None or not is_alive(pid) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_STEP)
 
     def _written_pid(self) -> int | None:
         try:

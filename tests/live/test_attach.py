@@ -316,6 +316,24 @@ def test_what_a_dead_daemon_left_is_taken_away(host: Host, call: str) -> None:
     assert not (host.links / volume).is_symlink()
 
 
+def test_a_daemon_that_hangs_up_while_it_starts_is_asked_again(
+    root_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, image = root_host.volume()
+    check_serves, asked = Daemon.check_serves, []
+
+    def hangs_up_once(daemon: Daemon, image: Path) -> None:
+        asked.append(image)
+        if len(asked) == 1:
+            raise IslandError("ended the connection (its greeting)")
+        check_serves(daemon, image)
+
+    monkeypatch.setattr(Daemon, "check_serves", hangs_up_once)
+    root_host.exports.serve(volume, image)
+    assert len(asked) == 2
+    assert root_host.exports.state(volume) is State.SERVED
+
+
 def test_an_image_that_qemu_does_not_open_is_refused_in_its_words(host: Host) -> None:
     volume, image = host.volume()
     with image.open("r+b") as file:  # the corrupt bit: no writer may open it
