@@ -23,6 +23,7 @@ from island_fast.host.daemon import SYSTEMD
 from island_fast.host.execute import Execute, succeed
 from island_fast.host.exports import KINDS, Exports
 from island_fast.host.mounts import file_system
+from island_fast.host.nbd import check_kernel
 from island_fast.qcow2 import Image, PointReader
 
 __all__ = ["check_data_path", "choose_kind"]
@@ -58,7 +59,7 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
     IslandError that names what is missing on this host; DamagedError if anything reads back otherwise than it
     was written. Nothing is left. `run`, `links`, `execute` and `kind` are those of `Exports`.
     """
-    _check_host(links)
+    _check_host(links, kind)
     exports = Exports(run, links, execute, kind)
     exports.stop(VOLUME)
     image = images / f".{VOLUME}.qcow2"
@@ -77,8 +78,35 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
         image.unlink(missing_ok=True)
 
 
-def _check_host(links: Path) -> None:
+def _check_host(links: Path, kind: str) -> None:
     """IslandError for the first thing that is missing; rights show themselves when they are used."""
+    programs = [
+        ("qemu-storage-daemon", "qemu-system-common"),
+        ("qemu-img", "qemu-utils"),
+        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
+    ]
+    if kind == "nbd":
+        check_kernel()
+        programs.append(("island-nbd", "island-fast"))
+    else:
+        _check_nodes()
+        programs += [("fusermount3", "fuse3"), ("losetup", "mount")]
+    for program, package in programs:
+        if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
+            raise IslandError(f"the program {program} is missing; install the package {package}")
+    if kind != "nbd" and os.geteuid() != 0 and "user_allow_other" not in _lines(_FUSE_CONF):
+        raise IslandError(
+            f"root may not use the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
+        )
+    place = file_system(links)
+    if place not in _IN_MEMORY:
+        raise IslandError(
+            f"the folder of links {str(links)!r} is on {place} and outlives a reboot, after which its links "
+            f"lead to other volumes' disks; put it on a tmpfs, below /run"
+        )
+
+
+def _check_nodes() -> None:
     for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
         if not os.path.exists(node):
             raise IslandError(
@@ -86,25 +114,6 @@ def _check_host(links: Path) -> None:
             )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise IslandError("this user may not open /dev/fuse; give it mode 0666, as udev does")
-    for program, package in (
-        ("qemu-storage-daemon", "qemu-system-common"),
-        ("qemu-img", "qemu-utils"),
-        ("fusermount3", "fuse3"),
-        ("losetup", "mount"),
-        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
-    ):
-        if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
-            raise IslandError(f"the program {program} is missing; install the package {package}")
-    if os.geteuid() != 0 and "user_allow_other" not in _lines(_FUSE_CONF):
-        raise IslandError(
-            f"root may not use the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
-        )
-    kind = file_system(links)
-    if kind not in _IN_MEMORY:
-        raise IslandError(
-            f"the folder of links {str(links)!r} is on {kind} and outlives a reboot, after which its links "
-            f"lead to other volumes' disks; put it on a tmpfs, below /run"
-        )
 
 
 def _write_and_read(exports: Exports, image: Path, execute: Execute, kind: str) -> bytearray:
