@@ -32,20 +32,20 @@ from island_fast.errors import ImageInUseError, IslandError, RefusedError, Usage
 from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
 from island_fast.host.mounts import is_mounted
 from island_fast.host.nbdroot import EXPORT
+from island_fast.host.nodes import FRONT_NODE, VOLUME_NODE, file_node, front_node, qcow2_node
 from island_fast.host.process import is_alive, listener
 from island_fast.host.qmp import Qmp
-from island_fast.host.sizing import node_options
 from island_fast.qcow2 import Image
 
 __all__ = ["Daemon"]
 
 SYSTEMD = Path("/run/systemd/system")  # is there where systemd is the first process, sd_booted(3)
 
-_NODE, _FRONT, _FILE, _EXPORT = "volume", "front", "file", "device"
+_EXPORT = "device"
 _NBD_EXPORT: dict[str, object] = {
     "type": "nbd",
     "id": _EXPORT,
-    "node-name": _NODE,
+    "node-name": VOLUME_NODE,
     "name": EXPORT,
     "writable": True,
 }
@@ -120,7 +120,7 @@ class Daemon:
         with Qmp(self.control) as qmp:
             if _exports(qmp):
                 return
-            if _top(qmp) == _NODE:
+            if _top(qmp) == VOLUME_NODE:
                 self._begin_nbd(qmp)
                 return
             self._token.unlink(missing_ok=True)
@@ -154,6 +154,11 @@ class Daemon:
             for one in _internals(qmp):
                 if one["name"] == name:
                     qmp.snapshot_delete(_top(qmp), str(one["id"]), name)
+
+    def internals(self) -> list[str]:
+        """The names of the internal snapshots in the image."""
+        with Qmp(self.control) as qmp:
+            return [str(one["name"]) for one in _internals(qmp)]
 
     def grow(self, size: int) -> None:
         """Make the volume `size` bytes big, and the caches fit it. RefusedError if it is bigger now."""
@@ -212,7 +217,7 @@ class Daemon:
         return {
             "type": "fuse",
             "id": _EXPORT,
-            "node-name": _FRONT,
+            "node-name": FRONT_NODE,
             "mountpoint": str(self.disk),
             "writable": True,
             "growable": False,
@@ -254,9 +259,9 @@ class Daemon:
     def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
         """The whole start as one file, so that the command which root runs for us is always the same."""
         direct = _takes_direct(image)
-        nodes = [_file_node(image, direct), _qcow2_node(size, cluster, direct)]
+        nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
         if kind != "nbd":
-            nodes.append(_front_node())
+            nodes.append(front_node())
         command = ["qemu-storage-daemon"]
         for node in nodes:
             command += ["--blockdev", json.dumps(node)]
@@ -334,57 +339,6 @@ class Daemon:
             return "it has no log"
 
 
-def _file_node(image: Path, direct: bool) -> dict[str, object]:
-    """The file itself. With locks, for they tell others that the image is in use (`imagelock.py`)."""
-    return {
-        "node-name": _FILE,
-        "driver": "file",
-        "filename": str(image),
-        "locking": "on",
-        "discard": "unmap",
-        "cache": {"direct": direct, "no-flush": False},
-    }
-
-
-def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
-    """The volume, `size` bytes, its tables cached as a whole; nothing that the header names is opened.
-
-    Without the host's page cache (`direct`): a flush, and so an internal snapshot, would else have to write
-    gigabytes first, while the guest waits. A guest's flush reaches the disk with the tables.
-    """
-    return {
-        "node-name": _NODE,
-        "driver": "qcow2",
-        "file": _FILE,
-        "backing": None,
-        "discard": "unmap",
-        "detect-zeroes": "unmap",
-        **node_options(size, cluster),
-        "cache": {"direct": direct, "no-flush": False},
-    }
-
-
-def _front_node() -> dict[str, object]:
-    """What is exported: the volume without discards (the module's docstring says why).
-
-    With discard=unmap all the same, for else qemu says "done" to each and asks nobody.
-    """
-    refusal = {
-        "event": "none",
-        "iotype": "discard",
-        "errno": errno.ENOSYS,
-        "once": False,
-        "immediately": True,
-    }
-    return {
-        "node-name": _FRONT,
-        "driver": "blkdebug",
-        "image": _NODE,
-        "discard": "unmap",
-        "inject-error": [refusal],
-    }
-
-
 def _resize(qmp: Qmp, size: int) -> None:
     """Make the volume `size` bytes big, and the caches fit it."""
     qmp.command("block_resize", {"node-name": _top(qmp), "size": size})
@@ -392,10 +346,10 @@ def _resize(qmp: Qmp, size: int) -> None:
     cluster = next(
         node["image"]["cluster-size"]
         for node in (nodes if isinstance(nodes, list) else ())
-        if node["node-name"] == _NODE
+        if node["node-name"] == VOLUME_NODE
     )
     direct = _holds_direct(nodes)
-    qmp.command("blockdev-reopen", {"options": [_qcow2_node(size, cluster, direct)]})
+    qmp.command("blockdev-reopen", {"options": [qcow2_node(size, cluster, direct)]})
 
 
 def _user() -> tuple[str, str]:
@@ -416,7 +370,7 @@ def _takes_direct(image: Path) -> bool:
 
 def _holds_direct(nodes: object) -> bool:
     return any(
-        node["node-name"] == _NODE and node["cache"]["direct"]
+        node["node-name"] == VOLUME_NODE and node["cache"]["direct"]
         for node in (nodes if isinstance(nodes, list) else ())
     )
 
@@ -424,7 +378,7 @@ def _holds_direct(nodes: object) -> bool:
 def _size(qmp: Qmp) -> int:
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
     for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == _NODE:
+        if node["node-name"] == VOLUME_NODE:
             return int(node["image"]["virtual-size"])
     raise IslandError(f"the process behind {qmp.socket_path!r} serves no volume; it is no daemon of ours")
 
@@ -433,13 +387,13 @@ def _top(qmp: Qmp) -> str:
     """The node that is exported and frozen: the filter, where the daemon has it."""
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
     names = {node["node-name"] for node in (nodes if isinstance(nodes, list) else ())}
-    return _FRONT if _FRONT in names else _NODE
+    return FRONT_NODE if FRONT_NODE in names else VOLUME_NODE
 
 
 def _internals(qmp: Qmp) -> list[dict[str, object]]:
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
     for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == _NODE:
+        if node["node-name"] == VOLUME_NODE:
             return list(node["image"].get("snapshots", []))
     return []
 

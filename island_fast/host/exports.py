@@ -106,6 +106,10 @@ class Exports:
         """Drop that internal snapshot again; nothing happens if it is not there."""
         self._served(volume).thaw(name)
 
+    def internals(self, volume: str) -> list[str]:
+        """The names of the internal snapshots in the image of a volume that is served."""
+        return self._served(volume).internals()
+
     def _served(self, volume: str) -> Daemon:
         daemon = self._daemon(volume)
         if not daemon.runs():

@@ -7,6 +7,7 @@ or a file system has, and must read back as a model of it says: through the devi
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -28,6 +29,7 @@ from island_fast.qcow2 import Image, PointReader
 
 __all__ = ["check_data_path", "choose_kind"]
 
+_LOG = logging.getLogger(__name__)
 VOLUME = "5e1f7e57-0000-4000-8000-000000000000"
 """The volume of every self-test; what a test that was killed left is cleared away by the next."""
 
@@ -48,6 +50,7 @@ def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
             check_data_path(run, links, images, execute, kind)
         except IslandError as error:
             reasons.append(f"{kind}: {error}")
+            _LOG.info("no device of kind %s is put in front of volumes: %s", kind, error)
         else:
             return kind
     raise IslandError(f"no block device can be put in front of a volume here ({'; '.join(reasons)})")

@@ -72,7 +72,7 @@ def test_holes_that_are_none_are_found_out(
 ) -> None:
     if version() >= (8, 0):
         pytest.skip("from QEMU 8.0 on a hole punched through a FUSE export is written as zeros")
-    monkeypatch.setattr(daemon, "_front_node", lambda: {"node-name": "front", **front})
+    monkeypatch.setattr(daemon, "front_node", lambda: {"node-name": "front", **front})
     with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
         run_check(root_host)
 
