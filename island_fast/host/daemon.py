@@ -8,46 +8,59 @@ that refuses discards, with ENOSYS, after which the kernel asks for none any mor
 answers "punch a hole", which a loop device makes of "write zeros", by a discard, and that leaves old
 data in the clusters that the hole does not wholly cover (QEMU's issue 1507). Without holes the kernel
 writes zeros, and the qcow2 node makes zero clusters of them (detect-zeroes), which gives the space back.
+
+NBD tells discards from zeros, so a daemon that is started for it has no filter. Which of the two a daemon has
+decides what it exports: only the topmost node may be exported, for a snapshot stops the writes of that one
+alone, and writes that come in below it damage the image. QEMU lets no node grow while its NBD server exports
+it: for a moment the export goes, and its client must wait.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import grp
 import json
 import os
 import pwd
+import secrets
 import shlex
-import socket
-import struct
 import time
 from pathlib import Path
 
 from island_fast.errors import ImageInUseError, IslandError, RefusedError, UsageError
 from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
 from island_fast.host.mounts import is_mounted
+from island_fast.host.nbdroot import EXPORT
+from island_fast.host.nodes import FRONT_NODE, VOLUME_NODE, file_node, front_node, qcow2_node
+from island_fast.host.process import is_alive, listener
 from island_fast.host.qmp import Qmp
-from island_fast.host.sizing import node_options
 from island_fast.qcow2 import Image
 
 __all__ = ["Daemon"]
 
 SYSTEMD = Path("/run/systemd/system")  # is there where systemd is the first process, sd_booted(3)
 
-_NODE, _FRONT, _FILE, _EXPORT = "volume", "front", "file", "device"
+_EXPORT = "device"
+_NBD_EXPORT: dict[str, object] = {
+    "type": "nbd",
+    "id": _EXPORT,
+    "node-name": VOLUME_NODE,
+    "name": EXPORT,
+    "writable": True,
+}
 _MAX_SOCKET_PATH = 107  # bytes, unix(7)
 _START_PATIENCE = 60.0  # seconds until the program runs; opening an image that needs repair comes after
 _STEP = 0.05  # seconds between two looks
 _LOG_TAIL = 4096  # bytes
-_PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
-_NOBODY_LISTENS = (errno.ENOENT, errno.ECONNREFUSED)
 
 
 class Daemon:
     """One volume's daemon, running or not. `folder`, named by the volume, is private and is the caller's.
 
     `control` is our own QMP socket, `monitor` the one for snapshots (each serves one client at a time),
-    `disk` the file under which the volume is exported. The caller keeps callers of one folder apart.
+    `disk` the file under which FUSE exports the volume, `socket` that of the NBD server. The caller keeps
+    callers of one folder apart.
     """
 
     def __init__(self, folder: Path, execute: Execute) -> None:
@@ -56,6 +69,7 @@ class Daemon:
         self.control = folder / "control"
         self.monitor = folder / "monitor"
         self.disk = folder / "disk"
+        self.socket = folder / "nbd"
         self._execute = execute
         if len(os.fsencode(self.monitor)) > _MAX_SOCKET_PATH:
             raise UsageError(
@@ -65,10 +79,10 @@ class Daemon:
 
     def runs(self) -> bool:
         """Tell whether somebody listens on the control socket. Never waits for an answer."""
-        return _listener(self.control) is not None
+        return listener(self.control) is not None
 
-    def start(self, image: Path) -> None:
-        """Start the daemon on a qcow2 image; on return it serves it.
+    def start(self, image: Path, kind: str) -> None:
+        """Start the daemon on a qcow2 image, for devices of this kind; on return it serves it.
 
         It may take as long as a repair of the image's reference counts, where a crash left them behind.
         RefusedError (or another of the image's errors) if the image is not one of ours to serve:
@@ -80,7 +94,7 @@ class Daemon:
             stale.unlink(missing_ok=True)
         if self._log.exists():
             self._log.replace(self.folder / "log.old")  # what the one before died of
-        self._write_script(image.resolve(), size, cluster)
+        self._write_script(image.resolve(), size, cluster, kind)
         self._launch()
         self._wait_until_it_serves(image)
 
@@ -94,25 +108,24 @@ class Daemon:
         with Qmp(self.control) as qmp:
             return _size(qmp)
 
+    def backing(self) -> Path:
+        """What the block device in front stands on: `disk`, or the name of the NBD export (`nbd.py`)."""
+        try:
+            return self.socket / self._token.read_text()
+        except FileNotFoundError:
+            return self.disk
+
     def export(self) -> None:
-        """Export the volume at `disk`; nothing happens if it is exported already."""
-        self.disk.touch(0o600)
+        """Export the volume for the kind that it was started for; nothing happens if that is done."""
         with Qmp(self.control) as qmp:
             if _exports(qmp):
                 return
-            wanted = {
-                "type": "fuse",
-                "id": _EXPORT,
-                "node-name": _FRONT,
-                "mountpoint": str(self.disk),
-                "writable": True,
-                "growable": False,
-                "allow-other": "on",  # root, who sets the loop device up, is another
-            }
-            try:
-                qmp.command("block-export-add", wanted)
-            except IslandError as error:
-                raise IslandError(f"{error}; the daemon says: {self._said()}") from error
+            if _top(qmp) == VOLUME_NODE:
+                self._begin_nbd(qmp)
+                return
+            self._token.unlink(missing_ok=True)
+            self.disk.touch(0o600)
+            self._add(qmp, self._fuse_export())
         if not is_mounted(self.disk):
             raise IslandError(
                 f"{str(self.disk)!r} was exported, but nothing is mounted there that this process sees; "
@@ -120,27 +133,32 @@ class Daemon:
             )
 
     def unexport(self) -> None:
-        """End the export; on return nothing is mounted at `disk`. Whoever has the file open gets errors."""
+        """End the export; on return nothing is mounted at `disk`. Whoever has it open gets errors."""
         with Qmp(self.control) as qmp:
-            if _exports(qmp):
-                qmp.command("block-export-del", {"id": _EXPORT, "mode": "hard"})
-            deadline = time.monotonic() + TIMEOUT
-            while _exports(qmp) or is_mounted(self.disk):
-                if time.monotonic() > deadline:
-                    raise IslandError(f"the export of volume {self.volume} does not end; {self._said()}")
-                time.sleep(_STEP)
+            self._remove(qmp)
+            self.forget()
+
+    def forget(self) -> None:
+        """Forget the export, which is gone, and its device with it."""
+        for left in (self._token, self.socket, self.growing):
+            left.unlink(missing_ok=True)
 
     def freeze(self, name: str) -> None:
         """Take an internal snapshot; on return it is in the image."""
         with Qmp(self.control) as qmp:
-            qmp.snapshot_create(_FRONT, name)
+            qmp.snapshot_create(_top(qmp), name)
 
     def thaw(self, name: str) -> None:
         """Drop the internal snapshots of this name, if there are any."""
         with Qmp(self.control) as qmp:
             for one in _internals(qmp):
                 if one["name"] == name:
-                    qmp.snapshot_delete(_FRONT, str(one["id"]), name)
+                    qmp.snapshot_delete(_top(qmp), str(one["id"]), name)
+
+    def internals(self) -> list[str]:
+        """The names of the internal snapshots in the image."""
+        with Qmp(self.control) as qmp:
+            return [str(one["name"]) for one in _internals(qmp)]
 
     def grow(self, size: int) -> None:
         """Make the volume `size` bytes big, and the caches fit it. RefusedError if it is bigger now."""
@@ -152,29 +170,79 @@ class Daemon:
                 )
             if size == now:
                 return
-            qmp.command("block_resize", {"node-name": _FRONT, "size": size})
-            nodes = qmp.command("query-named-block-nodes", {"flat": True})
-            cluster = next(
-                node["image"]["cluster-size"]
-                for node in (nodes if isinstance(nodes, list) else ())
-                if node["node-name"] == _NODE
-            )
-            direct = _holds_direct(nodes)
-            qmp.command("blockdev-reopen", {"options": [_qcow2_node(size, cluster, direct)]})
+            over_nbd = self._token.exists() and bool(_exports(qmp))
+            if over_nbd:
+                self._remove(qmp)
+            try:
+                _resize(qmp, size)
+            finally:
+                if over_nbd:
+                    self._add(qmp, _NBD_EXPORT)
 
     def quit(self) -> None:
         """End the daemon: it flushes and closes the image, and on return is gone. Idempotent."""
-        pid = _listener(self.control)
+        pid = listener(self.control)
         if pid is None:
             return
         with Qmp(self.control) as qmp:
             pid = qmp.peer()
             qmp.command("quit")
         deadline = time.monotonic() + TIMEOUT
-        while _is_alive(pid):
+        while is_alive(pid):
             if time.monotonic() > deadline:
                 raise IslandError(f"the daemon of volume {self.volume} (process {pid}) does not end")
             time.sleep(_STEP)
+
+    @property
+    def growing(self) -> Path:
+        """A file that is there while the NBD export is away to grow, for whoever finds that unfinished."""
+        return self.folder / "growing"
+
+    def restore_export(self) -> None:
+        """Export the volume over NBD again, under the name it had, if it is not exported."""
+        with Qmp(self.control) as qmp:
+            if not _exports(qmp):
+                self._add(qmp, _NBD_EXPORT)
+
+    def _begin_nbd(self, qmp: Qmp) -> None:
+        with contextlib.suppress(IslandError):  # it does not run, but after a start that was cut off
+            qmp.command("nbd-server-stop")
+        self.socket.unlink(missing_ok=True)
+        self._token.write_text(secrets.token_hex(8))
+        address = {"type": "unix", "data": {"path": str(self.socket)}}
+        qmp.command("nbd-server-start", {"addr": address})
+        self._add(qmp, _NBD_EXPORT)
+
+    def _fuse_export(self) -> dict[str, object]:
+        return {
+            "type": "fuse",
+            "id": _EXPORT,
+            "node-name": FRONT_NODE,
+            "mountpoint": str(self.disk),
+            "writable": True,
+            "growable": False,
+            "allow-other": "on",  # root, who sets the loop device up, is another
+        }
+
+    def _add(self, qmp: Qmp, export: dict[str, object]) -> None:
+        try:
+            qmp.command("block-export-add", export)
+        except IslandError as error:
+            raise IslandError(f"{error}; the daemon says: {self._said()}") from error
+
+    def _remove(self, qmp: Qmp) -> None:
+        """End the export, with every request that it has taken done."""
+        if _exports(qmp):
+            qmp.command("block-export-del", {"id": _EXPORT, "mode": "hard"})
+        deadline = time.monotonic() + TIMEOUT
+        while _exports(qmp) or is_mounted(self.disk):
+            if time.monotonic() > deadline:
+                raise IslandError(f"the export of volume {self.volume} does not end; {self._said()}")
+            time.sleep(_STEP)
+
+    @property
+    def _token(self) -> Path:
+        return self.folder / "token"
 
     @property
     def _pid_file(self) -> Path:
@@ -188,10 +256,12 @@ class Daemon:
     def _script(self) -> Path:
         return self.folder / "start"
 
-    def _write_script(self, image: Path, size: int, cluster: int) -> None:
+    def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
         """The whole start as one file, so that the command which root runs for us is always the same."""
         direct = _takes_direct(image)
-        nodes = [_file_node(image, direct), _qcow2_node(size, cluster, direct), _front_node()]
+        nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
+        if kind != "nbd":
+            nodes.append(front_node())
         command = ["qemu-storage-daemon"]
         for node in nodes:
             command += ["--blockdev", json.dumps(node)]
@@ -223,7 +293,7 @@ class Daemon:
         begun = time.monotonic()
         while not self.runs():
             pid, waited = self._written_pid(), time.monotonic() - begun
-            if (pid is None and waited > _START_PATIENCE) or (pid is not None and not _is_alive(pid)):
+            if (pid is None and waited > _START_PATIENCE) or (pid is not None and not is_alive(pid)):
                 said = self._said()
                 raise (ImageInUseError if 'Failed to get "' in said else IslandError)(
                     f"the daemon of volume {self.volume} did not start on {str(image)!r}: {said}"
@@ -234,7 +304,26 @@ class Daemon:
                     f"within {TIMEOUT:.0f} s; see its log {str(self._log)!r}"
                 )
             time.sleep(_STEP)
-        self.check_serves(image)
+        self._meet(image)
+
+    def _meet(self, image: Path) -> None:
+        """Hear from the daemon that it serves the image.
+
+        On a slow machine qemu hangs up on whoever connects while it starts, right after one that only
+        looked: so it is asked again while it lives.
+        """
+        deadline = time.monotonic() + _START_PATIENCE
+        while True:
+            try:
+                self.check_serves(image)
+                return
+            except RefusedError:
+                raise
+            except IslandError:
+                pid = self._written_pid()
+                if pid is None or not is_alive(pid) or time.monotonic() > deadline:
+                    raise
+            time.sleep(_STEP)
 
     def _written_pid(self) -> int | None:
         try:
@@ -250,55 +339,17 @@ class Daemon:
             return "it has no log"
 
 
-def _file_node(image: Path, direct: bool) -> dict[str, object]:
-    """The file itself. With locks, for they tell others that the image is in use (`imagelock.py`)."""
-    return {
-        "node-name": _FILE,
-        "driver": "file",
-        "filename": str(image),
-        "locking": "on",
-        "discard": "unmap",
-        "cache": {"direct": direct, "no-flush": False},
-    }
-
-
-def _qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
-    """The volume, `size` bytes, its tables cached as a whole; nothing that the header names is opened.
-
-    Without the host's page cache (`direct`): a flush, and so an internal snapshot, would else have to write
-    gigabytes first, while the guest waits. A guest's flush reaches the disk with the tables.
-    """
-    return {
-        "node-name": _NODE,
-        "driver": "qcow2",
-        "file": _FILE,
-        "backing": None,
-        "discard": "unmap",
-        "detect-zeroes": "unmap",
-        **node_options(size, cluster),
-        "cache": {"direct": direct, "no-flush": False},
-    }
-
-
-def _front_node() -> dict[str, object]:
-    """What is exported: the volume without discards (the module's docstring says why).
-
-    With discard=unmap all the same, for else qemu says "done" to each and asks nobody.
-    """
-    refusal = {
-        "event": "none",
-        "iotype": "discard",
-        "errno": errno.ENOSYS,
-        "once": False,
-        "immediately": True,
-    }
-    return {
-        "node-name": _FRONT,
-        "driver": "blkdebug",
-        "image": _NODE,
-        "discard": "unmap",
-        "inject-error": [refusal],
-    }
+def _resize(qmp: Qmp, size: int) -> None:
+    """Make the volume `size` bytes big, and the caches fit it."""
+    qmp.command("block_resize", {"node-name": _top(qmp), "size": size})
+    nodes = qmp.command("query-named-block-nodes", {"flat": True})
+    cluster = next(
+        node["image"]["cluster-size"]
+        for node in (nodes if isinstance(nodes, list) else ())
+        if node["node-name"] == VOLUME_NODE
+    )
+    direct = _holds_direct(nodes)
+    qmp.command("blockdev-reopen", {"options": [qcow2_node(size, cluster, direct)]})
 
 
 def _user() -> tuple[str, str]:
@@ -319,7 +370,7 @@ def _takes_direct(image: Path) -> bool:
 
 def _holds_direct(nodes: object) -> bool:
     return any(
-        node["node-name"] == _NODE and node["cache"]["direct"]
+        node["node-name"] == VOLUME_NODE and node["cache"]["direct"]
         for node in (nodes if isinstance(nodes, list) else ())
     )
 
@@ -327,15 +378,22 @@ def _holds_direct(nodes: object) -> bool:
 def _size(qmp: Qmp) -> int:
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
     for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == _NODE:
+        if node["node-name"] == VOLUME_NODE:
             return int(node["image"]["virtual-size"])
     raise IslandError(f"the process behind {qmp.socket_path!r} serves no volume; it is no daemon of ours")
+
+
+def _top(qmp: Qmp) -> str:
+    """The node that is exported and frozen: the filter, where the daemon has it."""
+    nodes = qmp.command("query-named-block-nodes", {"flat": True})
+    names = {node["node-name"] for node in (nodes if isinstance(nodes, list) else ())}
+    return FRONT_NODE if FRONT_NODE in names else VOLUME_NODE
 
 
 def _internals(qmp: Qmp) -> list[dict[str, object]]:
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
     for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == _NODE:
+        if node["node-name"] == VOLUME_NODE:
             return list(node["image"].get("snapshots", []))
     return []
 
@@ -343,29 +401,3 @@ def _internals(qmp: Qmp) -> list[dict[str, object]]:
 def _exports(qmp: Qmp) -> list[object]:
     answer = qmp.command("query-block-exports")
     return answer if isinstance(answer, list) else []
-
-
-def _listener(path: Path) -> int | None:
-    """The process that listens on a socket: its pid, 0 where its queue is full, None where nobody does."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as client:
-        client.setblocking(False)
-        try:
-            client.connect(str(path))
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if error.errno in _NOBODY_LISTENS:
-                return None
-            raise IslandError(f"QMP socket {str(path)!r} cannot be connected to: {error.strerror}") from error
-        peer = client.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
-        pid: int = _PEER.unpack(peer)[0]
-        return pid
-
-
-def _is_alive(pid: int) -> bool:
-    """Tell whether a process runs; one that has ended and waits for its parent does not."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    return stat.rpartition(")")[2].split()[0] not in ("Z", "X")

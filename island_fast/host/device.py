@@ -1,7 +1,7 @@
 """The block device in front of a volume's export: a loop device, set up and taken away with root's rights.
 
 A loop device is known by the name of the file it stands on, as the kernel tells it. Its number means nothing:
-the kernel gives it to whoever asks next.
+the kernel gives it to whoever asks next. The other kind of device is in `nbd.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from island_fast.errors import ImageInUseError, IslandError
 from island_fast.host.execute import Execute, succeed
 from island_fast.host.mounts import mounted_devices
 
-__all__ = ["LoopDevices"]
+__all__ = ["LoopDevices", "check_node", "in_use", "is_mounted", "read_value"]
 
 _SYSFS = Path("/sys/block")
 _NAME = re.compile(r"/dev/(loop\d+)")
@@ -40,13 +40,14 @@ class LoopDevices:
         return [
             Path("/dev", entry.name)
             for entry in sorted(_SYSFS.glob("loop*"))
-            if _read(entry / "loop/backing_file") == str(file) and _read(entry / "loop/autoclear") == "0"
+            if read_value(entry / "loop/backing_file") == str(file)
+            and read_value(entry / "loop/autoclear") == "0"
         ]
 
     def stands_on(self, device: Path, file: Path) -> bool:
         """Tell whether a device, by its name alone, stands on `file` now."""
         name = _NAME.fullmatch(str(device))
-        return name is not None and _read(_SYSFS / name[1] / "loop/backing_file") == str(file)
+        return name is not None and read_value(_SYSFS / name[1] / "loop/backing_file") == str(file)
 
     def attach(self, file: Path, size: int) -> Path:
         """Put a new device on `file`, which must be alive and have `size` bytes; checked before and after.
@@ -68,17 +69,17 @@ class LoopDevices:
         The kernel does not refuse to detach a device that is open: it detaches it when the last user closes
         it. So it is seen whether it went, and if not, it is made to stay again.
         """
-        if self._is_mounted(device):
-            raise _in_use(device, "it is mounted or part of another device")
+        if is_mounted(device):
+            raise in_use(device, "it is mounted or part of another device")
         for _ in range(3):
             self._detach(device)
             if self._is_gone(device, file):
                 return
             again = self._set_up(file)
             if again == device:
-                raise _in_use(device, "a guest or another program has it open")
+                raise in_use(device, "a guest or another program has it open")
             device = again  # it went in between, so this is a new one that nobody knows
-        raise _in_use(device, "it does not go away")
+        raise in_use(device, "it does not go away")
 
     def abandon(self, device: Path) -> None:
         """Take away a device whose file is dead, now or when its last user closes it."""
@@ -109,10 +110,6 @@ class LoopDevices:
             time.sleep(_STEP)
         return True
 
-    def _is_mounted(self, device: Path) -> bool:
-        entry = _SYSFS / device.name
-        return _read(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
-
     def _check_file(self, file: Path, size: int, patience: float = 0.0) -> None:
         """The kernel remembers a file's size for a second, hence the patience after it has grown."""
         deadline = time.monotonic() + patience
@@ -127,19 +124,14 @@ class LoopDevices:
     def _check(self, device: Path, file: Path, size: int) -> None:
         """See that the device is ours and as big as the volume, and that its node is the device's."""
         entry = _SYSFS / device.name
-        number = int(_read(entry / "size") or 0) * _SECTOR
+        number = int(read_value(entry / "size") or 0) * _SECTOR
         if not self.stands_on(device, file):
             raise IslandError(f"{device} was put on {str(file)!r}, but stands on another file now")
         if number != size:
             raise IslandError(f"{device} has {number} bytes and the volume {size}; it is of no use")
-        if _read(entry / "loop/dio") != "0" or _read(entry / "ro") != "0":
+        if read_value(entry / "loop/dio") != "0" or read_value(entry / "ro") != "0":
             raise IslandError(f"{device} came with direct I/O or read-only; it is of no use")
-        status = os.stat(device)
-        found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-        if not stat.S_ISBLK(status.st_mode) or found != _read(entry / "dev"):
-            raise IslandError(
-                f"the node {device} is not the device of that name; let udev or devtmpfs make it"
-            )
+        check_node(device)
 
 
 def _file_size(file: Path) -> int:
@@ -149,11 +141,26 @@ def _file_size(file: Path) -> int:
         raise IslandError(f"the export {str(file)!r} does not answer: {error.strerror}") from error
 
 
-def _in_use(device: Path, why: str) -> ImageInUseError:
+def is_mounted(device: Path) -> bool:
+    """Tell whether the device, or another on top of it, is mounted as this process sees it."""
+    entry = _SYSFS / device.name
+    return read_value(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
+
+
+def check_node(device: Path) -> None:
+    """See that a device's node is the device of that name."""
+    status = os.stat(device)
+    found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
+    if not stat.S_ISBLK(status.st_mode) or found != read_value(_SYSFS / device.name / "dev"):
+        raise IslandError(f"the node {device} is not the device of that name; let udev or devtmpfs make it")
+
+
+def in_use(device: Path, why: str) -> ImageInUseError:
+    """The error that says why a device stays."""
     return ImageInUseError(f"{device} cannot be taken away, because {why}; end that and try again")
 
 
-def _read(path: Path) -> str:
+def read_value(path: Path) -> str:
     """A value of sysfs; "" where there is none."""
     try:
         return path.read_text(errors="surrogateescape").strip("\n")

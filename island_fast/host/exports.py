@@ -22,10 +22,11 @@ from island_fast.host.daemon import Daemon
 from island_fast.host.device import LoopDevices
 from island_fast.host.execute import TIMEOUT, Execute
 from island_fast.host.mounts import is_mounted, unmount_dead
+from island_fast.host.nbd import NbdDevices
 
 __all__ = ["KINDS", "Exports", "State"]
 
-KINDS = ("loop",)
+KINDS = ("nbd", "loop")
 
 _VOLUME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
@@ -45,8 +46,9 @@ class Exports:
     """The volumes of this host that are attached. Volumes are named by their ids (UUIDs, small letters).
 
     `run` gets a private folder for each volume (sockets, log, mount point), `links` one link for each that is
-    attached. `links` must be gone after a reboot (tmpfs): loop numbers are given out anew then, and an old
-    link could lead to another's disk. `kind` is "loop". `execute` starts programs, also as root.
+    attached. `links` must be gone after a reboot (tmpfs): device numbers are given out anew then, and an old
+    link could lead to another's disk. `kind`, "nbd" or "loop", is what daemons are started for; those
+    that run keep theirs. `execute` starts programs, also as root.
     Every call may be repeated, after it was cut off in the middle too.
     """
 
@@ -54,8 +56,8 @@ class Exports:
         if kind not in KINDS:
             raise UsageError(f"{kind!r} is no kind of block device; there is {', '.join(KINDS)}")
         self._run, self._links = _plain(run), _plain(links)
-        self._execute = execute
-        self._devices = LoopDevices(execute)
+        self._execute, self._kind = execute, kind
+        self._loops, self._nbds = LoopDevices(execute), NbdDevices(execute)
 
     def attach(self, volume: str, image: Path) -> Path:
         """Serve the volume and return the link to its block device; what is broken of it is mended.
@@ -104,6 +106,10 @@ class Exports:
         """Drop that internal snapshot again; nothing happens if it is not there."""
         self._served(volume).thaw(name)
 
+    def internals(self, volume: str) -> list[str]:
+        """The names of the internal snapshots in the image of a volume that is served."""
+        return self._served(volume).internals()
+
     def _served(self, volume: str) -> Daemon:
         daemon = self._daemon(volume)
         if not daemon.runs():
@@ -115,10 +121,13 @@ class Exports:
         with self._alone_if_there(volume) as daemon:
             if daemon is None or not daemon.runs():
                 raise NotFoundError(f"volume {volume} is not served here; attach it first")
-            daemon.grow(size)
             device = self._device(daemon)
+            if device is not None and daemon.backing() != daemon.disk:
+                self._grow_nbd(daemon, device, size)
+                return
+            daemon.grow(size)
             if device is not None:
-                self._devices.grow(device, daemon.disk, size)
+                self._loops.grow(device, daemon.disk, size)
 
     def state(self, volume: str) -> State:
         """Tell what there is of the volume now. Never waits, neither for the daemon nor for anything else."""
@@ -153,7 +162,8 @@ class Exports:
             device = _target(link)
             if device is None or not _VOLUME.fullmatch(link.name):
                 continue
-            if not self._devices.stands_on(device, self._daemon(link.name).disk):
+            backing = self._daemon(link.name).backing()
+            if not self._of(backing).stands_on(device, backing):
                 link.unlink(missing_ok=True)
 
     def _start(self, daemon: Daemon, image: Path) -> None:
@@ -161,13 +171,43 @@ class Exports:
             daemon.check_serves(image)
         else:
             self._clear(daemon)
-            daemon.start(image)
+            daemon.start(image, self._kind)
 
     def _attach(self, daemon: Daemon, image: Path) -> Path:
         self._start(daemon, image)
+        self._finish_growing(daemon)
         daemon.export()
-        device = self._device(daemon) or self._devices.attach(daemon.disk, daemon.size())
+        backing = daemon.backing()
+        device = self._device(daemon) or self._of(backing).attach(backing, daemon.size())
         return self._point(daemon.volume, device)
+
+    def _grow_nbd(self, daemon: Daemon, device: Path, size: int) -> None:
+        """Requests wait while the export is away: a minute at most, then they fail."""
+        self._finish_growing(daemon)
+        if daemon.size() == size and self._nbds.has_size(device, size):
+            return
+        backing = daemon.backing()
+        daemon.growing.touch()
+        self._nbds.loosen(device, backing)
+        try:
+            daemon.grow(size)
+        finally:
+            self._nbds.resume(device, backing, daemon.size())
+            daemon.growing.unlink()
+
+    def _finish_growing(self, daemon: Daemon) -> None:
+        """Bring a device back whose growth was cut off; if it was too long ago, it is abandoned."""
+        device, backing = self._device(daemon), daemon.backing()
+        if not daemon.growing.exists():
+            return
+        if device is not None:
+            daemon.restore_export()
+            try:
+                self._nbds.resume(device, backing, daemon.size())
+            except IslandError:
+                self._nbds.abandon(backing)
+                daemon.unexport()
+        daemon.growing.unlink(missing_ok=True)
 
     def _wind_down(self, daemon: Daemon, end: bool) -> None:
         """Detach, and with `end` end the daemon; one that is dead, or dies just now, is cleared away."""
@@ -189,7 +229,8 @@ class Exports:
         device = self._device(daemon)
         if device is not None:
             try:
-                self._devices.release(device, daemon.disk)
+                backing = daemon.backing()
+                self._of(backing).release(device, backing)
             except BaseException:
                 self._point(daemon.volume, device)
                 raise
@@ -198,12 +239,19 @@ class Exports:
     def _clear(self, daemon: Daemon) -> None:
         """Take away what a dead daemon left. Who has the dead device open keeps it, and gets errors."""
         self._link(daemon.volume).unlink(missing_ok=True)
-        for device in self._devices.over(daemon.disk):
-            self._devices.abandon(device)
+        for device in self._loops.over(daemon.disk):
+            self._loops.abandon(device)
         unmount_dead(daemon.disk, self._execute)
+        self._nbds.abandon(daemon.backing())
+        daemon.forget()
 
     def _device(self, daemon: Daemon) -> Path | None:
-        return next(iter(self._devices.over(daemon.disk)), None)
+        backing = daemon.backing()
+        return next(iter(self._of(backing).over(backing)), None)
+
+    def _of(self, backing: Path) -> LoopDevices | NbdDevices:
+        """The devices of the kind that stands on such a backing."""
+        return self._nbds if backing.parent.name == "nbd" else self._loops
 
     def _point(self, volume: str, device: Path) -> Path:
         """Make the link lead to the device; whoever follows it meanwhile finds the old or the new one."""

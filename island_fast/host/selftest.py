@@ -7,6 +7,7 @@ or a file system has, and must read back as a model of it says: through the devi
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import shutil
@@ -23,10 +24,12 @@ from island_fast.host.daemon import SYSTEMD
 from island_fast.host.execute import Execute, succeed
 from island_fast.host.exports import KINDS, Exports
 from island_fast.host.mounts import file_system
+from island_fast.host.nbd import check_kernel
 from island_fast.qcow2 import Image, PointReader
 
 __all__ = ["check_data_path", "choose_kind"]
 
+_LOG = logging.getLogger(__name__)
 VOLUME = "5e1f7e57-0000-4000-8000-000000000000"
 """The volume of every self-test; what a test that was killed left is cleared away by the next."""
 
@@ -47,6 +50,7 @@ def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
             check_data_path(run, links, images, execute, kind)
         except IslandError as error:
             reasons.append(f"{kind}: {error}")
+            _LOG.info("no device of kind %s is put in front of volumes: %s", kind, error)
         else:
             return kind
     raise IslandError(f"no block device can be put in front of a volume here ({'; '.join(reasons)})")
@@ -58,7 +62,7 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
     IslandError that names what is missing on this host; DamagedError if anything reads back otherwise than it
     was written. Nothing is left. `run`, `links`, `execute` and `kind` are those of `Exports`.
     """
-    _check_host(links)
+    _check_host(links, kind)
     exports = Exports(run, links, execute, kind)
     exports.stop(VOLUME)
     image = images / f".{VOLUME}.qcow2"
@@ -77,8 +81,35 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
         image.unlink(missing_ok=True)
 
 
-def _check_host(links: Path) -> None:
+def _check_host(links: Path, kind: str) -> None:
     """IslandError for the first thing that is missing; rights show themselves when they are used."""
+    programs = [
+        ("qemu-storage-daemon", "qemu-system-common"),
+        ("qemu-img", "qemu-utils"),
+        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
+    ]
+    if kind == "nbd":
+        check_kernel()
+        programs.append(("island-nbd", "island-fast"))
+    else:
+        _check_nodes()
+        programs += [("fusermount3", "fuse3"), ("losetup", "mount")]
+    for program, package in programs:
+        if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
+            raise IslandError(f"the program {program} is missing; install the package {package}")
+    if kind != "nbd" and os.geteuid() != 0 and "user_allow_other" not in _lines(_FUSE_CONF):
+        raise IslandError(
+            f"root may not use the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
+        )
+    place = file_system(links)
+    if place not in _IN_MEMORY:
+        raise IslandError(
+            f"the folder of links {str(links)!r} is on {place} and outlives a reboot, after which its links "
+            f"lead to other volumes' disks; put it on a tmpfs, below /run"
+        )
+
+
+def _check_nodes() -> None:
     for node, module in (("/dev/fuse", "fuse"), ("/dev/loop-control", "loop")):
         if not os.path.exists(node):
             raise IslandError(
@@ -86,25 +117,6 @@ def _check_host(links: Path) -> None:
             )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise IslandError("this user may not open /dev/fuse; give it mode 0666, as udev does")
-    for program, package in (
-        ("qemu-storage-daemon", "qemu-system-common"),
-        ("qemu-img", "qemu-utils"),
-        ("fusermount3", "fuse3"),
-        ("losetup", "mount"),
-        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
-    ):
-        if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
-            raise IslandError(f"the program {program} is missing; install the package {package}")
-    if os.geteuid() != 0 and "user_allow_other" not in _lines(_FUSE_CONF):
-        raise IslandError(
-            f"root may not use the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
-        )
-    kind = file_system(links)
-    if kind not in _IN_MEMORY:
-        raise IslandError(
-            f"the folder of links {str(links)!r} is on {kind} and outlives a reboot, after which its links "
-            f"lead to other volumes' disks; put it on a tmpfs, below /run"
-        )
 
 
 def _write_and_read(exports: Exports, image: Path, execute: Execute, kind: str) -> bytearray:

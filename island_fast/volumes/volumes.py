@@ -30,6 +30,7 @@ from island_fast.volumes.records import Origin, Record, Records
 __all__ = ["Volumes"]
 
 _LOG = logging.getLogger(__name__)
+_COPY = "copy-"  # begins the name of an internal snapshot that lasts as long as its content is read
 
 Lock = Callable[[str], AbstractContextManager[object]]
 """Gives a lock by its name: held by one at a time in this process, and not by the same one twice."""
@@ -60,6 +61,7 @@ class Volumes:
         self._lazy = lazy
         self._users: Counter[str] = Counter()
         self._given_up: set[str] = set()
+        self._copies: set[str] = set()
 
     @property
     def own(self) -> Commands:
@@ -226,15 +228,20 @@ class Volumes:
     @contextmanager
     def frozen(self, volume: str) -> Iterator[tuple[Path, str]]:
         """The volume's image and an internal snapshot of it as it is now, while the body runs."""
-        name = f"copy-{secrets.token_hex(8)}"
+        name = f"{_COPY}{secrets.token_hex(8)}"
         with self._served(volume) as image:
             with self._lock(volume):
+                for left in self.exports.internals(volume):
+                    if left.startswith(_COPY) and left not in self._copies:
+                        self.exports.thaw(volume, left)  # by a process that was killed
+                self._copies.add(name)
                 self.exports.freeze(volume, name)
             try:
                 yield image, name
             finally:
                 with self._lock(volume):
                     self.exports.thaw(volume, name)
+                self._copies.discard(name)
 
     def export(self, volume: str, target: Path, image_format: str) -> None:
         """Write the volume as it is now to a file, such as "raw" or "vmdk"."""

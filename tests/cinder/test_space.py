@@ -22,7 +22,11 @@ def host(services: Services) -> FaultyHost:
     """A host that has 128 MiB for volumes."""
     folder = services.account.folder(f"region-one/{HOST}/disk")
     small_disk(folder, CAPACITY, services.account.ids)
-    options = {"island_volumes_dir": folder / "volumes", "island_free_space_reserve": RESERVE}
+    options = {
+        "island_volumes_dir": folder / "volumes",
+        "island_free_space_reserve": RESERVE,
+        "max_over_subscription_ratio": 1000,  # the scheduler is to let snapshots through on a disk so small
+    }
     return FaultyHost(services, HOST, **options)
 
 

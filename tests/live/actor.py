@@ -23,6 +23,7 @@ from island_fast.host.exports import Exports, State
 from island_fast.host.selftest import check_data_path, choose_kind
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+KIND = os.environ.get("ISLAND_LIVE_KIND", "loop")
 USER = 65534  # nobody, in every Debian
 
 
@@ -113,9 +114,9 @@ def _calls() -> Iterator[dict[str, Any]]:
 
 def main() -> None:
     run, links = (Path(word) for word in sys.argv[1:])
-    exports = Exports(run, links, execute, "loop")
+    exports = Exports(run, links, execute, KIND)
     whole = {
-        "check_data_path": lambda images: check_data_path(run, links, Path(images), execute, "loop"),
+        "check_data_path": lambda images: check_data_path(run, links, Path(images), execute, KIND),
         "choose_kind": lambda images: choose_kind(run, links, Path(images), execute),
     }
     for call in _calls():

@@ -1,6 +1,7 @@
-"""Volumes that are really attached: qemu-storage-daemon, FUSE and loop devices, by root and by another user.
+"""Volumes that are really attached, by root and by another user: qemu-storage-daemon, loop and NBD devices.
 
-What a test leaves is looked for after it: no daemon, no mount and no loop device of its own may stay.
+What a test leaves is looked for after it: no daemon, no mount and no device of its own may stay. The kind of
+device is the environment's ISLAND_LIVE_KIND, loop without it; test_nbd.py runs these tests on its kernel.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import pytest
 from island_fast.host.execute import run_to_the_end
 from island_fast.host.exports import Exports
 from tests.daemon import create_qcow2
-from tests.live.actor import ROOT, USER, Remote
+from tests.live.actor import KIND, ROOT, USER, Remote
 
 SIZE = 64 << 20
 
@@ -28,8 +29,8 @@ SIZE = 64 << 20
 def missing() -> str:
     """What this machine lacks for these tests, in words; "" where it lacks nothing."""
     if os.geteuid() != 0:
-        return "loop devices need root"
-    for node in ("/dev/fuse", "/dev/loop-control"):
+        return "block devices need root"
+    for node in ("/dev/fuse", "/dev/loop-control") if KIND == "loop" else ():
         if not os.path.exists(node):
             return f"this machine has no {node}"
     for program in ("qemu-storage-daemon", "qemu-io", "fusermount3", "losetup", "mke2fs", "setpriv"):
@@ -64,29 +65,31 @@ class Host:
     def control(self, volume: str) -> Path:
         return self.run / volume / "control"
 
-    def loops(self) -> list[str]:
-        """Loop devices over anything of this host's, those that wait for their last user too."""
-        paths = Path("/sys/block").glob("loop*/loop/backing_file")
+    def devices(self) -> list[str]:
+        """Devices over anything of this host's, those that wait for their last user too."""
+        sysfs = Path("/sys/block")
+        paths = [*sysfs.glob("loop*/loop/backing_file"), *sysfs.glob("nbd*/backend")]
         return sorted(p.parts[3] for p in paths if p.read_text().startswith(str(self.run)))
 
 
 @pytest.fixture(params=["root", "nobody"])
 def host(request: pytest.FixtureRequest) -> Iterator[Host]:
-    yield from _host(request.param)
+    yield from host_of(request.param)
 
 
 @pytest.fixture
 def root_host() -> Iterator[Host]:
     """A host worked by root in this process, so that faults can be planted in it."""
-    yield from _host("root")
+    yield from host_of("root")
 
 
 @pytest.fixture
 def nobody_host() -> Iterator[Host]:
-    yield from _host("nobody")
+    yield from host_of("nobody")
 
 
-def _host(user: str) -> Iterator[Host]:
+def host_of(user: str) -> Iterator[Host]:
+    """Folders and exports for one test, and a look at what it left."""
     with (
         tempfile.TemporaryDirectory(prefix="island-live-") as folder,
         tempfile.TemporaryDirectory(prefix="island-links-", dir="/dev/shm") as links,
@@ -101,7 +104,7 @@ def _host_in(user: str, folder: Path, links: Path) -> Iterator[Host]:
         os.chown(place, uid, uid)
     if uid and not _may_read(uid):
         pytest.skip(f"the user nobody may not read {ROOT}")
-    exports = Remote(run, links) if uid else Exports(run, links, run_to_the_end, "loop")
+    exports = Remote(run, links) if uid else Exports(run, links, run_to_the_end, KIND)
     host = Host(run, links, images, exports, uid)
     try:
         yield host
@@ -110,7 +113,7 @@ def _host_in(user: str, folder: Path, links: Path) -> Iterator[Host]:
             exports.stop(volume)
         if uid:
             exports.close()
-    assert not host.loops()
+    assert not host.devices()
     assert str(folder) not in Path("/proc/self/mountinfo").read_text()
     assert not list(links.iterdir())
 

@@ -26,7 +26,7 @@ from island_fast.host.execute import run_to_the_end
 from island_fast.host.exports import Exports, State
 from island_fast.host.qmp import Qmp
 from tests.daemon import qemu_io
-from tests.live.actor import ROOT, Remote
+from tests.live.actor import KIND, ROOT, Remote
 from tests.live.conftest import SIZE, Host
 
 
@@ -53,7 +53,7 @@ def test_a_volume_goes_through_its_life(host: Host) -> None:
     assert link == host.links / volume
     assert exports.state(volume) is State.ATTACHED
     assert exports.volumes() == [volume]
-    assert [str(link.resolve())] == [f"/dev/{name}" for name in host.loops()]
+    assert [str(link.resolve())] == [f"/dev/{name}" for name in host.devices()]
     with link.open("r+b") as device:
         assert device.seek(0, os.SEEK_END) == SIZE
         device.seek(12345)
@@ -63,7 +63,7 @@ def test_a_volume_goes_through_its_life(host: Host) -> None:
     exports.detach(volume)
     assert exports.state(volume) is State.SERVED
     assert not link.is_symlink()
-    assert host.loops() == []
+    assert host.devices() == []
     assert exports.monitor(volume) == host.run / volume / "monitor"
     with exports.attach(volume, image).open("rb") as device:
         device.seek(12345)
@@ -88,7 +88,7 @@ def test_every_call_may_be_repeated(host: Host) -> None:
     device = link.readlink()
     assert exports.attach(volume, image) == link
     assert link.readlink() == device
-    assert len(host.loops()) == 1
+    assert len(host.devices()) == 1
     assert daemon_of(host, volume) == daemon
     for _ in range(2):
         exports.detach(volume)
@@ -149,7 +149,7 @@ def test_a_mounted_volume_is_not_detached(host: Host) -> None:
     make_file_system(link)
     with mounted(link) as folder:
         for call in (host.exports.detach, host.exports.stop):
-            with pytest.raises(ImageInUseError, match=r"/dev/loop\d+ cannot .* because it is mounted"):
+            with pytest.raises(ImageInUseError, match=rf"/dev/{KIND}\d+ cannot .* because it is mounted"):
                 call(volume)
         assert host.exports.state(volume) is State.ATTACHED
         (folder / "file").write_bytes(b"still there")
@@ -239,8 +239,9 @@ def test_a_daemon_outlives_the_process_that_started_it(host: Host) -> None:
     volume, image = host.volume()
     script = (
         "import sys; from pathlib import Path; from island_fast.host.exports import Exports;"
-        "from island_fast.host.execute import run_to_the_end as run; a, b, v, i = sys.argv[1:];"
-        "Exports(Path(a), Path(b), run, 'loop').serve(v, Path(i))"
+        "from island_fast.host.execute import run_to_the_end as run;"
+        "from tests.live.actor import KIND; a, b, v, i = sys.argv[1:];"
+        "Exports(Path(a), Path(b), run, KIND).serve(v, Path(i))"
     )
     words = [
         "setpriv",
@@ -285,7 +286,7 @@ def test_a_daemon_that_was_killed_is_noticed_and_healed(host: Host) -> None:
     assert exports.state(volume) is State.ATTACHED
     with BlockDevice(link) as device:
         assert device.read_direct(65536, 65536) == b"y" * 65536
-    assert len(host.loops()) == 1
+    assert len(host.devices()) == 1
 
 
 def test_a_dead_device_that_a_guest_has_open_gives_way_to_a_new_one(host: Host) -> None:
@@ -300,8 +301,7 @@ def test_a_dead_device_that_a_guest_has_open_gives_way_to_a_new_one(host: Host) 
         assert link.readlink() != old
         with pytest.raises(OSError, match="Input/output error"):
             device.read_direct(0, 4096)
-    assert host.loops() == [link.readlink().name]
-    assert eventually(lambda: not Path("/sys/block", old.name, "loop").exists())
+    assert eventually(lambda: host.devices() == [link.readlink().name])
 
 
 @pytest.mark.parametrize("call", ["detach", "stop"])
@@ -312,8 +312,26 @@ def test_what_a_dead_daemon_left_is_taken_away(host: Host, call: str) -> None:
     assert eventually(lambda: host.exports.state(volume) is State.DEAD)
     getattr(host.exports, call)(volume)
     assert host.exports.state(volume) is State.NONE
-    assert host.loops() == []
+    assert host.devices() == []
     assert not (host.links / volume).is_symlink()
+
+
+def test_a_daemon_that_hangs_up_while_it_starts_is_asked_again(
+    root_host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, image = root_host.volume()
+    check_serves, asked = Daemon.check_serves, []
+
+    def hangs_up_once(daemon: Daemon, image: Path) -> None:
+        asked.append(image)
+        if len(asked) == 1:
+            raise IslandError("ended the connection (its greeting)")
+        check_serves(daemon, image)
+
+    monkeypatch.setattr(Daemon, "check_serves", hangs_up_once)
+    root_host.exports.serve(volume, image)
+    assert len(asked) == 2
+    assert root_host.exports.state(volume) is State.SERVED
 
 
 def test_an_image_that_qemu_does_not_open_is_refused_in_its_words(host: Host) -> None:
@@ -352,7 +370,7 @@ def test_two_volumes_never_share_a_device(host: Host) -> None:
     volumes = [host.volume(SIZE + number * 65536) for number in range(3)]
     links = [host.exports.attach(volume, image) for volume, image in volumes]
     devices = {link.readlink() for link in links}
-    assert len(devices) == len(host.loops()) == 3
+    assert len(devices) == len(host.devices()) == 3
     for number, link in enumerate(links):
         with BlockDevice(link) as device:
             device.write_direct(0, bytes([number + 1]) * 4096)
@@ -380,7 +398,7 @@ def test_stale_links_go_and_good_ones_stay(host: Host) -> None:
     assert host.exports.state(volume) is State.SERVED
     assert host.exports.attach(volume, image).readlink() == good
     assert host.exports.state(volume) is State.ATTACHED
-    assert host.loops() == [good.name]
+    assert host.devices() == [good.name]
 
 
 def test_a_device_of_the_wrong_size_is_refused(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -388,11 +406,11 @@ def test_a_device_of_the_wrong_size_is_refused(root_host: Host, monkeypatch: pyt
     monkeypatch.setattr(Daemon, "size", lambda _: SIZE + 65536)
     with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}"):
         root_host.exports.attach(volume, image)
-    assert root_host.loops() == []
+    assert root_host.devices() == []
     monkeypatch.setattr(LoopDevices, "_check_file", lambda *_, **__: None)  # and by the device's own size
     with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}; it is of no use"):
         root_host.exports.attach(volume, image)
-    assert root_host.loops() == []
+    assert root_host.devices() == []
     assert root_host.exports.state(volume) is State.SERVED
 
 
@@ -406,7 +424,7 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
     assert eventually(lambda: not daemon.runs())
     with pytest.raises(IslandError, match="does not answer: Transport endpoint is not connected"):
         LoopDevices(run_to_the_end).attach(daemon.disk, SIZE)
-    assert root_host.loops() == []
+    assert root_host.devices() == []
     assert not link.is_symlink()
 
 
@@ -445,7 +463,7 @@ def test_changes_of_one_volume_wait_for_each_other(host: Host) -> None:
     for other in others:
         other.close()
     assert links == [host.links / volume] * 3
-    assert len(host.loops()) == 1
+    assert len(host.devices()) == 1
 
 
 def eventually(condition: Callable[[], bool]) -> bool:

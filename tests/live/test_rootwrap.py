@@ -34,6 +34,10 @@ def losetup(path: str) -> list[str]:
     return ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", path]
 
 
+def nbd(command: str, *more: str, path: str = f"/run/island/{VOLUME}/nbd/0123456789abcdef") -> list[str]:
+    return ["island-nbd", command, path, *more]
+
+
 def unit(
     *, name: str = VOLUME, user: str = "cinder", script: str = f"/run/island/{VOLUME}/start"
 ) -> list[str]:
@@ -49,6 +53,12 @@ def unit(
         ["losetup", "--detach", "/dev/loop12"],
         ["losetup", "--set-capacity", "/dev/loop0"],
         ["chown", "64060:64060", "/dev/loop7"],
+        ["chown", "64060:64060", "/dev/nbd15"],
+        nbd("connect", "1073741824"),
+        nbd("resume", "1073741824"),
+        nbd("release"),
+        nbd("abandon"),
+        nbd("loosen"),
         unit(),
     ],
 )
@@ -75,6 +85,14 @@ def test_what_the_driver_needs_is_allowed(command: list[str]) -> None:
         ["chown", "64060:64060", "/dev/sda"],
         ["chown", "root", "/dev/loop7"],
         ["chown", "-R", "64060:64060", "/dev/loop7"],
+        nbd("connect"),
+        nbd("connect", "-1"),
+        nbd("release", "4096"),
+        nbd("erase"),
+        nbd("release", path="/dev/nbd0"),
+        nbd("release", path=f"/run/../{VOLUME}/nbd/0123456789abcdef"),
+        nbd("release", path=f"/run/island/{VOLUME}/nbd/../../secret"),
+        ["nbd-client", "-d", "/dev/nbd0"],
         unit(user="root"),
         unit(user="0"),
         unit(name="ssh"),
@@ -125,7 +143,7 @@ def test_under_systemd_each_daemon_is_a_unit_of_its_own(
     (root_host.run / volume).mkdir(parents=True)
     root_host.run.chmod(0o700)
     one = Daemon(root_host.run / volume, execute)
-    one.start(image)
+    one.start(image, "loop")
     assert one.runs()
     assert asked == [(unit(name=volume, script=f"{root_host.run / volume}/start"), True)]
     assert allowed(asked[0][0])

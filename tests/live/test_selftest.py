@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import DamagedError, IslandError
-from island_fast.host import daemon, selftest
+from island_fast.host import daemon, nbd, selftest
 from island_fast.host.blockio import BlockDevice
 from island_fast.host.device import LoopDevices
 from island_fast.host.execute import Execute, run_to_the_end
 from island_fast.host.selftest import VOLUME, check_data_path, choose_kind
-from tests.live.actor import Remote
+from tests.live.actor import KIND, Remote
 from tests.live.conftest import Host
 
 
@@ -24,15 +24,15 @@ def check(host: Host) -> None:
     if isinstance(host.exports, Remote):
         host.exports.call("check_data_path", host.images)
     else:
-        check_data_path(host.run, host.links, host.images, run_to_the_end, "loop")
+        check_data_path(host.run, host.links, host.images, run_to_the_end, KIND)
 
 
 def test_the_path_of_this_machine_is_right_and_nothing_is_left(host: Host) -> None:
-    before = [Path(f"/dev/loop{n}").stat().st_uid for n in range(2)]
+    before = [Path(f"/dev/{KIND}{n}").stat().st_uid for n in range(2)]
     check(host)
     assert host.exports.volumes() == []
     assert list(host.images.iterdir()) == []
-    assert [Path(f"/dev/loop{n}").stat().st_uid for n in range(2)] == before
+    assert [Path(f"/dev/{KIND}{n}").stat().st_uid for n in range(2)] == before
 
 
 def test_what_a_killed_self_test_left_is_cleared_away(host: Host) -> None:
@@ -72,7 +72,7 @@ def test_holes_that_are_none_are_found_out(
 ) -> None:
     if version() >= (8, 0):
         pytest.skip("from QEMU 8.0 on a hole punched through a FUSE export is written as zeros")
-    monkeypatch.setattr(daemon, "_front_node", lambda: {"node-name": "front", **front})
+    monkeypatch.setattr(daemon, "front_node", lambda: {"node-name": "front", **front})
     with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
         run_check(root_host)
 
@@ -149,10 +149,15 @@ def test_rights_that_are_missing_are_named(root_host: Host) -> None:
     assert root_host.exports.volumes() == []
 
 
-def test_the_best_kind_is_chosen_or_all_reasons_given(root_host: Host) -> None:
+def test_the_best_kind_is_chosen_or_all_reasons_given(
+    root_host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(nbd, "_MODULE", tmp_path / "none")  # test_nbd.py has a kernel that has it
     places = root_host.run, root_host.links, root_host.images
     assert choose_kind(*places, run_to_the_end) == "loop"
     root_host.run.chmod(0o755)
-    with pytest.raises(IslandError, match=r"no block device .*\(loop: the folder .* is open to others"):
+    with pytest.raises(
+        IslandError, match=r"no block device .*\(nbd: the module .*; loop: the folder .* open to"
+    ):
         choose_kind(*places, run_to_the_end)
     root_host.run.chmod(0o700)

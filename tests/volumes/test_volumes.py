@@ -138,6 +138,15 @@ def test_a_clone_is_a_copy_of_now_while_the_source_is_written(host: Host) -> Non
     assert content(host, clone, 6) == b"before"
 
 
+def test_what_a_killed_copy_left_in_the_image_goes_with_the_next(host: Host, tmp_path: Path) -> None:
+    volume = made(host, b"content")
+    image = host.volumes.records.image(volume)
+    for name in ("copy-0123456789abcdef", "somebody's"):
+        qemu.snapshot_create(image, name)
+    host.volumes.export(volume, tmp_path / "raw", "raw")
+    assert [one["name"] for one in qemu.info(image)["snapshots"]] == ["somebody's"]
+
+
 def test_export_writes_a_raw_file(host: Host, tmp_path: Path) -> None:
     volume = made(host, b"content")
     target = tmp_path / "raw"

@@ -1,0 +1,152 @@
+"""A small virtual machine with a Debian kernel that has NBD, and this machine's files to read.
+
+No KVM is asked for. `scripts/need guest` fetches the kernel. The guest sees this machine's root file system
+by virtiofs, and writes to memory; what its processes write to the console is what comes back.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+GUEST = ROOT / "build/guest"
+VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
+# in the order in which they need each other
+MODULES = (
+    "virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci fuse virtiofs overlay nbd"
+)
+INIT = f"""#!/bin/busybox sh
+/bin/busybox --install -s /bin
+mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t devtmpfs dev /dev
+for m in {MODULES}; do
+    options=; [ $m != nbd ] || options=max_part=0
+    [ ! -e /modules/$m.ko ] || insmod /modules/$m.ko $options
+done
+mount -t virtiofs root /lower -o ro || poweroff -f
+mount -t tmpfs tmpfs /upper; mkdir /upper/upper /upper/work
+mount -t overlay overlay -o lowerdir=/lower,upperdir=/upper/upper,workdir=/upper/work /root
+for d in proc sys dev; do mount --move /$d /root/$d; done
+for d in dev/shm run tmp; do mkdir -p /root/$d; done
+mount -t tmpfs tmpfs /root/run; mount -t tmpfs tmpfs /root/dev/shm
+cp /job /root/run/job
+chroot /root /bin/sh /run/job
+poweroff -f
+"""
+
+
+def missing() -> str:
+    """What this machine lacks for the guest, in words; "" where it lacks nothing."""
+    if os.geteuid() != 0:
+        return "the guest reads this machine's files as root"
+    if virtiofsd() is None:
+        return "virtiofsd is not installed (scripts/need guest)"
+    for program in ("qemu-system-x86_64", "qemu-storage-daemon", "mke2fs", "cpio"):
+        if shutil.which(program) is None:
+            return f"{program} is not installed (scripts/need daemon vm mkfs guest)"
+    if kernel() is None:
+        return f"there is no kernel for the guest in {GUEST} (scripts/need guest)"
+    return ""
+
+
+def kernel() -> Path | None:
+    return next(iter(sorted(GUEST.glob("boot/vmlinuz-*"), reverse=True)), None)
+
+
+def virtiofsd() -> str | None:
+    return next((path for path in VIRTIOFSD if os.path.exists(path)), None)
+
+
+def run(job: str, patience: float) -> str:
+    """Boot, run the shell script `job` as root, and return all that the console saw."""
+    with tempfile.TemporaryDirectory(prefix="island-guest-") as name:
+        folder = Path(name)
+        ramdisk = make_ramdisk(folder, job)
+        socket = folder / "files"
+        words = [
+            virtiofsd(),
+            f"--socket-path={socket}",
+            "-o",
+            "source=/",
+            "-o",
+            "cache=always",
+            "-o",
+            "sandbox=chroot",
+        ]
+        with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as files:
+            try:
+                wait_for(socket, files, folder / "log")
+                done = subprocess.run(
+                    command(ramdisk, socket), stdin=subprocess.DEVNULL, capture_output=True, timeout=patience
+                )
+            finally:
+                files.terminate()
+        assert done.returncode == 0, done.stderr.decode(errors="replace")
+        return done.stdout.decode(errors="replace")
+
+
+def wait_for(socket: Path, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 60
+    while not socket.exists():
+        assert process.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def command(ramdisk: Path, socket: Path) -> list[object]:
+    machine = ["-M", "q35", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "768M"]
+    memory = ["-object", "memory-backend-memfd,id=m,size=768M,share=on", "-numa", "node,memdev=m"]
+    console = ["-nodefaults", "-no-reboot", "-display", "none", "-serial", "stdio"]
+    boot = [
+        "-kernel",
+        kernel(),
+        "-initrd",
+        ramdisk,
+        "-append",
+        "console=ttyS0 quiet panic=-1",
+    ]
+    share = ["-chardev", f"socket,id=c,path={socket}", "-device", "vhost-user-fs-pci,chardev=c,tag=root"]
+    return ["qemu-system-x86_64", *machine, *memory, *console, *boot, *share]
+
+
+def make_ramdisk(folder: Path, job: str) -> Path:
+    top = folder / "ramdisk"
+    for place in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root"):
+        (top / place).mkdir(parents=True)
+    shutil.copy(GUEST / "bin/busybox", top / "bin")
+    for module in GUEST.rglob("*.ko"):
+        if module.stem in MODULES.split():
+            shutil.copy(module, top / "modules")
+    (top / "init").write_text(INIT)
+    (top / "init").chmod(0o755)
+    (top / "job").write_text(job)
+    made = folder / "ramdisk.cpio"
+    with made.open("wb") as out:
+        names = "\n".join(str(p.relative_to(top)) for p in [top, *sorted(top.rglob("*"))])
+        subprocess.run(
+            ["cpio", "-o", "-H", "newc", "--quiet"], input=names.encode(), stdout=out, cwd=top, check=True
+        )
+    return made
+
+
+def python_job(module: str, arguments: list[str], environment: dict[str, str]) -> str:
+    """A job that runs a module of this tree, with this interpreter, and the program island-nbd beside it."""
+    main = "import sys; from island_fast.host.nbdroot import main; sys.exit(main())"
+    path = f"import sys; sys.path.insert(0, '{ROOT}'); {main.removeprefix('import sys; ')}"
+    lines = [
+        "export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1",
+        f"export PYTHONPATH={ROOT}",
+        *[f"export {name}={value}" for name, value in environment.items()],
+        "printf '%s\\n' '#!/bin/sh' >/usr/local/bin/island-nbd",
+        f'cat >>/usr/local/bin/island-nbd <<\'end\'\nexec {sys.executable} -I -S -c "{path}" "$@"\nend',
+        "chmod +x /usr/local/bin/island-nbd",
+        f"cd {ROOT}",
+        f"{sys.executable} -P -m {module} " + " ".join(f"'{word}'" for word in arguments),
+        "",
+    ]
+    return "\n".join(lines)

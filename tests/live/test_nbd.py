@@ -1,0 +1,190 @@
+"""The NBD kind of device: its root program here, and all of it on a kernel with NBD, in a virtual machine.
+
+The machine is emulated and slow, so it starts once and runs every case; the tests look at what it said.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from island_fast.errors import IslandError
+from island_fast.host import nbd, nbdlink, nbdroot
+from island_fast.host.daemon import Daemon
+from island_fast.host.execute import run_to_the_end
+from island_fast.host.exports import Exports, State
+from island_fast.host.nbd import check_kernel
+from island_fast.host.nbdlink import shake_hands
+from tests.live import machine
+from tests.live.actor import USER
+from tests.live.conftest import SIZE, Host
+from tests.live.guest import MARK
+
+CASES = [
+    "nbd_cases::it_is_right_and_is_chosen nobody",
+    "test_attach::test_a_volume_that_a_guest_has_open_is_not_detached",
+    "test_attach::test_a_dead_device_that_a_guest_has_open_gives_way_to_a_new_one",
+    "nbd_cases::a_mounted_file_system_is_not_detached_and_outlives_growth",
+    "nbd_cases::a_volume_that_is_written_to_is_frozen_and_grows",
+    "nbd_cases::growth_that_was_cut_off_is_finished",
+    "nbd_cases::a_request_that_a_dead_daemon_took_with_it_fails",
+    "nbd_cases::another_program_s_device_is_left_alone",
+]
+
+
+@pytest.fixture(scope="module")
+def said() -> str:
+    """All that the machine's console saw."""
+    if reason := machine.missing():
+        pytest.skip(reason)
+    console = machine.run(machine.python_job("tests.live.guest", CASES, {"ISLAND_LIVE_KIND": "nbd"}), 800)
+    (machine.GUEST / "console").write_text(console)
+    return console
+
+
+@pytest.mark.timeout(900)  # for the first of them, which starts the machine
+@pytest.mark.parametrize("case", CASES)
+def test_on_a_kernel_with_nbd(said: str, case: str) -> None:
+    lines = [line.removeprefix(MARK) for line in said.splitlines() if line.startswith(MARK)]
+    answers = {answer["test"]: answer["failed"] for answer in map(json.loads, lines)}
+    assert case in answers, f"the machine did not get so far: {said[-4000:]}"
+    assert not answers[case], answers[case]
+
+
+# --- without a kernel that has it ---
+
+
+@pytest.fixture
+def served(root_host: Host) -> Daemon:
+    """A daemon with its NBD export, and no device."""
+    volume, image = root_host.volume()
+    Exports(root_host.run, root_host.links, run_to_the_end, "nbd").serve(volume, image)
+    daemon = Daemon(root_host.run / volume, run_to_the_end)
+    daemon.export()
+    return daemon
+
+
+def shaken(path: Path, export: str) -> tuple[int, int]:
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(60)
+        connection.connect(str(path))
+        client = shake_hands(connection, export)
+        return client.size, client.flags
+
+
+def test_the_daemon_offers_the_volume_and_nothing_else(served: Daemon) -> None:
+    size, flags = shaken(served.socket, "volume")
+    assert size == SIZE
+    assert flags & 0b101111 == 0b101101  # writable; flushes, forced unit access and discards
+    with pytest.raises(ConnectionError, match=r"refuses: .*not present"):
+        shaken(served.socket, "another")
+    with pytest.raises(ConnectionError, match="no NBD server"):
+        shaken(served.control, "volume")
+    served.unexport()
+    assert not served.socket.exists()
+    assert served.backing() == served.disk
+    with pytest.raises(FileNotFoundError):
+        shaken(served.socket, "volume")
+
+
+def test_each_export_has_a_name_of_its_own(served: Daemon) -> None:
+    first = served.backing()
+    served.export()
+    assert served.backing() == first
+    served.unexport()
+    served.export()
+    assert served.backing().parent == first.parent == served.socket
+    assert served.backing() != first
+
+
+def test_a_volume_that_was_exported_otherwise_stays_as_it_is(root_host: Host) -> None:
+    """As after the module was loaded: the kind of new devices is another, and the old ones live on."""
+    volume, image = root_host.volume()
+    link = root_host.exports.attach(volume, image)
+    later = Exports(root_host.run, root_host.links, run_to_the_end, "nbd")
+    assert later.state(volume) is State.ATTACHED
+    before = link.readlink()
+    assert later.attach(volume, image).readlink() == before
+    later.detach(volume)
+    assert later.attach(volume, image).readlink().name.startswith("loop")
+    later.grow(volume, 2 * SIZE)
+    later.stop(volume)
+    assert root_host.devices() == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [],
+        ["connect"],
+        ["connect", "{backing}"],
+        ["connect", "{backing}", "-1"],
+        ["connect", "{backing}", "4096", "4096"],
+        ["release", "{backing}", "4096"],
+        ["release", "/dev/nbd0"],
+        ["abandon", "{backing}/../../{backing}"],
+        ["destroy", "{backing}"],
+    ],
+)
+def test_root_s_program_takes_nothing_else(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    backing = "/run/island/0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e/nbd/0123456789abcdef"
+    assert nbdroot.main([word.format(backing=backing) for word in words]) == 2
+    assert capsys.readouterr().err.startswith("usage: island-nbd")
+
+
+def test_root_s_program_connects_to_the_folder_s_owner_alone(
+    served: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chown(served.folder, USER, USER)
+    try:
+        assert nbdroot.main(["connect", str(served.backing()), str(SIZE)]) == 1
+        assert "another user" in capsys.readouterr().err
+    finally:
+        os.chown(served.folder, 0, 0)
+    assert nbdroot.main(["connect", str(served.backing()), str(SIZE + 512)]) == 1
+    assert f"has {SIZE} bytes" in capsys.readouterr().err
+
+
+def test_a_kernel_without_the_driver_is_named(
+    served: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(nbdlink, "_DRIVER", b"none-such")
+    assert nbdroot.main(["connect", str(served.backing()), str(SIZE)]) == 1
+    assert "module nbd is not loaded, or" in capsys.readouterr().err
+
+
+def test_the_program_that_root_runs_needs_little() -> None:
+    """It starts for every attach and detach: the standard library, and none of the layers above."""
+    program = (
+        f"import sys; sys.path.insert(0, {str(machine.ROOT)!r}); import island_fast.host.nbdroot;"
+        "print([m for m in sys.modules if 'island' in m or 'numpy' in m])"
+    )
+    done = subprocess.check_output([sys.executable, "-I", "-S", "-c", program], text=True)
+    names = ["island_fast", "island_fast.host", "island_fast.host.nbdlink", "island_fast.host.nbdroot"]
+    assert done.strip() == str(names)
+
+
+def test_a_kernel_that_does_not_do_is_refused_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbd, "_MODULE", tmp_path / "nbd")
+    with pytest.raises(IslandError, match="module nbd is not loaded"):
+        check_kernel()
+    parameters = tmp_path / "nbd/parameters"
+    parameters.mkdir(parents=True)
+    (parameters / "max_part").write_text("16\n")
+    with pytest.raises(IslandError, match="load it with max_part=0"):
+        check_kernel()
+    (parameters / "max_part").write_text("0\n")
+    old = os.uname()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((*old[:2], "5.10.0-30-amd64", *old[3:])))
+    with pytest.raises(IslandError, match=r"before 5\.14"):
+        check_kernel()
+    monkeypatch.setattr(os, "uname", lambda: os.uname_result((*old[:2], "6.1.0-56-amd64", *old[3:])))
+    check_kernel()
