@@ -18,7 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = [
     ["__main__"],
     ["cli", "driver", "bench"],
-    ["driver_errors", "driver_options"],
+    ["driver_database", "driver_errors", "driver_options"],
     ["volumes"],
     ["looking"],
     ["options"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tests.cinder.services import Services
 
 A, B, PLAIN = "hosta", "hostb", "plain"
 DATA = bytes(range(256)) * 4096  # 1 MiB
+_FORGETTING = 15.0  # seconds, in which each host looks for volumes that others have taken over
 
 
 @pytest.fixture(scope="module")
@@ -169,9 +171,24 @@ def test_a_volume_is_copied_to_another_driver_and_back(services: Services, plain
     plain.revert(volume, snapshot)
     assert read(plain, volume, A, 8) == DATA[:8]
     plain.delete_snapshot(snapshot)
-    plain.migrate(volume, B)
+    _taken_over_is_kept(services, plain, volume)
     assert read(plain, volume, B, len(DATA)) == DATA
     plain.delete_volume(volume)
+
+
+def _taken_over_is_kept(services: Services, plain: Cloud, volume: Any) -> None:
+    """Of a copied volume a deleted row tells the host that it came from; B must not take it for gone."""
+    plain.migrate(volume, B)
+    plain.api.volumes.extend(volume, 2)
+    plain.await_volume(volume, "available")
+    name = getattr(plain.api.volumes.get(volume.id), "os-vol-mig-status-attr:name_id")
+    assert name != volume.id
+    root = services.account.home / "region-one"
+    wait_for("a forgets it", lambda: not (root / A / "volumes" / name).exists(), plain.region.complaints)
+    until = time.monotonic() + _FORGETTING
+    while time.monotonic() < until:
+        assert (root / B / "volumes" / name).exists()
+        time.sleep(0.5)
 
 
 def test_a_retype_does_not_move_data(services: Services, plain: Cloud) -> None:
