@@ -35,7 +35,7 @@ from island_fast.errors import (
     StoreError,
     UnsupportedObjectError,
 )
-from island_fast.frame import Kind, Section, json_bytes, seal
+from island_fast.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.local import LineageFiles
 from island_fast.manifest import Manifest, decode
 from island_fast.slots import SnapshotNumbers
@@ -243,7 +243,7 @@ class Lineage:
         return data is not None
 
     def _fetch(self, epoch: int, number: int, *, known: bool = False) -> bytes | None:
-        """A record's bytes from cache or store; None if the store confirms that there is none.
+        """A record's bytes, whole, from cache or store; None if the store confirms that there is none.
 
         Unless it is `known` to be there, HEAD asks for it first: GET waits and asks again before it believes
         that an object is absent, and the end of a catalog is looked for by every verb.
@@ -251,13 +251,13 @@ class Lineage:
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cached(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
-                decode_record(name, data, SnapshotNumbers())
+                open_frame(Kind.RECORD, name, data)
                 return data
         if not known and self.store.head(name) is None:
             return None
 
         def check(data: Buffer) -> bytes:
-            decode_record(name, data, SnapshotNumbers())
+            open_frame(Kind.RECORD, name, data)
             return bytes(data)
 
         try:

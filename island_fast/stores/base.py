@@ -119,6 +119,9 @@ class Store(ABC):
     range_gap: int
     """Bytes between two ranges of one object that cost less to fetch than another range does."""
 
+    ranges_at_once: int | None = None
+    """Ranges of one object that one request can ask for; None: any number."""
+
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.
