@@ -176,6 +176,11 @@ class Run:
         elif line := (brief if self.quiet else text):
             _answer(line)
 
+    def answer_encoded(self, value: str) -> None:
+        """Tell an outcome that is JSON already; to be called with --json only."""
+        self.answered = True
+        _answer(value)
+
     def left_out(self, errors: Sequence[IslandError]) -> None:
         """Tell, after the answer, what is missing in it; raises the last of `errors`, if there are any."""
         for error in errors[:-1]:
