@@ -26,7 +26,7 @@ LAYERS = [
     ["show"],
     ["unpinning"],
     ["repository"],
-    ["taking", "restoring", "inspecting", "sweeping"],
+    ["opening", "taking", "restoring", "inspecting", "sweeping"],
     ["choosing", "resuming"],
     ["pipeline", "reclaim"],
     ["packreader"],
