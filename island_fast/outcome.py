@@ -341,8 +341,11 @@ def _complain(text: str) -> None:
 def _write(stream: TextIO | None, text: str) -> None:
     """Write a line or more; what the stream's encoding lacks is escaped."""
     if stream is not None:
-        encoding = stream.encoding or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        if not text.isascii():
+            encoding = stream.encoding or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(text)
+        stream.write("\n")
         stream.flush()
 
 
