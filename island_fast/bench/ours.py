@@ -17,7 +17,7 @@ __all__ = ["Island", "environment"]
 
 
 def environment() -> dict[str, str]:
-    """Variables with which a Python process imports the package that this one runs, compiled as if installed."""
+    """Variables with which Python imports the package that this process runs, compiled as if installed."""
     place = str(Path(__file__).parents[2])
     path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
     return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,9 +26,7 @@ _LARGE_REACH = {"restic": 20.0, "borg": 15.0, "cinder": 50.0}
 _BITMAP_REACH = 1.2
 _STORED_REACH = 0.75
 _CINDERS_TIME = "of Cinder only the driver's call is timed, as in a service that runs already"
-_BITMAPS_TIME = (
-    "the bitmap is cleared outside its time; ours takes and drops pins, hashes, compresses and flushes"
-)
+_BITMAPS_TIME = "clearing the bitmap is not timed; ours takes and drops pins, hashes, compresses and flushes"
 
 
 @dataclass(frozen=True, slots=True)
