@@ -23,7 +23,7 @@ from typing import TypeVar
 from island_fast.bench.results import Row, Spread
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Measured", "pairs", "row", "run", "spread", "status", "timed", "until_on_disk"]
+__all__ = ["Measured", "costs", "pairs", "row", "run", "spread", "status", "timed", "until_on_disk"]
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SURE = 0.95
@@ -146,6 +146,16 @@ def pairs(
             their = theirs()
             results.append((ours(), their))
     return results[1:]
+
+
+def costs(found: Sequence[tuple[Measured, Measured]]) -> str:
+    """Say what both used beside time, by their medians."""
+    told = []
+    for name, of in (("ours", [our for our, _ in found]), ("theirs", [their for _, their in found])):
+        processor = statistics.median(one.processor for one in of)
+        memory = max(one.memory for one in of) / 2**20
+        told.append(f"{name} {processor:.2f} s and {memory:.0f} MiB")
+    return f"processor and memory: {', '.join(told)}"
 
 
 def spread(values: Sequence[float]) -> Spread:

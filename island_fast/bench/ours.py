@@ -17,9 +17,10 @@ __all__ = ["Island", "environment"]
 
 
 def environment() -> dict[str, str]:
-    """Variables with which a Python process imports the package that this one runs."""
+    """Variables with which Python imports the package that this process runs, compiled as if installed."""
     place = str(Path(__file__).parents[2])
-    return {"PYTHONPATH": os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))}
+    path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
+    return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(slots=True)

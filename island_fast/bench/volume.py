@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +82,8 @@ def _lengths(random: np.random.Generator, total: int) -> NDArray[np.int64]:
 class Volume:
     """The same disk as the qcow2 `image`, as others in `copies`, and as the sparse file `raw`.
 
-    Owns all of them; whoever made it removes its folder. `edited` is how many bytes one edit writes.
+    Owns all of them; whoever made it removes its folder. `edited` is how many bytes one edit writes; `last`
+    is what was written last, as (start, length) in the volume.
     """
 
     size: Size
@@ -92,6 +93,7 @@ class Volume:
     copies: list[Path]
     runs: Ranges
     edits: int = 0
+    last: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def edited(self) -> int:
@@ -126,7 +128,7 @@ class Volume:
 
     def _write(self, places: Ranges, content: Content) -> None:
         """Write new content to these ranges of the allocated data, counted without what lies between it."""
-        pieces = self._pieces(places)
+        self.last = pieces = self._pieces(places)
         fd = os.open(self.raw, os.O_RDWR)
         try:
             for start, length in pieces:
