@@ -1,8 +1,8 @@
 """Looking at an image without touching it: where its data lies, and what it is.
 
 Nothing here locks, writes or asks a store, but for what `Repository.outlook` adds. Formats are named by the
-caller and never probed. What a map of a qcow2 does not need is imported where it is used: it takes longer than
-most maps.
+caller and never probed. What the map of a qcow2 does not need is imported where it is used, for it takes
+longer than most maps.
 """
 
 from __future__ import annotations

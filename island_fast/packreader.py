@@ -199,7 +199,7 @@ class PackReader:
 
 
 def _range_starts(gaps: Int64s, gap: int, most: int | None) -> Int64s:
-    """Which blocks begin a range, where `gaps` bytes lie between them: not more than `most`, if that is set."""
+    """Which blocks begin a range, where `gaps` bytes lie between them; at most `most`, if that is set."""
     if most is not None and np.count_nonzero(gaps > gap) >= most:
         gap = int(np.sort(gaps)[-most])
     return np.flatnonzero(np.append(True, gaps > gap))

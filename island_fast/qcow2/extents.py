@@ -25,7 +25,7 @@ KINDS = ("hole", "zero", "data")
 
 _WINDOW_UNITS = 1 << 18
 _SUBCLUSTERS = 32
-_KIND = 3  # in what map_l2 tells; the bit above it says "changed"
+_CHANGED = np.uint8(4)  # added to a kind by map_l2
 _OFFSET = np.uint64(L1_OFFSET_MASK)
 
 _Ints = npt.NDArray[np.int64]
@@ -128,13 +128,17 @@ class _Tables:
         cluster = first * header.table_entries
         # Entries behind the volume may be anything.
         words = min(len(now) * header.table_entries, self._clusters - cluster) * header.entry_words
-        entries, other = (
-            None if table is None else table.reshape(-1)[:words] for table in self._pair(now, then)
-        )
+        tables, others = self._pair(now, then)
         rows, bad = _diff.map_l2(
-            entries, other, header.cluster_bits, header.version, size, self._starts, self._kinds,
+            tables.reshape(-1)[:words],
+            None if others is None else others.reshape(-1)[:words],
+            header.cluster_bits,
+            header.version,
+            size,
+            self._starts,
+            self._kinds,
             header.entry_words,
-        )  # fmt: skip
+        )
         if bad >= 0:
             raise self._image.damaged(
                 f"the entry of cluster {cluster + bad} in {self._point.title} is invalid or points"
@@ -142,7 +146,7 @@ class _Tables:
             )
         starts = first * header.table_span + self._starts[:rows] * (header.cluster_size // self._parts)
         kinds = self._kinds[:rows]
-        return Extents(starts, np.zeros(rows, np.int64), kinds & _KIND, kinds > _KIND)
+        return Extents(starts, np.zeros(rows, np.int64), kinds % _CHANGED, kinds >= _CHANGED)
 
     def _pair(self, now: _Words, then: _Words) -> tuple[_Words, _Words | None]:
         """The tables at both points, a row each; None for the other ones if all are the same."""

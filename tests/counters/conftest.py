@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.bench.edited import EditedVolume
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from island_fast.stores.base import Store
-from tests.counters.edited import EditedVolume
 from tests.memory_store import MemoryStore
 
 BLOCKS = 1024  # four full packs at first: how often each is cut is the same for larger volumes

@@ -6,14 +6,13 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 
+from island_fast.bench.edited import EditedVolume
 from island_fast.local import LocalState
 from island_fast.repository import Repository
 from island_fast.stores.base import ObjectInfo
-from tests.counters.edited import EditedVolume
 from tests.memory_store import MemoryStore
 
 SHORT = 3
