@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from island_fast.bench.context import Work
-from island_fast.bench.works import increments, whole
+from island_fast.bench.works import depth, increments, kernels, maps, memory, sizes, whole
 
 __all__ = ["ALL"]
 
-ALL: tuple[Work, ...] = (*increments.WORKS, *whole.WORKS)
+ALL: tuple[Work, ...] = (
+    *increments.WORKS,
+    *whole.WORKS,
+    *depth.WORKS,
+    *maps.WORKS,
+    *kernels.WORKS,
+    *sizes.WORKS,
+    *memory.WORKS,
+)
