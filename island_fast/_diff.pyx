@@ -9,7 +9,7 @@ the loops over them are in `_l2.pxi`.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memmove
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 cdef extern from *:
     """
@@ -26,6 +26,9 @@ cdef extern from *:
     #define ENTRY_OFFSET __builtin_bswap64(0x00fffffffffffe00ull)
     /* The second word of an extended entry: a bit for each subcluster that is stored. */
     #define BITMAP_STORED __builtin_bswap64(0x00000000ffffffffull)
+
+    /* Times eight bytes that are 0 or 1: they become the bits of the highest byte. */
+    #define GATHER_EIGHT 0x0102040810204080ull
 
     /* An extent's kind: 0 hole, 1 zero, 2 data; by the kind of an entry whose subclusters are alike. */
     #define EXTENT_CHANGED 4
@@ -65,6 +68,7 @@ cdef extern from *:
     const uint64_t ENTRY_ZERO
     const uint64_t ENTRY_OFFSET
     const uint64_t BITMAP_STORED
+    const uint64_t GATHER_EIGHT
     const int EXTENT_CHANGED
     const uint8_t *EXTENT_OF_KIND
     const char *ISLAND_HASH_KERNEL

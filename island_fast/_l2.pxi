@@ -10,14 +10,27 @@ cdef inline uint64_t top_if_any(uint64_t bits) noexcept nogil:
     return bits | (0 - bits)
 
 
+cdef inline uint64_t gathered(uint8_t *flags, int count) noexcept nogil:
+    """Bit i: flag i, which is 0 or 1; there is room for 64, and those behind `count` may be anything."""
+    cdef uint64_t mask = 0, eight
+    cdef int i
+    if count < 64:
+        memset(flags + count, 0, 64 - count)
+    for i in range(8):
+        memcpy(&eight, flags + 8 * i, 8)
+        mask |= eight * GATHER_EIGHT >> 56 << 8 * i
+    return mask
+
+
 cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
                                     uint64_t inside) noexcept nogil:
     """Bit i: entry i is NORMAL or compressed, or not aligned, which its reader must find.
 
     inside: the offset bits that are 0 in an aligned entry.
     """
-    cdef uint64_t mask = 0, any_bit = 0, placed = <uint64_t>-1, entry, stored
+    cdef uint64_t any_bit = 0, placed = <uint64_t>-1, entry, stored
     cdef uint64_t special = ENTRY_COMPRESSED | inside
+    cdef uint8_t flags[64]
     cdef int i
     for i in range(count):
         any_bit |= entries[i]
@@ -30,8 +43,8 @@ cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
     for i in range(count):
         entry = entries[i]
         stored = top_if_any(entry & ENTRY_OFFSET) & ~top_if_any(entry & ENTRY_ZERO)
-        mask |= (stored | top_if_any(entry & special)) >> 63 << i
-    return mask
+        flags[i] = <uint8_t>((stored | top_if_any(entry & special)) >> 63)
+    return gathered(flags, count)
 
 
 cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
@@ -48,7 +61,8 @@ cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
 cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int count,
                                   int step) noexcept nogil:
     """Bit i: entries i differ in more than COPIED."""
-    cdef uint64_t mask = 0, any_bit = 0, differ
+    cdef uint64_t any_bit = 0, differ
+    cdef uint8_t flags[64]
     # In a bitmap the same bit is a subcluster's.
     cdef uint64_t last = ~ENTRY_COPIED if step == 1 else <uint64_t>-1
     cdef int i
@@ -60,8 +74,8 @@ cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int coun
         differ = (a[step * i] ^ b[step * i]) & ~ENTRY_COPIED
         if step == 2:
             differ |= a[2 * i + 1] ^ b[2 * i + 1]
-        mask |= top_if_any(differ) >> 63 << i
-    return mask
+        flags[i] = <uint8_t>(top_if_any(differ) >> 63)
+    return gathered(flags, count)
 
 
 cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from island_fast.qcow2.header import MAGIC
 from island_fast.qcow2.snapshots import InternalSnapshot, pack_snapshot
 
-__all__ = ["MappedImage"]
+__all__ = ["MappedImage", "scattered"]
 
 CLUSTER = 65536
 _PER_TABLE = CLUSTER // 8
@@ -45,7 +45,7 @@ class MappedImage:
         """Write one with `data` bytes in `runs` runs, of which 1 % differ, in this share of the L2 tables."""
         draw = np.random.default_rng(seed)
         count = volume // (CLUSTER * _PER_TABLE)
-        used = _scattered(draw, volume // CLUSTER, data // CLUSTER, runs)
+        used = scattered(draw, volume // CLUSTER, data // CLUSTER, runs)
         near = np.sort(draw.choice(count, max(1, round(tables * count)), replace=False))
         candidates = used[np.isin(used // _PER_TABLE, near)]
         moved = np.sort(draw.choice(candidates, min(candidates.size, used.size // 100), replace=False))
@@ -73,7 +73,7 @@ class MappedImage:
         return cls(path, volume, moved.size, differ.size)
 
 
-def _scattered(draw: np.random.Generator, room: int, total: int, runs: int) -> _Ints:
+def scattered(draw: np.random.Generator, room: int, total: int, runs: int) -> _Ints:
     """Cluster numbers of about `total` clusters in so many runs, anywhere and apart."""
     lengths = draw.integers(1, 2 * total // runs, runs)
     cuts = np.sort(draw.choice(room - int(lengths.sum()) - 1, runs, replace=False)) + 1

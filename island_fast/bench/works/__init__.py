@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from island_fast.bench.context import Work
-from island_fast.bench.works import depth, increments, kernels, maps, memory, sizes, whole
+from island_fast.bench.works import depth, increments, kernels, maps, memory, sending, sizes, whole
 
 __all__ = ["ALL"]
 
@@ -15,4 +15,5 @@ ALL: tuple[Work, ...] = (
     *kernels.WORKS,
     *sizes.WORKS,
     *memory.WORKS,
+    *sending.WORKS,
 )

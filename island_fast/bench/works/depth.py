@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from island_fast.bench.context import Context, Scale, Work
+from island_fast.bench.counting import Counting
 from island_fast.bench.edited import EditedVolume
 from island_fast.bench.measuring import pairs, row, until_on_disk
 from island_fast.bench.ours import Island
 from island_fast.bench.results import Counter, Row
+from island_fast.bench.swift import serving, signed_in
 from island_fast.bench.volume import is_same
 from island_fast.errors import DamagedError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
-from island_fast.stores.base import ObjectInfo, Range, Views
 from island_fast.stores.directory import DirectoryStore
+from island_fast.stores.swift import SwiftStore
 
-__all__ = ["WORKS", "CountingDirectory", "delete_requests"]
+__all__ = ["WORKS", "delete_requests"]
 
 BLOCK = 65536
 _INCREMENTS, _QUICK_INCREMENTS = 100, 20
@@ -68,36 +69,43 @@ def _opened(folder: Path) -> Repository:
     return Repository.open(str(folder / "repository"), state=LocalState(folder / "state"), create=True)
 
 
-class CountingDirectory(DirectoryStore):
-    """Counts what it is asked. With `late`, its listings show nothing."""
+def _restores_from_swift(context: Context) -> Iterator[Row | Counter]:
+    size = context.scale.small
+    increments = _QUICK_INCREMENTS if context.quick else _INCREMENTS
+    blocks = size.allocated // BLOCK
+    volume = EditedVolume(context.scratch / "vol.qcow2", blocks, context.seed)
+    with serving("bench") as account, signed_in(account):
+        context.tell(f"sending {increments} increments to Swift")
+        deep = _of_swift("bench/deep", context.scratch / "state")
+        volume.snapshot(deep)
+        for _ in range(increments):
+            volume.edit(blocks // 100)
+            volume.snapshot(deep)
+        flat = _of_swift("bench/flat", context.scratch / "state")
+        volume.snapshot(flat)
+        context.tell("restores from Swift")
+        requests, packs, read = _counted(deep, context.scratch / "deep.qcow2")
+        _, _, whole = _counted(flat, context.scratch / "flat.qcow2")
+    work = f"restore of {size} from Swift after {increments} increments"
+    noted = (f"{requests} requests, {packs} packs",)
+    yield Counter(f"{work}: requests more than live packs", requests - packs, reach=3, notes=noted)
+    yield Counter(f"{work}: bytes, of those of one full snapshot", read / whole, reach=1.1)
 
-    requests = 0
-    late = False
 
-    def put(self, name: str, parts: Sequence[bytes | bytearray | memoryview]) -> None:
-        """See Store.put."""
-        self.requests += 1
-        super().put(name, parts)
+def _counted(repository: Repository, target: Path) -> tuple[int, int, int]:
+    """Requests of a restore, packs that it needs, and bytes that it reads."""
+    with repository:
+        found = repository.find("vol@latest")
+        packs = len(found.lineage.manifest(found.row).packs)
+        store = repository.store
+        assert isinstance(store, Counting)
+        store.requests = 0
+        restored = repository.restore("vol@latest", target)
+        return store.requests, packs, restored.bytes_read
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
-        """See Store.get."""
-        self.requests += 1
-        return super().get(name, newest=newest)
 
-    def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
-        """See Store.get_ranges."""
-        self.requests += 1
-        return super().get_ranges(name, ranges)
-
-    def head(self, name: str) -> ObjectInfo | None:
-        """See Store.head."""
-        self.requests += 1
-        return super().head(name)
-
-    def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See Store.list."""
-        self.requests += 1
-        return iter(()) if self.late else super().list(prefix)
+def _of_swift(path: str, state: Path) -> Repository:
+    return Repository(Counting(SwiftStore.open(path)), LocalState(state), create=True)
 
 
 def _deletes(context: Context) -> Iterator[Row | Counter]:
@@ -134,9 +142,9 @@ def delete_requests(folder: Path, length: int, seed: int) -> tuple[int, int, int
         else:
             state.mkdir()
             shutil.copy(home / "writer", state)
-        with contextlib.closing(CountingDirectory(str(copy))) as store:
-            repository = Repository(store, LocalState(state))
-            store.requests, store.late = 0, late
+        store = Counting(DirectoryStore(str(copy)), late=late)
+        with Repository(store, LocalState(state)) as repository:
+            store.requests = 0
             repository.delete([f"vol@{taken[-2]}"])
             counts.append(store.requests)
     return counts[0], counts[1], counts[2]
@@ -148,5 +156,6 @@ def _space(scale: Scale) -> int:
 
 WORKS = (
     Work("restore after many increments", _restores, ("qemu-img",), _space),
+    Work("restore from Swift after many increments", _restores_from_swift, (), _space, swift=True),
     Work("delete in a long lineage", _deletes, (), lambda scale: 1 << 29),
 )

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from island_fast import _diff
 from island_fast.bench.context import MIB, Context, Work
+from island_fast.bench.mapped import scattered
 from island_fast.bench.measuring import pairs, row, timed
 from island_fast.bench.results import Counter, Row
 from island_fast.errors import DamagedError
@@ -28,8 +29,9 @@ def _kernels(context: Context) -> Iterator[Row | Counter]:
     draw = np.random.default_rng(context.seed)
     words = np.zeros(size // 64, np.uint64)
     full = ((np.arange(size, dtype=np.uint64) + np.uint64(5)) << np.uint64(16)).byteswap()
-    stretches = np.repeat(draw.integers(0, 2, size // 16), 16).astype(bool)
-    half = np.where(stretches, full, np.uint64(0))
+    runs = np.zeros(size, np.uint64)
+    used = scattered(draw, size, size // 20, max(1, size * 50_000 >> 24))
+    runs[used] = full[used]
     moved = np.where(draw.random(size) < 0.01, full ^ np.uint64(1 << 50), full)
 
     def scan(table: _Words) -> Callable[[], int]:
@@ -40,7 +42,7 @@ def _kernels(context: Context) -> Iterator[Row | Counter]:
 
     for title, work, tables, reach in (
         ("scan of full L2 tables", scan(full), (full,), 0.5),
-        ("scan of L2 tables in stretches of 16", scan(half), (half,), 0.5),
+        ("scan of L2 tables with 50 000 runs in a TiB", scan(runs), (runs,), 0.5),
         ("diff of equal L2 tables", diff(full, full.copy()), (full, moved), 0.5),
         ("diff of L2 tables, 1 % changed", diff(full, moved), (full, moved), 0.4),
     ):
