@@ -122,6 +122,9 @@ class Store(ABC):
     ranges_at_once: int | None = None
     """Ranges of one object that one request can ask for; None: any number."""
 
+    uploads: int
+    """How many large objects are sent at the same time: more gain little, and take a pack's memory each."""
+
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.
