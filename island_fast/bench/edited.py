@@ -48,14 +48,18 @@ class EditedVolume(Source):
         self._edited = DirtyMap(blocks)
         self._pins: list[InternalSnapshot] = []
 
-    def edit(self, blocks: int) -> None:
-        """Write other bytes over `blocks` blocks, in pieces of 64 KiB to 1 MiB that lie anywhere."""
+    def edit(self, blocks: int) -> int:
+        """Write other bytes over `blocks` blocks, in pieces of 64 KiB to 1 MiB that lie anywhere.
+
+        Pieces may meet, so fewer blocks may differ; how many differ since the last snapshot is returned.
+        """
         while blocks:
             length = min(int(self._draw.integers(1, _LONGEST + 1)), blocks)
             start = int(self._draw.integers(0, self._versions.size - length + 1))
             self._versions[start : start + length] += 1
             self._edited.set_range(start, start + length)
             blocks -= length
+        return self._edited.count()
 
     def snapshot(self, repository: Repository, volume: str = "vol") -> SnapshotTaken:
         """Take a snapshot of it as it is now."""
