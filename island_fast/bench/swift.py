@@ -183,29 +183,29 @@ def _await(root: Path, kind: str, port: int, server: subprocess.Popen[bytes]) ->
     end = time.monotonic() + _PATIENCE
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(OSError):
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
-            connection.request("GET", "/healthcheck")
-            if connection.getresponse().read() == b"OK":
+            if _ask(port, "GET", "/healthcheck", {}).status == 200:
                 return
         time.sleep(0.02)
     said = (root / f"{kind}.log").read_text(errors="replace")[-1000:]
     raise IslandError(f"Swift's {kind} server did not start: {said}")
 
 
+def _ask(port: int, method: str, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Make one request; the answer, without its body."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)) as connection:
+        connection.request(method, path, headers=headers)
+        with connection.getresponse() as answer:
+            return answer
+
+
 def _signed_in(port: int) -> Account:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)
-    connection.request("GET", "/auth/v1.0", headers={"X-Auth-User": _USER, "X-Auth-Key": _KEY})
-    headers = connection.getresponse().headers
-    connection.close()
+    headers = _ask(port, "GET", "/auth/v1.0", {"X-Auth-User": _USER, "X-Auth-Key": _KEY}).headers
     variables = {"ST_AUTH": f"http://127.0.0.1:{port}/auth/v1.0", "ST_USER": _USER, "ST_KEY": _KEY}
     path = urlsplit(headers["X-Storage-Url"] or "").path
     return Account(variables, port, path, headers["X-Auth-Token"] or "")
 
 
 def _make_container(account: Account, name: str) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", account.port, timeout=_PATIENCE)
-    connection.request("PUT", f"{account.path}/{name}", headers={"X-Auth-Token": account.token})
-    status = connection.getresponse().status
-    connection.close()
+    status = _ask(account.port, "PUT", f"{account.path}/{name}", {"X-Auth-Token": account.token}).status
     if status not in (201, 202):
         raise IslandError(f"the bench's Swift makes no container ({status}); report this fault")

@@ -21,11 +21,11 @@ from island_fast.repository import Repository
 from island_fast.stores.directory import DirectoryStore
 from island_fast.stores.swift import SwiftStore
 
-__all__ = ["WORKS", "delete_requests"]
+__all__ = ["WORKS"]
 
 BLOCK = 65536
 _INCREMENTS, _QUICK_INCREMENTS = 100, 20
-_LONG, _SHORT = 200, 3
+_LONG, _QUICK_LONG, _SHORT = 200, 31, 3
 
 
 def _restores(context: Context) -> Iterator[Row | Counter]:
@@ -109,19 +109,18 @@ def _of_swift(path: str, state: Path) -> Repository:
 
 
 def _deletes(context: Context) -> Iterator[Row | Counter]:
-    context.tell(f"deleting in lineages of {_SHORT} and {_LONG}")
-    short = delete_requests(context.scratch / "short", _SHORT, context.seed)
-    long = delete_requests(context.scratch / "long", _LONG, context.seed)
-    bound = 2 * math.log2(_LONG) + 34
-    yield Counter(
-        f"requests of a delete in a lineage of {_LONG}, more than in one of {_SHORT}", long[0] - short[0],
-        reach=0, notes=(f"{short[0]} requests",),
-    )  # fmt: skip
+    length = _QUICK_LONG if context.quick else _LONG
+    context.tell(f"deleting in lineages of {_SHORT} and {length}")
+    short = _delete_requests(context.scratch / "short", _SHORT, context.seed)
+    long = _delete_requests(context.scratch / "long", length, context.seed)
+    bound = 2 * math.log2(length) + 34
+    work = f"requests of a delete in a lineage of {length}, more than in one of {_SHORT}"
+    yield Counter(work, long[0] - short[0], reach=0, notes=(f"{short[0]} requests",))
     yield Counter("the same without local state", long[1] - short[1], reach=bound)
     yield Counter("the same, with listings that show nothing yet", long[2] - short[1], reach=bound)
 
 
-def delete_requests(folder: Path, length: int, seed: int) -> tuple[int, int, int]:
+def _delete_requests(folder: Path, length: int, seed: int) -> tuple[int, int, int]:
     """Requests that the delete of the last but one of `length` snapshots makes.
 
     With warm local state; with none; with none and late listings. What is below `folder` is left there.

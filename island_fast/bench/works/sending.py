@@ -7,6 +7,7 @@ import socket
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Self
 
 import numpy as np
 
@@ -26,13 +27,20 @@ _FRONT = 8 << 10  # a pack comes as its front and its blocks
 
 
 class _Bare:
-    """A socket that sends requests without looking at anything but the answer's status."""
+    """A socket that sends requests and looks at nothing but the answers' status; a context manager."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
         self._socket = socket.create_connection(("127.0.0.1", account.port))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._answers = self._socket.makefile("rb")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._answers.close()
+        self._socket.close()
 
     def ask(self, method: str, name: str, data: bytes = b"") -> None:
         """Make one request for an object; IslandError unless the answer is a success."""
@@ -60,8 +68,8 @@ def _sending(context: Context) -> Iterator[Row | Counter]:
         serving(_CONTAINER) as account,
         signed_in(account),
         SwiftStore.open(_CONTAINER) as store,
+        _Bare(account) as bare,
     ):
-        bare = _Bare(account)
         numbers = itertools.count()
 
         def sent(send: Callable[[str], object]) -> float:
