@@ -23,7 +23,7 @@ HOLE, ZERO, DATA = 0, 1, 2
 KINDS = ("hole", "zero", "data")
 """Names of the kinds. hole: nothing is stored; zero: stored as zeros without data. Both read as zeros."""
 
-_WINDOW_UNITS = 1 << 18
+_WINDOW_UNITS = 1 << 19
 _SUBCLUSTERS = 32
 _CHANGED = np.uint8(4)  # added to a kind by map_l2
 _OFFSET = np.uint64(L1_OFFSET_MASK)

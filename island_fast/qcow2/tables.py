@@ -117,14 +117,12 @@ def changed(image: Image, old: Point, new: Point, progress: Progress | None = No
     differ = np.flatnonzero((before ^ after) & _REST)
     tables = _Tables(image)
     shared = done = 0
+    entries, step = header.table_entries, header.entry_words
     for first, count in _twin_spans(before, after, differ, header.cluster_size, tables.batch):
         a = tables.read_or_zeros(0, int(before[first] & _OFFSET), count)
         b = tables.read_or_zeros(1, int(after[first] & _OFFSET), count)
-        _diff.mark_changed(
-            a, b, first * header.table_entries, header.cluster_bits, found.words, found.blocks,
-            header.entry_words,
-        )  # fmt: skip
-        shared += _count_shared_copied(a, b, a | b, header.entry_words)
+        _diff.mark_changed(a, b, first * entries, header.cluster_bits, found.words, found.blocks, step)
+        shared += _count_shared_copied(a, b, (a, b), step)
         done += count
         if progress is not None:
             progress(done, len(differ))
@@ -152,7 +150,7 @@ def find_shared_copied(image: Image, active: Point, base: Point) -> int:
     for index in map(int, np.flatnonzero(~alike & used & ((then & _OFFSET) != 0))):
         a = tables.read(0, int(now[index] & _OFFSET), 1)
         b = tables.read(1, int(then[index] & _OFFSET), 1)
-        count += _count_shared_copied(a, b, a, image.header.entry_words)
+        count += _count_shared_copied(a, b, (a,), image.header.entry_words)
     return count
 
 
@@ -211,16 +209,17 @@ def _filled(table: _Words, length: int) -> _Words:
     return table if len(table) == length else np.pad(table, (0, length - len(table)))
 
 
-def _count_shared_copied(a: _Words, b: _Words, flags: _Words, step: int) -> int:
-    """Entries with a host offset, equal in both tables (as on disk) and COPIED in `flags`.
+def _count_shared_copied(a: _Words, b: _Words, marked: tuple[_Words, ...], step: int) -> int:
+    """Entries with a host offset, equal in both tables (as on disk) and COPIED in one of `marked`.
 
     step: words per entry; only the first counts, for subclusters are written in place like clusters.
     """
-    if not np.bitwise_or.reduce(flags[::step]) & _DISK_COPIED:
+    marked = tuple(table[::step] for table in marked)
+    if not any(np.bitwise_or.reduce(table) & _DISK_COPIED for table in marked):
         return 0  # as it should be between two snapshots, and soon seen
-    a, b, flags = a[::step], b[::step], flags[::step]
+    a, b = a[::step], b[::step]
     alike = ((a ^ b) & ~_DISK_COPIED) == 0
-    alike &= (flags & _DISK_COPIED) != 0
+    alike &= np.logical_or.reduce([(table & _DISK_COPIED) != 0 for table in marked])
     return int(np.count_nonzero(alike & ((a & _DISK_OFFSET) != 0)))
 
 
