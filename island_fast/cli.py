@@ -16,6 +16,7 @@ from island_fast import __version__, show
 from island_fast.looking import info, map_
 from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
+from island_fast.weighing import diff, retain, usage
 
 __all__ = ["main"]
 
@@ -339,5 +340,5 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
-island.add_command(info)
-island.add_command(map_)
+for verb in (retain, diff, usage, info, map_):
+    island.add_command(verb)

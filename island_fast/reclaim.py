@@ -28,6 +28,7 @@ __all__ = [
     "GARBAGE_AGE",
     "Deletion",
     "SweepPlan",
+    "freeable",
     "live_slots",
     "pack_names",
     "plan_delete",
@@ -123,14 +124,14 @@ def plan_delete(
     )  # fmt: skip
     after = state.after(record)
     bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
-    before_plan, after_plan = _packs_to_sweep(state), _packs_to_sweep(after)
-    freed = _saved(after_plan) - _saved(before_plan) + row.manifest_size
-    return Deletion(record, bytes_dead + row.manifest_size, freed)
+    return Deletion(record, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
 
 
-def _saved(plan: tuple[Packs, Packs]) -> int:
-    gone, repacked = plan
-    return int(gone.size.sum() + repacked.dead.sum())
+def freeable(state: State) -> int:
+    """Bytes that a sweep without grace would free of what the catalog names: removed less rewritten."""
+    gone, repacked = _packs_to_sweep(state)
+    manifests = sum(row.manifest_size for row in state.dropped.values())
+    return int(gone.size.sum() + repacked.dead.sum()) + manifests
 
 
 def _dead_before(packs: Packs, touched: Packs) -> int:

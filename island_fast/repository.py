@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -16,25 +15,32 @@ from pathlib import Path
 from island_fast import reclaim
 from island_fast.catalog import SnapshotRow
 from island_fast.choosing import Request, choose
-from island_fast.errors import DamagedError, NotFoundError, RefusedError, UsageError
+from island_fast.comparing import compare
+from island_fast.deleting import delete, planned
+from island_fast.errors import DamagedError, RefusedError, UsageError
 from island_fast.inspecting import image_info
 from island_fast.lineage import Lineage
+from island_fast.measuring import measure, summed
 from island_fast.opening import OpenRepository
-from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
 from island_fast.restoring import Target, deletion_told, restore
 from island_fast.results import (
     Adopted,
     Deleted,
+    Difference,
     ImageInfo,
     Restored,
+    Retained,
     Snapshot,
     SnapshotShown,
     SnapshotTaken,
     SweepStep,
     Swept,
+    Usage,
     timestamp,
 )
+from island_fast.retaining import retain
+from island_fast.retention import Keep
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
 from island_fast.sweeping import sweep
 from island_fast.taking import take
@@ -176,7 +182,7 @@ class Repository(OpenRepository):
         found = self.find(reference)
         shown = asdict(describe(found.lineage, found.row))
         try:
-            deletion = self._plan_delete(found.lineage, found.row)
+            deletion = planned(found.lineage, found.row)
         except DamagedError as error:
             _LOG.warning("what deleting it would free cannot be told: %s", error)
             return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
@@ -190,32 +196,41 @@ class Repository(OpenRepository):
         for snapshot, one in found.items():
             lineage = lineages[one.lineage.name]
             if dry_run:
-                deletion = self._plan_delete(lineage, lineage.state.live[snapshot])
+                deletion = planned(lineage, lineage.state.live[snapshot])
                 lineage.state = lineage.state.after(deletion.record)
             else:
-                deletion = self._delete(lineage, snapshot)
+                with lineage.locked():
+                    deletion = delete(lineage, self.state.writer, snapshot)
             answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
         return answers
 
-    def _delete(self, lineage: Lineage, snapshot: str) -> reclaim.Deletion:
-        with lineage.locked():
-            lineage.require_owner(self.state.writer)
-            row = lineage.state.live.get(snapshot)
-            if row is None:
-                raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-            for registration, alive in lineage.files.running():
-                if alive and registration.parent == snapshot:
-                    raise RefusedError(
-                        f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
-                        "delete it when that has ended"
-                    )
-            deletion = self._plan_delete(lineage, row)
-            lineage.append(deletion.record, self.state.writer)
-            lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
-            return deletion
+    def retain(
+        self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
+    ) -> list[Retained]:
+        """Delete what `keep` does not keep from `volume`, or from every one that this host owns.
 
-    def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
-        return reclaim.plan_delete(lineage, row, PackReader(lineage), time.time_ns())
+        Each volume is decided for itself. What could not be deleted is told as kept; `left_out` tells why.
+        UsageError for a policy without rules, ConflictError if `volume` belongs to another host.
+        """
+        if not keep:
+            raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
+        answers, others = [], []
+        for lineage in self.lineages(volume):
+            if volume is None and lineage.owner != self.state.writer:
+                others.append(lineage.name)
+                continue
+            try:
+                retained, errors = retain(lineage, self.state.writer, keep, dry_run, progress)
+            except (DamagedError, RefusedError) as error:
+                if volume is not None:
+                    raise
+                self.left_out.append(error)
+            else:
+                answers.append(retained)
+                self.left_out += errors
+        if others:
+            _LOG.warning("left out, for other hosts own them: %s", ", ".join(others))
+        return answers
 
     def sweep(
         self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
@@ -234,6 +249,32 @@ class Repository(OpenRepository):
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
+
+    def diff(self, since: str, reference: str) -> Difference:
+        """What may differ in the snapshot `reference` from the snapshot `since` of the same volume."""
+        before, after = self.find(since), self.find(reference)
+        if before.lineage.name != after.lineage.name:
+            raise UsageError(
+                f"{since} is a snapshot of volume {before.lineage.name} and {reference} one of "
+                f"{after.lineage.name}; give two of one volume"
+            )
+        lineage = after.lineage
+        return compare(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
+
+    def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
+        """What the snapshots take: of `volume`, or of each that a listing shows, and in all.
+
+        A volume whose manifests cannot be read is passed over: see `left_out`.
+        """
+        volumes = []
+        for lineage in self.lineages(volume):
+            try:
+                volumes.append(measure(lineage, progress))
+            except (DamagedError, RefusedError) as error:
+                if volume is not None:
+                    raise
+                self.left_out.append(error)
+        return summed(volumes)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
