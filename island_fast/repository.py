@@ -1,7 +1,8 @@
 """The orchestrator: a repository and the verbs on it.
 
 Each verb brings the layers below into their order; the order in which objects become durable (packs,
-manifest, record) is in `taking.py`, for sweeps in `sweeping.py`.
+manifest, record) is in `taking.py`, for sweeps in `sweeping.py`. What a snapshot of an unchanged volume does
+not need is imported by the verbs that do: it would cost more time than the snapshot.
 """
 
 from __future__ import annotations
@@ -9,41 +10,33 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from island_fast import reclaim
-from island_fast.catalog import SnapshotRow
+from island_fast.answer import SnapshotTaken
 from island_fast.choosing import Request, choose
-from island_fast.comparing import compare
-from island_fast.deleting import delete, planned
 from island_fast.errors import DamagedError, RefusedError, UsageError
-from island_fast.inspecting import image_info
 from island_fast.lineage import Lineage
-from island_fast.measuring import measure, summed
 from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
-from island_fast.restoring import Target, deletion_told, restore
-from island_fast.results import (
-    Adopted,
-    Deleted,
-    Difference,
-    ImageInfo,
-    Restored,
-    Retained,
-    Snapshot,
-    SnapshotShown,
-    SnapshotTaken,
-    SweepStep,
-    Swept,
-    Usage,
-    timestamp,
-)
-from island_fast.retaining import retain
-from island_fast.retention import Keep
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
-from island_fast.sweeping import sweep
 from island_fast.taking import take
+
+if TYPE_CHECKING:
+    from island_fast.results import (
+        Adopted,
+        Deleted,
+        Difference,
+        ImageInfo,
+        Restored,
+        Retained,
+        Snapshot,
+        SnapshotShown,
+        Swept,
+        Usage,
+    )
+    from island_fast.retention import Keep
 
 __all__ = ["Repository"]
 
@@ -104,7 +97,9 @@ class Repository(OpenRepository):
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
         name = volume
         if name is None and self._id is not None:
-            name = self._pinned_lineage(source) or self.state.lineage_of(self.id, source.path)
+            if pinned := self._pinned_lineage(source):
+                return pinned
+            name = self.state.lineage_of(self.id, source.path)
         lineage = self.lineage(name or source.path.stem)
         self._refresh(lineage)
         if lineage.exists:
@@ -118,20 +113,22 @@ class Repository(OpenRepository):
                 )
         return lineage
 
-    def _pinned_lineage(self, source: Source) -> str | None:
-        """The lineage, owned by this host, that the image holds a valid pin of."""
+    def _pinned_lineage(self, source: Source) -> Lineage | None:
+        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
         pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
             if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
-                return name
+                return lineage
         return None
 
     def outlook(
         self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
     ) -> ImageInfo:
         """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
+        from island_fast.inspecting import image_info
+
         path = Path(os.path.realpath(image))
         info = image_info(path)
         if self._id is None:
@@ -165,6 +162,8 @@ class Repository(OpenRepository):
 
         A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
         """
+        from island_fast.restoring import Target, deletion_told, restore
+
         found = self.find(reference)
         with deletion_told(found.lineage, found.row):
             manifest = found.lineage.manifest(found.row)
@@ -173,36 +172,23 @@ class Repository(OpenRepository):
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""
+        from island_fast.deleting import describe
+
         return [
             describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
         ]
 
     def show(self, reference: str) -> SnapshotShown:
         """One snapshot, and what deleting it would free."""
-        found = self.find(reference)
-        shown = asdict(describe(found.lineage, found.row))
-        try:
-            deletion = planned(found.lineage, found.row)
-        except DamagedError as error:
-            _LOG.warning("what deleting it would free cannot be told: %s", error)
-            return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
-        return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
+        from island_fast.deleting import show
+
+        return show(self.find(reference))
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
         """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
-        answers: list[Deleted] = []
-        found = {f.row.id: f for f in map(self.find, references)}
-        lineages = {f.lineage.name: f.lineage for f in found.values()}
-        for snapshot, one in found.items():
-            lineage = lineages[one.lineage.name]
-            if dry_run:
-                deletion = planned(lineage, lineage.state.live[snapshot])
-                lineage.state = lineage.state.after(deletion.record)
-            else:
-                with lineage.locked():
-                    deletion = delete(lineage, self.state.writer, snapshot)
-            answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
-        return answers
+        from island_fast.deleting import delete
+
+        return delete([self.find(one) for one in references], self.state.writer, dry_run)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -212,6 +198,8 @@ class Repository(OpenRepository):
         Each volume is decided for itself. What could not be deleted is told as kept; `left_out` tells why.
         UsageError for a policy without rules, ConflictError if `volume` belongs to another host.
         """
+        from island_fast.retaining import retain
+
         if not keep:
             raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
         answers, others = [], []
@@ -239,19 +227,22 @@ class Repository(OpenRepository):
 
         One that cannot be swept is passed over: see `left_out`.
         """
+        from island_fast.sweeping import sweep
+
         grace = self.store.grace if grace is None else grace
         answers = []
         for lineage in self.lineages():
             try:
                 if lineage.owner == self.state.writer:
-                    plan = sweep(lineage, self.state.writer, grace, dry_run, progress)
-                    answers.append(_swept(lineage, plan))
+                    answers.append(sweep(lineage, self.state.writer, grace, dry_run, progress))
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
 
     def diff(self, since: str, reference: str) -> Difference:
         """What may differ in the snapshot `reference` from the snapshot `since` of the same volume."""
+        from island_fast.comparing import compare
+
         before, after = self.find(since), self.find(reference)
         if before.lineage.name != after.lineage.name:
             raise UsageError(
@@ -266,6 +257,8 @@ class Repository(OpenRepository):
 
         A volume whose manifests cannot be read is passed over: see `left_out`.
         """
+        from island_fast.measuring import measure, summed
+
         volumes = []
         for lineage in self.lineages(volume):
             try:
@@ -278,6 +271,8 @@ class Repository(OpenRepository):
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
+        from island_fast.results import Adopted
+
         lineage = self._existing(volume)
         with lineage.locked():
             lineage.adopt(self.state.writer)
@@ -292,29 +287,3 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
         manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
         pins += [manifest.pin] if manifest else []
     return any(source.find(pin) for pin in pins)
-
-
-def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
-    """A snapshot as `list` and `show` tell it."""
-    return Snapshot(
-        snapshot=row.id,
-        lineage=lineage.name,
-        parent=row.parent,
-        volume=lineage.name,
-        label=row.label,
-        created=timestamp(row.created),
-        volume_size=row.volume_size,
-        bytes_stored=row.stored + row.manifest_size,
-    )
-
-
-def _swept(lineage: Lineage, plan: reclaim.SweepPlan) -> Swept:
-    return Swept(
-        volume=lineage.name,
-        objects_removed=plan.objects,
-        packs_repacked=len(plan.repacked),
-        bytes_removed=plan.removed,
-        bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.freed,
-        steps=tuple(SweepStep(*step) for step in reclaim.steps(lineage, plan)),
-    )

@@ -7,9 +7,11 @@ seconds; `created` is ISO 8601 in UTC.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
+
+from island_fast.answer import Answer, SnapshotTaken
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,14 +45,7 @@ def timestamp(nanoseconds: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    def as_json(self) -> dict[str, Any]:
-        """The answer as one JSON object."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot(_Answer):
+class Snapshot(Answer):
     """A snapshot that is there. `bytes_stored` is the size of the objects it wrote."""
 
     snapshot: str
@@ -72,35 +67,7 @@ class SnapshotShown(Snapshot):
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotTaken(_Answer):
-    """A snapshot just made, by which rule and why, and the work it took.
-
-    `blocks_candidate` may have changed, `blocks_changed` differ from the parent; `bytes_read` is data read
-    from the image; `blocks_kept` were not sent, because an earlier `attempt` at this snapshot had sent
-    them; `notes` are sentences for the user about what was left behind.
-    """
-
-    snapshot: str
-    lineage: str
-    parent: str | None
-    volume: str
-    label: str
-    volume_size: int
-    rule: str
-    reason: str
-    blocks_candidate: int
-    blocks_changed: int
-    blocks_kept: int
-    bytes_read: int
-    bytes_stored: int
-    objects_written: int
-    attempt: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Restored(_Answer):
+class Restored(Answer):
     """A volume written from a snapshot. `bytes_read` came from the store, `bytes_written` are data."""
 
     snapshot: str
@@ -114,7 +81,7 @@ class Restored(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Deleted(_Answer):
+class Deleted(Answer):
     """A snapshot taken out of the catalog, or what that would do.
 
     `bytes_unreferenced` are the stored bytes of slots that no snapshot needs any more and its manifest;
@@ -128,7 +95,7 @@ class Deleted(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Decided(_Answer):
+class Decided(Answer):
     """A snapshot under a retention policy: the rules that keep it, or what deleting it freed (see `Deleted`).
 
     The figures are 0 for one that is kept.
@@ -144,7 +111,7 @@ class Decided(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Retained(_Answer):
+class Retained(Answer):
     """What a retention policy did to a volume, or would do; figures are sums, `snapshots` oldest first."""
 
     volume: str
@@ -156,7 +123,7 @@ class Retained(_Answer):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Difference(_Answer):
+class Difference(Answer):
     """What may differ between two snapshots of a volume, as extents of `snapshot`.
 
     start, length: int64[n], bytes, ascending and disjoint. data: bool[n], whether the extent holds data in
@@ -189,7 +156,7 @@ class Difference(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class VolumeUsage(_Answer):
+class VolumeUsage(Answer):
     """What a volume's live snapshots hold and take; of all volumes if `volume` is None. Sizes in bytes.
 
     Before compression, in whole blocks, zeros not counted: `bytes_logical` is the data of each snapshot,
@@ -212,7 +179,7 @@ class VolumeUsage(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage(_Answer):
+class Usage(Answer):
     """What volumes take, each and in all."""
 
     volumes: tuple[VolumeUsage, ...]
@@ -220,7 +187,7 @@ class Usage(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class SweepStep(_Answer):
+class SweepStep(Answer):
     """What a sweep does to an object: "remove" it, or "rewrite" a pack without its dead slots; and why."""
 
     action: str
@@ -230,7 +197,7 @@ class SweepStep(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Swept(_Answer):
+class Swept(Answer):
     """What a sweep did in one lineage, or would do. `bytes_freed` is removed less rewritten."""
 
     volume: str
@@ -243,7 +210,7 @@ class Swept(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted(_Answer):
+class Adopted(Answer):
     """A lineage that this host owns now."""
 
     volume: str
@@ -252,7 +219,7 @@ class Adopted(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Unpinned(_Answer):
+class Unpinned(Answer):
     """The pins that were dropped from an image; `bytes_freed` is what its file takes less on disk."""
 
     image: str
@@ -261,7 +228,7 @@ class Unpinned(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class InternalInfo(_Answer):
+class InternalInfo(Answer):
     """An internal snapshot in an image; `pin_of` is the snapshot that it pins, if it is one of ours."""
 
     name: str
@@ -272,7 +239,7 @@ class InternalInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class BitmapInfo(_Answer):
+class BitmapInfo(Answer):
     """A persistent dirty bitmap in an image: bytes of volume for each bit, and what it is worth."""
 
     name: str
@@ -281,7 +248,7 @@ class BitmapInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInfo(_Answer):
+class ImageInfo(Answer):
     """What an image says of itself. Sizes are in bytes; `in_use`: a process has it open for writing.
 
     `next_rule` is how the next snapshot would find the change, `next_reason` why, `pinned_base` the snapshot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from island_fast.catalog import SnapshotRow
-from island_fast.deleting import delete, planned
+from island_fast.deleting import delete_one, planned
 from island_fast.errors import ConflictError, DamagedError, IslandError, RefusedError
 from island_fast.lineage import Lineage
 from island_fast.progress import Progress
@@ -67,7 +67,7 @@ class _Retention:
                     return None
                 if reasons:
                     return _kept(row, reasons)
-                return _deleted(row, delete(self._lineage, self._writer, row.id))
+                return _deleted(row, delete_one(self._lineage, row.id, self._writer))
         except ConflictError:
             raise
         except (DamagedError, RefusedError) as error:

@@ -26,8 +26,10 @@ LAYERS = [
     ["show"],
     ["unpinning"],
     ["repository"],
-    ["opening", "taking", "restoring", "inspecting", "sweeping", "retaining", "comparing", "measuring"],
-    ["choosing", "deleting", "resuming"],
+    ["retaining"],
+    ["comparing", "deleting", "taking", "restoring", "inspecting", "measuring", "sweeping"],
+    ["opening"],
+    ["choosing", "resuming"],
     ["pipeline", "reclaim"],
     ["packreader"],
     ["lineage"],
@@ -40,7 +42,8 @@ LAYERS = [
     ["host"],
     ["qcow2", "stores"],
     ["dirtymap", "retention"],
-    ["_diff", "durable", "errors", "progress", "results"],
+    ["results"],
+    ["_diff", "answer", "durable", "errors", "progress"],
 ]
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
 
