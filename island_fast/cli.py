@@ -13,6 +13,7 @@ from pathlib import Path
 import click
 
 from island_fast import __version__, show
+from island_fast.configuration import configured
 from island_fast.looking import info, map_
 from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
@@ -65,7 +66,8 @@ _NAMING = (
 @common
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
               help="Tell the version and what computes digests.")  # fmt: skip
-def island() -> None:
+@click.pass_context
+def island(context: click.Context) -> None:
     """Incremental snapshots of qcow2 volumes, each whole by itself, in a directory or OpenStack Swift.
 
     Only blocks that changed since the volume's previous snapshot are read and stored; any snapshot can be
@@ -81,6 +83,9 @@ def island() -> None:
     \b
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
+      ISLAND_KEEP_LAST, ...   the same for --keep-last and the other rules of 'island retain'
+      ISLAND_CONFIG           the configuration file, for what is not set here either
+                              [default: ~/.config/island/config.toml]
       ISLAND_STATE            folder of local state: locks and caches
       ISLAND_DEBUG=1          show the traceback of an error
       ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD    credentials for Swift
@@ -95,6 +100,10 @@ def island() -> None:
       5  the store cannot be reached, or does not let you in
       6  damaged data
     """  # noqa: D301
+    values = configured()
+    run = context.ensure_object(Run)
+    run.location = run.location or values.get("repository")
+    context.default_map = values
 
 
 @island.command()

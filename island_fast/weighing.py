@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from island_fast import show
+from island_fast.configuration import KEEP_RULES
 from island_fast.options import common, opened
 from island_fast.outcome import Run
 
@@ -16,22 +17,23 @@ if TYPE_CHECKING:
 
 __all__ = ["diff", "retain", "usage"]
 
-_RULES = {
-    "last": "Keep the newest N.",
-    "hourly": "Keep the newest of each of the last N hours that have any.",
-    "daily": "The same for days.",
-    "weekly": "The same for weeks, which begin on Monday.",
-    "monthly": "The same for months.",
-    "yearly": "The same for years.",
-}
+_RULES_TOLD = (
+    "Keep the newest N.",
+    "Keep the newest of each of the last N hours that have any.",
+    "The same for days.",
+    "The same for weeks, which begin on Monday.",
+    "The same for months.",
+    "The same for years.",
+)
 
 
 def _keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for each rule of a policy, in the order of `_RULES`."""
-    for rule, told in reversed(_RULES.items()):
+    """Add an option for each rule of a policy."""
+    for rule, told in reversed([*zip(KEEP_RULES, _RULES_TOLD, strict=True)]):
         command = click.option(
-            f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0, help=told
-        )(command)
+            f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0,
+            envvar=f"ISLAND_KEEP_{rule.upper()}", show_envvar=True, help=told,
+        )(command)  # fmt: skip
     return command
 
 
@@ -49,6 +51,9 @@ def retain(run: Run, /, volume: str | None, dry_run: bool, **keeps: int) -> None
     snapshot do not count. A rule that comes to the oldest snapshot before it has N keeps that one too, as
     "oldest daily". Newer is what was taken later, whatever the clock said. At least one rule must be given,
     so the newest snapshot of a volume always stays.
+
+    Each rule that is not given is looked up in ISLAND_KEEP_LAST, ISLAND_KEEP_HOURLY, ..., then in the
+    configuration file (keep-daily = 7 below [retain]); 0 puts one aside.
 
     Space is freed by the next 'island sweep'.
 

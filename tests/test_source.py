@@ -21,7 +21,7 @@ LAYERS = [
     ["driver_database", "driver_errors", "driver_options"],
     ["volumes"],
     ["looking", "weighing"],
-    ["options"],
+    ["configuration", "options"],
     ["outcome"],
     ["show"],
     ["unpinning"],
