@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import fields
 
 import numpy as np
+from numpy.typing import NDArray
 
-from island_fast.dirtymap import BLOCK_SIZE, intersect_intervals, merge_intervals, subtract_intervals, total
+from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, total
 from island_fast.errors import NotFoundError
 from island_fast.lineage import Lineage
 from island_fast.progress import Progress
-from island_fast.reclaim import freeable
+from island_fast.reclaim import freeable, needed_alone
 from island_fast.results import Usage, VolumeUsage
 
 __all__ = ["measure", "summed"]
+
+Int64s = NDArray[np.int64]
+_NEIGHBOURS = 4  # snapshots whose slots are held: in a lineage without branches each is read once
 
 
 def measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
@@ -30,25 +35,27 @@ def measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
 
 
 def _measured(lineage: Lineage, progress: Progress) -> VolumeUsage:
-    state = lineage.state
-    rows = [*state.live.values()]
-    done, sizes = 0, sum(row.manifest_size for row in rows)
-    logical = 0
-    once = several = np.zeros((0, 2), np.int64)  # slots that one snapshot holds, or more than one
-    for row in rows:
-        slots = lineage.manifest(row).slot_intervals(lineage.numbers)
-        logical += total(slots)
-        several = merge_intervals(np.concatenate([several, intersect_intervals(once, slots)]))
-        once = subtract_intervals(np.concatenate([once, slots]), several)
+    state, numbers = lineage.state, lineage.numbers
+    done, sizes = 0, sum(row.manifest_size for row in state.live.values())
+    logical = alone = 0  # slots
+
+    @functools.lru_cache(maxsize=_NEIGHBOURS)
+    def slots(snapshot: str) -> Int64s:
+        return merge_intervals(lineage.manifest(state.live[snapshot]).slot_intervals(numbers))
+
+    for row in state.live.values():
+        logical += total(slots(row.id))
+        alone += total(needed_alone(state, numbers, row, lambda one: slots(one.id)))
         done += row.manifest_size
         progress("usage", done, sizes)
+    distinct = int(state.packs.slots.sum()) - total(state.dead)
     dropped = sum(row.manifest_size for row in state.dropped.values())
     return _figures(
         lineage.name,
-        snapshots=len(rows),
+        snapshots=len(state.live),
         bytes_logical=logical * BLOCK_SIZE,
-        bytes_distinct=(total(once) + total(several)) * BLOCK_SIZE,
-        bytes_shared=total(several) * BLOCK_SIZE,
+        bytes_distinct=distinct * BLOCK_SIZE,
+        bytes_shared=(distinct - alone) * BLOCK_SIZE,
         bytes_stored=int(state.packs.size.sum()) + sizes + dropped,
         bytes_dead=int(state.packs.dead.sum()) + dropped,
         bytes_freed=freeable(state),

@@ -158,14 +158,13 @@ def test_usage_counts_again_when_a_snapshot_goes_meanwhile(
     repository: Repository, store: MemoryStore, tmp_path: Path
 ) -> None:
     image = qemu.create(tmp_path / "vol.qcow2", MIB)
-    first = repository.snapshot(image).snapshot
-    last = repository.snapshot(image).snapshot
+    taken = [repository.snapshot(image).snapshot for _ in range(3)]
     other = Repository(store, LocalState(tmp_path / "other"))
 
     def meddle(phase: str, done: int, total: int) -> None:
-        if len(repository.snapshots()) == 2:
-            repository.delete([last])
+        if len(repository.snapshots()) == 3:
+            repository.delete([taken[2]])
             repository.sweep()
 
     assert other.usage(progress=meddle) == repository.usage()
-    assert [one.snapshot for one in repository.snapshots()] == [first]
+    assert [one.snapshot for one in repository.snapshots()] == taken[:2]
