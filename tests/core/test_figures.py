@@ -122,7 +122,6 @@ def test_every_figure_is_what_the_store_loses(
         after = Store(store, live)
         manifest = len(store.objects[f"vol/manifests/{snapshot}-0"].data)
         assert told.bytes_unreferenced == before.needed() - after.needed() + manifest
-        check_usage(repository, after)
         if draw.random() < 0.6:
             size = after.size()
             swept = repository.sweep(dry_run=True)[0]
@@ -132,6 +131,8 @@ def test_every_figure_is_what_the_store_loses(
             assert sum(step.bytes for step in swept.steps) == swept.bytes_removed
             assert all(2 * dead <= whole for dead, whole in left.unneeded()), "more than half dead"
             check_usage(repository, left)
+        else:
+            check_usage(repository, after)
     repository.sweep()
     assert Store(store, set()).size() == 0
 
@@ -150,18 +151,17 @@ def test_what_one_delete_frees_is_what_the_next_sweep_removes(
         assert told.bytes_freed == size - Store(store, live).size()
 
 
-@pytest.mark.parametrize("rule", [1, 4])
 def test_what_retaining_frees_is_what_the_next_sweep_removes(
-    repository: Repository, store: MemoryStore, tree: list[str], rule: int
+    repository: Repository, store: MemoryStore, tree: list[str]
 ) -> None:
     size = Store(store, set(tree)).size()
-    (would,) = repository.retain(Keep(last=rule), dry_run=True)
+    (would,) = repository.retain(Keep(last=4), dry_run=True)
     assert len(repository.snapshots()) == len(tree), "a dry run deletes nothing"
-    (told,) = repository.retain(Keep(last=rule))
+    (told,) = repository.retain(Keep(last=4))
     assert told == would
-    assert (told.kept, told.deleted) == (rule, len(tree) - rule)
+    assert (told.kept, told.deleted) == (4, len(tree) - 4)
     live = {one.snapshot for one in told.snapshots if one.kept}
-    assert live == set(tree[-rule:]) == {one.snapshot for one in repository.snapshots()}
+    assert live == set(tree[-4:]) == {one.snapshot for one in repository.snapshots()}
     for figure in ("bytes_freed", "bytes_unreferenced"):
         assert getattr(told, figure) == sum(getattr(one, figure) for one in told.snapshots)
     after = Store(store, live)
