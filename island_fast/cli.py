@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 
 from island_fast import __version__, show
-from island_fast.configuration import configured
+from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.looking import info, map_
 from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
@@ -83,7 +83,8 @@ def island(context: click.Context) -> None:
     \b
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
-      ISLAND_KEEP_LAST, ...   the same for --keep-last and the other rules of 'island retain'
+      ISLAND_COMPRESSION      compression of what is sent: zstd or none
+      ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'
       ISLAND_CONFIG           the configuration file, for what is not set here either
                               [default: ~/.config/island/config.toml]
       ISLAND_STATE            folder of local state: locks and caches
@@ -123,6 +124,8 @@ def island(context: click.Context) -> None:
 @image_format_option("Format of IMAGE; a raw one is scanned in full.")
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True,
               help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
+@click.option("--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
+              envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
 @common
 @click.pass_obj
 def snapshot(
@@ -136,6 +139,7 @@ def snapshot(
     full: bool,
     image_format: str,
     backing: tuple[str, ...],
+    compression: str,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -168,6 +172,7 @@ def snapshot(
             full=full,
             image_format=image_format,
             backing=backing,
+            compression=compression,
             progress=progress,
         )
     for note in taken.notes:

@@ -15,13 +15,17 @@ from typing import Any
 
 import click
 
-__all__ = ["KEEP_RULES", "configured"]
+__all__ = ["COMPRESSIONS", "KEEP_RULES", "configured"]
+
+COMPRESSIONS = ("zstd", "none")
+"""What --compression, ISLAND_COMPRESSION and the key compression may be; the first is the default."""
 
 KEEP_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 """The rules of a retention policy: options --keep-..., variables ISLAND_KEEP_..., keys of [retain]."""
 
-_TABLES: Mapping[str, Mapping[str, type]] = {
-    "": {"repository": str},
+_Wanted = type | tuple[str, ...]  # a type, or some texts
+_TABLES: Mapping[str, Mapping[str, _Wanted]] = {
+    "": {"repository": str, "compression": COMPRESSIONS},
     "retain": {f"keep-{rule}": int for rule in KEEP_RULES},
 }
 _NAMES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
@@ -74,12 +78,18 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         values |= {table: options} if table else options
     for name in found:
         _refuse(path, name)
+    if "compression" in values:
+        values["snapshot"] = {"compression": values.pop("compression")}
     return values
 
 
-def _check(path: Path, name: str, value: object, wanted: type) -> None:
-    if type(value) is not wanted or (isinstance(value, int) and value < 0):
-        raise click.UsageError(f"in {path}, {name} must be {_NAMES[wanted]}")
+def _check(path: Path, name: str, value: object, wanted: _Wanted) -> None:
+    if isinstance(wanted, tuple):
+        right, told = value in wanted, " or ".join(f'"{text}"' for text in wanted)
+    else:
+        right, told = type(value) is wanted and not (isinstance(value, int) and value < 0), _NAMES[wanted]
+    if not right:
+        raise click.UsageError(f"in {path}, {name} must be {told}")
 
 
 def _refuse(path: Path, name: str) -> None:

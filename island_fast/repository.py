@@ -61,6 +61,7 @@ class Repository(OpenRepository):
         full: bool = False,
         image_format: str = "qcow2",
         backing: Sequence[str] = (),
+        compression: str = "zstd",
         properties: Mapping[str, str] | None = None,
         progress: Progress = silent,
     ) -> SnapshotTaken:
@@ -71,8 +72,10 @@ class Repository(OpenRepository):
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
         snapshot; `full` scans in full although a table diff would be sound. `backing` lists the image's
         backing files, nearest first, as "qcow2:FILE" or "raw:FILE"; what is stored is the volume as a guest
-        sees it, through all of them.
+        sees it, through all of them. `compression` of what is sent is "zstd" or "none".
         """
+        if compression not in ("zstd", "none"):
+            raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
         path = Path(os.path.realpath(image))
@@ -90,7 +93,9 @@ class Repository(OpenRepository):
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
-            request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
+            compress = compression == "zstd"
+            facts = dict(properties or {})
+            request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:

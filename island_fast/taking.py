@@ -209,7 +209,7 @@ class _Taking:
             note_sent(lineage, self._id, row, blocks, front)
 
         sink = PackSink(lineage.store, header, self._registration.attempt, stored)
-        sent = send(read, change.data, known, sink, self._progress)
+        sent = send(read, change.data, known, sink, self._progress, compress=self._request.compress)
         self._objects += len(sent.packs)
         return sent
 

@@ -77,13 +77,32 @@ def test_each_rule_is_looked_up_by_itself(
     assert "ISLAND_KEEP_LAST" in island.fails(2, "retain")
 
 
+def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = []
+    qemu.io(small, qemu.write(0, MIB, 1))  # which compresses well
+
+    def take(*words: object) -> None:
+        answer = island.json("snapshot", small, "--no-pin", "--volume", f"v{len(stored)}", *words)
+        stored.append(answer["bytes_stored"] < MIB)
+
+    take()
+    configure(island, 'compression = "none"')
+    take()
+    monkeypatch.setenv("ISLAND_COMPRESSION", "zstd")
+    take()
+    take("--compression", "none")
+    assert stored == [True, False, True, False]
+
+
 @pytest.mark.parametrize(
     "text, told",
     [
-        ('repositry = "/srv"', "repositry is unknown; known are repository, retain.keep-last, "),
+        ('repositry = "/srv"', "repositry is unknown; known are repository, compression, retain.keep-last, "),
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
         ("[snapshot]\nfull = true", "snapshot is unknown; known are "),
         ("repository = 7", "repository must be a text in quotes"),
+        ('compression = "zlib"', 'compression must be "zstd" or "none"'),
+        ("compression = true", 'compression must be "zstd" or "none"'),
         ("retain = 7", "retain must be a table"),
         ('[retain]\nkeep-daily = "7"', "retain.keep-daily must be a whole number, 0 or more"),
         ("[retain]\nkeep-daily = true", "retain.keep-daily must be a whole number, 0 or more"),
