@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from island_fast.bench.context import Work
-from island_fast.bench.works import increments, whole
+from island_fast.bench.works import attached, increments, whole
 
 __all__ = ["ALL"]
 
-ALL: tuple[Work, ...] = (*increments.WORKS, *whole.WORKS)
+ALL: tuple[Work, ...] = (*increments.WORKS, *whole.WORKS, *attached.WORKS)
