@@ -4,9 +4,10 @@ What is measured is the device that Nova is given, made by the driver's own code
 export. No Cinder and no guest take part, since neither is on the way of the data from that device on.
 
 fio cannot open a qcow2, so it reaches qemu's own by its engine for NBD: a second daemon, with the same
-options, serves an equal image at a socket. That is a hop between two processes, as a guest has one, by virtio,
-to a qemu that has the image open; fio's own hop to a block device is a system call. `qemu-img bench`, which
-opens an image itself, shows how far a device is behind it without any hop: the driver's self-test warns by that.
+options, serves an equal image at a socket. That is a hop between two processes, as a guest has one, by
+virtio, to a qemu that has the image open; fio's own hop to a block device is a system call. `qemu-img bench`,
+which opens an image itself, shows how far a device is behind it without any hop: the driver's self-test
+warns by that.
 """
 
 from __future__ import annotations
@@ -75,6 +76,7 @@ _JOBS = (
     _Job("1 MiB writes in order, 4 at a time", "write", MIB, 4),
     _Job("1 MiB reads in order, 4 at a time", "read", MIB, 4),
 )
+_FILLING = _Job("filling", "write", MIB, 4)
 _FIRST = _Job("first 4 KiB writes after a snapshot, 8 at a time", "randwrite", 4096, 8)
 _AGAINST = "qemu's own qcow2"
 
@@ -182,7 +184,7 @@ def _check(place: _Place, kind: str) -> None:
 def _rows(context: Context, plan: _Plan, kind: str, sides: tuple[_Volume, _Volume]) -> Iterator[Row]:
     context.tell(f"filling two volumes of {plan.size // MIB} MiB")
     for side in sides:
-        side.fio(_JOBS[4], plan)
+        side.fio(_FILLING, plan)
     for job in _JOBS:
         limit = ["--time_based", f"--runtime={plan.milliseconds}ms"]
         yield _row(context, plan, kind, job, sides, sides[0].renew if job.reads else lambda: None, limit)
