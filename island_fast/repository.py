@@ -1,220 +1,38 @@
 """The orchestrator: a repository and the verbs on it.
 
-A repository is a store plus a prefix, holding an object `repository` with its id. Each verb brings the
-layers below into their order; the order in which objects become durable (packs, manifest, record) is in
-`taking.py`, for sweeps in `sweeping.py`.
+Each verb brings the layers below into their order; the order in which objects become durable (packs,
+manifest, record) is in `taking.py`, for sweeps in `sweeping.py`. What a snapshot of an unchanged volume does
+not need is imported by the verbs that do: it would cost more time than the snapshot.
 """
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
-import secrets
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING
 
-from island_fast import reclaim
-from island_fast.catalog import SnapshotRow
+from island_fast.answer import SnapshotTaken
 from island_fast.choosing import Request, choose
-from island_fast.errors import (
-    ConflictError,
-    DamagedError,
-    DamagedObjectError,
-    IslandError,
-    NotFoundError,
-    ObjectMissingError,
-    RefusedError,
-    StoreError,
-    UnsupportedObjectError,
-    UsageError,
-)
-from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
-from island_fast.inspecting import image_info
+from island_fast.errors import DamagedError, RefusedError, UsageError
 from island_fast.lineage import Lineage
-from island_fast.local import LocalState
-from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
-from island_fast.packreader import PackReader
+from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
-from island_fast.restoring import Target, deletion_told, restore
-from island_fast.results import (
-    Adopted,
-    Deleted,
-    ImageInfo,
-    Restored,
-    Snapshot,
-    SnapshotShown,
-    SnapshotTaken,
-    SweepStep,
-    Swept,
-    timestamp,
-)
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
-from island_fast.stores import Store, open_store
-from island_fast.stores.checked import get_checked
-from island_fast.sweeping import sweep
 from island_fast.taking import take
 
-__all__ = ["Found", "Repository"]
+if TYPE_CHECKING:
+    from island_fast.results import Adopted, Deleted, ImageInfo, Restored, Snapshot, SnapshotShown, Swept
 
-_LOG = logging.getLogger(__name__)
-_NAME = "repository"
-_META = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A live snapshot and the lineage, just refreshed, that it is in."""
-
-    lineage: Lineage
-    row: SnapshotRow
+__all__ = ["Repository"]
 
 
-class Repository:
-    """An open repository. Owns its store; a context manager. Not thread-safe.
+class Repository(OpenRepository):
+    """The verbs on a repository: the Python API.
 
-    `state` is this host's local state. With `create`, a repository that is not there is made by the first
-    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes passed over
-    some of them.
+    Opened by `Repository.open(url)`; a context manager. Not thread-safe.
     """
-
-    def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
-        self.store = store
-        self.state = state
-        self.left_out: list[IslandError] = []
-        self._id = self._read_id()
-        if self._id is None and not (create and self._is_empty()):
-            raise NotFoundError(
-                f"{store.location} is not an island repository; check the path, or take a first snapshot "
-                "into an empty one"
-            )
-
-    @classmethod
-    def open(cls, url: str, *, state: LocalState | None = None, create: bool = False) -> Self:
-        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX."""
-        store = open_store(url, create_ok=create)
-        try:
-            return cls(store, state or LocalState(), create=create)
-        except BaseException:
-            store.close()
-            raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.store.close()
-
-    @property
-    def id(self) -> str:
-        """The repository's random id, 32 hex digits; asking for it makes a repository that is yet to be."""
-        if self._id is None:
-            self._id = self._create()
-        return self._id
-
-    def _read_id(self) -> str | None:
-        def check(data: memoryview) -> dict[str, Any]:
-            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
-
-        try:
-            meta = get_checked(self.store, _NAME, check, newest=True)
-        except ObjectMissingError:
-            return None
-        if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
-            raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
-        if meta.get("keys"):
-            raise UnsupportedObjectError(
-                f"{self.store.location} is encrypted, which this island does not know; use a newer one"
-            )
-        return str(meta["id"])
-
-    def _is_empty(self) -> bool:
-        """Whether a listing shows nothing: what others keep there stays theirs."""
-        return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
-
-    def _create(self) -> str:
-        """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
-        parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
-        with contextlib.suppress(ConflictError):
-            self.store.put(_NAME, parts)
-        winner = self._read_id()  # of two creators at one moment both may be told that they succeeded
-        if winner is None:
-            raise StoreError(f"{self.store.location} does not show what was just written; try again")
-        return winner
-
-    # Finding.
-
-    def lineage(self, name: str) -> Lineage:
-        """The lineage `name`, not yet read; UsageError if that cannot be one's name."""
-        if not LINEAGE_PATTERN.fullmatch(name) or name == _NAME:
-            raise UsageError(
-                f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
-            )
-        return Lineage(self.store, self.state.lineage(self.id, name), name)
-
-    def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
-        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
-
-        Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
-        """
-        if volume is not None:
-            yield self._existing(volume)
-            return
-        self.left_out = []
-        for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
-            lineage = self.lineage(name)
-            try:
-                self._refresh(lineage)
-            except (DamagedError, RefusedError) as error:
-                self.left_out.append(error)
-                continue
-            if lineage.exists:
-                yield lineage
-
-    def _existing(self, volume: str) -> Lineage:
-        """The lineage of `volume`, refreshed; NotFoundError if there is none."""
-        lineage = self.lineage(volume)
-        self._refresh(lineage)
-        if not lineage.exists:
-            raise NotFoundError(
-                f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
-            )
-        return lineage
-
-    def _refresh(self, lineage: Lineage) -> None:
-        """Read the catalog; a record of unknown outcome of this host's is settled first."""
-        if lineage.files.pending():
-            with lineage.locked():
-                return
-        lineage.refresh()
-
-    def find(self, reference: str) -> Found:
-        """The snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
-        volume, at, wanted = reference.rpartition("@")
-        if not at and not wanted:
-            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
-        found = []
-        for lineage in self.lineages(volume or None):
-            if at and wanted == "latest":
-                rows = [row for row in (lineage.state.newest(),) if row]
-            else:
-                rows = [row for key, row in lineage.state.live.items() if key.startswith(wanted)]
-            found += [Found(lineage, row) for row in rows if wanted]
-        if len(found) > 1:
-            raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
-        if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
-            raise self.left_out[0]  # what is left out may hold it, or another that begins like it
-        if not found:
-            raise NotFoundError(
-                f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
-            )
-        return found[0]
-
-    # Verbs.
 
     def snapshot(
         self,
@@ -228,6 +46,7 @@ class Repository:
         full: bool = False,
         image_format: str = "qcow2",
         backing: Sequence[str] = (),
+        compression: str = "zstd",
         properties: Mapping[str, str] | None = None,
         progress: Progress = silent,
     ) -> SnapshotTaken:
@@ -238,8 +57,10 @@ class Repository:
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
         snapshot; `full` scans in full although a table diff would be sound. `backing` lists the image's
         backing files, nearest first, as "qcow2:FILE" or "raw:FILE"; what is stored is the volume as a guest
-        sees it, through all of them.
+        sees it, through all of them. `compression` of what is sent is "zstd" or "none".
         """
+        if compression not in ("zstd", "none"):
+            raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
         path = Path(os.path.realpath(image))
@@ -257,14 +78,18 @@ class Repository:
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
-            request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
+            compress = compression == "zstd"
+            facts = dict(properties or {})
+            request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
         name = volume
         if name is None and self._id is not None:
-            name = self._pinned_lineage(source) or self.state.lineage_of(self.id, source.path)
+            if pinned := self._pinned_lineage(source):
+                return pinned
+            name = self.state.lineage_of(self.id, source.path)
         lineage = self.lineage(name or source.path.stem)
         self._refresh(lineage)
         if lineage.exists:
@@ -278,20 +103,22 @@ class Repository:
                 )
         return lineage
 
-    def _pinned_lineage(self, source: Source) -> str | None:
-        """The lineage, owned by this host, that the image holds a valid pin of."""
+    def _pinned_lineage(self, source: Source) -> Lineage | None:
+        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
         pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
             if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
-                return name
+                return lineage
         return None
 
     def outlook(
         self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
     ) -> ImageInfo:
         """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
+        from island_fast.inspecting import image_info
+
         path = Path(os.path.realpath(image))
         info = image_info(path)
         if self._id is None:
@@ -325,6 +152,8 @@ class Repository:
 
         A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
         """
+        from island_fast.restoring import Target, deletion_told, restore
+
         found = self.find(reference)
         with deletion_told(found.lineage, found.row):
             manifest = found.lineage.manifest(found.row)
@@ -333,55 +162,23 @@ class Repository:
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""
+        from island_fast.deleting import describe
+
         return [
             describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
         ]
 
     def show(self, reference: str) -> SnapshotShown:
         """One snapshot, and what deleting it would free."""
-        found = self.find(reference)
-        shown = asdict(describe(found.lineage, found.row))
-        try:
-            deletion = self._plan_delete(found.lineage, found.row)
-        except DamagedError as error:
-            _LOG.warning("what deleting it would free cannot be told: %s", error)
-            return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
-        return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
+        from island_fast.deleting import show
+
+        return show(self.find(reference))
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
         """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
-        answers: list[Deleted] = []
-        found = {f.row.id: f for f in map(self.find, references)}
-        lineages = {f.lineage.name: f.lineage for f in found.values()}
-        for snapshot, one in found.items():
-            lineage = lineages[one.lineage.name]
-            if dry_run:
-                deletion = self._plan_delete(lineage, lineage.state.live[snapshot])
-                lineage.state = lineage.state.after(deletion.record)
-            else:
-                deletion = self._delete(lineage, snapshot)
-            answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
-        return answers
+        from island_fast.deleting import delete
 
-    def _delete(self, lineage: Lineage, snapshot: str) -> reclaim.Deletion:
-        with lineage.locked():
-            lineage.require_owner(self.state.writer)
-            row = lineage.state.live.get(snapshot)
-            if row is None:
-                raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-            for registration, alive in lineage.files.running():
-                if alive and registration.parent == snapshot:
-                    raise RefusedError(
-                        f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
-                        "delete it when that has ended"
-                    )
-            deletion = self._plan_delete(lineage, row)
-            lineage.append(deletion.record, self.state.writer)
-            lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
-            return deletion
-
-    def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
-        return reclaim.plan_delete(lineage, row, PackReader(lineage), time.time_ns())
+        return delete([self.find(one) for one in references], self.state.writer, dry_run)
 
     def sweep(
         self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
@@ -390,19 +187,22 @@ class Repository:
 
         One that cannot be swept is passed over: see `left_out`.
         """
+        from island_fast.sweeping import sweep
+
         grace = self.store.grace if grace is None else grace
         answers = []
         for lineage in self.lineages():
             try:
                 if lineage.owner == self.state.writer:
-                    plan = sweep(lineage, self.state.writer, grace, dry_run, progress)
-                    answers.append(_swept(lineage, plan))
+                    answers.append(sweep(lineage, self.state.writer, grace, dry_run, progress))
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
+        from island_fast.results import Adopted
+
         lineage = self._existing(volume)
         with lineage.locked():
             lineage.adopt(self.state.writer)
@@ -417,29 +217,3 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
         manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
         pins += [manifest.pin] if manifest else []
     return any(source.find(pin) for pin in pins)
-
-
-def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
-    """A snapshot as `list` and `show` tell it."""
-    return Snapshot(
-        snapshot=row.id,
-        lineage=lineage.name,
-        parent=row.parent,
-        volume=lineage.name,
-        label=row.label,
-        created=timestamp(row.created),
-        volume_size=row.volume_size,
-        bytes_stored=row.stored + row.manifest_size,
-    )
-
-
-def _swept(lineage: Lineage, plan: reclaim.SweepPlan) -> Swept:
-    return Swept(
-        volume=lineage.name,
-        objects_removed=plan.objects,
-        packs_repacked=len(plan.repacked),
-        bytes_removed=plan.removed,
-        bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.freed,
-        steps=tuple(SweepStep(*step) for step in reclaim.steps(lineage, plan)),
-    )

@@ -1,0 +1,188 @@
+"""Opening a repository, and finding the snapshots in it.
+
+A repository is a store plus a prefix, holding an object `repository` with its id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Self
+
+from island_fast.catalog import SnapshotRow
+from island_fast.errors import (
+    ConflictError,
+    DamagedError,
+    DamagedObjectError,
+    IslandError,
+    NotFoundError,
+    ObjectMissingError,
+    RefusedError,
+    StoreError,
+    UnsupportedObjectError,
+    UsageError,
+)
+from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.lineage import Lineage
+from island_fast.local import LocalState
+from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.stores import Store, open_store
+from island_fast.stores.checked import get_checked
+
+__all__ = ["Found", "OpenRepository"]
+
+_NAME = "repository"
+_META = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A live snapshot and the lineage, just refreshed, that it is in."""
+
+    lineage: Lineage
+    row: SnapshotRow
+
+
+class OpenRepository:
+    """An open repository, and what is found in it. Owns its store; a context manager. Not thread-safe.
+
+    `state` is this host's local state. With `create`, a repository that is not there is made by the first
+    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes passed over
+    some of them.
+    """
+
+    def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
+        self.store = store
+        self.state = state
+        self.left_out: list[IslandError] = []
+        self._id = self._read_id()
+        if self._id is None and not (create and self._is_empty()):
+            raise NotFoundError(
+                f"{store.location} is not an island repository; check the path, or take a first snapshot "
+                "into an empty one"
+            )
+
+    @classmethod
+    def open(cls, url: str, *, state: LocalState | None = None, create: bool = False) -> Self:
+        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX."""
+        store = open_store(url, create_ok=create)
+        try:
+            return cls(store, state or LocalState(), create=create)
+        except BaseException:
+            store.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.store.close()
+
+    @property
+    def id(self) -> str:
+        """The repository's random id, 32 hex digits; asking for it makes a repository that is yet to be."""
+        if self._id is None:
+            self._id = self._create()
+        return self._id
+
+    def _read_id(self) -> str | None:
+        def check(data: memoryview) -> dict[str, Any]:
+            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+
+        try:
+            meta = get_checked(self.store, _NAME, check, newest=True)
+        except ObjectMissingError:
+            return None
+        if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
+            raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
+        if meta.get("keys"):
+            raise UnsupportedObjectError(
+                f"{self.store.location} is encrypted, which this island does not know; use a newer one"
+            )
+        return str(meta["id"])
+
+    def _is_empty(self) -> bool:
+        """Whether a listing shows nothing: what others keep there stays theirs."""
+        return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
+
+    def _create(self) -> str:
+        """Write the object `repository`; the first of two creators wins."""
+        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
+        parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
+        with contextlib.suppress(ConflictError):
+            self.store.put(_NAME, parts)
+        winner = self._read_id()  # of two creators at one moment both may be told that they succeeded
+        if winner is None:
+            raise StoreError(f"{self.store.location} does not show what was just written; try again")
+        return winner
+
+    # Finding.
+
+    def lineage(self, name: str) -> Lineage:
+        """The lineage `name`, not yet read; UsageError if that cannot be one's name."""
+        if not LINEAGE_PATTERN.fullmatch(name) or name == _NAME:
+            raise UsageError(
+                f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
+            )
+        return Lineage(self.store, self.state.lineage(self.id, name), name)
+
+    def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
+        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
+
+        Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
+        """
+        if volume is not None:
+            yield self._existing(volume)
+            return
+        self.left_out = []
+        for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
+            lineage = self.lineage(name)
+            try:
+                self._refresh(lineage)
+            except (DamagedError, RefusedError) as error:
+                self.left_out.append(error)
+                continue
+            if lineage.exists:
+                yield lineage
+
+    def _existing(self, volume: str) -> Lineage:
+        """The lineage of `volume`, refreshed; NotFoundError if there is none."""
+        lineage = self.lineage(volume)
+        self._refresh(lineage)
+        if not lineage.exists:
+            raise NotFoundError(
+                f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
+            )
+        return lineage
+
+    def _refresh(self, lineage: Lineage) -> None:
+        """Read the catalog; a record of unknown outcome of this host's is settled first."""
+        if lineage.files.pending():
+            with lineage.locked():
+                return
+        lineage.refresh()
+
+    def find(self, reference: str) -> Found:
+        """The snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        volume, at, wanted = reference.rpartition("@")
+        if not at and not wanted:
+            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
+        found = []
+        for lineage in self.lineages(volume or None):
+            if at and wanted == "latest":
+                rows = [row for row in (lineage.state.newest(),) if row]
+            else:
+                rows = [row for key, row in lineage.state.live.items() if key.startswith(wanted)]
+            found += [Found(lineage, row) for row in rows if wanted]
+        if len(found) > 1:
+            raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
+        if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
+            raise self.left_out[0]  # what is left out may hold it, or another that begins like it
+        if not found:
+            raise NotFoundError(
+                f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
+            )
+        return found[0]
