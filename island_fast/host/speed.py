@@ -20,7 +20,7 @@ from island_fast.host.execute import Execute, succeed
 from island_fast.host.nodes import file_node, qcow2_node, takes_direct
 from island_fast.qcow2 import Image
 
-__all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "complaint", "device_words", "image_words", "measure"]
+__all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "complaint", "measure"]
 
 ENOUGH = 0.5
 """Of the speed of qemu's own qcow2; a device with less is complained of."""
@@ -91,7 +91,7 @@ def measure(device: Path, image: Path, execute: Execute) -> Iterator[Speed]:
 
     This user must be able to open both. IslandError if `qemu-img bench` fails on either.
     """
-    sides = device_words(device), image_words(image)
+    sides = _device_words(device), _image_words(image)
     for shape in SHAPES:
         yield Speed(shape, tuple(_alternate(sides, shape, execute)))
 
@@ -108,12 +108,12 @@ def complaint(speeds: Sequence[Speed], kind: str) -> str:
     )
 
 
-def device_words(device: Path) -> list[str]:
+def _device_words(device: Path) -> list[str]:
     """How `qemu-img bench` is told of a block device."""
     return ["-t", "none", "-f", "raw", str(device)]
 
 
-def image_words(image: Path) -> list[str]:
+def _image_words(image: Path) -> list[str]:
     """How it is told of an image: with the options that a volume's daemon uses."""
     with Image.open(image) as opened:
         size, cluster = opened.header.size, opened.header.cluster_size
