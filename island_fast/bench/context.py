@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from island_fast.bench.results import Counter, Row
+from island_fast.bench.results import Counter, LeftOut, Row
 
 __all__ = ["GIB", "MIB", "QUICK", "WHOLE", "Context", "Scale", "Size", "Work"]
 
@@ -74,7 +74,7 @@ class Work:
     """
 
     name: str
-    run: Callable[[Context], Iterator[Row | Counter]]
+    run: Callable[[Context], Iterator[Row | Counter | LeftOut]]
     needs: tuple[str, ...] = ()
     space: Callable[[Scale], int] = lambda scale: 0
     swift: bool = False

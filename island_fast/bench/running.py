@@ -62,7 +62,12 @@ def measure(plan: Plan, tell: Callable[[str], None]) -> Report:
         with tempfile.TemporaryDirectory(prefix="island-bench-", ignore_cleanup_errors=True) as scratch:
             context = Context(Path(scratch), scale, plan.quick, plan.seed, versions, tell)
             for found in work.run(context):
-                (rows if isinstance(found, Row) else counters).append(found)  # type: ignore[arg-type]
+                if isinstance(found, Row):
+                    rows.append(found)
+                elif isinstance(found, Counter):
+                    counters.append(found)
+                else:
+                    left_out.append(found)
     return Report(
         started,
         {**_machine(), "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"},

@@ -35,6 +35,7 @@ PEERS = {
     "restic": Known("apt-get install restic", ("restic", "version")),
     "borg": Known("apt-get install borgbackup", ("borg", "--version")),
     "qemu-img": Known("apt-get install qemu-utils", ("qemu-img", "--version")),
+    "fio": Known("apt-get install fio", ("fio", "--version")),
     "cinder": Known("pip install 'island-fast[bench]'", package="cinder"),
 }
 """By the names that --peers takes."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from island_fast.bench.context import Work
-from island_fast.bench.works import depth, increments, kernels, maps, memory, sending, sizes, whole
+from island_fast.bench.works import attached, depth, increments, kernels, maps, memory, sending, sizes, whole
 
 __all__ = ["ALL"]
 
@@ -16,4 +16,5 @@ ALL: tuple[Work, ...] = (
     *sizes.WORKS,
     *memory.WORKS,
     *sending.WORKS,
+    *attached.WORKS,
 )
