@@ -16,6 +16,7 @@ from island_fast import __version__, show
 from island_fast.looking import info, map_
 from island_fast.options import common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
+from island_fast.proving import verify
 
 __all__ = ["main"]
 
@@ -341,3 +342,4 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
 
 island.add_command(info)
 island.add_command(map_)
+island.add_command(verify)

@@ -13,10 +13,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from island_fast import reclaim
+from island_fast import reclaim, verifying
 from island_fast.catalog import SnapshotRow
 from island_fast.choosing import Request, choose
 from island_fast.errors import DamagedError, NotFoundError, RefusedError, UsageError
+from island_fast.healing import mend_known
 from island_fast.inspecting import image_info
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
@@ -33,6 +34,7 @@ from island_fast.results import (
     SnapshotTaken,
     SweepStep,
     Swept,
+    Verified,
     timestamp,
 )
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
@@ -92,6 +94,7 @@ class Repository(OpenRepository):
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
             request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
+            mend_known(lineage, source, self.state.writer, progress)
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
@@ -234,6 +237,30 @@ class Repository(OpenRepository):
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
+
+    def verify(
+        self,
+        reference: str | None = None,
+        *,
+        sample: float | None = None,
+        since: float | None = None,
+        against: str | Path | None = None,
+        backing: Sequence[str] = (),
+        heal: bool = False,
+        progress: Progress = silent,
+    ) -> Verified:
+        """Whether what a snapshot, or every one, needs is there and as it was written; damage is no error.
+
+        Packs are looked for by name and size. Read whole, every block against its digest, are those that this
+        host did not for `since` seconds, up to `sample`, a fraction, of all bytes; what was not read for the
+        longest comes first. `against` is an image that holds the snapshot's pin, with its `backing` files:
+        the two are compared. With `heal`, what is damaged is mended where the same bytes are still to be had.
+        Volumes that this version cannot read are passed over: see `left_out`.
+        """
+        files = [Backing.parse(text) for text in backing]
+        image = Path(os.path.realpath(against)) if against is not None else None
+        request = verifying.Request(self.state.writer, sample, since, image, files, heal)
+        return verifying.verify(self, reference, request, progress)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""

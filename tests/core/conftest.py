@@ -29,9 +29,14 @@ PACK = 8
 @pytest.fixture
 def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks, sent one at a time and in order."""
-    monkeypatch.setattr(pipeline, "BATCH", PACK)
-    monkeypatch.setattr(pipeline, "MAX_SLOTS", PACK)
-    monkeypatch.setattr(pipeline, "UPLOADS", 1)
+    in_small_packs(monkeypatch)
+
+
+def in_small_packs(patch: pytest.MonkeyPatch) -> None:
+    """The same, for as long as `patch` lasts."""
+    patch.setattr(pipeline, "BATCH", PACK)
+    patch.setattr(pipeline, "MAX_SLOTS", PACK)
+    patch.setattr(pipeline, "UPLOADS", 1)
 
 
 def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:
