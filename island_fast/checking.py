@@ -27,7 +27,7 @@ from island_fast.catalog import (
 from island_fast.choosing import keyed
 from island_fast.dirtymap import BLOCK_SIZE, intersect_intervals, merge_intervals
 from island_fast.errors import UNREADABLE, DamagedObjectError, NotFoundError, ObjectMissingError
-from island_fast.examining import CONTRADICTION, MISSING, ROT, Finding, Packs, manifest_finding
+from island_fast.examining import CONTRADICTION, MISSING, ROT, Examiner, Finding, manifest_finding
 from island_fast.healing import live_runs
 from island_fast.health import Health
 from island_fast.lineage import Lineage
@@ -77,7 +77,7 @@ class Checkup:
         self.objects = 0
         self.objects_read = 0
         self.health = Health(lineage)
-        self.packs = Packs(lineage)
+        self.packs = Examiner(lineage)
         self._fetched: set[str] = set()  # manifests that were not cached, and came whole
         self._unread: set[str] = set()  # manifests that could not be read
         found, self.bytes_read = record_findings(lineage, lineage.needed_records)

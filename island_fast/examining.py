@@ -42,8 +42,8 @@ __all__ = [
     "MISSING",
     "ROT",
     "TRUNCATED",
+    "Examiner",
     "Finding",
-    "Packs",
     "Remains",
     "manifest_finding",
     "readable",
@@ -97,7 +97,7 @@ class Remains:
     told: str
 
 
-class Packs:
+class Examiner:
     """Packs of one lineage, examined. Thread-safe, while nothing else uses the lineage."""
 
     def __init__(self, lineage: Lineage) -> None:
@@ -134,9 +134,8 @@ class Packs:
         left = self.remains(key)
         if left is None or not left.kind:
             return None
-        return Finding(
-            left.place.name, left.kind, left.told, key, slots_of(key, left.live & ~(left.good & ~left.bare))
-        )
+        lost = left.live if left.bare else left.live & ~left.good
+        return Finding(left.place.name, left.kind, left.told, key, slots_of(key, lost))
 
     def remains(self, key: int) -> Remains | None:
         """Read the pack whole, and prove every block that a snapshot needs; None if the pack is gone."""

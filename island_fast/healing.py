@@ -19,12 +19,19 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.catalog import Packs as PackRows
-from island_fast.catalog import Record, pack_full_name
+from island_fast.catalog import Packs, Record, pack_full_name, stop_name
 from island_fast.choosing import keyed
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals
-from island_fast.errors import UNREADABLE, ConflictError, DamagedObjectError, IslandError, NotFoundError
-from island_fast.examining import Finding, Packs, Remains, manifest_finding, readable, slots_of
+from island_fast.errors import (
+    UNREADABLE,
+    ConflictError,
+    DamagedObjectError,
+    IslandError,
+    NotFoundError,
+    ObjectMissingError,
+)
+from island_fast.examining import Examiner, Finding, Remains, manifest_finding, readable, slots_of
+from island_fast.frame import Kind, open_frame, read_json
 from island_fast.health import Health
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
@@ -101,7 +108,7 @@ def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress
     if not keys:
         return
     try:
-        packs = Packs(lineage)
+        packs = Examiner(lineage)
         findings = [finding for finding in map(packs.finding, keys) if finding]
         for key in set(keys) - {finding.key for finding in findings}:
             health.note_proved(packs.reader.place(key).name, time.time())
@@ -136,7 +143,7 @@ class _Mending:
         self._lineage = lineage
         self._writer = writer
         self._views = list(views)
-        self._packs = Packs(lineage)
+        self._packs = Examiner(lineage)
         self._epoch = lineage.epoch
         self._homes = self._find_homes(lost)
         self._others = self._find_others(lost)
@@ -169,7 +176,7 @@ class _Mending:
 
         By key of each that was, what is still lost.
         """
-        before, renamed, names = PackRows(), PackRows(), {}
+        before, renamed, names = Packs(), Packs(), {}
         still: dict[int, Int64s] = {}
         for key in keys:
             left = self._packs.remains(key)
@@ -276,7 +283,7 @@ class _Mending:
             raise DamagedObjectError(f"pack {name}, just written, does not hold what it should; run it again")
         return size
 
-    def _switch(self, before: PackRows, renamed: PackRows) -> None:
+    def _switch(self, before: Packs, renamed: Packs) -> None:
         """Append the record from which on the packs are found under their new names."""
         lineage = self._lineage
         with lineage.locked():
@@ -339,8 +346,22 @@ def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
 def mend_catalog(lineage: Lineage, writer: str) -> None:
     """Begin the catalog anew, from what this host knows of it: nobody reads the older records again.
 
-    That is an adoption by the owner. ConflictError unless this host is that.
+    That is an adoption by the owner; one that was interrupted is gone on with. ConflictError unless this host
+    is the owner.
     """
     with lineage.locked():
-        lineage.require_owner(writer)
+        if _stopped_by(lineage) != writer:
+            lineage.require_owner(writer)
         lineage.adopt(writer)
+
+
+def _stopped_by(lineage: Lineage) -> str | None:
+    """Who began to adopt the lineage and has not ended; None if nobody did, or if that cannot be read."""
+    name = stop_name(lineage.name, lineage.epoch)
+
+    def check(data: memoryview) -> str:
+        return str(read_json(name, open_frame(Kind.STOP, name, data).section(1, 1 << 16)).get("writer"))
+
+    with contextlib.suppress(ObjectMissingError, *UNREADABLE):
+        return get_checked(lineage.store, name, check, newest=True)
+    return None

@@ -103,7 +103,7 @@ def _told(found: Verified) -> str:
         ("verified", f"{show.count(found.snapshots, 'snapshot')}, {show.count(found.objects, 'object')}"),
         ("read", f"{show.size(found.bytes_read)} in {show.count(found.objects_read, 'object')}"),
         ("compared", show.size(found.bytes_compared) if found.bytes_compared else ""),
-        ("never read", show.count(found.objects_never_read, "object") if found.objects_never_read else ""),
+        ("unproved", show.count(found.objects_unproved, "object") if found.objects_unproved else ""),
         ("damaged", show.count(len(found.damages), "object") if found.damages else "nothing was found"),
         ("mended", show.count(mended, "object") if mended else ""),
         ("time", show.duration(found.seconds)),

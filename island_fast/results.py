@@ -241,14 +241,14 @@ class Damage(_Answer):
 class Verified(_Answer):
     """What was verified, of how many snapshots, and all damage that was found.
 
-    All `objects` were looked for; `objects_read` were read whole now, `objects_never_read` not once by this
-    host. `bytes_compared` is the volume's data that was compared with a pinned base.
+    All `objects` were looked for; `objects_read` were read whole now; `objects_unproved` this host has never
+    read whole and found right. `bytes_compared` is the volume's data that was compared with a pinned base.
     """
 
     snapshots: int
     objects: int
     objects_read: int
-    objects_never_read: int
+    objects_unproved: int
     bytes_read: int
     bytes_compared: int
     damages: tuple[Damage, ...]

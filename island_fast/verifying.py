@@ -62,7 +62,7 @@ def verify(
         snapshots=sum(len(checkup.rows) for checkup in run.checkups),
         objects=sum(checkup.objects for checkup in run.checkups),
         objects_read=sum(checkup.objects_read for checkup in run.checkups),
-        objects_never_read=run.never_read(),
+        objects_unproved=run.unproved(),
         bytes_read=sum(checkup.bytes_read for checkup in run.checkups),
         bytes_compared=run.bytes_compared,
         damages=tuple(damages),
@@ -142,8 +142,8 @@ class _Run:
 
         return told
 
-    def never_read(self) -> int:
-        """How many objects this host has never read whole."""
+    def unproved(self) -> int:
+        """How many objects this host has never read whole and found right."""
         pairs = zip(self.checkups, self._items, strict=True)
         return sum(not checkup.health.proved(item.name) for checkup, items in pairs for item in items)
 

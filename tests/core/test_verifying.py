@@ -146,7 +146,7 @@ def test_looking_asks_for_every_object_and_reads_no_pack(history: History, store
     assert found.objects == len(packs) + len(manifests) + len(records)
     assert store.of("packs", "manifests") == Counter({("head", name): 1 for name in packs + manifests})
     assert {name for verb, name in store.of("catalog") if verb == "get"} == set(records)
-    assert found.objects_never_read == len(packs) + len(manifests)
+    assert found.objects_unproved == len(packs) + len(manifests)
 
 
 def test_a_host_without_caches_reads_the_manifests_to_know_what_they_name(
@@ -167,7 +167,7 @@ def test_each_object_is_read_once_however_many_snapshots_share_it(
     found = history.repository.verify(sample=1.0)
     objects = history.names("packs") + history.names("manifests")
     assert store.of("packs", "manifests") == Counter({("get", name): 1 for name in objects})
-    assert (found.objects_read, found.objects_never_read) == (found.objects, 0)
+    assert (found.objects_read, found.objects_unproved) == (found.objects, 0)
     assert found.bytes_read == sum(len(s.data) for n, s in store.objects.items() if "/" in n)
 
 
@@ -375,7 +375,7 @@ def test_a_share_per_run_gets_round(history: History, store: NamedCalls) -> None
         assert sum(objects[name] for name in mine) >= 0.25 * sum(objects.values())
         assert not (mine & set(read)) or set(read) | mine == set(objects), "the longest unread come first"
         read.update(mine)
-        assert found.objects_never_read == len(objects) - len(read), run
+        assert found.objects_unproved == len(objects) - len(read), run
     assert set(read) == set(objects)
 
 
@@ -424,7 +424,7 @@ def test_notes_that_are_damaged_count_as_none(history: History) -> None:
     for text in (b"", b"[]", b'{"packs/x": "y"}', b"\xff"):
         notes.write_bytes(text)
         found = history.opened("owner").verify()
-        assert found.objects_never_read == len(history.names("packs")) + len(history.names("manifests"))
+        assert found.objects_unproved == len(history.names("packs")) + len(history.names("manifests"))
 
 
 # Beside others.
