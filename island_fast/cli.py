@@ -81,6 +81,7 @@ def island() -> None:
     \b
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
+      ISLAND_COMPRESSION      compression of what is sent: zstd or none
       ISLAND_STATE            folder of local state: locks and caches
       ISLAND_DEBUG=1          show the traceback of an error
       ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD    credentials for Swift
@@ -114,6 +115,8 @@ def island() -> None:
 @image_format_option("Format of IMAGE; a raw one is scanned in full.")
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True,
               help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
+@click.option("--compression", type=click.Choice(["zstd", "none"]), default="zstd", show_default=True,
+              envvar="ISLAND_COMPRESSION", help="Compression of what is sent.")  # fmt: skip
 @common
 @click.pass_obj
 def snapshot(
@@ -127,6 +130,7 @@ def snapshot(
     full: bool,
     image_format: str,
     backing: tuple[str, ...],
+    compression: str,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -159,6 +163,7 @@ def snapshot(
             full=full,
             image_format=image_format,
             backing=backing,
+            compression=compression,
             progress=progress,
         )
     for note in taken.notes:

@@ -228,7 +228,7 @@ class _Mending:
             view.read(blocks, data)
             digests = digest_blocks(data, left.index.header.seed)
             equal = (digests == left.index.rows["digest"][slots]).all(axis=1)
-            stored, codecs = compress_blocks(data[equal])
+            stored, _, codecs = compress_blocks(data, np.flatnonzero(equal))
             found.put(slots[equal].tolist(), stored, codecs.tolist())
 
     def _borrow(self, rows: Int64s, left: Remains, found: _Found) -> None:

@@ -21,7 +21,7 @@ from island_fast.pack import MAX_SLOTS
 from island_fast.slots import SLOT_BITS
 from island_fast.source import Change
 
-__all__ = ["Health", "resent"]
+__all__ = ["Health", "knows_damage", "resent"]
 
 Int64s = NDArray[np.int64]
 _PROVED, _DAMAGED = "/proved", "/damaged"
@@ -99,6 +99,11 @@ class Health:
             self._lineage.files.uncache(name)
 
 
+def knows_damage(lineage: Lineage) -> bool:
+    """Whether this host knows of any damage in the lineage."""
+    return lineage.files.cached(_DAMAGED) is not None
+
+
 def _time(value: object) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
@@ -118,9 +123,9 @@ def resent(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs
     Such blocks are read from the image and sent again, whatever they hold: an entry that points to a lost
     block is not inherited. `parent` holds pack keys.
     """
-    gone = parent.among(Health(lineage).lost()).intervals()
-    if not len(gone):
+    if not knows_damage(lineage):
         return change, parent
+    gone = parent.among(Health(lineage).lost()).intervals()
     here = DirtyMap.from_runs(change.candidates.blocks, np.minimum(gone, change.candidates.blocks))
     again = replace(
         change,

@@ -6,8 +6,8 @@ A repository is a store plus a prefix, holding an object `repository` with its i
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,7 +122,7 @@ class OpenRepository:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import pack_full_name
+from island_fast.dirtymap import distinct
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
@@ -206,22 +207,24 @@ class KnownDigests:
 
     It answers only "is this block the same?"; where the block is, the runs tell. `index` gives the index of
     what stands in the runs' column `pack`; None if that pack is not to be relied on. Of a pack whose index
-    cannot be read no block counts as the same, which is told.
+    cannot be read no block counts as the same, which is told. Thread-safe.
     """
 
     def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self._runs = runs
         self._index = index
         self._unreadable: set[int] = set()
+        self._lock = threading.Lock()  # so that no two threads fetch the same index
 
     def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
         """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
         answer = np.zeros(blocks.size, np.bool_)
         named, row, offset = self._runs.locate(blocks)
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
-        for key in np.unique(keys):
+        for key in distinct(keys):
             mine = keys == key
-            index = self._readable(int(key), slots[mine])
+            with self._lock:
+                index = self._readable(int(key), slots[mine])
             if index is None:
                 continue
             known = index.rows["digest"][slots[mine]]

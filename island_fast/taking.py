@@ -8,8 +8,7 @@ docs/reliability.md.
 
 from __future__ import annotations
 
-import secrets
-import socket
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import __version__
+from island_fast.answer import SnapshotTaken
 from island_fast.catalog import Packs, Record, SnapshotRow, manifest_name
 from island_fast.choosing import Request, Start, choose, keyed
 from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
@@ -32,8 +32,6 @@ from island_fast.packreader import KnownDigests, PackReader
 from island_fast.pipeline import Known, PackRow, PackSink, Sent, send
 from island_fast.progress import Progress
 from island_fast.qcow2 import InternalSnapshot, PinnedBase
-from island_fast.reclaim import with_more_dead
-from island_fast.results import SnapshotTaken
 from island_fast.resuming import KeptPacks, find_interrupted, note_sent
 from island_fast.slots import PACK_BITS, pack_keys, slot_intervals
 from island_fast.source import Change, Source, View, pin_name
@@ -59,7 +57,7 @@ def take(
 
 def new_id() -> str:
     """A snapshot id that nobody has used."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 class _Taking:
@@ -213,7 +211,7 @@ class _Taking:
             note_sent(lineage, self._id, row, blocks, front)
 
         sink = PackSink(lineage.store, header, self._registration.attempt, stored)
-        sent = send(read, change.data, known, sink, self._progress)
+        sent = send(read, change.data, known, sink, self._progress, compress=self._request.compress)
         self._objects += len(sent.packs)
         return sent
 
@@ -246,7 +244,7 @@ class _Taking:
         table, runs = tabulate(runs, self._lineage.name, self._lineage.numbers)
         facts = {
             "tool": f"island {__version__}",
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "consistency": "crash",
             **self._source.facts,
         }
@@ -278,6 +276,8 @@ class _Taking:
         written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
         kept, dead = self._kept.rows(own)
         if dead.size:
+            from island_fast.reclaim import with_more_dead  # only after an interruption
+
             kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
         return kept.updated(written), dead
 

@@ -30,7 +30,8 @@ LAYERS = [
     ["remedying"],
     ["checking"],
     ["healing"],
-    ["opening", "taking", "restoring", "inspecting", "sweeping"],
+    ["deleting", "taking", "restoring", "inspecting", "sweeping"],
+    ["opening"],
     ["comparing", "examining", "resuming"],
     ["choosing", "health"],
     ["pipeline", "reclaim"],
@@ -45,7 +46,8 @@ LAYERS = [
     ["host"],
     ["qcow2", "stores"],
     ["dirtymap"],
-    ["_diff", "durable", "errors", "progress", "results"],
+    ["results"],
+    ["_diff", "answer", "durable", "errors", "progress"],
 ]
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
 

@@ -27,16 +27,16 @@ PACK = 8
 
 
 @pytest.fixture
-def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_packs(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks, sent one at a time and in order."""
-    in_small_packs(monkeypatch)
+    in_small_packs(store, monkeypatch)
 
 
-def in_small_packs(patch: pytest.MonkeyPatch) -> None:
+def in_small_packs(store: MemoryStore, patch: pytest.MonkeyPatch) -> None:
     """The same, for as long as `patch` lasts."""
     patch.setattr(pipeline, "BATCH", PACK)
     patch.setattr(pipeline, "MAX_SLOTS", PACK)
-    patch.setattr(pipeline, "UPLOADS", 1)
+    store.uploads = 1
 
 
 def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:

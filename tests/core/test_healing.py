@@ -30,9 +30,9 @@ class Volume:
     `truth` has what each holds, oldest first. Block 0 is of the first alone, block 1 of the first two.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: MemoryStore) -> None:
         self.folder = folder
-        self.store = MemoryStore()
+        self.store = store
         self.image = qemu.create(folder / "vol.qcow2", SIZE, lazy_refcounts="on")
         self.truth: dict[str, bytes] = {}
         self.owner = self.opened("owner", create=True)
@@ -93,15 +93,16 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[Volume, Path]:
     """A volume that is made once, and a copy of its files."""
     folder = tmp_path_factory.mktemp("healing")
     (folder / "made").mkdir()
+    store = MemoryStore()
     with pytest.MonkeyPatch.context() as patch:
-        in_small_packs(patch)
-        volume = Volume(folder / "made")
+        in_small_packs(store, patch)
+        volume = Volume(folder / "made", store)
     shutil.copytree(folder / "made", folder / "kept")
     return volume, folder / "kept"
 
 
 @pytest.fixture
-def volume(template: tuple[Volume, Path], small_packs: None) -> Volume:
+def volume(template: tuple[Volume, Path], monkeypatch: pytest.MonkeyPatch) -> Volume:
     """That volume as if it had just been made."""
     made, kept = template
     shutil.rmtree(made.folder)
@@ -109,6 +110,7 @@ def volume(template: tuple[Volume, Path], small_packs: None) -> Volume:
     again = copy.copy(made)
     again.store, again.truth = MemoryStore(), dict(made.truth)
     again.store.objects |= made.store.objects
+    in_small_packs(again.store, monkeypatch)
     again.owner = again.opened("owner")
     return again
 

@@ -108,21 +108,23 @@ def cut(data: bytearray) -> None:
 def template(tmp_path_factory: pytest.TempPathFactory) -> tuple[History, Path]:
     """A history that is made once, and a copy of its files."""
     folder = tmp_path_factory.mktemp("verifying")
+    store = NamedCalls()
     with pytest.MonkeyPatch.context() as patch:
-        in_small_packs(patch)
-        history = History(NamedCalls(), folder / "made")
+        in_small_packs(store, patch)
+        history = History(store, folder / "made")
     shutil.copytree(folder / "made", folder / "kept")
     return history, folder / "kept"
 
 
 @pytest.fixture
-def history(template: tuple[History, Path], small_packs: None) -> History:
+def history(template: tuple[History, Path], monkeypatch: pytest.MonkeyPatch) -> History:
     """That history as if it had just been made; nothing was asked of its store."""
     made, kept = template
     shutil.rmtree(made.folder)
     shutil.copytree(kept, made.folder)
     again = copy.copy(made)
     again.store = NamedCalls()
+    in_small_packs(again.store, monkeypatch)
     again.store.objects |= made.store.objects
     again.repository = again.opened("owner")
     again.store.by_name.clear()
