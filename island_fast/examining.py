@@ -140,14 +140,11 @@ class Examiner:
     def remains(self, key: int) -> Remains | None:
         """Read the pack whole, and prove every block that a snapshot needs; None if the pack is gone."""
         try:
-            left = self.reader.following(key, lambda place: self._read(key, place))
+            return self.reader.following(key, lambda place: self._read(key, place))
         except DamagedObjectError as error:  # missing, or not in the catalog any more
             with contextlib.suppress(DamagedObjectError):
-                place = self.reader.place(key)
-                told = f"{error}"
-                return self._judged(key, place, None, MISSING, told)
+                return self._judged(key, self.reader.place(key), None, MISSING, str(error))
             return None
-        return left
 
     def _live(self, key: int, place: Place) -> Bools:
         return live_slots(self._lineage.state, key, place.slots)
@@ -186,13 +183,9 @@ class Examiner:
             good = readable(index, data, np.flatnonzero(live))
         whole = not kind
         if whole and not good[live].all():
-            absent = index is not None and (index.rows["codec"][live & ~good] == ABSENT).all()
-            kind = LOST_BLOCKS if absent else ROT
-            told = (
-                f"pack {place.name} lacks blocks that were lost"
-                if absent
-                else (f"pack {place.name} holds blocks that are not what was written (digests differ)")
-            )
+            kind, told = ROT, f"pack {place.name} holds blocks that are not what was written (digests differ)"
+            if index is not None and (index.rows["codec"][live & ~good] == ABSENT).all():
+                kind, told = LOST_BLOCKS, f"pack {place.name} lacks blocks that were lost"
         return Remains(place, index, data, live, good, whole, bare, kind, told)
 
     def _front(self, name: str, data: memoryview | bytes | None) -> Index | None:
