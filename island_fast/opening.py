@@ -146,10 +146,10 @@ class OpenRepository:
 
         Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
         """
+        self.left_out = []
         if volume is not None:
             yield self._existing(volume)
             return
-        self.left_out = []
         for lineage, error in self.every_lineage():
             if error is not None:
                 self.left_out.append(error)

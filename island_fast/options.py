@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from island_fast.errors import UsageError
 from island_fast.outcome import Run
@@ -22,20 +22,24 @@ def opened(run: Run, *, create: bool = False) -> Repository:
     """The repository that is asked for."""
     from island_fast.repository import Repository  # here: it takes a good part of a second
 
-    location = run.location or os.environ.get("ISLAND_REPOSITORY")
-    if not location:
+    if not run.location:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(location, create=create)
+    return Repository.open(run.location, create=create)
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both."""
+    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both.
+
+    What comes from elsewhere than the command line does not take the place of what is there.
+    """
 
     def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
-        if value:
-            setattr(context.ensure_object(Run), field, value)
+        run = context.ensure_object(Run)
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if value and (given or not getattr(run, field)):
+            setattr(run, field, value)
 
     return keep
 
@@ -57,7 +61,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
-            help="A directory's path, or swift://CONTAINER/PREFIX.  [default: $ISLAND_REPOSITORY]",
+            envvar="ISLAND_REPOSITORY", show_envvar=True,
+            help="A directory's path, or swift://CONTAINER/PREFIX.",
         ),
     ):  # fmt: skip
         command = option(command)

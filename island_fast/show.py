@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_SHORT_ID = 12
+SHORT_ID = 12
 _REDRAW = 0.1  # seconds between two changes of a bar
 _LINE_EVERY = 1.0  # seconds between two lines of progress
 _PHASES = {
@@ -60,6 +60,8 @@ _PHASES = {
     "verify": "Verifying",
     "compare": "Comparing",
     "mend": "Mending",
+    "retain": "Deleting",
+    "usage": "Reading manifests",
 }
 
 
@@ -158,12 +160,12 @@ def listed(answers: Sequence[Snapshot]) -> str:
     """A table of snapshots, ids cut to their first 12 digits."""
     rows = [
         (
-            one.snapshot[:_SHORT_ID],
+            one.snapshot[:SHORT_ID],
             one.volume,
             one.created,
             size(one.volume_size),
             size(one.bytes_stored),
-            (one.parent or "none")[:_SHORT_ID],
+            (one.parent or "none")[:SHORT_ID],
             printable(one.label),
         )
         for one in answers

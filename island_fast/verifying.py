@@ -16,10 +16,10 @@ from pathlib import Path
 
 from island_fast.catalog import catalog_name
 from island_fast.checking import Checkup, Item, extents_of, unreadable
-from island_fast.comparing import compare
 from island_fast.errors import UNREADABLE, DamagedError, NotFoundError, UsageError
 from island_fast.examining import DIFFERS, MISSING, Finding
 from island_fast.lineage import Lineage
+from island_fast.matching import compare
 from island_fast.opening import OpenRepository
 from island_fast.pack import Index
 from island_fast.progress import Progress

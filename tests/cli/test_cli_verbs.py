@@ -35,6 +35,12 @@ KEYS = {
         *["volume", "objects_removed", "packs_repacked"],
         *["bytes_removed", "bytes_rewritten", "bytes_freed", "steps"],
     ],
+    "retain": ["volume", "kept", "deleted", "bytes_unreferenced", "bytes_freed", "snapshots"],
+    "diff": [
+        *["volume", "since", "snapshot", "since_size", "volume_size"],
+        *["bytes_changed", "bytes_data", "bytes_zero", "extents"],
+    ],
+    "usage": ["volumes", "total"],
     "adopt": ["volume", "snapshots", "epoch"],
     "unpin": ["image", "pins", "bytes_freed"],
 }
@@ -45,11 +51,14 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     listed = island.json("list")
     shown = island.json("show", "disk@latest")
     restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
+    retained = island.json("retain", "--keep-last", 1)
+    diff = island.json("diff", "disk@latest", "disk@latest")
+    usage = island.json("usage")
     deleted = island.json("delete", "disk@latest")
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
     unpinned = island.json("unpin", disk)
-    found = [taken, *listed, shown, restored, *deleted, *swept, adopted, unpinned]
+    found = [taken, *listed, shown, restored, *deleted, *swept, *retained, diff, usage, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]
     assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
@@ -234,9 +243,12 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "sweep",
         "adopt",
         "unpin",
+        "retain",
+        "diff",
+        "usage",
+        "verify",
         "info",
         "map",
-        "verify",
     ]
     assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
     assert island.text("-h") == island.text() == text
