@@ -41,37 +41,38 @@ def damaged(world: World) -> dict[str, bytes]:
     return truth
 
 
-def never_wrong(world: World, truth: dict[str, bytes], host: str) -> int:
-    """Each snapshot gives back what it held, or is found damaged; how many are whole."""
+def never_wrong(world: World, truth: dict[str, bytes]) -> int:
+    """A host that knows nothing gets back what each snapshot held, or finds damage; how many are whole."""
     whole = 0
-    with tempfile.TemporaryDirectory(dir=world.folder) as folder:
-        state = world.state(host) if host else Path(folder, "none")
-        with opened(world.repository, state) as repository:
-            for snapshot, content in truth.items():
-                target = Path(folder, snapshot)
-                try:
-                    repository.restore(f"{VOLUME}@{snapshot}", target, image_format="raw")
-                except DamagedError:
-                    continue
-                assert target.read_bytes() == content
-                whole += 1
+    with (
+        tempfile.TemporaryDirectory(dir=world.folder) as folder,
+        opened(world.repository, Path(folder, "none")) as repository,
+    ):
+        for snapshot, content in truth.items():
+            target = Path(folder, snapshot)
+            try:
+                repository.restore(f"{VOLUME}@{snapshot}", target, image_format="raw")
+            except DamagedError:
+                continue
+            assert target.read_bytes() == content
+            whole += 1
     return whole
 
 
 def is_mended(world: World, truth: dict[str, bytes], *, swept: bool) -> None:
-    """Nothing is damaged, by whoever looks; if `swept`, after a late sweep, which leaves nothing over."""
+    """A host that knows nothing reads every snapshot; if `swept`, after a late sweep leaves nothing over."""
     if swept:
         sweep_later(world, "state")
         nothing_is_left(world, "state")
-    assert world.run(**{**WORDS, "heal": False})["damages"] == []
-    assert never_wrong(world, truth, "") == len(truth)
+        assert world.run(**{**WORDS, "heal": False})["damages"] == []
+    assert never_wrong(world, truth) == len(truth)
 
 
 def test_mending_killed_at_every_change(tmp_path: Path, actors: Actors, walked: list[str]) -> None:
     world = World(tmp_path / "world", actors)
     world.folder.mkdir(exist_ok=True)
     truth = damaged(world)
-    assert never_wrong(world, truth, "") == 0
+    assert never_wrong(world, truth) == 0
     world.keep(tmp_path / "start")
     done = world.start(**WORDS)
     assert [one["mended"] for one in done.done()["damages"]] == [True] * 4
@@ -85,7 +86,7 @@ def test_mending_killed_at_every_change(tmp_path: Path, actors: Actors, walked: 
         world.put_back(tmp_path / "start")
         killed = world.start(**WORDS, kill=point)
         assert killed.wait() == -signal.SIGKILL, (point, killed.told())
-        begun += never_wrong(world, truth, "") > 0
+        begun += never_wrong(world, truth) > 0
         again = world.run(**WORDS)
         assert all(one["mended"] for one in again["damages"]), (point, again)
         is_mended(world, truth, swept=point[1] == UNNAMED)
