@@ -56,6 +56,10 @@ _PHASES = {
     "commit": "Committing",
     "restore": "Restoring",
     "sweep": "Sweeping",
+    "look": "Looking",
+    "verify": "Verifying",
+    "compare": "Comparing",
+    "mend": "Mending",
     "retain": "Deleting",
     "usage": "Reading manifests",
 }

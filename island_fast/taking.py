@@ -23,6 +23,7 @@ from island_fast.catalog import Packs, Record, SnapshotRow, manifest_name
 from island_fast.choosing import Request, Start, choose, keyed
 from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
 from island_fast.errors import ConflictError, DamagedError, IslandError
+from island_fast.health import resent
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
 from island_fast.manifest import Manifest, Runs, encode, merge, tabulate
@@ -94,7 +95,8 @@ class _Taking:
             view = self._source.view(internal)
             change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
             parent = self._parent_runs()
-            sent = self._send(change, view.read, parent)
+            change, whole = resent(self._lineage, change, parent)
+            sent = self._send(change, view.read, whole)
             own = self._own_runs(sent)
             runs, changed = self._merged(change, sent, own, parent, view.blocks)
             pin = internal.identity if internal else self._would_be_pin(created, view)
