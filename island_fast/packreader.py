@@ -80,8 +80,8 @@ class PackReader:
         """The stored bytes of each of `slots` (ascending), by whichever way moves less.
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
-        can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack is
-        not whole any more, these blocks may be.
+        can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack
+        is not whole any more, these blocks may be.
         """
         if slots.size + self.slots(key) // _SPARED >= self.slots(key):
             with contextlib.suppress(*UNREADABLE):
