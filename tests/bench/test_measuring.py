@@ -89,9 +89,7 @@ def test_what_is_worse_by_more_than_the_spread_is_said() -> None:
     assert list(worse(report(9, 10, 11.5), baseline)) == []
     assert list(worse(report(30, 31, 32), baseline)) == []
     (sentence,) = worse(report(7, 8, 9), baseline)
-    assert (
-        sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.0 (10.0 to 12.0)"
-    )
+    assert sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.0 (10.0 to 12.0)"
     (sentence,) = worse(report(10, 11, 12, counted=4), baseline)
     assert sentence == "requests: 4 requests, and was 3 requests"
     assert list(worse(report(10, 11, 12, counted=2), baseline)) == []
