@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from island_fast.bench.results import Counter, Report, Row
+from island_fast.bench.results import Counter, Report, Row, Spread
 from island_fast.bench.table import number
 from island_fast.errors import UsageError
 
 __all__ = ["check_alike", "worse"]
+
+_ENOUGH = 5  # pairs, for an interval of 94 %
+_WIDER = 1.5
 
 
 def check_alike(quick: bool, baseline: Report) -> None:
@@ -43,9 +46,15 @@ def worse(report: Report, baseline: Report) -> Iterator[str]:
 
 
 def _is_worse(row: Row, before: Row) -> bool:
-    if row.better == "higher":
-        return row.ratio.sure_high < before.ratio.sure_low
-    return row.ratio.sure_low > before.ratio.sure_high
+    (low, high), (was_low, was_high) = _bounds(row.ratio), _bounds(before.ratio)
+    return high < was_low if row.better == "higher" else low > was_high
+
+
+def _bounds(ratio: Spread) -> tuple[float, float]:
+    """The interval; of few pairs it says little, so it is taken half as wide again either way."""
+    if len(ratio.values) >= _ENOUGH:
+        return ratio.sure_low, ratio.sure_high
+    return ratio.sure_low / _WIDER, ratio.sure_high * _WIDER
 
 
 def _is_higher_cost(counter: Counter, before: Counter) -> bool:

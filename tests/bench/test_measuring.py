@@ -85,14 +85,16 @@ def test_a_report_is_the_same_after_json(tmp_path) -> None:
 
 
 def test_what_is_worse_by_more_than_the_spread_is_said() -> None:
-    baseline = report(10, 11, 12)
-    assert list(worse(report(9, 10, 11.5), baseline)) == []
-    assert list(worse(report(30, 31, 32), baseline)) == []
-    (sentence,) = worse(report(7, 8, 9), baseline)
+    baseline = report(10, 10, 11, 12, 12)
+    assert list(worse(report(9, 9, 10, 11, 11.5), baseline)) == []
+    assert list(worse(report(30, 30, 31, 32, 32), baseline)) == []
+    assert list(worse(report(7, 8, 9), baseline)) == [], "three pairs are not enough for so little"
+    assert len(list(worse(report(4, 5, 6), baseline))) == 1
+    (sentence,) = worse(report(7, 7, 8, 9, 9), baseline)
     assert sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.0 (10.0 to 12.0)"
-    (sentence,) = worse(report(10, 11, 12, counted=4), baseline)
+    (sentence,) = worse(report(10, 10, 11, 12, 12, counted=4), baseline)
     assert sentence == "requests: 4 requests, and was 3 requests"
-    assert list(worse(report(10, 11, 12, counted=2), baseline)) == []
+    assert list(worse(report(10, 10, 11, 12, 12, counted=2), baseline)) == []
     noisy = replace(baseline, counters=(replace(baseline.counters[0], noise=0.1),))
     assert list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.2),)), noisy)) == []
     assert len(list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.4),)), noisy))) == 1

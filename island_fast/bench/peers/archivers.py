@@ -33,6 +33,10 @@ class Keeper(Protocol):
         """Bytes that everything kept takes on disk."""
         ...
 
+    def finish(self) -> None:
+        """End what still runs; the folder may go then."""
+        ...
+
 
 def size_on_disk(folder: Path) -> int:
     """Bytes of all files below a folder."""
@@ -69,6 +73,9 @@ class Restic:
         """See Keeper."""
         return size_on_disk(self.folder / "repository")
 
+    def finish(self) -> None:
+        """See Keeper; nothing runs."""
+
 
 @dataclass(slots=True)
 class Borg:
@@ -104,3 +111,6 @@ class Borg:
     def stored(self) -> int:
         """See Keeper."""
         return size_on_disk(self.folder / "repository")
+
+    def finish(self) -> None:
+        """See Keeper; nothing runs."""

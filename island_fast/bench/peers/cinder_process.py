@@ -1,14 +1,14 @@
-"""Cinder's chunked backup driver in a process of its own, as cinder-backup runs it.
+"""Cinder's chunked backup driver in a process of its own, as cinder-backup runs it; `Cinder` starts it.
 
-`cinder.Cinder` starts this file:
+    python cinder_process.py FOLDER
 
-    python cinder_process.py back-up FOLDER NAME VOLUME [PARENT]
-    python cinder_process.py restore FOLDER NAME TARGET
+Each line of standard input is a JSON list: ["back-up", NAME, VOLUME, PARENT or null], or ["restore", NAME,
+TARGET]. The answer is a line with the wall and processor seconds of the driver's call, and the most memory
+that the process has held so far, in bytes. It ends with its input.
 
 The driver is the posix one, which keeps objects in a folder, with its defaults, in a process that eventlet
 has patched, given an open file that works in native threads, as cinder.backup.manager does. In the place of
-the database stand the few fields that it keeps of a backup, in FOLDER/NAME.json. Prints wall and processor
-seconds of the driver's call alone: cinder-backup is a service, which is there already.
+the database stand the few fields that it keeps of a backup, in FOLDER/NAME.json.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ monkey_patch.patch()
 import contextlib  # noqa: E402 (eventlet has to patch before anything else is imported)
 import json  # noqa: E402
 import logging  # noqa: E402
+import resource  # noqa: E402
 import sys  # noqa: E402
 import time  # noqa: E402
 from collections.abc import Callable, Iterator  # noqa: E402
@@ -80,8 +81,7 @@ def driver(folder: Path, compress: bool) -> posix.PosixBackupDriver:
     """The driver, with all defaults but its folder."""
     config.CONF([], project="cinder", default_config_files=[])
     config.CONF.set_override("state_path", str(folder))
-    if not compress:
-        config.CONF.set_override("backup_compression_algorithm", "none")
+    config.CONF.set_override("backup_compression_algorithm", "zlib" if compress else "none")
     volume_utils.notify_about_backup_usage = lambda *_, **__: None
     objects.register_all()
     objects.Backup.get_by_id = lambda _, name: known(folder, name)
@@ -94,12 +94,12 @@ def timed(work: Callable[[], object]) -> None:
     """Do it and print what it took."""
     wall, processor = time.monotonic(), time.process_time()
     work()
-    print(time.monotonic() - wall, time.process_time() - processor)
+    wall, processor = time.monotonic() - wall, time.process_time() - processor
+    print(wall, processor, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, flush=True)
 
 
-def main(verb: str, folder: Path, name: str, path: str, parent: str | None = None) -> None:
-    """Do what the command line says."""
-    logging.disable(logging.WARNING)
+def do(folder: Path, verb: str, name: str, path: str, parent: str | None = None) -> None:
+    """Do what one line asks for."""
     # The whole first one is not measured, and zlib would take minutes for it.
     used = driver(folder, compress=parent is not None)
     if verb == "back-up":
@@ -107,12 +107,14 @@ def main(verb: str, folder: Path, name: str, path: str, parent: str | None = Non
         with open(path, "rb") as volume:
             timed(lambda: used.backup(backup, utils.tpool_wrap(volume), backup_metadata=False))
         (folder / f"{name}.json").write_text(json.dumps(vars(backup)))
-        return
-    backup = known(folder, name)
-    backup.status = "restoring"
-    with open(path, "rb+") as target:
-        timed(lambda: used.restore(backup, VOLUME, utils.tpool_wrap(target), True))
+    else:
+        backup = known(folder, name)
+        backup.status = "restoring"
+        with open(path, "rb+") as target:
+            timed(lambda: used.restore(backup, VOLUME, utils.tpool_wrap(target), True))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), *sys.argv[3:])
+    logging.disable(logging.WARNING)
+    for line in sys.stdin:
+        do(Path(sys.argv[1]), *json.loads(line))

@@ -50,7 +50,7 @@ class _Plan:
 
 
 _WHOLE = _Plan(1 * GIB, 9, 1000)
-_QUICK = _Plan(128 * MIB, 3, 150)
+_QUICK = _Plan(128 * MIB, 2, 150)
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,9 +147,12 @@ def _increments(context: Context, size: Size, reach: dict[str, float]) -> Iterat
     for name, make in _KEEPERS.items():
         if context.has(name):
             peer = make(context.scratch / name)
-            yield from bench.rows(peer, reach[name])
-            if size is context.scale.small:  # restoring large ones from Cinder takes minutes
-                bench.check_peer(peer)
+            try:
+                yield from bench.rows(peer, reach[name])
+                if size is context.scale.small:  # restoring large ones from Cinder takes minutes
+                    bench.check_peer(peer)
+            finally:
+                peer.finish()
             shutil.rmtree(context.scratch / name)
     yield bench.bitmap_row(context.reach(_BITMAP_REACH) if size is context.scale.large else None)
     yield bench.stored_row()
