@@ -27,6 +27,7 @@ LAYERS = [
     ["unpinning"],
     ["repository"],
     ["opening", "taking", "restoring", "inspecting", "sweeping"],
+    ["storing"],
     ["choosing", "resuming"],
     ["pipeline", "reclaim"],
     ["packreader"],
