@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import columns
-from island_fast.dirtymap import merge_intervals, subtract_intervals
+from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.frame import Buffer, Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pin_from_json
@@ -297,7 +297,7 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
     for first, table in tables:
         meta[f"rows_{first}"] = int(table[0].size)
         owner = np.array(
-            [owners.setdefault(int(o), len(owners)) for o in np.unique(table[0] >> PACK_BITS)],
+            [owners.setdefault(int(o), len(owners)) for o in distinct(table[0] >> PACK_BITS)],
             np.int64,
         )
         local = owner[np.unique(table[0] >> PACK_BITS, return_inverse=True)[1]]
@@ -399,9 +399,10 @@ def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
 
 def _sorted_packs(table: list[Int64s]) -> Packs:
     order = np.argsort(table[0], kind="stable")
-    if np.unique(table[0]).size != table[0].size:
+    sorted_table = [column[order] for column in table]
+    if not np.diff(sorted_table[0]).all():
         raise ValueError("a pack is named twice")
-    return Packs(*(column[order] for column in table))
+    return Packs(*sorted_table)
 
 
 def _slot_keys(pack: Int64s, slot: Int64s, length: Int64s) -> Int64s:

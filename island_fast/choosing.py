@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import SnapshotRow
+from island_fast.dirtymap import distinct
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
 from island_fast.manifest import Manifest, Runs
@@ -102,7 +103,7 @@ def keyed(lineage: Lineage, manifest: Manifest) -> Runs:
 
 def differing(one: Runs, other: Runs) -> Int64s:
     """Blocks that the two name differently, int64[n, 2]; both hold pack keys of one numbering."""
-    edges = np.unique(np.concatenate([one.intervals().ravel(), other.intervals().ravel()]))
+    edges = distinct(np.concatenate([one.intervals().ravel(), other.intervals().ravel()]))
     if not edges.size:
         return _NONE
     spans = np.stack([edges[:-1], edges[1:]], axis=1)

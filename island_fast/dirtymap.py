@@ -21,6 +21,7 @@ __all__ = [
     "BLOCK_SIZE",
     "DirtyMap",
     "clip_rows",
+    "distinct",
     "intersect_intervals",
     "merge_intervals",
     "subtract_intervals",
@@ -247,6 +248,14 @@ class DirtyMap:
             rows, start = _diff.bitmap_runs(self._words, start, stop, window)
             if rows:
                 yield window[:rows].copy()
+
+
+def distinct(values: Int64s) -> Int64s:
+    """The distinct values, ascending.
+
+    Asked for them alone, np.unique imports numpy.ma, a good part of the time that a small verb takes.
+    """
+    return np.unique(values, return_index=True)[0]
 
 
 def merge_intervals(iv: Int64s) -> Int64s:

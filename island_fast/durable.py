@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Iterator
 
@@ -32,7 +31,7 @@ def opened(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
 
 def write_scratch(folder: str, content: list[memoryview]) -> str:
     """A new file in `folder` that holds `content` and is on disk; its path. An error leaves no file."""
-    path = os.path.join(folder, f"{os.getpid()}-{secrets.token_hex(8)}")
+    path = os.path.join(folder, f"{os.getpid()}-{os.urandom(8).hex()}")
     try:
         with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as fd:
             _write_all(fd, content)

@@ -9,9 +9,8 @@ if the epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog"
 from __future__ import annotations
 
 import contextlib
+import os
 import re
-import secrets
-import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -219,31 +218,31 @@ class Lineage:
     def _replay(self, epoch: int, last: int) -> bool:
         """Apply the records of `epoch` from the checkpoint at or before `last` on; False if one lacks."""
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
-            data = self._fetch(epoch, number, known=True)
-            if data is None:
+            found = self._fetch(epoch, number, known=True)
+            if found is None:
                 self._place = None
                 return False
-            self._apply(epoch, number, data)
+            self._apply(epoch, number, *found)
         return True
 
     def _follow(self) -> None:
         """Apply the records that come after the present place."""
         while self._place is not None:
             number = self._place.number + 1
-            data = self._fetch(self._place.epoch, number)
-            if data is None:
+            found = self._fetch(self._place.epoch, number)
+            if found is None:
                 return
-            self._apply(self._place.epoch, number, data)
+            self._apply(self._place.epoch, number, *found)
 
     def _enter(self, epoch: int) -> bool:
         """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
-        data = self._fetch(epoch, 0)
-        if data is not None:
-            self._apply(epoch, 0, data)
-        return data is not None
+        found = self._fetch(epoch, 0)
+        if found is not None:
+            self._apply(epoch, 0, *found)
+        return found is not None
 
-    def _fetch(self, epoch: int, number: int, *, known: bool = False) -> bytes | None:
-        """A record's bytes from cache or store; None if the store confirms that there is none.
+    def _fetch(self, epoch: int, number: int, *, known: bool = False) -> tuple[Record, str] | None:
+        """A record, and its checksum, from cache or store; None if the store confirms that there is none.
 
         Unless it is `known` to be there, HEAD asks for it first: GET waits and asks again before it believes
         that an object is absent, and the end of a catalog is looked for by every verb.
@@ -251,26 +250,23 @@ class Lineage:
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cached(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
-                decode_record(name, data, SnapshotNumbers())
-                return data
+                return decode_record(name, data, self.numbers)
         if not known and self.store.head(name) is None:
             return None
 
-        def check(data: Buffer) -> bytes:
-            decode_record(name, data, SnapshotNumbers())
-            return bytes(data)
+        def check(data: Buffer) -> tuple[tuple[Record, str], bytes]:
+            return decode_record(name, data, self.numbers), bytes(data)
 
         try:
-            fetched = get_checked(self.store, name, check, newest=True)
+            found, fetched = get_checked(self.store, name, check, newest=True)
         except ObjectMissingError:
             return None
         self.files.cache(name, fetched)
-        return fetched
+        return found
 
-    def _apply(self, epoch: int, number: int, data: bytes) -> None:
+    def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
         """Apply one record; it must be the one that follows the present place."""
         name = catalog_name(self.name, epoch, number)
-        record, checksum = decode_record(name, data, self.numbers)
         place = self._place
         follows = place is None or record.previous == place.checksum or record.event == "owner"
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
@@ -301,7 +297,7 @@ class Lineage:
         """
         self.files.make()
         self._place = None
-        seed = secrets.randbits(63) if seed is None else seed
+        seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
         self._append(_owner_record(self.name, 0, None, writer, seed, State()))
 
     def append(self, record: Record, writer: str) -> None:
@@ -372,7 +368,7 @@ class Lineage:
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
-        self._apply(record.epoch, record.number, data)
+        self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
         self.files.cache(name, data)
         self.files.clear_pending(name.rpartition("/")[2])
 
@@ -425,7 +421,7 @@ def _owner_record(
         epoch=epoch,
         number=0,
         writer=writer,
-        host=socket.gethostname(),
+        host=os.uname().nodename,
         previous=previous,
         time=time.time_ns(),
         event="owner",

@@ -20,8 +20,6 @@ import fcntl
 import json
 import logging
 import os
-import secrets
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -49,7 +47,7 @@ def default_root() -> Path:
 
 def _durable(path: Path, data: Buffer) -> None:
     """Write `path` so that it is either as before or whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
     with open(temporary, "xb", opener=_private) as file:
         file.write(data)
         file.flush()
@@ -75,8 +73,8 @@ class LocalState:
         with _explained(self.root):
             if not path.exists():
                 self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
-                mine = path.with_name(f".writer.{secrets.token_hex(4)}")
-                _durable(mine, secrets.token_hex(16).encode())
+                mine = path.with_name(f".writer.{os.urandom(4).hex()}")
+                _durable(mine, os.urandom(16).hex().encode())
                 with contextlib.suppress(FileExistsError):  # of two first runs one wins
                     os.link(mine, path)
                 mine.unlink()
@@ -352,7 +350,7 @@ class LineageFiles:
     def cache(self, name: str, data: Buffer) -> None:
         """Keep bytes of object `name`. A cache that cannot be written is no error."""
         path = self.folder / "cache" / _relative(name)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             with open(temporary, "xb", opener=_private) as file:
@@ -363,10 +361,12 @@ class LineageFiles:
         """Drop what is cached of object `name`, or of every object below a name that ends with '/'."""
         path = self.folder / "cache" / _relative(name)
         with contextlib.suppress(OSError):
-            if name.endswith("/"):
-                shutil.rmtree(path)
-            else:
+            if not name.endswith("/"):
                 path.unlink()
+            elif path.exists():
+                from shutil import rmtree  # which imports every compressor that Python has
+
+                rmtree(path)
 
     def cached_names(self, folder: str) -> list[str]:
         """Last components of the names cached below `folder` of the lineage (such as "catalog")."""

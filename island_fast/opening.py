@@ -6,7 +6,7 @@ A repository is a store plus a prefix, holding an object `repository` with its i
 from __future__ import annotations
 
 import contextlib
-import secrets
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -110,7 +110,7 @@ class OpenRepository:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": secrets.token_hex(16), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import pack_full_name
+from island_fast.dirtymap import distinct
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
@@ -214,7 +215,7 @@ class KnownDigests:
         answer = np.zeros(blocks.size, np.bool_)
         named, row, offset = self._runs.locate(blocks)
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
-        for key in np.unique(keys):
+        for key in distinct(keys):
             mine = keys == key
             index = self._readable(int(key), slots[mine])
             if index is None:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import Packs, Record, SnapshotRow, State, manifest_name, pack_full_name
-from island_fast.dirtymap import merge_intervals, subtract_intervals
+from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, DamagedObjectError
 from island_fast.lineage import Lineage
 from island_fast.pack import Index
@@ -144,7 +144,7 @@ def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) ->
     read, bytes are estimated by slots: they decide only when it is swept. DamagedObjectError for a pack that
     `packs` lacks, or a slot that its pack does.
     """
-    keys = np.unique(free[:, 0] >> SLOT_BITS)
+    keys = distinct(free[:, 0] >> SLOT_BITS)
     at = packs.find(keys)
     if (at < 0).any():
         raise DamagedObjectError("a manifest names a pack that the catalog does not; nothing was deleted")

@@ -1,47 +1,31 @@
 """The orchestrator: a repository and the verbs on it.
 
 Each verb brings the layers below into their order; the order in which objects become durable (packs,
-manifest, record) is in `taking.py`, for sweeps in `sweeping.py`.
+manifest, record) is in `taking.py`, for sweeps in `sweeping.py`. What a snapshot of an unchanged volume does
+not need is imported by the verbs that do: it would cost more time than the snapshot.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from island_fast import reclaim
-from island_fast.catalog import SnapshotRow
+from island_fast.answer import SnapshotTaken
 from island_fast.choosing import Request, choose
-from island_fast.errors import DamagedError, NotFoundError, RefusedError, UsageError
-from island_fast.inspecting import image_info
+from island_fast.errors import DamagedError, RefusedError, UsageError
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
-from island_fast.packreader import PackReader
 from island_fast.progress import Progress, silent
-from island_fast.restoring import Target, deletion_told, restore
-from island_fast.results import (
-    Adopted,
-    Deleted,
-    ImageInfo,
-    Restored,
-    Snapshot,
-    SnapshotShown,
-    SnapshotTaken,
-    SweepStep,
-    Swept,
-    timestamp,
-)
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
-from island_fast.sweeping import sweep
 from island_fast.taking import take
 
-__all__ = ["Repository"]
+if TYPE_CHECKING:
+    from island_fast.results import Adopted, Deleted, ImageInfo, Restored, Snapshot, SnapshotShown, Swept
 
-_LOG = logging.getLogger(__name__)
+__all__ = ["Repository"]
 
 
 class Repository(OpenRepository):
@@ -98,7 +82,9 @@ class Repository(OpenRepository):
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
         name = volume
         if name is None and self._id is not None:
-            name = self._pinned_lineage(source) or self.state.lineage_of(self.id, source.path)
+            if pinned := self._pinned_lineage(source):
+                return pinned
+            name = self.state.lineage_of(self.id, source.path)
         lineage = self.lineage(name or source.path.stem)
         self._refresh(lineage)
         if lineage.exists:
@@ -112,20 +98,22 @@ class Repository(OpenRepository):
                 )
         return lineage
 
-    def _pinned_lineage(self, source: Source) -> str | None:
-        """The lineage, owned by this host, that the image holds a valid pin of."""
+    def _pinned_lineage(self, source: Source) -> Lineage | None:
+        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
         pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
             if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
-                return name
+                return lineage
         return None
 
     def outlook(
         self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
     ) -> ImageInfo:
         """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
+        from island_fast.inspecting import image_info
+
         path = Path(os.path.realpath(image))
         info = image_info(path)
         if self._id is None:
@@ -159,6 +147,8 @@ class Repository(OpenRepository):
 
         A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
         """
+        from island_fast.restoring import Target, deletion_told, restore
+
         found = self.find(reference)
         with deletion_told(found.lineage, found.row):
             manifest = found.lineage.manifest(found.row)
@@ -167,55 +157,23 @@ class Repository(OpenRepository):
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""
+        from island_fast.deleting import describe
+
         return [
             describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
         ]
 
     def show(self, reference: str) -> SnapshotShown:
         """One snapshot, and what deleting it would free."""
-        found = self.find(reference)
-        shown = asdict(describe(found.lineage, found.row))
-        try:
-            deletion = self._plan_delete(found.lineage, found.row)
-        except DamagedError as error:
-            _LOG.warning("what deleting it would free cannot be told: %s", error)
-            return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
-        return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
+        from island_fast.deleting import show
+
+        return show(self.find(reference))
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
         """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
-        answers: list[Deleted] = []
-        found = {f.row.id: f for f in map(self.find, references)}
-        lineages = {f.lineage.name: f.lineage for f in found.values()}
-        for snapshot, one in found.items():
-            lineage = lineages[one.lineage.name]
-            if dry_run:
-                deletion = self._plan_delete(lineage, lineage.state.live[snapshot])
-                lineage.state = lineage.state.after(deletion.record)
-            else:
-                deletion = self._delete(lineage, snapshot)
-            answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
-        return answers
+        from island_fast.deleting import delete
 
-    def _delete(self, lineage: Lineage, snapshot: str) -> reclaim.Deletion:
-        with lineage.locked():
-            lineage.require_owner(self.state.writer)
-            row = lineage.state.live.get(snapshot)
-            if row is None:
-                raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-            for registration, alive in lineage.files.running():
-                if alive and registration.parent == snapshot:
-                    raise RefusedError(
-                        f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
-                        "delete it when that has ended"
-                    )
-            deletion = self._plan_delete(lineage, row)
-            lineage.append(deletion.record, self.state.writer)
-            lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
-            return deletion
-
-    def _plan_delete(self, lineage: Lineage, row: SnapshotRow) -> reclaim.Deletion:
-        return reclaim.plan_delete(lineage, row, PackReader(lineage), time.time_ns())
+        return delete([self.find(one) for one in references], self.state.writer, dry_run)
 
     def sweep(
         self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
@@ -224,19 +182,22 @@ class Repository(OpenRepository):
 
         One that cannot be swept is passed over: see `left_out`.
         """
+        from island_fast.sweeping import sweep
+
         grace = self.store.grace if grace is None else grace
         answers = []
         for lineage in self.lineages():
             try:
                 if lineage.owner == self.state.writer:
-                    plan = sweep(lineage, self.state.writer, grace, dry_run, progress)
-                    answers.append(_swept(lineage, plan))
+                    answers.append(sweep(lineage, self.state.writer, grace, dry_run, progress))
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
+        from island_fast.results import Adopted
+
         lineage = self._existing(volume)
         with lineage.locked():
             lineage.adopt(self.state.writer)
@@ -251,29 +212,3 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
         manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
         pins += [manifest.pin] if manifest else []
     return any(source.find(pin) for pin in pins)
-
-
-def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
-    """A snapshot as `list` and `show` tell it."""
-    return Snapshot(
-        snapshot=row.id,
-        lineage=lineage.name,
-        parent=row.parent,
-        volume=lineage.name,
-        label=row.label,
-        created=timestamp(row.created),
-        volume_size=row.volume_size,
-        bytes_stored=row.stored + row.manifest_size,
-    )
-
-
-def _swept(lineage: Lineage, plan: reclaim.SweepPlan) -> Swept:
-    return Swept(
-        volume=lineage.name,
-        objects_removed=plan.objects,
-        packs_repacked=len(plan.repacked),
-        bytes_removed=plan.removed,
-        bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.freed,
-        steps=tuple(SweepStep(*step) for step in reclaim.steps(lineage, plan)),
-    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from island_fast.manifest import Manifest
 from island_fast.packreader import PackReader
 from island_fast.pipeline import receive
 from island_fast.progress import Progress
-from island_fast.qcow2 import Qcow2Writer, RawWriter
+from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.results import Restored
 
 __all__ = ["Target", "deletion_told", "restore"]
@@ -102,7 +101,7 @@ def new_file(target: Path) -> Iterator[int]:
     """
     if os.path.lexists(target):
         raise RefusedError(f"{target} exists already; name another target or remove it first")
-    temporary = target.with_name(f".{target.name[:200]}.island-{secrets.token_hex(8)}")
+    temporary = target.with_name(f".{target.name[:200]}.island-{os.urandom(8).hex()}")
     try:  # from before the file is there: a signal may come between its making and the next line
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)

@@ -6,9 +6,10 @@ seconds; `created` is ISO 8601 in UTC.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+
+from island_fast.answer import Answer, SnapshotTaken
 
 __all__ = [
     "Adopted",
@@ -33,14 +34,7 @@ def timestamp(nanoseconds: int) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class _Answer:
-    def as_json(self) -> dict[str, Any]:
-        """The answer as one JSON object."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot(_Answer):
+class Snapshot(Answer):
     """A snapshot that is there. `bytes_stored` is the size of the objects it wrote."""
 
     snapshot: str
@@ -62,35 +56,7 @@ class SnapshotShown(Snapshot):
 
 
 @dataclass(frozen=True, slots=True)
-class SnapshotTaken(_Answer):
-    """A snapshot just made, by which rule and why, and the work it took.
-
-    `blocks_candidate` may have changed, `blocks_changed` differ from the parent; `bytes_read` is data read
-    from the image; `blocks_kept` were not sent, because an earlier `attempt` at this snapshot had sent
-    them; `notes` are sentences for the user about what was left behind.
-    """
-
-    snapshot: str
-    lineage: str
-    parent: str | None
-    volume: str
-    label: str
-    volume_size: int
-    rule: str
-    reason: str
-    blocks_candidate: int
-    blocks_changed: int
-    blocks_kept: int
-    bytes_read: int
-    bytes_stored: int
-    objects_written: int
-    attempt: int
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Restored(_Answer):
+class Restored(Answer):
     """A volume written from a snapshot. `bytes_read` came from the store, `bytes_written` are data."""
 
     snapshot: str
@@ -104,7 +70,7 @@ class Restored(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Deleted(_Answer):
+class Deleted(Answer):
     """A snapshot taken out of the catalog, or what that would do.
 
     `bytes_unreferenced` are the stored bytes of slots that no snapshot needs any more and its manifest;
@@ -118,7 +84,7 @@ class Deleted(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class SweepStep(_Answer):
+class SweepStep(Answer):
     """What a sweep does to an object: "remove" it, or "rewrite" a pack without its dead slots; and why."""
 
     action: str
@@ -128,7 +94,7 @@ class SweepStep(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Swept(_Answer):
+class Swept(Answer):
     """What a sweep did in one lineage, or would do. `bytes_freed` is removed less rewritten."""
 
     volume: str
@@ -141,7 +107,7 @@ class Swept(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Adopted(_Answer):
+class Adopted(Answer):
     """A lineage that this host owns now."""
 
     volume: str
@@ -150,7 +116,7 @@ class Adopted(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class Unpinned(_Answer):
+class Unpinned(Answer):
     """The pins that were dropped from an image; `bytes_freed` is what its file takes less on disk."""
 
     image: str
@@ -159,7 +125,7 @@ class Unpinned(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class InternalInfo(_Answer):
+class InternalInfo(Answer):
     """An internal snapshot in an image; `pin_of` is the snapshot that it pins, if it is one of ours."""
 
     name: str
@@ -170,7 +136,7 @@ class InternalInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class BitmapInfo(_Answer):
+class BitmapInfo(Answer):
     """A persistent dirty bitmap in an image: bytes of volume for each bit, and what it is worth."""
 
     name: str
@@ -179,7 +145,7 @@ class BitmapInfo(_Answer):
 
 
 @dataclass(frozen=True, slots=True)
-class ImageInfo(_Answer):
+class ImageInfo(Answer):
     """What an image says of itself. Sizes are in bytes; `in_use`: a process has it open for writing.
 
     `next_rule` is how the next snapshot would find the change, `next_reason` why, `pinned_base` the snapshot

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.catalog import Packs, pack_name
-from island_fast.dirtymap import merge_intervals, subtract_intervals
+from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.local import Registration, SentPack
@@ -48,7 +48,7 @@ def forget_used(lineage: Lineage) -> None:
     those of running processes: a snapshot that was deleted may be copied here once more.
     """
     state, files = lineage.state, lineage.files
-    owners = {lineage.numbers.id(int(owner)) for owner in np.unique(state.packs.key >> PACK_BITS)}
+    owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
     used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.retired()}
     for registration, alive in files.running():
         if registration.snapshot in used and not alive:
@@ -108,7 +108,7 @@ class KeptPacks:
 
         Their rows, without dead bytes, and the slots in them that no run names: slot keys, int64[n, 2].
         """
-        used = np.intersect1d(own.pack, np.fromiter(self._sent, np.int64, len(self._sent)))
+        used = np.array(sorted(self._sent.keys() & set(distinct(own.pack).tolist())), np.int64)
         sent = [self._sent[number] for number in used.tolist()]
         attempt, size, slots = (
             np.array([getattr(pack, name) for pack in sent], np.int64)

@@ -22,7 +22,6 @@ from island_fast.manifest import Manifest, Runs, encode, merge
 from island_fast.pack import PackHeader
 from island_fast.packreader import KnownDigests, PackReader
 from island_fast.pipeline import Known, PackRow, PackSink, Sent
-from island_fast.reclaim import with_more_dead
 from island_fast.resuming import KeptPacks, note_sent
 from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, pack_keys, slot_intervals
 
@@ -113,6 +112,8 @@ class Storing:
         written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
         kept, dead = self._kept.rows(own)
         if dead.size:
+            from island_fast.reclaim import with_more_dead  # only after an interruption
+
             kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
         return kept.updated(written), dead
 

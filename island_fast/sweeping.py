@@ -9,7 +9,7 @@ another under a lock of their own. What crashes leave at each step: docs/reliabi
 from __future__ import annotations
 
 import logging
-import secrets
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -29,7 +29,9 @@ from island_fast.reclaim import (
     pack_names,
     plan_sweep,
     row_manifest_name,
+    steps,
 )
+from island_fast.results import SweepStep, Swept
 from island_fast.resuming import forget_used
 from island_fast.stores.checked import get_checked
 
@@ -38,7 +40,7 @@ __all__ = ["sweep"]
 _LOG = logging.getLogger(__name__)
 
 
-def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: Progress) -> SweepPlan:
+def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: Progress) -> Swept:
     """Sweep `lineage` as its owner; what was done, or with `dry_run` would be.
 
     Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if the lineage changed
@@ -55,7 +57,21 @@ def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: 
                 for snapshot in given_up:
                     lineage.files.unregister(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
-        return plan if dry_run or not plan.objects else _Sweep(lineage, writer, plan, progress).run()
+        if not dry_run and plan.objects:
+            plan = _Sweep(lineage, writer, plan, progress).run()
+        return _told(lineage, plan)
+
+
+def _told(lineage: Lineage, plan: SweepPlan) -> Swept:
+    return Swept(
+        volume=lineage.name,
+        objects_removed=plan.objects,
+        packs_repacked=len(plan.repacked),
+        bytes_removed=plan.removed,
+        bytes_rewritten=plan.rewritten,
+        bytes_freed=plan.freed,
+        steps=tuple(SweepStep(*step) for step in steps(lineage, plan)),
+    )
 
 
 class _Sweep:
@@ -127,7 +143,7 @@ class _Sweep:
         sizes, suffixes = packs.size.copy(), packs.suffix.copy()
         readable = np.ones(len(packs), np.bool_)
         for row, name in enumerate(pack_names(self._lineage, packs)):
-            suffixes[row] = secrets.randbits(62) + 1
+            suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
             target = pack_full_name(
                 self._lineage.name, replace(packs, suffix=suffixes), row, self._lineage.numbers
             )

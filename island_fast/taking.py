@@ -8,8 +8,7 @@ docs/reliability.md.
 
 from __future__ import annotations
 
-import secrets
-import socket
+import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import __version__
+from island_fast.answer import SnapshotTaken
 from island_fast.catalog import Record
 from island_fast.choosing import Request, Start, choose, keyed
 from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
@@ -28,7 +28,6 @@ from island_fast.manifest import Manifest, Runs, tabulate
 from island_fast.pipeline import send
 from island_fast.progress import Progress
 from island_fast.qcow2 import InternalSnapshot, PinnedBase
-from island_fast.results import SnapshotTaken
 from island_fast.resuming import find_interrupted
 from island_fast.source import Change, Source, View, pin_name
 from island_fast.storing import Stored, Storing
@@ -54,7 +53,7 @@ def take(
 
 def new_id() -> str:
     """A snapshot id that nobody has used."""
-    return secrets.token_hex(16)
+    return os.urandom(16).hex()
 
 
 class _Taking:
@@ -195,7 +194,7 @@ class _Taking:
         table, runs = tabulate(runs, self._lineage.name, self._lineage.numbers)
         facts = {
             "tool": f"island {__version__}",
-            "host": socket.gethostname(),
+            "host": os.uname().nodename,
             "consistency": "crash",
             **self._source.facts,
         }

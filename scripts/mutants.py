@@ -91,7 +91,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("reclaim.py", "and snapshot not in running ", ""),
     ],
     "the base of a running snapshot may be deleted": [
-        ("repository.py", "if alive and registration.parent == snapshot:", "if False:"),
+        ("deleting.py", "if alive and registration.parent == snapshot:", "if False:"),
         ("taking.py", "if parent is not None and parent not in lineage.state.live:", "if False:"),
     ],
     "a snapshot commits without its registration": [

@@ -26,8 +26,8 @@ LAYERS = [
     ["show"],
     ["unpinning"],
     ["repository"],
-    ["opening", "taking", "restoring", "inspecting", "sweeping"],
-    ["storing"],
+    ["deleting", "taking", "restoring", "inspecting", "sweeping"],
+    ["opening", "storing"],
     ["choosing", "resuming"],
     ["pipeline", "reclaim"],
     ["packreader"],
@@ -41,7 +41,8 @@ LAYERS = [
     ["host"],
     ["qcow2", "stores"],
     ["dirtymap"],
-    ["_diff", "durable", "errors", "progress", "results"],
+    ["results"],
+    ["_diff", "answer", "durable", "errors", "progress"],
 ]
 LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in names}
 

@@ -1,7 +1,7 @@
 """qcow2 images: which blocks changed, what is in them, and new images; no qemu in the path.
 
 `Image` opens one read-only, `changed` and `allocated` look at its tables, `PointReader` reads
-blocks, and `Qcow2Writer` and `RawWriter` make new images. Everything in an image is hostile input.
+blocks; `island_fast.qcow2.writer` makes new images. Everything in an image is hostile input.
 """
 
 from island_fast.qcow2.clusters import PointReader
@@ -9,7 +9,6 @@ from island_fast.qcow2.header import MAX_VOLUME_SIZE, Header, parse_header
 from island_fast.qcow2.reader import Image, Point
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, find_pinned
 from island_fast.qcow2.tables import Changed, allocated, changed, find_shared_copied
-from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 
 __all__ = [
     "MAX_VOLUME_SIZE",
@@ -20,8 +19,6 @@ __all__ = [
     "PinnedBase",
     "Point",
     "PointReader",
-    "Qcow2Writer",
-    "RawWriter",
     "allocated",
     "changed",
     "find_pinned",

@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,7 +19,6 @@ from island_fast.dirtymap import DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, NotFoundError, RefusedError
 from island_fast.host.imagelock import ImageLock, writer_present
 from island_fast.host.qemu_img import QemuImg
-from island_fast.host.qmp import Qmp
 from island_fast.progress import Progress
 from island_fast.qcow2 import (
     Image,
@@ -44,6 +44,9 @@ from island_fast.source.base import (
     scanning,
 )
 from island_fast.source.chain import Backing, Chain, Layer, refuse_mismatch, with_below
+
+if TYPE_CHECKING:
+    from island_fast.host.qmp import Qmp
 
 __all__ = ["Qcow2Source", "internal_named"]
 
@@ -101,7 +104,7 @@ class Qcow2Source(Source):
             lock = stack.enter_context(ImageLock(path, hold_off_writers=hold))
             if not os.path.samestat(os.fstat(lock.fd), os.fstat(self.image.fd)):
                 raise RefusedError(f"{path} was replaced by another file just now; try again")
-            self._monitor = stack.enter_context(Qmp(qmp)) if qmp else None
+            self._monitor = stack.enter_context(_connected(qmp)) if qmp else None
             self._node = self._monitor.find_node(path) if self._monitor else ""
             if not self._monitor and writer_present(self.image.fd):
                 raise ImageInUseError(
@@ -211,6 +214,12 @@ class Qcow2Source(Source):
     def _scanned(self, point: Point, why: str, progress: Progress) -> Change:
         own = allocated(self.image, point, progress=scanning(progress))
         return scanned(with_below(own, self._chain.top, progress), why)
+
+
+def _connected(monitor: Path) -> Qmp:
+    from island_fast.host.qmp import Qmp  # with sockets, which only images in use need
+
+    return Qmp(monitor)
 
 
 def _compared(base: Base) -> str:

@@ -42,6 +42,24 @@ def test_a_pipe_gets_no_bars_and_no_rich(island: Island, disk: Path) -> None:
     assert not {"rich", "swiftclient"} & found
 
 
+def test_an_unchanged_volume_imports_no_more_than_its_snapshot_needs(island: Island, disk: Path) -> None:
+    """Importing takes most of its time."""
+    island("snapshot", disk)
+    found = imported("snapshot", disk)
+    others = {
+        "deleting",
+        "inspecting",
+        "reclaim",
+        "restoring",
+        "results",
+        "sweeping",
+        "qcow2.writer",
+        "host.qmp",
+    }
+    assert not {f"island_fast.{name}" for name in others} & found
+    assert not {"hashlib", "lzma", "numpy.ma", "rich", "secrets", "shutil", "socket"} & found
+
+
 def on_terminal(island: Island, *words: object) -> str:
     """What a process writes to a standard error that is a terminal."""
     ours, theirs = os.openpty()

@@ -14,13 +14,12 @@ from island_fast.qcow2 import (
     Image,
     PinnedBase,
     PointReader,
-    Qcow2Writer,
-    RawWriter,
     allocated,
     changed,
     find_shared_copied,
 )
 from island_fast.qcow2.layout import RankedRuns
+from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from tests import qemu
 
 
