@@ -15,7 +15,17 @@ from island_fast.outcome import Run
 if TYPE_CHECKING:
     from island_fast.repository import Repository
 
-__all__ = ["common", "image_format_option", "opened", "seconds", "text"]
+__all__ = ["NAMING", "OTHER", "common", "image_format_option", "opened", "other_opened", "seconds", "text"]
+
+
+NAMING = (
+    "A SNAPSHOT is named by its id, by an unambiguous beginning of it, by VOLUME@ID (which looks at that "
+    "volume alone), or by VOLUME@latest."
+)
+"""What the help of verbs on snapshots ends with."""
+
+OTHER = "ISLAND_TO_"
+"""What is before the names of the variables with credentials of a second repository."""
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
@@ -28,6 +38,17 @@ def opened(run: Run, *, create: bool = False) -> Repository:
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
     return Repository.open(location, create=create)
+
+
+def other_opened(location: str) -> Repository:
+    """The repository that snapshots go to; one that is yet to be is made.
+
+    Credentials are in the variables with OTHER before their names, if there are any, else in the usual ones.
+    """
+    from island_fast.repository import Repository  # here: it takes a good part of a second
+
+    own = any(key.startswith((f"{OTHER}OS_", f"{OTHER}ST_")) for key in os.environ)
+    return Repository.open(location, create=True, variables=OTHER if own else "")
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:

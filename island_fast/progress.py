@@ -9,8 +9,8 @@ __all__ = ["Progress", "silent"]
 Progress = Callable[[str, int, int], None]
 """Called as progress(phase, done, total), in bytes, also from workers; an exception of it ends the work.
 
-Phases are "scan", "send", "commit" (once, with 0 of 0: from here on the snapshot may exist), "restore" and
-"sweep".
+Phases are "scan", "send", "commit" (once, with 0 of 0: from here on the snapshot may exist), "restore",
+"sweep" and "copy".
 """
 
 

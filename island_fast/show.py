@@ -56,6 +56,7 @@ _PHASES = {
     "commit": "Committing",
     "restore": "Restoring",
     "sweep": "Sweeping",
+    "copy": "Copying",
 }
 
 

@@ -1,0 +1,131 @@
+"""The third stream of blocks: out of packs of one repository into packs of another.
+
+Blocks travel as they are stored. Each is decoded and checked on the way, and none is compressed again. Each
+pack is fetched once, by a fixed number of workers; packs on the other side are filled as a snapshot's are.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
+from island_fast.errors import DamagedObjectError
+from island_fast.manifest import Runs
+from island_fast.pack import Index, unpack_blocks
+from island_fast.packreader import PackReader
+from island_fast.pipeline import BATCH, DOWNLOADS, Batch, Known, PackSink, Sent, by_pack, expand, workers
+from island_fast.progress import Progress
+
+__all__ = ["carry"]
+
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class _Carried:
+    """Of one pack: batches to send, and blocks that need not be, as `Sent` tells them apart."""
+
+    batches: list[Batch]
+    same: Int64s
+    kept: Int64s
+    blocks: int
+
+
+def carry(
+    runs: Runs,
+    packs: PackReader,
+    gap: int,
+    known: Known,
+    sink: PackSink,
+    blocks: int,
+    progress: Progress,
+) -> Sent:
+    """Fetch every block that `runs` (with pack keys of `packs`) name, check it, and put it into `sink`.
+
+    Of a pack little of which is wanted, ranges are fetched, merged over gaps of at most `gap` bytes. Blocks
+    that are `known` on the other side are not fetched; both have digests of one seed. The volume has `blocks`
+    blocks.
+    Returns when every pack is durable; DamagedObjectError names a pack that is not whole.
+    """
+    same, kept = DirtyMap(blocks), DirtyMap(blocks)
+    total, done = runs.blocks * BLOCK_SIZE, 0
+    waiting: deque[Future[_Carried]] = deque()
+    fetch = _Fetch(packs, gap, known, sink.seed)
+
+    def take() -> None:
+        nonlocal done
+        carried = waiting.popleft().result()
+        same.set_indices(carried.same)
+        kept.set_indices(carried.kept)
+        for batch in carried.batches:
+            sink.add(batch)
+        done += carried.blocks * BLOCK_SIZE
+        progress("copy", done, total)
+
+    with workers(DOWNLOADS, "copy") as pool, sink:
+        for key, named in by_pack(runs):
+            if len(waiting) == DOWNLOADS:  # each may hold a whole pack
+                take()
+            waiting.append(pool.submit(fetch, key, named))
+        while waiting:
+            take()
+    return Sent(sink.written, sink.runs(), same, kept)
+
+
+class _Fetch:
+    """Fetches what is wanted of a pack; called from workers."""
+
+    def __init__(self, packs: PackReader, gap: int, known: Known, seed: int) -> None:
+        self._packs = packs
+        self._gap = gap
+        self._known = known
+        self._seed = seed
+        self._lock = threading.Lock()
+
+    def __call__(self, key: int, runs: Runs) -> _Carried:
+        blocks, slots = expand(runs)
+        same, kept = self._not_wanted(key, blocks, slots)
+        wanted = ~(same | kept)
+        batches = list(self._batches(key, blocks[wanted], slots[wanted])) if wanted.any() else []
+        return _Carried(batches, blocks[same], blocks[kept], blocks.size)
+
+    def _not_wanted(self, key: int, blocks: Int64s, slots: Int64s) -> tuple[NDArray[np.bool_], ...]:
+        """Which blocks the other side's parent has, and which an earlier attempt has sent."""
+        none = np.zeros(blocks.size, np.bool_)
+        if not (self._known.parent.names(blocks) or self._known.kept.names(blocks)):
+            return none, none
+        index = self._packs.index(key)
+        if int(slots.max()) >= len(index.rows):
+            return none, none  # damage, which fetching it will name
+        digests = index.digests[slots]
+        with self._lock:
+            same = self._known.parent.same(blocks, digests)
+            return same, self._known.kept.same(blocks, digests) & ~same
+
+    def _batches(self, key: int, blocks: Int64s, slots: Int64s) -> Iterator[Batch]:
+        """The blocks as they are stored, each decoded and checked, in the order of their slots."""
+        index, stored = self._packs.stored(key, slots, self._gap)
+        self._check_seed(index)
+        plain = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
+        for at in range(0, slots.size, BATCH):
+            part = slice(at, at + BATCH)
+            rows = plain[: slots[part].size]
+            try:
+                unpack_blocks(index, slots[part], stored[part], rows)
+            except DamagedObjectError:
+                index, stored = self._packs.proved(key, slots, damaged=1)
+                unpack_blocks(index, slots[part], stored[part], rows)
+            lengths = np.fromiter(map(len, stored[part]), np.int64, slots[part].size)
+            codecs, digests = index.rows["codec"][slots[part]], index.digests[slots[part]]
+            yield Batch(blocks[part], b"".join(stored[part]), lengths, codecs, digests)
+
+    def _check_seed(self, index: Index) -> None:
+        if index.header.seed != self._seed:
+            raise DamagedObjectError(f"pack {index.name} has digests of another seed than its volume's")
