@@ -35,6 +35,10 @@ KEYS = {
         *["volume", "objects_removed", "packs_repacked"],
         *["bytes_removed", "bytes_rewritten", "bytes_freed", "steps"],
     ],
+    "copy": [
+        *["snapshot", "volume", "parent", "label", "volume_size", "copied", "blocks_sent", "blocks_kept"],
+        *["bytes_read", "bytes_stored", "objects_written", "seconds"],
+    ],
     "adopt": ["volume", "snapshots", "epoch"],
     "unpin": ["image", "pins", "bytes_freed"],
 }
@@ -45,11 +49,12 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     listed = island.json("list")
     shown = island.json("show", "disk@latest")
     restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
+    copied = island.json("copy", "--all", "--to", tmp_path / "far")
     deleted = island.json("delete", "disk@latest")
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
     unpinned = island.json("unpin", disk)
-    found = [taken, *listed, shown, restored, *deleted, *swept, adopted, unpinned]
+    found = [taken, *listed, shown, restored, *deleted, *swept, *copied, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]
     assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
