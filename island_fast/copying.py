@@ -8,7 +8,7 @@ order (docs/format.md, "Copies").
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
@@ -166,7 +166,7 @@ class _Copying:
             if before is None:
                 far.files.unregister(row.id)  # notes of an earlier epoch would have the same id
             # The id may have been here before and been deleted; names must be new nevertheless.
-            attempt = before.attempt + 1 if before else secrets.randbits(48)
+            attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
             parent = self._relative(row, far.state.live)
             if parent is None and (newest := far.state.newest()):
                 parent = newest.id

@@ -216,92 +216,95 @@ def tiny(small_packs: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pipeline, "DOWNLOADS", 1)
 
 
+def interrupt(repository: Repository, far: Repository, packs: int) -> list[str]:
+    """Names of the packs that a copy sent until the far store stopped answering."""
+    sent: list[str] = []
+    real = MemoryStore.put
+
+    def put(store: MemoryStore, name: str, parts: list[bytes]) -> None:
+        if store.location == "far" and "/packs/" in name:
+            if len(sent) == packs:
+                raise StoreError("the store does not answer")
+            sent.append(name)
+        real(store, name, parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryStore, "put", put)
+        with pytest.raises(StoreError):
+            repository.copy(far)
+    return sent
+
+
 @pytest.mark.usefixtures("tiny")
-class TestInterrupted:
-    """The far store stops answering after some packs."""
+def test_what_was_acknowledged_is_not_sent_again(
+    repository: Repository,
+    store: MemoryStore,
+    far: Repository,
+    far_store: MemoryStore,
+    image: Path,
+    tmp_path: Path,
+) -> None:
+    taken = repository.snapshot(image)
+    sent = interrupt(repository, far, 3)
+    assert far.snapshots() == []
+    store.received = 0
+    (answer,) = repository.copy(far)
+    assert (answer.blocks_kept, answer.blocks_sent) == (3 * PACK, PACK)
+    assert answer.bytes_read == store.received < (PACK + 1) * BLOCK, "nor fetched"
+    assert set(sent) < set(packs(far_store))
+    assert len(packs(far_store)) == 4
+    check(far, taken.snapshot, qemu.content(image), tmp_path)
+    far_store.now += 2 * DAY
+    assert far.sweep()[0].objects_removed == 0
+    assert [r for r, _ in far.lineage("vol").files.running()] == []
 
-    def interrupt(self, repository: Repository, far: Repository, packs: int) -> list[str]:
-        """Names of the packs that a copy sent until it failed."""
-        sent: list[str] = []
-        real = MemoryStore.put
 
-        def put(store: MemoryStore, name: str, parts: list[bytes]) -> None:
-            if store.location == "far" and "/packs/" in name:
-                if len(sent) == packs:
-                    raise StoreError("the store does not answer")
-                sent.append(name)
-            real(store, name, parts)
+@pytest.mark.usefixtures("tiny")
+def test_a_snapshot_does_not_go_on_with_a_copy_nor_a_copy_with_a_snapshot(
+    repository: Repository, far: Repository, image: Path, tmp_path: Path
+) -> None:
+    """It would have the id of another content."""
+    first = repository.snapshot(image)
+    repository.copy(far)
+    qemu.noise(image, 0, 2 * PACK * BLOCK, 2)
+    second = repository.snapshot(image)
+    content = qemu.content(image)
+    interrupt(repository, far, 1)
+    restored = tmp_path / "restored.qcow2"
+    far.restore(first.snapshot, restored)
+    qemu.noise(restored, 0, 2 * PACK * BLOCK, 3)
+    taken = far.snapshot(restored, volume="vol")
+    assert (taken.snapshot != second.snapshot, taken.attempt, taken.blocks_kept) == (True, 0, 0)
+    (_, answer) = repository.copy(far)
+    assert answer.blocks_kept == PACK
+    check(far, second.snapshot, content, tmp_path)
+    check(far, taken.snapshot, qemu.content(restored), tmp_path)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MemoryStore, "put", put)
-            with pytest.raises(StoreError):
-                repository.copy(far)
-        return sent
 
-    def test_what_was_acknowledged_is_not_sent_again(
-        self,
-        repository: Repository,
-        store: MemoryStore,
-        far: Repository,
-        far_store: MemoryStore,
-        image: Path,
-        tmp_path: Path,
-    ) -> None:
-        taken = repository.snapshot(image)
-        sent = self.interrupt(repository, far, 3)
-        assert far.snapshots() == []
-        store.received = 0
-        (answer,) = repository.copy(far)
-        assert (answer.blocks_kept, answer.blocks_sent) == (3 * PACK, PACK)
-        assert answer.bytes_read == store.received < (PACK + 1) * BLOCK, "nor fetched"
-        assert set(sent) < set(packs(far_store))
-        assert len(packs(far_store)) == 4
-        check(far, taken.snapshot, qemu.content(image), tmp_path)
-        far_store.now += 2 * DAY
-        assert far.sweep()[0].objects_removed == 0
-        assert [r for r, _ in far.lineage("vol").files.running()] == []
+@pytest.mark.usefixtures("tiny")
+def test_a_second_process_does_not_copy_the_same_snapshot(
+    repository: Repository, far: Repository, image: Path
+) -> None:
+    taken = repository.snapshot(image)
+    interrupt(repository, far, 1)
+    files = far.lineage("vol").files
+    ((registration, _),) = files.running()
+    with files.register(registration), pytest.raises(RefusedError, match="another process is copying"):
+        repository.copy(far, [taken.snapshot])
 
-    def test_a_snapshot_does_not_go_on_with_a_copy_nor_a_copy_with_a_snapshot(
-        self, repository: Repository, far: Repository, image: Path, tmp_path: Path
-    ) -> None:
-        """It would have the id of another content."""
-        first = repository.snapshot(image)
-        repository.copy(far)
-        qemu.noise(image, 0, 2 * PACK * BLOCK, 2)
-        second = repository.snapshot(image)
-        content = qemu.content(image)
-        self.interrupt(repository, far, 1)
-        restored = tmp_path / "restored.qcow2"
-        far.restore(first.snapshot, restored)
-        qemu.noise(restored, 0, 2 * PACK * BLOCK, 3)
-        taken = far.snapshot(restored, volume="vol")
-        assert (taken.snapshot != second.snapshot, taken.attempt, taken.blocks_kept) == (True, 0, 0)
-        (_, answer) = repository.copy(far)
-        assert answer.blocks_kept == PACK
-        check(far, second.snapshot, content, tmp_path)
-        check(far, taken.snapshot, qemu.content(restored), tmp_path)
 
-    def test_a_second_process_does_not_copy_the_same_snapshot(
-        self, repository: Repository, far: Repository, image: Path
-    ) -> None:
-        taken = repository.snapshot(image)
-        self.interrupt(repository, far, 1)
-        files = far.lineage("vol").files
-        ((registration, _),) = files.running()
-        with files.register(registration), pytest.raises(RefusedError, match="another process is copying"):
-            repository.copy(far, [taken.snapshot])
-
-    def test_an_interrupted_copy_of_an_earlier_owner_is_not_gone_on_with(
-        self, repository: Repository, far: Repository, image: Path, tmp_path: Path
-    ) -> None:
-        taken = repository.snapshot(image)
-        self.interrupt(repository, far, 1)
-        with Repository(far.store, LocalState(tmp_path / "elsewhere")) as elsewhere:
-            elsewhere.adopt("vol")
-        with pytest.raises(ConflictError, match="belongs to host"):
-            repository.copy(far, [taken.snapshot])
-        far.adopt("vol")
-        assert repository.copy(far, [taken.snapshot])[0].blocks_kept == 0
+@pytest.mark.usefixtures("tiny")
+def test_an_interrupted_copy_of_an_earlier_owner_is_not_gone_on_with(
+    repository: Repository, far: Repository, image: Path, tmp_path: Path
+) -> None:
+    taken = repository.snapshot(image)
+    interrupt(repository, far, 1)
+    with Repository(far.store, LocalState(tmp_path / "elsewhere")) as elsewhere:
+        elsewhere.adopt("vol")
+    with pytest.raises(ConflictError, match="belongs to host"):
+        repository.copy(far, [taken.snapshot])
+    far.adopt("vol")
+    assert repository.copy(far, [taken.snapshot])[0].blocks_kept == 0
 
 
 def spoil(store: MemoryStore, name: str, at: int = -100) -> None:

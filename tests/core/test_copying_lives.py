@@ -83,6 +83,7 @@ class Life:
         self.contents: dict[str, Content] = {}
         self.clock = 0
         patch.setattr(repository_module, "Qcow2Source", self._source)
+        patch.setattr(os, "urandom", random.Random(seed).randbytes)  # a seed is one life
         self.images["/images/0"] = MemoryImage(tuple(self.draw.randrange(CONTENTS) for _ in range(12)))
 
     def _source(self, path: Path, *_: object, **__: object) -> MemorySource:
@@ -117,6 +118,7 @@ class Life:
         except RefusedError:
             assert not pins & {internal.identity for internal, _ in image.frozen}, "it holds a pin"
             return "refused"
+        assert taken.snapshot not in self.contents, "an id of its own"
         self.contents[taken.snapshot] = image.content
         one.live.add(taken.snapshot)
         return taken.rule
@@ -159,9 +161,15 @@ class Life:
         into_nothing = not other.live
         self._copied(one, other, None)
         if into_nothing and not self._was_used(other):
-            parents = [{row.id: row.parent for row in s.lineage().state.live.values()} for s in (one, other)]
-            assert parents[0] == parents[1], "a lineage that is copied whole keeps its tree"
-            return "whole tree"
+            near, far = (
+                {row.id: row.parent for row in s.lineage().state.live.values()} for s in (one, other)
+            )
+            assert list(near) == list(far)
+            assert {k: far[k] for k in near if near[k]} == {k: near[k] for k in near if near[k]}, (
+                "the same tree"
+            )
+            assert list(far.values()).count(None) == 1, "what roots have in common is sent once"
+            return "whole tree" if list(near.values()).count(None) == 1 else "several roots"
         return "done"
 
     def _was_used(self, side: Side) -> bool:

@@ -49,7 +49,7 @@ class Hold:
 class Job:
     """One verb of `repository` with `state`, both folders; `outcome` is the file that tells how it went.
 
-    A snapshot's packs, and a copy's, hold `slots` slots. `kill` is the number of a call and one of its moments,
+    Packs that are made hold `slots` slots. `kill` is the number of a call and one of its moments,
     or that of a change elsewhere. Programs are looked for in the folder `programs` first.
     """
 
