@@ -13,7 +13,7 @@ demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, i
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
-	@scripts/need qemu daemon vm mkfs fuse rabbit
+	@scripts/need qemu daemon vm mkfs fuse rabbit systemd
 	@scripts/need guest || echo 'the tests of NBD devices are left out'
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
 

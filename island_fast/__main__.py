@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 __all__ = ["main"]
@@ -9,6 +10,7 @@ __all__ = ["main"]
 
 def main() -> int:
     """Run this process's command line; returns the exit code. Ctrl-C is heeded from the first moment."""
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts threads that nobody here needs
     try:
         from island_fast.cli import main as island
     except KeyboardInterrupt:  # importing takes a while, and signals are not yet taken care of

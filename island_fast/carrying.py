@@ -6,11 +6,9 @@ pack is fetched once, by a fixed number of workers; packs on the other side are 
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,16 +24,8 @@ from island_fast.progress import Progress
 __all__ = ["carry"]
 
 Int64s = NDArray[np.int64]
-
-
-@dataclass(frozen=True, slots=True)
-class _Carried:
-    """Of one pack: batches to send, and blocks that need not be, as `Sent` tells them apart."""
-
-    batches: list[Batch]
-    same: Int64s
-    kept: Int64s
-    blocks: int
+Bools = NDArray[np.bool_]
+_NONE = np.zeros(0, np.int64)
 
 
 def carry(
@@ -56,17 +46,16 @@ def carry(
     """
     same, kept = DirtyMap(blocks), DirtyMap(blocks)
     total, done = runs.blocks * BLOCK_SIZE, 0
-    waiting: deque[Future[_Carried]] = deque()
+    waiting: deque[Future[list[Batch]]] = deque()
     fetch = _Fetch(packs, gap, known, sink.seed)
 
     def take() -> None:
         nonlocal done
-        carried = waiting.popleft().result()
-        same.set_indices(carried.same)
-        kept.set_indices(carried.kept)
-        for batch in carried.batches:
+        for batch in waiting.popleft().result():
+            same.set_indices(batch.same)
+            kept.set_indices(batch.kept)
             sink.add(batch)
-        done += carried.blocks * BLOCK_SIZE
+            done += batch.read * BLOCK_SIZE
         progress("copy", done, total)
 
     with workers(DOWNLOADS, "copy") as pool, sink:
@@ -87,16 +76,15 @@ class _Fetch:
         self._gap = gap
         self._known = known
         self._seed = seed
-        self._lock = threading.Lock()
 
-    def __call__(self, key: int, runs: Runs) -> _Carried:
+    def __call__(self, key: int, runs: Runs) -> list[Batch]:
         blocks, slots = expand(runs)
         same, kept = self._not_wanted(key, blocks, slots)
         wanted = ~(same | kept)
-        batches = list(self._batches(key, blocks[wanted], slots[wanted])) if wanted.any() else []
-        return _Carried(batches, blocks[same], blocks[kept], blocks.size)
+        found = _nothing_to_send(blocks, same, kept)
+        return [found, *self._batches(key, blocks[wanted], slots[wanted])]
 
-    def _not_wanted(self, key: int, blocks: Int64s, slots: Int64s) -> tuple[NDArray[np.bool_], ...]:
+    def _not_wanted(self, key: int, blocks: Int64s, slots: Int64s) -> tuple[Bools, Bools]:
         """Which blocks the other side's parent has, and which an earlier attempt has sent."""
         none = np.zeros(blocks.size, np.bool_)
         if not (self._known.parent.names(blocks) or self._known.kept.names(blocks)):
@@ -105,12 +93,13 @@ class _Fetch:
         if int(slots.max()) >= len(index.rows):
             return none, none  # damage, which fetching it will name
         digests = index.digests[slots]
-        with self._lock:
-            same = self._known.parent.same(blocks, digests)
-            return same, self._known.kept.same(blocks, digests) & ~same
+        same = self._known.parent.same(blocks, digests)
+        return same, self._known.kept.same(blocks, digests) & ~same
 
     def _batches(self, key: int, blocks: Int64s, slots: Int64s) -> Iterator[Batch]:
         """The blocks as they are stored, each decoded and checked, in the order of their slots."""
+        if not slots.size:
+            return
         index, stored = self._packs.stored(key, slots, self._gap)
         self._check_seed(index)
         plain = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
@@ -122,10 +111,21 @@ class _Fetch:
             except DamagedObjectError:
                 index, stored = self._packs.proved(key, slots, damaged=1)
                 unpack_blocks(index, slots[part], stored[part], rows)
-            lengths = np.fromiter(map(len, stored[part]), np.int64, slots[part].size)
-            codecs, digests = index.rows["codec"][slots[part]], index.digests[slots[part]]
-            yield Batch(blocks[part], b"".join(stored[part]), lengths, codecs, digests)
+            columns = index.rows[slots[part]]
+            yield Batch(
+                read=slots[part].size, same=_NONE, kept=_NONE, blocks=blocks[part],
+                parts=list(stored[part]), lengths=columns["length"].astype(np.int64),
+                codecs=columns["codec"], digests=np.ascontiguousarray(columns["digest"]),
+            )  # fmt: skip
 
     def _check_seed(self, index: Index) -> None:
         if index.header.seed != self._seed:
             raise DamagedObjectError(f"pack {index.name} has digests of another seed than its volume's")
+
+
+def _nothing_to_send(blocks: Int64s, same: Bools, kept: Bools) -> Batch:
+    """A batch that tells only which blocks need not be sent."""
+    return Batch(
+        read=int((same | kept).sum()), same=blocks[same], kept=blocks[kept], blocks=_NONE, parts=[],
+        lengths=_NONE, codecs=np.zeros(0, np.uint8), digests=np.zeros((0, 16), np.uint8),
+    )  # fmt: skip

@@ -36,6 +36,7 @@ class Request:
     pin: bool = True
     at: str | None = None
     full: bool = False
+    compress: bool = True
     properties: Mapping[str, str] = field(default_factory=dict)
 
 

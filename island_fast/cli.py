@@ -13,10 +13,12 @@ from pathlib import Path
 import click
 
 from island_fast import __version__, show
+from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.elsewhere import copy
 from island_fast.looking import info, map_
 from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
+from island_fast.weighing import diff, retain, usage
 
 __all__ = ["main"]
 
@@ -59,7 +61,8 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 @common
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
               help="Tell the version and what computes digests.")  # fmt: skip
-def island() -> None:
+@click.pass_context
+def island(context: click.Context) -> None:
     """Incremental snapshots of qcow2 volumes, each whole by itself, in a directory or OpenStack Swift.
 
     Only blocks that changed since the volume's previous snapshot are read and stored; any snapshot can be
@@ -75,6 +78,10 @@ def island() -> None:
     \b
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
+      ISLAND_COMPRESSION      compression of what is sent: zstd or none
+      ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'
+      ISLAND_CONFIG           the configuration file, for what is not set here either
+                              [default: ~/.config/island/config.toml]
       ISLAND_STATE            folder of local state: locks and caches
       ISLAND_DEBUG=1          show the traceback of an error
       ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD    credentials for Swift
@@ -90,6 +97,10 @@ def island() -> None:
       5  the store cannot be reached, or does not let you in
       6  damaged data
     """  # noqa: D301
+    values = configured()
+    run = context.ensure_object(Run)
+    run.location = run.location or values.get("repository")
+    context.default_map = values
 
 
 @island.command()
@@ -109,6 +120,8 @@ def island() -> None:
 @image_format_option("Format of IMAGE; a raw one is scanned in full.")
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True,
               help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
+@click.option("--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
+              envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
 @common
 @click.pass_obj
 def snapshot(
@@ -122,6 +135,7 @@ def snapshot(
     full: bool,
     image_format: str,
     backing: tuple[str, ...],
+    compression: str,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -154,6 +168,7 @@ def snapshot(
             full=full,
             image_format=image_format,
             backing=backing,
+            compression=compression,
             progress=progress,
         )
     for note in taken.notes:
@@ -335,6 +350,5 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
-island.add_command(info)
-island.add_command(map_)
-island.add_command(copy)
+for verb in (copy, retain, diff, usage, info, map_):
+    island.add_command(verb)

@@ -15,7 +15,7 @@ from island_fast.packreader import PackReader
 from island_fast.reclaim import Deletion, plan_delete
 from island_fast.results import Deleted, Snapshot, SnapshotShown, timestamp
 
-__all__ = ["delete", "describe", "show"]
+__all__ = ["delete", "delete_one", "describe", "planned", "show"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def show(found: Found) -> SnapshotShown:
     """One snapshot, and what deleting it would free."""
     shown = asdict(describe(found.lineage, found.row))
     try:
-        deletion = _plan(found.lineage, found.row)
+        deletion = planned(found.lineage, found.row)
     except DamagedError as error:
         _LOG.warning("what deleting it would free cannot be told: %s", error)
         return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
@@ -56,31 +56,33 @@ def delete(found: Sequence[Found], writer: str, dry_run: bool) -> list[Deleted]:
     for snapshot, one in rows.items():
         lineage = lineages[one.lineage.name]
         if dry_run:
-            deletion = _plan(lineage, lineage.state.live[snapshot])
+            deletion = planned(lineage, lineage.state.live[snapshot])
             lineage.state = lineage.state.after(deletion.record)
         else:
-            deletion = _delete(lineage, snapshot, writer)
+            with lineage.locked():
+                deletion = delete_one(lineage, snapshot, writer)
         answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
     return answers
 
 
-def _delete(lineage: Lineage, snapshot: str, writer: str) -> Deletion:
-    with lineage.locked():
-        lineage.require_owner(writer)
-        row = lineage.state.live.get(snapshot)
-        if row is None:
-            raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-        for registration, alive in lineage.files.running():
-            if alive and registration.parent == snapshot:
-                raise RefusedError(
-                    f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
-                    "delete it when that has ended"
-                )
-        deletion = _plan(lineage, row)
-        lineage.append(deletion.record, writer)
-        lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
-        return deletion
+def delete_one(lineage: Lineage, snapshot: str, writer: str) -> Deletion:
+    """Take one out of the catalog. Under the lineage's lock; see `delete` for what is refused."""
+    lineage.require_owner(writer)
+    row = lineage.state.live.get(snapshot)
+    if row is None:
+        raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
+    for registration, alive in lineage.files.running():
+        if alive and registration.parent == snapshot:
+            raise RefusedError(
+                f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
+                "delete it when that has ended"
+            )
+    deletion = planned(lineage, row)
+    lineage.append(deletion.record, writer)
+    lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
+    return deletion
 
 
-def _plan(lineage: Lineage, row: SnapshotRow) -> Deletion:
+def planned(lineage: Lineage, row: SnapshotRow) -> Deletion:
+    """What deleting the live snapshot `row` would do."""
     return plan_delete(lineage, row, PackReader(lineage), time.time_ns())

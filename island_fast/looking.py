@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,7 +92,7 @@ def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) ->
       island info disk.qcow2
       island -r /srv/snapshots info disk.qcow2 --json
     """  # noqa: D301
-    if run.location or os.environ.get("ISLAND_REPOSITORY"):
+    if run.location:
         with opened(run, create=True) as repository:  # which only a snapshot would make
             found = repository.outlook(image, volume=volume, backing=backing)
     else:

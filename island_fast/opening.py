@@ -139,10 +139,10 @@ class OpenRepository:
 
         Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
         """
+        self.left_out = []
         if volume is not None:
             yield self._existing(volume)
             return
-        self.left_out = []
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from island_fast.errors import UsageError
 from island_fast.outcome import Run
@@ -15,7 +16,7 @@ from island_fast.outcome import Run
 if TYPE_CHECKING:
     from island_fast.repository import Repository
 
-__all__ = ["NAMING", "OTHER", "common", "image_format_option", "opened", "other_opened", "seconds", "text"]
+__all__ = ["NAMING", "common", "image_format_option", "opened", "other_opened", "seconds", "text"]
 
 
 NAMING = (
@@ -24,39 +25,43 @@ NAMING = (
 )
 """What the help of verbs on snapshots ends with."""
 
-OTHER = "ISLAND_TO_"
-"""What is before the names of the variables with credentials of a second repository."""
+_OTHER = "ISLAND_TO_"
+"""Before the names of variables with credentials of a second repository."""
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
     """The repository that is asked for."""
     from island_fast.repository import Repository  # here: it takes a good part of a second
 
-    location = run.location or os.environ.get("ISLAND_REPOSITORY")
-    if not location:
+    if not run.location:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(location, create=create)
+    return Repository.open(run.location, create=create)
 
 
 def other_opened(location: str) -> Repository:
     """The repository that snapshots go to; one that is yet to be is made.
 
-    Credentials are in the variables with OTHER before their names, if there are any, else in the usual ones.
+    Credentials are in variables that begin with ISLAND_TO_, if there are any, else in the usual ones.
     """
     from island_fast.repository import Repository  # here: it takes a good part of a second
 
-    own = any(key.startswith((f"{OTHER}OS_", f"{OTHER}ST_")) for key in os.environ)
-    return Repository.open(location, create=True, variables=OTHER if own else "")
+    own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
+    return Repository.open(location, create=True, variables=_OTHER if own else "")
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
-    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both."""
+    """Keep an option's value in the `Run`, if it is given: before the verb, after it, or both.
+
+    What comes from elsewhere than the command line does not take the place of what is there.
+    """
 
     def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
-        if value:
-            setattr(context.ensure_object(Run), field, value)
+        run = context.ensure_object(Run)
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if value and (given or not getattr(run, field)):
+            setattr(run, field, value)
 
     return keep
 
@@ -78,7 +83,8 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
-            help="A directory's path, or swift://CONTAINER/PREFIX.  [default: $ISLAND_REPOSITORY]",
+            envvar="ISLAND_REPOSITORY", show_envvar=True,
+            help="A directory's path, or swift://CONTAINER/PREFIX.",
         ),
     ):  # fmt: skip
         command = option(command)

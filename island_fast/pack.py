@@ -42,6 +42,7 @@ __all__ = [
     "digest_blocks",
     "front_size",
     "open_pack",
+    "plain_blocks",
     "read_front",
     "seal_pack",
     "stored_ranges",
@@ -110,19 +111,34 @@ def digest_blocks(data: Bytes2D, seed: int) -> Bytes2D:
     return digests
 
 
-def compress_blocks(data: Bytes2D, level: int = 1) -> tuple[list[Buffer], NDArray[np.uint8]]:
-    """Each row as it will be stored, with its codec: a zstd frame where that is smaller, else the row.
+Stored = tuple[list[Buffer], Int64s, NDArray[np.uint8]]
+"""Blocks as they are stored: their bytes in order, and the length and the codec of each."""
 
-    The rows are not copied; the list keeps views of `data`. One Python call per block costs 1.5 us beside
-    zstd's own 15 us and more, and the GIL is free while zstd works.
+
+def plain_blocks(data: Bytes2D, rows: Int64s) -> Stored:
+    """The blocks `rows` (ascending) of `data` as they are; nothing is copied."""
+    view = data.reshape(-1).data if data.size else memoryview(b"")
+    breaks = np.flatnonzero(np.diff(rows) > 1) + 1
+    runs = [part for part in np.split(rows, breaks) if part.size]
+    parts: list[Buffer] = [view[int(run[0]) * BLOCK_SIZE : (int(run[-1]) + 1) * BLOCK_SIZE] for run in runs]
+    return parts, np.full(rows.size, BLOCK_SIZE), np.full(rows.size, Codec.PLAIN, np.uint8)
+
+
+def compress_blocks(data: Bytes2D, rows: Int64s, level: int = 1) -> Stored:
+    """The blocks `rows` of `data`, each as a zstd frame if that is smaller.
+
+    Those that stay as they are, are views of `data`. One Python call per block costs 1.5 us beside
+    zstd's own 15 us and more, and the GIL is free while zstd works; zstandard's call for many blocks at
+    once is no faster.
     """
     zstd = zstandard.ZstdCompressor(level=level)
     view = data.reshape(-1).data if data.size else memoryview(b"")
-    rows = [view[at : at + BLOCK_SIZE] for at in range(0, view.nbytes, BLOCK_SIZE)]
-    packed = [zstd.compress(row) for row in rows]
+    plain = [view[at : at + BLOCK_SIZE] for at in (rows * BLOCK_SIZE).tolist()]
+    packed = [zstd.compress(row) for row in plain]
     small = [len(p) < BLOCK_SIZE for p in packed]
-    stored: list[Buffer] = [p if s else row for p, s, row in zip(packed, small, rows, strict=True)]
-    return stored, np.where(small, Codec.ZSTD, Codec.PLAIN).astype(np.uint8)
+    stored: list[Buffer] = [p if s else row for p, s, row in zip(packed, small, plain, strict=True)]
+    lengths = np.fromiter(map(len, stored), np.int64, len(stored))
+    return stored, lengths, np.where(small, Codec.ZSTD, Codec.PLAIN).astype(np.uint8)
 
 
 def seal_pack(

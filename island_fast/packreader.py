@@ -208,13 +208,14 @@ class KnownDigests:
 
     It answers only "is this block the same?"; where the block is, the runs tell. `index` gives the index of
     what stands in the runs' column `pack`; None if that pack is not to be relied on. Of a pack whose index
-    cannot be read no block counts as the same, which is told.
+    cannot be read no block counts as the same, which is told. Thread-safe.
     """
 
     def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self._runs = runs
         self._index = index
         self._unreadable: set[int] = set()
+        self._lock = threading.Lock()  # so that no two threads fetch the same index
 
     def names(self, blocks: Int64s) -> bool:
         """Whether anything is known of any of `blocks`; asks nobody."""
@@ -227,7 +228,8 @@ class KnownDigests:
         keys, slots = self._runs.pack[row], self._runs.slot[row] + offset
         for key in distinct(keys):
             mine = keys == key
-            index = self._readable(int(key), slots[mine])
+            with self._lock:
+                index = self._readable(int(key), slots[mine])
             if index is None:
                 continue
             known = index.rows["digest"][slots[mine]]

@@ -1,9 +1,9 @@
 """The two streams of blocks: from an image into packs, and from packs into an image.
 
 Both are bounded: a fixed number of buffers, batches and packs are in flight, whatever the volume's size.
-Sending: the calling thread reads and hashes, workers compress, workers upload; packs are filled in volume
-order. Restoring: each worker takes a pack, checks and decodes it, and writes its blocks to their place.
-The first error ends the stream and is raised in the calling thread.
+Sending: workers read, hash and compress batches, the calling thread fills packs in volume order, workers
+upload these. Restoring: each worker takes a pack, checks and decodes it, and writes its blocks to their
+place. The first error ends the stream and is raised in the calling thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from island_fast.pack import (
     PackHeader,
     compress_blocks,
     digest_blocks,
+    plain_blocks,
     seal_pack,
     unpack_blocks,
 )
@@ -55,11 +56,11 @@ __all__ = [
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
+Buffer = bytes | bytearray | memoryview
 
 BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
-UPLOADS = 2  # packs on their way to the store, besides the one that is being filled
 DOWNLOADS = 3  # packs on their way to the image
-_COMPRESSING = 4  # batches read and not yet in a pack
+_READING = 6  # batches that are not yet in a pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +76,17 @@ class PackRow:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Stored blocks of one batch: their numbers, bytes back to back, and index columns."""
+    """Blocks that were read: how many, those found `same` and `kept`, and what is to be stored.
 
+    Of that: block numbers, the bytes in order (which may be views of the buffer that the blocks were read
+    into), and index columns.
+    """
+
+    read: int
+    same: Int64s
+    kept: Int64s
     blocks: Int64s
-    data: bytes
+    parts: list[Buffer]
     lengths: Int64s
     codecs: NDArray[np.uint8]
     digests: Bytes2D
@@ -112,57 +120,60 @@ def send(
     known: Known,
     sink: PackSink,
     progress: Progress,
+    *,
+    compress: bool,
 ) -> Sent:
     """Read the blocks in `data`, and send those that are neither zero nor known to `sink`.
 
-    `read(blocks, rows)` fills uint8[n, BLOCK_SIZE]. Returns when every pack is durable.
+    `read(blocks, rows)` fills uint8[n, BLOCK_SIZE], in several threads at once. Returns when every pack is
+    durable. Progress is told in the calling thread.
     """
     same, kept = DirtyMap(data.blocks), DirtyMap(data.blocks)
     total, done = data.count(), 0
     waiting: deque[Future[Batch]] = deque()
-    buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_COMPRESSING + 1))
-    with workers(os.cpu_count() or 1, "compress") as pool, sink:
+    buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_READING))
+
+    def take() -> None:
+        nonlocal done
+        batch = waiting.popleft().result()
+        same.set_indices(batch.same)
+        kept.set_indices(batch.kept)
+        sink.add(batch)
+        done += batch.read
+        progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
+
+    with workers(min(os.cpu_count() or 1, _READING), "read") as pool, sink:
         for blocks in data.batches(BATCH):
-            if len(waiting) == _COMPRESSING:
-                sink.add(waiting.popleft().result())
-            rows = buffers[0][: blocks.size]
+            if len(waiting) == _READING:
+                take()
+            rows = buffers[0][: blocks.size]  # of the batch that was taken just now
             buffers.rotate(-1)
-            read(blocks, rows)
-            waiting.append(_prepare(pool, blocks, rows, known, (same, kept), sink.seed))
-            done += blocks.size
-            progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
+            waiting.append(pool.submit(_read, read, blocks, rows, known, sink.seed, compress))
         while waiting:
-            sink.add(waiting.popleft().result())
+            take()
     return Sent(sink.written, sink.runs(), same, kept)
 
 
-def _prepare(
-    pool: ThreadPoolExecutor,
+def _read(
+    read: Callable[[Int64s, Bytes2D], None],
     blocks: Int64s,
     rows: Bytes2D,
     known: Known,
-    found: tuple[DirtyMap, DirtyMap],
     seed: int,
-) -> Future[Batch]:
-    """Hash a batch, note blocks that are `found` known, and have the rest (less zeros) compressed."""
-    same, kept = found
+    compress: bool,
+) -> Batch:
+    """Read a batch and hash it; what is neither known nor zero is made ready to be stored."""
+    read(blocks, rows)
     digests = digest_blocks(rows, seed)
-    equal = known.parent.same(blocks, digests)
-    same.set_indices(blocks[equal])
-    stored = known.kept.same(blocks, digests) & ~equal
-    kept.set_indices(blocks[stored])
+    same = known.parent.same(blocks, digests)
+    kept = known.kept.same(blocks, digests) & ~same
     zero = np.empty(blocks.size, np.uint8)
     _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
-    keep = ~equal & ~stored & (zero == 0)
-    if not keep.all():
-        blocks, rows, digests = blocks[keep], rows[keep], digests[keep]
-    return pool.submit(_compress, blocks, rows, digests)
-
-
-def _compress(blocks: Int64s, rows: Bytes2D, digests: Bytes2D) -> Batch:
-    stored, codecs = compress_blocks(rows)
-    lengths = np.fromiter(map(len, stored), np.int64, len(stored))
-    return Batch(blocks, b"".join(stored), lengths, codecs, digests)
+    fresh = np.flatnonzero(~same & ~kept & (zero == 0))
+    parts, lengths, codecs = (compress_blocks if compress else plain_blocks)(rows, fresh)
+    return Batch(
+        blocks.size, blocks[same], blocks[kept], blocks[fresh], parts, lengths, codecs, digests[fresh]
+    )
 
 
 @contextmanager
@@ -189,7 +200,7 @@ class _Open:
 
 
 class PackSink:
-    """Fills packs in the order of `add` and uploads them, at most UPLOADS at a time.
+    """Fills packs in the order of `add` and uploads them, at most `store.uploads` at a time.
 
     A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
     by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
@@ -210,12 +221,12 @@ class PackSink:
         self._attempt = attempt
         self._stored = stored
         self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-        for _ in range(UPLOADS + 1):  # kept and reused: what threads allocate and free stays fragmented
+        for _ in range(store.uploads + 1):  # kept and reused: what threads allocate and free stays fragmented
             self._buffers.put(np.empty(PACK_SIZE, np.uint8))
         self._open = _Open(self._buffers.get())
         self._blocks: list[Int64s] = []  # of each pack, in slot order
         self._uploads: deque[Future[PackRow]] = deque()
-        self._pool = ThreadPoolExecutor(UPLOADS, thread_name_prefix="island-upload")
+        self._pool = ThreadPoolExecutor(store.uploads, thread_name_prefix="island-upload")
 
     def __enter__(self) -> PackSink:
         return self
@@ -235,16 +246,19 @@ class PackSink:
         """
         if not batch.blocks.size:
             return
-        pack = self._open
-        if pack.size + len(batch.data) > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
+        pack, size = self._open, int(batch.lengths.sum())
+        if pack.size + size > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
             self._seal()
             pack = self._open
-        pack.data[pack.size : pack.size + len(batch.data)] = np.frombuffer(batch.data, np.uint8)
+        at = pack.size
+        for part in batch.parts:  # the only copy on the way to the store
+            pack.data[at : at + len(part)] = np.frombuffer(part, np.uint8)
+            at += len(part)
         pack.blocks.append(batch.blocks)
         pack.lengths.append(batch.lengths)
         pack.codecs.append(batch.codecs)
         pack.digests.append(batch.digests)
-        pack.size += len(batch.data)
+        pack.size = at
         pack.slots += batch.blocks.size
 
     def runs(self) -> Runs:
@@ -272,7 +286,7 @@ class PackSink:
         order = np.argsort(blocks, kind="stable")
         blocks = blocks[order]
         self._blocks.append(blocks)
-        self._wait(UPLOADS - 1)
+        self._wait(self._store.uploads - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
         self._open = _Open(self._buffers.get())
 

@@ -21,14 +21,16 @@ from island_fast.errors import UNREADABLE, DamagedObjectError
 from island_fast.lineage import Lineage
 from island_fast.pack import Index
 from island_fast.packreader import PackReader
-from island_fast.slots import PACK_BITS, SLOT_BITS
+from island_fast.slots import PACK_BITS, SLOT_BITS, SnapshotNumbers
 from island_fast.stores.base import ObjectInfo
 
 __all__ = [
     "GARBAGE_AGE",
     "Deletion",
     "SweepPlan",
+    "freeable",
     "live_slots",
+    "needed_alone",
     "pack_names",
     "plan_delete",
     "plan_sweep",
@@ -100,22 +102,9 @@ def plan_delete(
     packs: PackReader,
     time: int,
 ) -> Deletion:
-    """What deleting the live snapshot `row` frees, by its live neighbours' manifests.
-
-    Siblings are read only when the snapshot holds, outside its parent, a slot in a pack that it did not
-    write itself (design: only then can a sibling share one that the parent lacks).
-    """
+    """What deleting the live snapshot `row` frees."""
     state, numbers = lineage.state, lineage.numbers
-    free = lineage.manifest(row).slot_intervals(numbers)
-    parent = state.live.get(row.parent or "")
-    neighbours = state.children(row.id) + ([parent] if parent else [])
-    for neighbour in neighbours:
-        free = subtract_intervals(free, lineage.manifest(neighbour).slot_intervals(numbers))
-    if (free[:, 0] >> (SLOT_BITS + PACK_BITS) != numbers.number(row.id)).any():
-        for sibling in state.children(row.parent):
-            if sibling.id != row.id:
-                free = subtract_intervals(free, lineage.manifest(sibling).slot_intervals(numbers))
-    free = merge_intervals(free)
+    free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
     record = Record(
         lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
         event="delete", seed=0, deleted=(row.id,), dead=free,
@@ -123,14 +112,35 @@ def plan_delete(
     )  # fmt: skip
     after = state.after(record)
     bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
-    before_plan, after_plan = _packs_to_sweep(state), _packs_to_sweep(after)
-    freed = _saved(after_plan) - _saved(before_plan) + row.manifest_size
-    return Deletion(record, bytes_dead + row.manifest_size, freed)
+    return Deletion(record, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
 
 
-def _saved(plan: tuple[Packs, Packs]) -> int:
-    gone, repacked = plan
-    return int(gone.size.sum() + repacked.dead.sum())
+def needed_alone(
+    state: State, numbers: SnapshotNumbers, row: SnapshotRow, slots: Callable[[SnapshotRow], Int64s]
+) -> Int64s:
+    """Slot keys that no live snapshot but `row` needs, int64[n, 2], merged, by its live neighbours.
+
+    `slots(row)` gives what a snapshot needs. Siblings are asked for only when the snapshot holds, outside its
+    parent, a slot in a pack that it did not write itself (design: only then can a sibling share one that the
+    parent lacks).
+    """
+    free = slots(row)
+    parent = state.live.get(row.parent or "")
+    neighbours = state.children(row.id) + ([parent] if parent else [])
+    for neighbour in neighbours:
+        free = subtract_intervals(free, slots(neighbour))
+    if (free[:, 0] >> (SLOT_BITS + PACK_BITS) != numbers.number(row.id)).any():
+        for sibling in state.children(row.parent):
+            if sibling.id != row.id:
+                free = subtract_intervals(free, slots(sibling))
+    return merge_intervals(free)
+
+
+def freeable(state: State) -> int:
+    """Bytes that a sweep without grace would free of what the catalog names: removed less rewritten."""
+    gone, repacked = _packs_to_sweep(state)
+    manifests = sum(row.manifest_size for row in state.dropped.values())
+    return int(gone.size.sum() + repacked.dead.sum()) + manifests
 
 
 def _dead_before(packs: Packs, touched: Packs) -> int:

@@ -7,6 +7,7 @@ not need is imported by the verbs that do: it would cost more time than the snap
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,14 +28,20 @@ if TYPE_CHECKING:
         Adopted,
         Copied,
         Deleted,
+        Difference,
         ImageInfo,
         Restored,
+        Retained,
         Snapshot,
         SnapshotShown,
         Swept,
+        Usage,
     )
+    from island_fast.retention import Keep
 
 __all__ = ["Repository"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class Repository(OpenRepository):
@@ -55,6 +62,7 @@ class Repository(OpenRepository):
         full: bool = False,
         image_format: str = "qcow2",
         backing: Sequence[str] = (),
+        compression: str = "zstd",
         properties: Mapping[str, str] | None = None,
         progress: Progress = silent,
     ) -> SnapshotTaken:
@@ -65,8 +73,10 @@ class Repository(OpenRepository):
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
         snapshot; `full` scans in full although a table diff would be sound. `backing` lists the image's
         backing files, nearest first, as "qcow2:FILE" or "raw:FILE"; what is stored is the volume as a guest
-        sees it, through all of them.
+        sees it, through all of them. `compression` of what is sent is "zstd" or "none".
         """
+        if compression not in ("zstd", "none"):
+            raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
         path = Path(os.path.realpath(image))
@@ -84,7 +94,9 @@ class Repository(OpenRepository):
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
-            request = Request(self.id, self.state.writer, label, pin, at, full, dict(properties or {}))
+            compress = compression == "zstd"
+            facts = dict(properties or {})
+            request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
@@ -185,6 +197,36 @@ class Repository(OpenRepository):
 
         return delete([self.find(one) for one in references], self.state.writer, dry_run)
 
+    def retain(
+        self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
+    ) -> list[Retained]:
+        """Delete what `keep` does not keep from `volume`, or from every one that this host owns.
+
+        Each volume is decided for itself. What could not be deleted is told as kept; `left_out` tells why.
+        UsageError for a policy without rules, ConflictError if `volume` belongs to another host.
+        """
+        from island_fast.retaining import retain
+
+        if not keep:
+            raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
+        answers, others = [], []
+        for lineage in self.lineages(volume):
+            if volume is None and lineage.owner != self.state.writer:
+                others.append(lineage.name)
+                continue
+            try:
+                retained, errors = retain(lineage, self.state.writer, keep, dry_run, progress)
+            except (DamagedError, RefusedError) as error:
+                if volume is not None:
+                    raise
+                self.left_out.append(error)
+            else:
+                answers.append(retained)
+                self.left_out += errors
+        if others:
+            _LOG.warning("left out, for other hosts own them: %s", ", ".join(others))
+        return answers
+
     def sweep(
         self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
     ) -> list[Swept]:
@@ -248,6 +290,36 @@ class Repository(OpenRepository):
                 f"{to.store.location} is the same repository as {self.store.location}, or was copied from it "
                 "file by file; give another place"
             )
+
+    def diff(self, since: str, reference: str) -> Difference:
+        """What may differ in the snapshot `reference` from the snapshot `since` of the same volume."""
+        from island_fast.comparing import compare
+
+        before, after = self.find(since), self.find(reference)
+        if before.lineage.name != after.lineage.name:
+            raise UsageError(
+                f"{since} is a snapshot of volume {before.lineage.name} and {reference} one of "
+                f"{after.lineage.name}; give two of one volume"
+            )
+        lineage = after.lineage
+        return compare(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
+
+    def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
+        """What the snapshots take: of `volume`, or of each that a listing shows, and in all.
+
+        A volume whose manifests cannot be read is passed over: see `left_out`.
+        """
+        from island_fast.measuring import measure, summed
+
+        volumes = []
+        for lineage in self.lineages(volume):
+            try:
+                volumes.append(measure(lineage, progress))
+            except (DamagedError, RefusedError) as error:
+                if volume is not None:
+                    raise
+                self.left_out.append(error)
+        return summed(volumes)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""

@@ -6,25 +6,36 @@ seconds; `created` is ISO 8601 in UTC.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
 
 from island_fast.answer import Answer, SnapshotTaken
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 __all__ = [
     "Adopted",
     "BitmapInfo",
     "Copied",
+    "Decided",
     "Deleted",
+    "Difference",
     "ImageInfo",
     "InternalInfo",
     "Restored",
+    "Retained",
     "Snapshot",
     "SnapshotShown",
     "SnapshotTaken",
     "SweepStep",
     "Swept",
     "Unpinned",
+    "Usage",
+    "VolumeUsage",
     "timestamp",
 ]
 
@@ -104,6 +115,98 @@ class Deleted(Answer):
     volume: str
     bytes_unreferenced: int
     bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Decided(Answer):
+    """A snapshot under a retention policy: the rules that keep it, or what deleting it freed (see `Deleted`).
+
+    The figures are 0 for one that is kept.
+    """
+
+    snapshot: str
+    created: str
+    label: str
+    kept: bool
+    reasons: tuple[str, ...]
+    bytes_unreferenced: int
+    bytes_freed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Retained(Answer):
+    """What a retention policy did to a volume, or would do; figures are sums, `snapshots` oldest first."""
+
+    volume: str
+    kept: int
+    deleted: int
+    bytes_unreferenced: int
+    bytes_freed: int
+    snapshots: tuple[Decided, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Difference(Answer):
+    """What may differ between two snapshots of a volume, as extents of `snapshot`.
+
+    start, length: int64[n], bytes, ascending and disjoint. data: bool[n], whether the extent holds data in
+    `snapshot`; else it is zero there. `bytes_changed` is the sum of `bytes_data` and `bytes_zero`.
+    `since_size` is the size that the volume had in `since`.
+    """
+
+    volume: str
+    since: str
+    snapshot: str
+    since_size: int
+    volume_size: int
+    bytes_changed: int
+    bytes_data: int
+    bytes_zero: int
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    data: NDArray[np.bool_]
+
+    def extents(self) -> Iterator[tuple[int, int, str]]:
+        """Start, length and kind ("data" or "zero") of each extent."""
+        columns = zip(self.start.tolist(), self.length.tolist(), self.data.tolist(), strict=True)
+        return ((start, length, "data" if data else "zero") for start, length, data in columns)
+
+    def as_json(self) -> dict[str, Any]:
+        """The answer as one JSON object, the columns as rows."""
+        columns = ("start", "length", "data")
+        answer = {name: getattr(self, name) for name in self.__slots__ if name not in columns}
+        return answer | {"extents": [{"start": s, "length": n, "kind": k} for s, n, k in self.extents()]}
+
+
+@dataclass(frozen=True, slots=True)
+class VolumeUsage(Answer):
+    """What a volume's live snapshots hold and take; of all volumes if `volume` is None. Sizes in bytes.
+
+    Before compression, in whole blocks, zeros not counted: `bytes_logical` is the data of each snapshot,
+    summed; `bytes_distinct` counts a block that several of them share once; `bytes_shared` is the part of
+    that which more than one holds. As stored: `bytes_stored` are the packs and manifests that the catalog
+    names; `bytes_dead` the part that no snapshot needs and no sweep has removed; `bytes_freed` what a sweep
+    without grace would free of it, for a pack that is mostly needed stays as it is. `compression` is
+    bytes_distinct / (bytes_stored - bytes_dead), None where nothing is needed.
+    """
+
+    volume: str | None
+    snapshots: int
+    bytes_logical: int
+    bytes_distinct: int
+    bytes_shared: int
+    bytes_stored: int
+    bytes_dead: int
+    bytes_freed: int
+    compression: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage(Answer):
+    """What volumes take, each and in all."""
+
+    volumes: tuple[VolumeUsage, ...]
+    total: VolumeUsage
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-_SHORT_ID = 12
+SHORT_ID = 12
 _REDRAW = 0.1  # seconds between two changes of a bar
 _LINE_EVERY = 1.0  # seconds between two lines of progress
 _PHASES = {
@@ -57,6 +57,8 @@ _PHASES = {
     "restore": "Restoring",
     "sweep": "Sweeping",
     "copy": "Copying",
+    "retain": "Deleting",
+    "usage": "Reading manifests",
 }
 
 
@@ -155,12 +157,12 @@ def listed(answers: Sequence[Snapshot]) -> str:
     """A table of snapshots, ids cut to their first 12 digits."""
     rows = [
         (
-            one.snapshot[:_SHORT_ID],
+            one.snapshot[:SHORT_ID],
             one.volume,
             one.created,
             size(one.volume_size),
             size(one.bytes_stored),
-            (one.parent or "none")[:_SHORT_ID],
+            (one.parent or "none")[:SHORT_ID],
             printable(one.label),
         )
         for one in answers

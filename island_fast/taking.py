@@ -89,7 +89,10 @@ class _Taking:
             view = self._source.view(internal)
             change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
             parent, storing = self._parent_runs(), self._storing
-            sent = send(view.read, change.data, storing.known(parent), storing.sink(), self._progress)
+            sent = send(
+                view.read, change.data, storing.known(parent), storing.sink(), self._progress,
+                compress=self._request.compress,
+            )  # fmt: skip
             stored = storing.stored(sent, parent, change.replaced)
             replaced = subtract_intervals(change.replaced, sent.same.runs())
             pin = internal.identity if internal else self._would_be_pin(created, view)

@@ -18,6 +18,8 @@ IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
 
 CINDER = "tests/cinder/"
 
+os.environ["ISLAND_CONFIG"] = os.devnull  # one's own configuration is no part of the tests
+
 OpenSwift = Callable[..., SwiftStore]
 
 

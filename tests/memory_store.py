@@ -40,6 +40,7 @@ class MemoryStore(Store):
         self.location = location
         self.grace = grace
         self.range_gap = 0
+        self.uploads = 2
         self.objects: dict[str, Stored] = {}
         self.calls: Counter[str] = Counter()
         self.sent = 0

@@ -110,7 +110,7 @@ class View(ABC):
 
     @abstractmethod
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
-        """Fill row i of `out` (uint8[n, BLOCK_SIZE]) with block `blocks[i]` (ascending)."""
+        """Fill row i of `out` (uint8[n, BLOCK_SIZE]) with block `blocks[i]` (ascending). Thread-safe."""
 
 
 class Source(ABC):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -34,6 +35,7 @@ class RawView(View):
         self.volume_size = size
         self._path = path
         self._fd = fd
+        self._lock = threading.Lock()
         self._read = 0
 
     @property
@@ -51,7 +53,8 @@ class RawView(View):
                 raise DamagedImageError(
                     f"{self._path} was cut off while it was read; take the snapshot again"
                 )
-            self._read += got
+            with self._lock:
+                self._read += got
         tail = self.volume_size - int(blocks[-1]) * BLOCK_SIZE if blocks.size else BLOCK_SIZE
         out[-1:, max(tail, 0) :] = 0
 

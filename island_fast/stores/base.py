@@ -119,6 +119,9 @@ class Store(ABC):
     range_gap: int
     """Bytes between two ranges of one object that cost less to fetch than another range does."""
 
+    uploads: int
+    """How many large objects are sent at the same time: more gain little, and take a pack's memory each."""
+
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.

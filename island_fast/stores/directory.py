@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import stat
 import threading
@@ -45,6 +46,7 @@ _SCRATCH = ".tmp~"
 _LEFTOVER_AGE = 86400.0  # seconds; no put takes this long
 _TRIES = 5  # at a folder that keeps vanishing
 _COMPARED_AT_ONCE = 1 << 20
+_MAPPED = 1 << 20  # bytes
 # Not blocking: should the file turn out to be a pipe, open() would wait for its other end.
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -60,6 +62,7 @@ class DirectoryStore(Store):
 
     grace = 0.0
     range_gap = 0
+    uploads = 3  # each waits for two fsyncs
 
     def __init__(self, path: str, *, create_ok: bool = False) -> None:
         self.location = path
@@ -312,15 +315,25 @@ def _describe(name: str, status: os.stat_result) -> ObjectInfo:
 
 def _read(fd: int, name: str, offset: int, length: int) -> memoryview:
     """Exactly these bytes; they were within the file a moment ago."""
-    data = os.pread(fd, length, offset)
-    if len(data) == length:
-        return memoryview(data)
-    pieces = [data]  # one call reads 2 GiB at most
-    done = len(data)
-    while data and done < length:
-        data = os.pread(fd, length - done, offset + done)
-        pieces.append(data)
-        done += len(data)
-    if done < length:
-        raise DamagedObjectError(f"object {name} became shorter while it was read; it is damaged")
-    return memoryview(b"".join(pieces))
+    buffer = _buffer(length)
+    done = 0
+    while done < length:  # one call reads 2 GiB at most
+        got = os.preadv(fd, [buffer[done:]], offset + done)
+        if not got:
+            raise DamagedObjectError(f"object {name} became shorter while it was read; it is damaged")
+        done += got
+    return buffer.toreadonly()
+
+
+def _buffer(length: int) -> memoryview:
+    """Memory that goes back to the system with its last view; what threads free, malloc keeps.
+
+    Of huge pages, where there are any: else its page faults would take as long as reading.
+    """
+    if length < _MAPPED:
+        return memoryview(bytearray(length))
+    if length < _MAPPED:
+        return memoryview(bytearray(length))
+    mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    mapped.madvise(mmap.MADV_HUGEPAGE)
+    return memoryview(mapped)

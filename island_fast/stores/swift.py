@@ -65,6 +65,7 @@ class SwiftStore(Store):
 
     grace = 86400.0
     range_gap = 64 << 10
+    uploads = 2
     page_size: int | None = None
 
     def __init__(self, container: str, prefix: str, keyring: Keyring, patience: Patience) -> None:

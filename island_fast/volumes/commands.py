@@ -26,7 +26,7 @@ __all__ = ["Commands"]
 
 _LOG = logging.getLogger(__name__)
 _TELL_EVERY = 30.0  # seconds between two lines of progress in the log
-_OURS = ("OS_", "ST_", "ISLAND_")  # variables of whoever started the service say nothing to the command
+_OURS = ("OS_", "ST_", "ISLAND_")  # the settings of whoever started the service say nothing to the command
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Commands:
         command = [sys.executable, "-m", "island_fast", verb, *map(str, words), "--json", "--json-progress"]
         told = _Told(" ".join([verb, *map(str, words[:1])]))
         inherited = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
-        env = inherited | {"ISLAND_REPOSITORY": self.url, **self.environment}
+        env = inherited | {"ISLAND_CONFIG": os.devnull, "ISLAND_REPOSITORY": self.url, **self.environment}
         try:
             done = run_child(command, env, told, cancelled)
         except OSError as error:

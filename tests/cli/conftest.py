@@ -35,11 +35,12 @@ class Done:
 
 
 class Island:
-    """Runs `island` with local state and repository of the test's own; `repository` and `state` are there."""
+    """Runs `island` with local state, repository and configuration of the test's own, if it makes them."""
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         self.repository = folder / "repository"
         self.state = folder / "state"
+        self.configuration = folder / "config/island/config.toml"
         self._capsys = capsys
         self._started: list[subprocess.Popen[bytes]] = []
 
@@ -138,6 +139,7 @@ def island(
         if key.startswith(("OS_", "ST_", "ISLAND_")):
             monkeypatch.delenv(key)
     command = Island(tmp_path, capsys)
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(command.configuration.parent.parent))
     monkeypatch.setenv("ISLAND_STATE", str(command.state))
     monkeypatch.setenv("ISLAND_REPOSITORY", str(command.repository))
     yield command

@@ -39,6 +39,12 @@ KEYS = {
         *["snapshot", "volume", "parent", "label", "volume_size", "copied", "blocks_sent", "blocks_kept"],
         *["bytes_read", "bytes_stored", "objects_written", "seconds"],
     ],
+    "retain": ["volume", "kept", "deleted", "bytes_unreferenced", "bytes_freed", "snapshots"],
+    "diff": [
+        *["volume", "since", "snapshot", "since_size", "volume_size"],
+        *["bytes_changed", "bytes_data", "bytes_zero", "extents"],
+    ],
+    "usage": ["volumes", "total"],
     "adopt": ["volume", "snapshots", "epoch"],
     "unpin": ["image", "pins", "bytes_freed"],
 }
@@ -50,11 +56,15 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     shown = island.json("show", "disk@latest")
     restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
     copied = island.json("copy", "--all", "--to", tmp_path / "far")
+    retained = island.json("retain", "--keep-last", 1)
+    diff = island.json("diff", "disk@latest", "disk@latest")
+    usage = island.json("usage")
     deleted = island.json("delete", "disk@latest")
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
     unpinned = island.json("unpin", disk)
-    found = [taken, *listed, shown, restored, *deleted, *swept, *copied, adopted, unpinned]
+    found = [taken, *listed, shown, restored, *deleted, *swept, *copied]
+    found += [*retained, diff, usage, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]
     assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
@@ -239,6 +249,9 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "sweep",
         "adopt",
         "unpin",
+        "retain",
+        "diff",
+        "usage",
         "info",
         "map",
     ]

@@ -27,11 +27,11 @@ PACK = 8
 
 
 @pytest.fixture
-def small_packs(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_packs(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks, sent one at a time and in order."""
     monkeypatch.setattr(pipeline, "BATCH", PACK)
     monkeypatch.setattr(pipeline, "MAX_SLOTS", PACK)
-    monkeypatch.setattr(pipeline, "UPLOADS", 1)
+    store.uploads = 1
 
 
 def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from island_fast import pipeline
 from island_fast.manifest import decode
 from island_fast.pack import ABSENT, open_pack
 from island_fast.repository import Repository
+from island_fast.retention import Keep
 from tests import qemu
 from tests.memory_store import MemoryStore
 
@@ -49,8 +52,13 @@ class Store:
     def __init__(self, store: MemoryStore, live: set[str]) -> None:
         self._objects = {name: stored.data for name, stored in store.objects.items()}
         self._needed: dict[tuple[str, int], set[int]] = {}
+        self.held: Counter[tuple[str, int, int]] = Counter()  # how many live snapshots hold each slot
+        self.dropped = 0  # bytes of the manifests of others
         for name, data in self._objects.items():
-            if "/manifests/" in name and name.split("/")[2].partition("-")[0] in live:
+            if "/manifests/" in name:
+                if name.split("/")[2].partition("-")[0] not in live:
+                    self.dropped += len(data)
+                    continue
                 manifest, _ = decode(name, data)
                 for pack, slot, length in zip(
                     manifest.runs.pack, manifest.runs.slot, manifest.runs.length, strict=True
@@ -58,6 +66,7 @@ class Store:
                     owner = manifest.packs.snapshots[manifest.packs.snapshot[pack]]
                     key = (owner, int(manifest.packs.number[pack]))
                     self._needed.setdefault(key, set()).update(range(slot, slot + length))
+                    self.held.update((*key, at) for at in range(slot, slot + length))
 
     def size(self) -> int:
         """Bytes of all packs and manifests."""
@@ -78,6 +87,21 @@ class Store:
         assert not (index.rows["codec"][slots] == ABSENT).any(), "a slot that is needed was left out"
         live = int(index.lengths[slots].sum())
         return live, int(index.lengths.sum()) - live, data.nbytes
+
+
+def check_usage(repository: Repository, held: Store) -> None:
+    """What `usage` tells is what the objects show, and what the next sweep would free."""
+    used = repository.usage()
+    (one,) = used.volumes
+    assert replace(used.total, volume="vol") == one
+    assert one.bytes_logical == held.held.total() * BLOCK
+    assert one.bytes_distinct == len(held.held) * BLOCK
+    assert one.bytes_shared == sum(holders > 1 for holders in held.held.values()) * BLOCK
+    assert one.bytes_stored == held.size()
+    assert one.bytes_dead == held.dropped + sum(dead for dead, _ in held.unneeded())
+    assert one.bytes_freed == repository.sweep(dry_run=True)[0].bytes_freed
+    needed = one.bytes_stored - one.bytes_dead
+    assert one.compression == (one.bytes_distinct / needed if needed else None)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -106,6 +130,9 @@ def test_every_figure_is_what_the_store_loses(
             assert swept.bytes_freed == size - left.size()
             assert sum(step.bytes for step in swept.steps) == swept.bytes_removed
             assert all(2 * dead <= whole for dead, whole in left.unneeded()), "more than half dead"
+            check_usage(repository, left)
+        else:
+            check_usage(repository, after)
     repository.sweep()
     assert Store(store, set()).size() == 0
 
@@ -122,3 +149,22 @@ def test_what_one_delete_frees_is_what_the_next_sweep_removes(
         repository.sweep()
         live.remove(snapshot)
         assert told.bytes_freed == size - Store(store, live).size()
+
+
+def test_what_retaining_frees_is_what_the_next_sweep_removes(
+    repository: Repository, store: MemoryStore, tree: list[str]
+) -> None:
+    size = Store(store, set(tree)).size()
+    (would,) = repository.retain(Keep(last=4), dry_run=True)
+    assert len(repository.snapshots()) == len(tree), "a dry run deletes nothing"
+    (told,) = repository.retain(Keep(last=4))
+    assert told == would
+    assert (told.kept, told.deleted) == (4, len(tree) - 4)
+    live = {one.snapshot for one in told.snapshots if one.kept}
+    assert live == set(tree[-4:]) == {one.snapshot for one in repository.snapshots()}
+    for figure in ("bytes_freed", "bytes_unreferenced"):
+        assert getattr(told, figure) == sum(getattr(one, figure) for one in told.snapshots)
+    after = Store(store, live)
+    assert told.bytes_unreferenced == after.dropped + sum(dead for dead, _ in after.unneeded())
+    repository.sweep()
+    assert told.bytes_freed == size - Store(store, live).size()

@@ -73,7 +73,7 @@ class Job:
 
 def _copied(repository: Repository, source: str) -> list[dict[str, Any]]:
     """Everything in the folder `source`, one pack after the other."""
-    pipeline.UPLOADS = 1
+    repository.store.uploads = 1
     with Repository(DirectoryStore(source), repository.state) as near:
         return [one.as_json() for one in near.copy(repository)]
 

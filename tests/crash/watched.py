@@ -52,6 +52,7 @@ class WatchedStore(Store):
         self, inner: Store, step: Callable[[Call, str], None] = lambda *_: None, older: float = 0.0
     ) -> None:
         self.location, self.grace, self.range_gap = inner.location, inner.grace, inner.range_gap
+        self.uploads = inner.uploads
         self.calls: list[Call] = []
         self._inner = inner
         self._step = step

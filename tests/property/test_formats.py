@@ -124,9 +124,8 @@ def test_merge_equals_a_dict_of_blocks(data: st.DataObject) -> None:
 def small_pack(noise: bool = True) -> tuple[str, bytes, np.ndarray]:
     data = np.random.default_rng(3).integers(0, 256 if noise else 1, (3, 65536), dtype=np.uint8)
     data[1] = 7
-    stored, codecs = compress_blocks(data)
+    stored, lengths, codecs = compress_blocks(data, np.arange(len(data)))
     name = f"vol/packs/{A}/0-00000000"
-    lengths = array([len(s) for s in stored])
     parts, _ = seal_pack(
         name, PackHeader("vol", A, 0, 99), [b"".join(stored)], lengths, codecs, digest_blocks(data, 99)
     )
