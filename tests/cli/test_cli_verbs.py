@@ -249,6 +249,7 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "sweep",
         "adopt",
         "unpin",
+        "copy",
         "retain",
         "diff",
         "usage",
