@@ -18,7 +18,7 @@ from island_fast.errors import DamagedObjectError
 from island_fast.manifest import Runs
 from island_fast.pack import Index, unpack_blocks
 from island_fast.packreader import PackReader
-from island_fast.pipeline import BATCH, DOWNLOADS, Batch, Known, PackSink, Sent, by_pack, expand, workers
+from island_fast.pipeline import BATCH, Batch, Known, PackSink, Sent, by_pack, expand, workers
 from island_fast.progress import Progress
 
 __all__ = ["carry"]
@@ -26,6 +26,7 @@ __all__ = ["carry"]
 Int64s = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 _NONE = np.zeros(0, np.int64)
+_FETCHING = 2  # packs that are being fetched, or have been and wait: each is in memory
 
 
 def carry(
@@ -58,9 +59,9 @@ def carry(
             done += batch.read * BLOCK_SIZE
         progress("copy", done, total)
 
-    with workers(DOWNLOADS, "copy") as pool, sink:
+    with workers(_FETCHING, "copy") as pool, sink:
         for key, named in by_pack(runs):
-            if len(waiting) == DOWNLOADS:  # each may hold a whole pack
+            if len(waiting) == _FETCHING:
                 take()
             waiting.append(pool.submit(fetch, key, named))
         while waiting:

@@ -41,7 +41,6 @@ from island_fast.stores.base import Store
 
 __all__ = [
     "BATCH",
-    "DOWNLOADS",
     "Batch",
     "Known",
     "PackRow",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from island_fast import carrying, pipeline
+from island_fast import carrying
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -195,10 +195,17 @@ def test_a_copy_that_was_deleted_can_be_made_again(
     repository.copy(far)
     ever = set(far_store.objects)
     far.delete([first.snapshot])
-    (answer, _) = repository.copy(far)
+    put: list[str] = []
+    real = MemoryStore.put
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            MemoryStore, "put", lambda store, name, parts: [put.append(name), real(store, name, parts)]
+        )
+        (answer, _) = repository.copy(far)
     assert (answer.copied, answer.parent) == (True, second.snapshot)
     assert answer.blocks_sent == 32, "what it had left to others stays theirs"
-    assert not [n for n in set(far_store.objects) - ever if n in ever]
+    assert len(put) == answer.objects_written == 3
+    assert not ever & set(put)
     assert [one.snapshot for one in far.snapshots()] == [first.snapshot, second.snapshot]
     for gone in (second.snapshot, first.snapshot):
         check(far, first.snapshot, content, tmp_path)
@@ -213,8 +220,7 @@ def tiny(small_packs: None, far_store: MemoryStore, monkeypatch: pytest.MonkeyPa
     """Packs of PACK blocks; one at a time is on its way."""
     far_store.uploads = 1
     monkeypatch.setattr(carrying, "BATCH", PACK)
-    monkeypatch.setattr(carrying, "DOWNLOADS", 1)
-    monkeypatch.setattr(pipeline, "DOWNLOADS", 1)
+    monkeypatch.setattr(carrying, "_FETCHING", 1)
 
 
 def interrupt(repository: Repository, far: Repository, packs: int) -> list[str]:
