@@ -28,7 +28,7 @@ from tests.machine.world import Inline
 from tests.memory_store import MemoryStore
 
 SEED = int(os.environ.get("COPIES_SEED", "1"))
-LIVES, STEPS = int(os.environ.get("COPIES_LIVES", "5")), 60
+LIVES, STEPS = int(os.environ.get("COPIES_LIVES", "4")), 60
 DAY = 24 * 3600.0
 COUNTS: Counter[str] = Counter()
 

@@ -11,7 +11,7 @@ from tests import qemu
 from tests.crash.actor import Hold
 from tests.crash.holding import live, nothing_is_left, restored, seen_by_a_stranger, sweep_later
 from tests.crash.processes import BLOCK, VOLUME, Actor, Actors, World
-from tests.crash.watched import AFTER, BEFORE, ELSEWHERE, UNNAMED
+from tests.crash.watched import AFTER, BEFORE, ELSEWHERE
 
 pytestmark = qemu.needs_qemu
 
@@ -53,7 +53,7 @@ def test_killed_at_every_put(worlds: Worlds, tmp_path: Path, walked: list[str]) 
     puts = [call for call in whole.calls() if call.verb == "put"]
     kinds = "catalog packs packs packs manifests catalog packs packs manifests catalog"
     assert " ".join(call.name.split("/")[1] for call in puts[1:]) == kinds
-    points = [(call.number, moment) for call in puts for moment in (BEFORE, UNNAMED, AFTER)]
+    points = [(call.number, moment) for call in puts for moment in (BEFORE, AFTER)]
     points += [(number, ELSEWHERE) for number in range(1, whole.told()["elsewhere"], 6)]
     for point in points:
         far.put_back(tmp_path / "start")
@@ -70,7 +70,7 @@ def test_killed_at_every_put(worlds: Worlds, tmp_path: Path, walked: list[str]) 
         sweep_later(far, "state")
         nothing_is_left(far, "state")
         assert seen_by_a_stranger(far) == worlds.truth
-    walked.append(f"copy: {len(points)} points, three at each of {len(puts)} puts")
+    walked.append(f"copy: {len(points)} points, two at each of {len(puts)} puts")
 
 
 def test_a_sweep_touches_nothing_of_a_copy_in_progress(worlds: Worlds) -> None:
