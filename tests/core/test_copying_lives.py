@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,6 +85,8 @@ class Life:
         self.clock = 0
         patch.setattr(repository_module, "Qcow2Source", self._source)
         patch.setattr(os, "urandom", random.Random(seed).randbytes)  # a seed is one life
+        hours = random.Random(seed)
+        patch.setattr(time, "time_ns", lambda: hours.randrange(10**18))  # nothing is decided by it alone
         self.images["/images/0"] = MemoryImage(tuple(self.draw.randrange(CONTENTS) for _ in range(12)))
 
     def _source(self, path: Path, *_: object, **__: object) -> MemorySource:
