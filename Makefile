@@ -6,14 +6,14 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo test quick check fuzz machine mutants bench pause clean
+.PHONY: demo test quick check fuzz machine mutants bench kernels pause clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
-	@scripts/need qemu daemon vm mkfs fuse rabbit systemd
+	@scripts/need qemu daemon vm mkfs fuse rabbit systemd fio peers
 	@scripts/need guest || echo 'the tests of NBD devices are left out'
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
@@ -32,7 +32,11 @@ machine: $(VENV)/.tested  ## random lives of a repository under attack, for MACH
 mutants: $(VENV)/.tested  ## whether those lives find each of the mistakes that scripts/mutants.py plants
 	$(BIN)/python scripts/mutants.py
 
-bench: $(VENV)/.tested  ## the kernels' and formats' benchmarks
+bench: $(VENV)/.tested  ## island against what people would use instead, most of an hour; BENCH="--quick", or any of its options
+	@scripts/need qemu daemon fuse fio peers
+	@$(BIN)/python -m island_fast.bench $(BENCH)
+
+kernels: $(VENV)/.tested  ## the kernels' and formats' benchmarks
 	$(BIN)/pytest benchmarks --benchmark-enable --benchmark-only
 
 pause: $(VENV)/.installed  ## how long guests wait for snapshots, by volume and cluster size, ten minutes; PAUSE="--help"

@@ -18,6 +18,7 @@ from island_fast.elsewhere import copy
 from island_fast.looking import info, map_
 from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
+from island_fast.proving import verify
 from island_fast.weighing import diff, retain, usage
 
 __all__ = ["main"]
@@ -350,5 +351,5 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
-for verb in (copy, retain, diff, usage, info, map_):
+for verb in (copy, retain, diff, usage, verify, info, map_):
     island.add_command(verb)

@@ -25,6 +25,7 @@ from island_fast.catalog import Record, SnapshotRow
 from island_fast.choosing import differing, keyed
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
+from island_fast.health import Health
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
 from island_fast.manifest import Manifest, Runs, tabulate
@@ -225,12 +226,13 @@ class _Copying:
 
         Where the near repository has that parent, too, the two manifests there tell; else the digests will.
         Packs of a copy that was deleted stay those of others: what a snapshot shares in packs of its own id,
-        it shares with its descendants alone, and deletes rely on that.
+        it shares with its descendants alone, and deletes rely on that. What is lost there is sent again.
         """
         near, far, runs = self._near, self._far, self._runs(row)
         held = keyed(far, far.manifest(far.state.live[parent])) if parent else Runs.empty()
-        old = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
-        usable = held.within(subtract_intervals(held.intervals(), old))
+        others = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
+        barred = merge_intervals(np.concatenate([others, held.among(Health(far).lost()).intervals()]))
+        usable = held.within(subtract_intervals(held.intervals(), barred))
         theirs = near.state.live.get(parent or "")
         if theirs is None:
             return _Plan(usable, _WHOLE, usable, runs)
@@ -240,7 +242,7 @@ class _Copying:
                 f"snapshot {theirs.id} in {far.store.location} does not hold what it holds in "
                 f"{near.store.location}; delete it there and copy it again"
             )
-        replaced = merge_intervals(np.concatenate([differing(runs, near_held), old]))
+        replaced = merge_intervals(np.concatenate([differing(runs, near_held), barred]))
         return _Plan(usable, replaced, Runs.empty(), runs.within(replaced))
 
     def _manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:

@@ -102,6 +102,18 @@ class Lineage:
         return self._at.seed
 
     @property
+    def needed_records(self) -> list[str]:
+        """Names of the records that a host without caches reads: from the newest checkpoint to the end."""
+        at = self._at
+        first = at.number - at.number % CHECKPOINT_EVERY
+        return [catalog_name(self.name, at.epoch, number) for number in range(first, at.number + 1)]
+
+    @property
+    def ended(self) -> list[str]:
+        """Names of the objects that end the epochs before the present one."""
+        return [stop_name(self.name, epoch) for epoch in range(self._at.epoch)]
+
+    @property
     def _at(self) -> _Place:
         if self._place is None:
             raise NotFoundError(f"volume {self.name} has no snapshots in {self.store.location}")
@@ -341,16 +353,17 @@ class Lineage:
     def adopt(self, writer: str) -> None:
         """Make `writer` the owner: end the epoch, read it to its end, begin the next. Under the lock.
 
-        Safe to repeat after an interruption. Records that the former owner appends later mean nothing.
+        Safe to repeat after an interruption. Records that the former owner appends later mean nothing. Where
+        the store lost what ended an earlier epoch, that is written again.
         """
         self._require_known_features()
         epoch = self._at.epoch
-        name = stop_name(self.name, epoch)
-        if not self.store.head(name):
-            meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
-            parts, _ = seal(Kind.STOP, name, [Section(1, [meta])])
-            with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
-                self.store.put(name, parts)
+        for ended in [*self.ended, stop_name(self.name, epoch)]:
+            if not self.store.head(ended):
+                meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
+                parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
+                with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                    self.store.put(ended, parts)
         self._follow()
         at = self._at
         self._append(_owner_record(self.name, epoch + 1, at.checksum, writer, at.seed, self.state))

@@ -122,6 +122,11 @@ class Runs:
         """The pieces of runs that lie in `keep`, int64[n, 2], sorted and disjoint."""
         return self.take(*clip_rows(self.start, self.length, keep))
 
+    def among(self, slots: Int64s) -> Runs:
+        """The pieces of runs, which hold pack keys, whose slots are in `slots`, as intervals of slot keys."""
+        keys = slot_intervals(self.pack, self.slot, self.length)
+        return self.take(*clip_rows(keys[:, 0], self.length, slots))
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ __all__ = ["Found", "OpenRepository"]
 
 _NAME = "repository"
 _META = 1
+_RECORD = re.compile(r".*/catalog/[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,11 @@ class OpenRepository:
         self.state = state
         self.left_out: list[IslandError] = []
         self._id = self._read_id()
+        if self._id is None and self._has_volumes():
+            raise DamagedError(
+                f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
+                "nothing is read; put it back from a copy of the repository, and only that object"
+            )
         if self._id is None and not (create and self._is_empty()):
             raise NotFoundError(
                 f"{store.location} is not an island repository; check the path, or take a first snapshot "
@@ -113,6 +120,11 @@ class OpenRepository:
         """Whether a listing shows nothing: what others keep there stays theirs."""
         return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
 
+    def _has_volumes(self) -> bool:
+        """Whether a listing shows a record of a volume's catalog; what others keep there may be anything."""
+        listings = (self.store.list(f"{name}/catalog/") for name in self.store.folders(""))
+        return any(_RECORD.fullmatch(info.name) for listing in listings for info in listing)
+
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
         meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
@@ -143,15 +155,22 @@ class OpenRepository:
         if volume is not None:
             yield self._existing(volume)
             return
+        for lineage, error in self.every_lineage():
+            if error is not None:
+                self.left_out.append(error)
+            elif lineage.exists:
+                yield lineage
+
+    def every_lineage(self) -> Iterator[tuple[Lineage, DamagedError | RefusedError | None]]:
+        """Whatever a listing shows that could be a lineage, refreshed, and why it cannot be read if so."""
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
                 self._refresh(lineage)
             except (DamagedError, RefusedError) as error:
-                self.left_out.append(error)
-                continue
-            if lineage.exists:
-                yield lineage
+                yield lineage, error
+            else:
+                yield lineage, None
 
     def _existing(self, volume: str) -> Lineage:
         """The lineage of `volume`, refreshed; NotFoundError if there is none."""

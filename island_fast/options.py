@@ -16,7 +16,7 @@ from island_fast.outcome import Run
 if TYPE_CHECKING:
     from island_fast.repository import Repository
 
-__all__ = ["NAMING", "common", "image_format_option", "opened", "other_opened", "seconds", "text"]
+__all__ = ["NAMING", "common", "fraction", "image_format_option", "opened", "other_opened", "seconds", "text"]
 
 
 NAMING = (
@@ -111,6 +111,16 @@ def seconds(context: click.Context, parameter: click.Parameter, value: str | Non
     if not match:
         raise click.BadParameter(f"{value!r} is no time span; write one such as 24h, 90m, 3600s, 7d or 0")
     return float(match[1]) * _SECONDS[match[2]]
+
+
+def fraction(context: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
+    """A share such as 5%, as a fraction."""
+    if value is None:
+        return None
+    match = re.fullmatch(r"([0-9]{1,3}(?:\.[0-9]{1,9})?)%", value)
+    if not match or not 0 < float(match[1]) <= 100:
+        raise click.BadParameter(f"{value!r} is no share; write one such as 5% or 100%")
+    return float(match[1]) / 100
 
 
 def text(context: click.Context, parameter: click.Parameter, value: str) -> str:

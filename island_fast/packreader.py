@@ -79,28 +79,29 @@ class PackReader:
 
     def index(self, key: int) -> Index:
         """The index of the pack with this key."""
-        return self._following(key, self.index_at)
+        return self.following(key, self.index_at)
 
     def stored(self, key: int, slots: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
         """The stored bytes of each of `slots` (ascending), by whichever way moves less.
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
-        can prove.
+        can prove. Where a pack is not whole any more, these blocks may be.
         """
         if 2 * slots.size >= self.slots(key):
-            return self.proved(key, slots)
-        return self._following(key, lambda place: self._blocks(place, slots, gap))
+            with contextlib.suppress(*UNREADABLE):
+                return self.proved(key, slots)
+        return self.following(key, lambda place: self._blocks(place, slots, gap))
 
     def proved(self, key: int, slots: Int64s, damaged: int = 0) -> tuple[Index, list[memoryview]]:
         """The same out of the whole pack, which its checksum proves; `damaged` reads were in vain before."""
-        index, data = self._following(key, lambda place: self._whole(place, damaged))
+        index, data = self.following(key, lambda place: self._whole(place, damaged))
         offsets, lengths = stored_ranges(index, slots)
         spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
         return index, [data[a:b] for a, b in spans]
 
     def slots(self, key: int) -> int:
         """How many slots the catalog says that the pack has."""
-        return self._place(key).slots
+        return self.place(key).slots
 
     def _row(self, key: int) -> int:
         row = int(self._lineage.state.packs.find(np.array([key], np.int64))[0])
@@ -111,23 +112,27 @@ class PackReader:
             )
         return row
 
-    def _place(self, key: int) -> Place:
+    def place(self, key: int) -> Place:
+        """Where the pack is, by the catalog as it was last read; DamagedObjectError if it is in none."""
         with self._lock:
             packs = self._lineage.state.packs
             row = self._row(key)
             name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
             return Place(name, int(packs.slots[row]), int(packs.size[row]))
 
-    def _following(self, key: int, fetch: Callable[[Place], T]) -> T:
-        """`fetch(place)`, again under the newer name as often as the pack was repacked meanwhile."""
-        place = self._place(key)
+    def following(self, key: int, fetch: Callable[[Place], T]) -> T:
+        """`fetch(place)`, again under the newer name as often as the pack was repacked meanwhile.
+
+        `fetch` raises ObjectMissingError where there is nothing; DamagedObjectError if the name stays.
+        """
+        place = self.place(key)
         while True:
             try:
                 return fetch(place)
             except ObjectMissingError:
                 with self._lock:
                     self._lineage.refresh()
-            newer = self._place(key)
+            newer = self.place(key)
             if newer == place:
                 raise DamagedObjectError(
                     f"pack {place.name} is missing from {self._lineage.store.location}; the snapshots "

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from island_fast.answer import SnapshotTaken
 from island_fast.choosing import Request, choose
 from island_fast.errors import DamagedError, RefusedError, UsageError
+from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
         SnapshotShown,
         Swept,
         Usage,
+        Verified,
     )
     from island_fast.retention import Keep
 
@@ -97,6 +99,10 @@ class Repository(OpenRepository):
             compress = compression == "zstd"
             facts = dict(properties or {})
             request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
+            if knows_damage(lineage):
+                from island_fast.healing import mend_known
+
+                mend_known(lineage, source, self.state.writer, progress)
             return take(lineage, source, request, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
@@ -290,6 +296,32 @@ class Repository(OpenRepository):
                 f"{to.store.location} is the same repository as {self.store.location}, or was copied from it "
                 "file by file; give another place"
             )
+
+    def verify(
+        self,
+        reference: str | None = None,
+        *,
+        sample: float | None = None,
+        since: float | None = None,
+        against: str | Path | None = None,
+        backing: Sequence[str] = (),
+        heal: bool = False,
+        progress: Progress = silent,
+    ) -> Verified:
+        """Whether what a snapshot, or every one, needs is there and as it was written; damage is no error.
+
+        Packs are looked for by name and size. Read whole, every block against its digest, are those that this
+        host did not for `since` seconds, up to `sample`, a fraction, of all bytes; what was not read for the
+        longest comes first. `against` is an image that holds the snapshot's pin, with its `backing` files:
+        the two are compared. With `heal`, what is damaged is mended where the same bytes are still to be had.
+        Volumes that this version cannot read are passed over: see `left_out`.
+        """
+        from island_fast import verifying
+
+        files = [Backing.parse(text) for text in backing]
+        image = Path(os.path.realpath(against)) if against is not None else None
+        request = verifying.Request(self.state.writer, sample, since, image, files, heal)
+        return verifying.verify(self, reference, request, progress)
 
     def diff(self, since: str, reference: str) -> Difference:
         """What may differ in the snapshot `reference` from the snapshot `since` of the same volume."""

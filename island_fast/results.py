@@ -21,6 +21,7 @@ __all__ = [
     "Adopted",
     "BitmapInfo",
     "Copied",
+    "Damage",
     "Decided",
     "Deleted",
     "Difference",
@@ -33,8 +34,10 @@ __all__ = [
     "SnapshotTaken",
     "SweepStep",
     "Swept",
+    "Touched",
     "Unpinned",
     "Usage",
+    "Verified",
     "VolumeUsage",
     "timestamp",
 ]
@@ -295,3 +298,50 @@ class ImageInfo(Answer):
     pinned_base: str | None = None
     next_rule: str | None = None
     next_reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Touched(Answer):
+    """A snapshot that damage touches: how many bytes of its volume, and where, as (start, length) in bytes.
+
+    `extents_left_out` more are not listed.
+    """
+
+    snapshot: str
+    bytes: int
+    extents: tuple[tuple[int, int], ...]
+    extents_left_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class Damage(Answer):
+    """An object that is not as it was written: its name, in what way, a sentence, and what can be done.
+
+    `snapshots` are those that need what is lost; of an object that was mended, those that needed it.
+    """
+
+    volume: str
+    object: str
+    kind: str
+    message: str
+    snapshots: tuple[Touched, ...]
+    mended: bool
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verified(Answer):
+    """What was verified, of how many snapshots, and all damage that was found.
+
+    All `objects` were looked for; `objects_read` were read whole now; `objects_unproved` this host has never
+    read whole and found right. `bytes_compared` is the volume's data that was compared with a pinned base.
+    """
+
+    snapshots: int
+    objects: int
+    objects_read: int
+    objects_unproved: int
+    bytes_read: int
+    bytes_compared: int
+    damages: tuple[Damage, ...]
+    seconds: float

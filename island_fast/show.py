@@ -57,6 +57,10 @@ _PHASES = {
     "restore": "Restoring",
     "sweep": "Sweeping",
     "copy": "Copying",
+    "look": "Looking",
+    "verify": "Verifying",
+    "compare": "Comparing",
+    "mend": "Mending",
     "retain": "Deleting",
     "usage": "Reading manifests",
 }

@@ -35,7 +35,7 @@ from island_fast.results import SweepStep, Swept
 from island_fast.resuming import forget_used
 from island_fast.stores.checked import get_checked
 
-__all__ = ["sweep"]
+__all__ = ["as_of_now", "sweep"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -119,16 +119,9 @@ class _Sweep:
         yield from ((row_manifest_name(lineage, row), row.manifest_size) for row in plan.manifests)
 
     def _record(self, renamed: Packs) -> None:
-        """Append the sweep's record, if it has anything to say.
-
-        Slots that died since the plan was made stay dead: none comes back to life.
-        """
+        """Append the sweep's record, if it has anything to say."""
         lineage, plan = self._lineage, self._plan
-        at = lineage.state.packs.find(renamed.key)
-        if (at < 0).any():
-            raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
-        now = lineage.state.packs.rows(at)
-        renamed = replace(renamed, dead=now.dead - plan.repacked.dead)
+        renamed = as_of_now(lineage, plan.repacked, renamed)
         record = Record(
             lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
             event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
@@ -170,6 +163,17 @@ class _Sweep:
         )
         self._lineage.store.put(target, parts)
         return size
+
+
+def as_of_now(lineage: Lineage, before: Packs, renamed: Packs) -> Packs:
+    """Rows of packs that were written anew from the rows `before`, for a record that is appended now.
+
+    Slots that died since then stay dead: none comes back to life. ConflictError if a pack is gone.
+    """
+    at = lineage.state.packs.find(renamed.key)
+    if (at < 0).any():
+        raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
+    return replace(renamed, dead=lineage.state.packs.dead[at] - before.dead)
 
 
 def _opener(name: str) -> Callable[[memoryview], tuple[Index, memoryview]]:

@@ -22,6 +22,7 @@ from island_fast.catalog import Record
 from island_fast.choosing import Request, Start, choose, keyed
 from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
 from island_fast.errors import IslandError
+from island_fast.health import resent
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
 from island_fast.manifest import Manifest, Runs, tabulate
@@ -89,8 +90,9 @@ class _Taking:
             view = self._source.view(internal)
             change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
             parent, storing = self._parent_runs(), self._storing
+            change, whole = resent(self._lineage, change, parent)
             sent = send(
-                view.read, change.data, storing.known(parent), storing.sink(), self._progress,
+                view.read, change.data, storing.known(whole), storing.sink(), self._progress,
                 compress=self._request.compress,
             )  # fmt: skip
             stored = storing.stored(sent, parent, change.replaced)

@@ -189,7 +189,7 @@ MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
         ("copying.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
     ],
     "what differs between two copies is not looked at": [
-        ("copying.py", "np.concatenate([differing(runs, near_held), old])", "old"),
+        ("copying.py", "np.concatenate([differing(runs, near_held), barred])", "barred"),
     ],
     "what a far parent has is believed without its digests": [
         ("carrying.py", "same = self._known.parent.same(blocks, digests)", "same = ~none"),

@@ -20,16 +20,21 @@ LAYERS = [
     ["cli", "driver", "bench"],
     ["driver_database", "driver_errors", "driver_options"],
     ["volumes"],
-    ["elsewhere", "looking", "weighing"],
+    ["elsewhere", "looking", "proving", "weighing"],
     ["configuration", "options"],
     ["outcome"],
     ["show"],
     ["unpinning"],
     ["repository"],
+    ["verifying"],
+    ["remedying"],
+    ["checking"],
+    ["healing"],
     ["retaining"],
     ["comparing", "copying", "deleting", "taking", "restoring", "inspecting", "measuring", "sweeping"],
     ["opening", "storing"],
-    ["carrying", "choosing", "resuming"],
+    ["carrying", "examining", "matching", "resuming"],
+    ["choosing", "health"],
     ["pipeline", "reclaim"],
     ["packreader"],
     ["lineage"],
@@ -52,13 +57,14 @@ ONLY = {
     "swiftclient": ["stores/"],
     "keystoneauth1": ["stores/", "driver"],
     "openstack": ["stores/"],
-    "cinder": ["driver"],
+    "cinder": ["driver", "bench/peers/"],
     "oslo_config": ["driver"],
     "oslo_concurrency": ["driver"],
     "oslo_log": ["driver"],
     "oslo_service": ["driver"],
     "oslo_utils": ["driver"],
-    "subprocess": ["host/"],
+    "subprocess": ["host/", "bench/"],
+    "matplotlib": ["bench/"],
 }
 
 
@@ -115,8 +121,9 @@ def test_files_and_functions_stay_small(path: Path) -> None:
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_words_are_ours(path: Path) -> None:
     foreign = re.compile(r"\b(chunks?|segments?|prune[sd]?|backends?|backups?)\b", re.IGNORECASE)
-    if not path.name.startswith("driver"):
-        found = [line for line in path.read_text().splitlines() if foreign.search(line)]
+    if not path.name.startswith("driver") and "peers" not in path.parts:  # theirs are other words
+        lines = [line.strip() for line in path.read_text().splitlines()]
+        found = [line for line in lines if foreign.search(line) and not line.startswith("from ")]
         assert not found
 
 

@@ -18,7 +18,6 @@ it: for a moment the export goes, and its client must wait.
 from __future__ import annotations
 
 import contextlib
-import errno
 import grp
 import json
 import os
@@ -32,7 +31,7 @@ from island_fast.errors import ImageInUseError, IslandError, RefusedError, Usage
 from island_fast.host.execute import TIMEOUT, Execute, said_by, succeed
 from island_fast.host.mounts import is_mounted
 from island_fast.host.nbdroot import EXPORT
-from island_fast.host.nodes import FRONT_NODE, VOLUME_NODE, file_node, front_node, qcow2_node
+from island_fast.host.nodes import FRONT_NODE, VOLUME_NODE, file_node, front_node, qcow2_node, takes_direct
 from island_fast.host.process import is_alive, listener
 from island_fast.host.qmp import Qmp
 from island_fast.qcow2 import Image
@@ -258,7 +257,7 @@ class Daemon:
 
     def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
         """The whole start as one file, so that the command which root runs for us is always the same."""
-        direct = _takes_direct(image)
+        direct = takes_direct(image)
         nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
         if kind != "nbd":
             nodes.append(front_node())
@@ -355,17 +354,6 @@ def _resize(qmp: Qmp, size: int) -> None:
 def _user() -> tuple[str, str]:
     """The names of this process's user and group."""
     return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
-
-
-def _takes_direct(image: Path) -> bool:
-    """Tell whether the image's file system has O_DIRECT; tmpfs has not everywhere."""
-    try:
-        os.close(os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno != errno.EINVAL:
-            raise
-        return False
-    return True
 
 
 def _holds_direct(nodes: object) -> bool:

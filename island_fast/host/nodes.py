@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 from island_fast.host.sizing import node_options
 
-__all__ = ["FRONT_NODE", "VOLUME_NODE", "file_node", "front_node", "qcow2_node"]
+__all__ = ["FRONT_NODE", "VOLUME_NODE", "file_node", "front_node", "qcow2_node", "takes_direct"]
 
 FRONT_NODE, VOLUME_NODE, _FILE_NODE = "front", "volume", "file"
 
@@ -61,3 +62,14 @@ def front_node() -> dict[str, object]:
         "discard": "unmap",
         "inject-error": [refusal],
     }
+
+
+def takes_direct(image: Path) -> bool:
+    """Tell whether the image's file system has O_DIRECT; tmpfs has not everywhere."""
+    try:
+        os.close(os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return False
+    return True

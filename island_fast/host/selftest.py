@@ -25,15 +25,17 @@ from island_fast.host.execute import Execute, succeed
 from island_fast.host.exports import KINDS, Exports
 from island_fast.host.mounts import file_system
 from island_fast.host.nbd import check_kernel
+from island_fast.host.speed import Speed, complaint, measure
 from island_fast.qcow2 import Image, PointReader
 
-__all__ = ["check_data_path", "choose_kind"]
+__all__ = ["check_data_path", "choose_kind", "measure_speed"]
 
 _LOG = logging.getLogger(__name__)
 VOLUME = "5e1f7e57-0000-4000-8000-000000000000"
 """The volume of every self-test; what a test that was killed left is cleared away by the next."""
 
 _SIZE = 32 << 20  # bytes
+_SPEED_SIZE = 16 << 20  # bytes
 _STEPS = 400
 _LONGEST = 256 << 10  # bytes of one request
 _SECTOR = 512  # bytes
@@ -43,7 +45,10 @@ _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # root's programs are run with root'
 
 
 def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
-    """Return the best kind of block device that works here; IslandError with the reasons if none does."""
+    """Return the best kind of block device that works here; IslandError with the reasons if none does.
+
+    If it is much slower than its disk, the log has a warning that says so.
+    """
     reasons = []
     for kind in KINDS:
         try:
@@ -52,6 +57,7 @@ def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
             reasons.append(f"{kind}: {error}")
             _LOG.info("no device of kind %s is put in front of volumes: %s", kind, error)
         else:
+            _tell_speed(run, links, images, execute, kind)
             return kind
     raise IslandError(f"no block device can be put in front of a volume here ({'; '.join(reasons)})")
 
@@ -65,11 +71,7 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
     _check_host(links, kind)
     exports = Exports(run, links, execute, kind)
     exports.stop(VOLUME)
-    image = images / f".{VOLUME}.qcow2"
-    image.unlink(missing_ok=True)
-    try:
-        make = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(image), str(_SIZE)]
-        succeed(execute, make, "make the image of the self-test")
+    with _image(images, "qcow2", _SIZE, execute) as image:
         try:
             model = _write_and_read(exports, image, execute, kind)
         finally:
@@ -77,6 +79,49 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
         _compare(_content(image), model, "in the image", kind)
         check = ["qemu-img", "check", "-q", "-f", "qcow2", str(image)]
         succeed(execute, check, "find the image of the self-test whole")
+
+
+def measure_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> list[Speed]:
+    """Measure the device of an attached volume against an image beside its own, in about two seconds.
+
+    A slow disk makes it longer: 32 MiB and some hundred requests it must do. IslandError if the volume
+    cannot be attached or measured. Nothing is left. The arguments are those of `check_data_path`.
+    """
+    exports = Exports(run, links, execute, kind)
+    exports.stop(VOLUME)
+    with (
+        _image(images, "qcow2", _SPEED_SIZE, execute) as image,
+        _image(images, "beside", _SPEED_SIZE, execute) as beside,
+    ):
+        try:
+            with _owned(exports.attach(VOLUME, image).resolve(), execute) as device:
+                return list(measure(device, beside, execute))
+        finally:
+            exports.stop(VOLUME)
+
+
+def _tell_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> None:
+    """Log how fast devices are. Nothing depends on it, so a measurement that fails is only told, too."""
+    try:
+        speeds = measure_speed(run, links, images, execute, kind)
+    except IslandError as error:
+        _LOG.warning("how fast devices of kind %s are could not be measured: %s", kind, error)
+        return
+    slow = complaint(speeds, kind)
+    if slow:
+        _LOG.warning("%s", slow)
+    _LOG.info("devices of kind %s for qemu's own qcow2: %s", kind, "; ".join(map(str, speeds)))
+
+
+@contextmanager
+def _image(images: Path, suffix: str, size: int, execute: Execute) -> Iterator[Path]:
+    """A new image of the self-test's, in place of one that a killed self-test left, and gone afterwards."""
+    image = images / f".{VOLUME}.{suffix}"
+    image.unlink(missing_ok=True)
+    try:
+        make = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(image), str(size)]
+        succeed(execute, make, "make the image of the self-test")
+        yield image
     finally:
         image.unlink(missing_ok=True)
 
@@ -174,14 +219,19 @@ def _discarded(now: bytes, before: bytes) -> bytes:
 
 @contextmanager
 def _opened(link: Path, execute: Execute) -> Iterator[BlockDevice]:
-    """The device, opened; it is this user's for as long as that takes, and then whose it was."""
-    device = link.resolve()
+    """The device, opened."""
+    with _owned(link.resolve(), execute) as device, BlockDevice(device) as opened:
+        yield opened
+
+
+@contextmanager
+def _owned(device: Path, execute: Execute) -> Iterator[Path]:
+    """The device; it is this user's for as long as the body runs, and then whose it was."""
     owner = os.stat(device)
     ours = (os.geteuid(), os.getegid())
     _give(device, ours, execute)
     try:
-        with BlockDevice(device) as opened:
-            yield opened
+        yield device
     finally:
         _give(device, (owner.st_uid, owner.st_gid), execute)
 

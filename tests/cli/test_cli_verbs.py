@@ -253,6 +253,7 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "retain",
         "diff",
         "usage",
+        "verify",
         "info",
         "map",
     ]

@@ -29,8 +29,13 @@ PACK = 8
 @pytest.fixture
 def small_packs(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks, sent one at a time and in order."""
-    monkeypatch.setattr(pipeline, "BATCH", PACK)
-    monkeypatch.setattr(pipeline, "MAX_SLOTS", PACK)
+    in_small_packs(store, monkeypatch)
+
+
+def in_small_packs(store: MemoryStore, patch: pytest.MonkeyPatch) -> None:
+    """The same, for as long as `patch` lasts."""
+    patch.setattr(pipeline, "BATCH", PACK)
+    patch.setattr(pipeline, "MAX_SLOTS", PACK)
     store.uploads = 1
 
 

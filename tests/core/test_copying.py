@@ -342,6 +342,21 @@ def test_a_damaged_block_is_not_copied(
     assert far.sweep()[0].objects_removed == 0
 
 
+def test_what_the_far_repository_is_known_to_have_lost_is_sent_again(
+    repository: Repository, far: Repository, far_store: MemoryStore, image: Path, tmp_path: Path
+) -> None:
+    repository.snapshot(image)
+    repository.copy(far)
+    (name,) = packs(far_store)
+    spoil(far_store, name)
+    qemu.noise(image, 0, BLOCK, 2)
+    second = repository.snapshot(image)
+    assert far.verify(sample=1.0).damages
+    (_, answer) = repository.copy(far)
+    assert answer.blocks_sent == 2, "the one that changed, and the one that is lost"
+    check(far, second.snapshot, qemu.content(image), tmp_path)
+
+
 def test_a_block_that_no_checksum_but_its_digest_proves(
     repository: Repository, store: MemoryStore, far: Repository, image: Path
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,25 @@ def test_damage_is_named_and_nothing_is_written(
     with pytest.raises(DamagedError, match=kind):
         reader.restore(taken.snapshot, tmp_path / "out.qcow2")
     assert not (tmp_path / "out.qcow2").exists()
+
+
+def test_a_snapshot_whose_own_blocks_are_whole_is_restored_from_a_damaged_pack(
+    repository: Repository, store: MemoryStore, tmp_path: Path
+) -> None:
+    raw = tmp_path / "vol.raw"
+    raw.write_bytes(random.Random(1).randbytes(8 * 65536))
+    first = repository.snapshot(raw, image_format="raw")
+    with open(raw, "r+b") as file:
+        file.write(b"x" * 65536)
+    second = repository.snapshot(raw, image_format="raw")  # needs seven blocks of eight of the first pack
+    name = f"vol/packs/{first.snapshot}/0-00000000"
+    data = bytearray(store.objects[name].data)
+    data[-8 * 65536 + 5] ^= 1  # in the block that only the first needs
+    store.objects[name] = type(store.objects[name])(bytes(data), 0.0)
+    reader = Repository(store, LocalState(tmp_path / "two"))
+    check(reader, second.snapshot, raw.read_bytes(), tmp_path)
+    with pytest.raises(DamagedError, match="checksum differs"):
+        reader.restore(first.snapshot, tmp_path / "out.raw", image_format="raw")
 
 
 def test_a_hole_in_the_catalog_refuses_deletes(

@@ -202,7 +202,9 @@ def test_what_comes_damaged_is_read_again_and_told(
         fresh = Repository(store, LocalState(tmp_path / "two"))
         check(fresh, taken.snapshot, qemu.content(image), tmp_path)
 
-    if times == READS:
+    if times == READS and kind == "/packs/":
+        restored()  # by ranges: each block proves itself
+    elif times == READS:
         with pytest.raises(DamagedError):
             restored()
     else:

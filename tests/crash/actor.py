@@ -85,6 +85,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "sweep": lambda repository: [one.as_json() for one in repository.sweep()],
     "restore": lambda repository, **words: repository.restore(**words).as_json(),
     "list": lambda repository: [one.as_json() for one in repository.snapshots()],
+    "verify": lambda repository, **words: repository.verify(**words).as_json(),
     "adopt": lambda repository, volume: repository.adopt(volume).as_json(),
 }
 

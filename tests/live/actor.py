@@ -20,7 +20,7 @@ from typing import Any
 from island_fast import errors
 from island_fast.host.execute import run_to_the_end
 from island_fast.host.exports import Exports, State
-from island_fast.host.selftest import check_data_path, choose_kind
+from island_fast.host.selftest import check_data_path, choose_kind, measure_speed
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIND = os.environ.get("ISLAND_LIVE_KIND", "loop")
@@ -117,6 +117,10 @@ def main() -> None:
     exports = Exports(run, links, execute, KIND)
     whole = {
         "check_data_path": lambda images: check_data_path(run, links, Path(images), execute, KIND),
+        "measure_speed": lambda images: [
+            (one.shape.name, one.device, one.image)
+            for one in measure_speed(run, links, Path(images), execute, KIND)
+        ],
         "choose_kind": lambda images: choose_kind(run, links, Path(images), execute),
     }
     for call in _calls():

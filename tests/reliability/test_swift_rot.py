@@ -114,3 +114,31 @@ def test_what_no_replica_has_any_more_is_named_and_nothing_else_is_lost(
     life.check()
     life.sweep()
     life.check()
+
+
+def test_verifying_believes_the_good_replica(
+    life: Life, swift: SwiftServer, caplog: pytest.LogCaptureFixture
+):
+    _, path = needing_whole(life)
+    only_rotten(swift, path, 20 * BLOCK, NODES[:2])
+    assert life.stranger().verify("vol@latest", sample=1.0).damages == ()
+    assert "came damaged" in caplog.text
+    life.check()
+
+
+def test_what_no_replica_has_any_more_is_mended_from_the_image(life: Life, swift: SwiftServer, aged: None):
+    first = life.snapshot()
+    life.write(0, 1)
+    life.snapshot()
+    names = [f"vol/packs/{first.snapshot}/0-00000001", manifest_name("vol", first.snapshot, 0)]
+    swift.rot(life.path(names[0]), 20 * BLOCK, NODES)
+    swift.rot(life.path(names[1]), 100, NODES)
+    told = life.stranger().verify(sample=1.0)
+    assert {one.object for one in told.damages} == set(names)
+    mended = life.repository().verify(sample=1.0, heal=True)
+    assert [one.mended for one in mended.damages] == [True, True]
+    assert life.stranger().verify(sample=1.0).damages == ()
+    life.check()
+    life.sweep()
+    life.check()
+    assert life.listed() == life.names()

@@ -1,0 +1,1 @@
+"""`python -m island_fast.bench`: speed, measured against what people would use instead."""

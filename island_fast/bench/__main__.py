@@ -1,0 +1,103 @@
+"""The command line of the bench."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import click
+
+from island_fast.bench.peers import PEERS
+from island_fast.errors import IslandError
+from island_fast.outcome import Run, conclude
+
+__all__ = ["main"]
+
+_WIDTH = 150
+
+
+def _peers(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
+    """The peers that are named, in the order of the help."""
+    names = [name.strip() for name in value.split(",") if name.strip()]
+    unknown = [name for name in names if name not in PEERS]
+    if unknown:
+        raise click.BadParameter(f"{', '.join(unknown)}: there are {', '.join(PEERS)}")
+    return [name for name in PEERS if name in names]
+
+
+def _tell(text: str) -> None:
+    """Show one line of progress: the last one only, on a terminal."""
+    end = "" if sys.stderr.isatty() else "\n"
+    start = "\r\033[K" if sys.stderr.isatty() else ""
+    print(f"{start}{text}"[:200], end=end, file=sys.stderr, flush=True)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option("--quick", is_flag=True, help="Small volumes and few pairs: under a minute.")
+@click.option("--swift", is_flag=True, help="Also what needs a Swift; credentials as island takes them.")
+@click.option("--peers", metavar="NAMES", default=",".join(PEERS), show_default=True, callback=_peers,
+              help="What to compare with; one that is not installed is named and left out.")  # fmt: skip
+@click.option("--work", metavar="TEXT", default="", help="Only the works that have TEXT in their names.")
+@click.option("--json", "json_file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+              help="Write all that was measured, with machine, versions and parameters.")  # fmt: skip
+@click.option("--plot", "plot_file", metavar="FILE.png", type=click.Path(path_type=Path, dir_okay=False),
+              help="Draw the ratios.")  # fmt: skip
+@click.option("--compare", "baseline_file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
+              help="Say what is worse than in FILE, which --json wrote, by more than the spread; "
+              "then the exit code is 1.")  # fmt: skip
+@click.pass_obj
+def bench(
+    run: Run,
+    quick: bool,
+    swift: bool,
+    peers: list[str],
+    work: str,
+    json_file: Path | None,
+    plot_file: Path | None,
+    baseline_file: Path | None,
+) -> None:
+    """Measure island against what people would use instead: alternating pairs on the same data.
+
+    It makes its own volumes in TMPDIR, which needs 40 GiB (1 GiB with --quick), and removes them.
+
+    \b
+    Example:
+      python -m island_fast.bench --quick
+      python -m island_fast.bench --json new.json --plot new.png --compare benchmarks/baseline.json
+    """  # noqa: D301
+    from rich.console import Console  # here: all of it takes a while, and --help needs none
+
+    from island_fast.bench import plot, table
+    from island_fast.bench.compare import check_alike, worse
+    from island_fast.bench.results import load
+    from island_fast.bench.running import Plan, chosen, measure
+    from island_fast.bench.works import ALL
+
+    baseline = load(baseline_file) if baseline_file else None
+    if baseline:
+        check_alike(quick, baseline)
+    if plot_file:
+        plot.check()
+    report = measure(Plan(peers, chosen(ALL, work), quick, swift), _tell)
+    table.draw(report, Console(width=_WIDTH))
+    if json_file:
+        json_file.write_text(report.as_json())
+    if plot_file:
+        plot.draw(report, plot_file)
+    found = list(worse(report, baseline)) if baseline else []
+    if found:
+        raise IslandError(f"worse than {baseline_file}: {'; '.join(found)}")
+
+
+def main() -> int:
+    """Run the bench as this process's command line says; returns the exit code."""
+
+    def work(run: Run) -> None:
+        with bench.make_context("python -m island_fast.bench", sys.argv[1:], obj=run) as context:
+            bench.invoke(context)
+
+    return conclude(work, to_the_end=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

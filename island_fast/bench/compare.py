@@ -1,0 +1,54 @@
+"""A report against an earlier one: what became worse by more than the spread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from island_fast.bench.results import Counter, Report, Row
+from island_fast.bench.table import number
+from island_fast.errors import UsageError
+
+__all__ = ["check_alike", "worse"]
+
+
+def check_alike(quick: bool, baseline: Report) -> None:
+    """Raise UsageError if the baseline was measured at another scale than is asked for."""
+    if baseline.parameters.get("quick") is not quick:
+        other = "without" if quick else "with"
+        raise UsageError(f"the baseline was measured {other} --quick; measure alike to compare")
+
+
+def worse(report: Report, baseline: Report) -> Iterator[str]:
+    """Say, in a sentence each, which ratios and counters are worse than they were.
+
+    A ratio is worse if its interval lies wholly on the worse side of the earlier one's; a counter if it is on
+    the worse side at all. What only one of both has is not compared.
+    """
+    rows = {row.name: row for row in baseline.rows}
+    for row in report.rows:
+        before = rows.get(row.name)
+        if before and before.ratio_is == row.ratio_is and _is_worse(row, before):
+            was, now = before.ratio, row.ratio
+            yield (
+                f"{row.name}: {row.ratio_is} is {number(now.median)} "
+                f"({number(now.sure_low)} to {number(now.sure_high)}), and was {number(was.median)} "
+                f"({number(was.sure_low)} to {number(was.sure_high)})"
+            )
+    counters = {counter.name: counter for counter in baseline.counters}
+    for counter in report.counters:
+        earlier = counters.get(counter.name)
+        if earlier and earlier.unit == counter.unit and _is_higher_cost(counter, earlier):
+            unit = f" {counter.unit}" if counter.unit else ""
+            yield f"{counter.name}: {counter.value:,g}{unit}, and was {earlier.value:,g}{unit}"
+
+
+def _is_worse(row: Row, before: Row) -> bool:
+    if row.better == "higher":
+        return row.ratio.sure_high < before.ratio.sure_low
+    return row.ratio.sure_low > before.ratio.sure_high
+
+
+def _is_higher_cost(counter: Counter, before: Counter) -> bool:
+    if counter.better == "higher":
+        return counter.value < before.value
+    return counter.value > before.value

@@ -1,0 +1,10 @@
+"""All that is measured, one module for each group; each has `WORKS`."""
+
+from __future__ import annotations
+
+from island_fast.bench.context import Work
+from island_fast.bench.works import attached, increments, whole
+
+__all__ = ["ALL"]
+
+ALL: tuple[Work, ...] = (*increments.WORKS, *whole.WORKS, *attached.WORKS)

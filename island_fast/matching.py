@@ -1,0 +1,131 @@
+"""Comparing a snapshot with the pinned base that it was taken from, on the host, without its stored blocks.
+
+Every allocated block of the internal snapshot is read and hashed, and its digest compared with the one that
+the pack indexes give; a block that the manifest does not name must be zero. What differs then is what the
+snapshot's own scan, or table diff, missed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast import _diff
+from island_fast.choosing import keyed
+from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
+from island_fast.errors import DamagedImageError, DamagedObjectError, NotFoundError, RefusedError
+from island_fast.host.imagelock import ImageLock
+from island_fast.lineage import Lineage
+from island_fast.manifest import Manifest, Runs
+from island_fast.pack import Index, digest_blocks
+from island_fast.pipeline import BATCH
+from island_fast.progress import Progress
+from island_fast.source import Backing, Qcow2Source, View
+
+__all__ = ["Compared", "compare"]
+
+Int64s = NDArray[np.int64]
+Bytes2D = NDArray[np.uint8]
+Bools = NDArray[np.bool_]
+
+_BACKING = "backing.identity"
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """Blocks that differ, int64[n, 2], those that cannot be compared, and bytes of data read.
+
+    Blocks cannot be compared where the index of their pack is damaged.
+    """
+
+    differing: Int64s
+    unknown: Int64s
+    bytes_read: int
+
+
+def compare(
+    lineage: Lineage,
+    manifest: Manifest,
+    image: Path,
+    backing: Sequence[Backing],
+    index: Callable[[int], Index | None],
+    progress: Progress,
+) -> Compared:
+    """Compare the snapshot with its pin in `image`, which may be in use meanwhile.
+
+    `index(key)` gives the index of a pack, None if it cannot be read. NotFoundError if the image does not
+    hold the pin, by its whole identity; RefusedError while a snapshot of the image is taken, or if its
+    backing files are not what they were.
+    """
+    path = Path(os.path.realpath(image))
+    with ImageLock(path), Qcow2Source(path, look_only=True, backing=backing) as source:
+        internal = source.find(manifest.pin)
+        if internal is None:
+            raise NotFoundError(
+                f"{path} does not hold the pin of snapshot {manifest.snapshot}; name the image that it was "
+                "taken from, or one restored from it, before the next snapshot"
+            )
+        if source.facts.get(_BACKING, "") != manifest.properties.get(_BACKING, ""):
+            raise RefusedError(
+                f"the backing files of {path} are not what they were for snapshot {manifest.snapshot}; list "
+                "them as then with --backing"
+            )
+        view = source.view(internal)
+        if view.volume_size != manifest.volume_size:
+            raise DamagedObjectError(
+                f"snapshot {manifest.snapshot} states another volume size than its pin in {path} has"
+            )
+        data = source.change(view, None, "", progress).data
+        found = _compare(view, data, _Expected(keyed(lineage, manifest), index), lineage.seed, progress)
+        source.image.reload()
+        if source.find(manifest.pin) is None:
+            raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
+        return found
+
+
+class _Expected:
+    """What blocks should be, by the pack indexes."""
+
+    def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
+        self.runs = runs
+        self._index = index
+
+    def of(self, blocks: Int64s) -> tuple[Bytes2D, Bools, Bools]:
+        """Digests of `blocks`, uint8[n, 16]; which have one; and which have one that cannot be read."""
+        digests = np.zeros((blocks.size, 16), np.uint8)
+        known, unknown = np.zeros(blocks.size, np.bool_), np.zeros(blocks.size, np.bool_)
+        named, row, offset = self.runs.locate(blocks)
+        keys, slots = self.runs.pack[row], self.runs.slot[row] + offset
+        for key in np.unique(keys).tolist():
+            mine = keys == key
+            index = self._index(key)
+            if index is None or int(slots[mine].max()) >= len(index.rows):
+                unknown[named[mine]] = True
+            else:
+                digests[named[mine]] = index.rows["digest"][slots[mine]]
+                known[named[mine]] = True
+        return digests, known, unknown
+
+
+def _compare(view: View, data: DirtyMap, expected: _Expected, seed: int, progress: Progress) -> Compared:
+    """Read every block that is allocated or named, and see what is not as it should be."""
+    looked_at = data | DirtyMap.from_runs(view.blocks, expected.runs.intervals())
+    differing, unknown = DirtyMap(view.blocks), DirtyMap(view.blocks)
+    rows, done, total = np.empty((BATCH, BLOCK_SIZE), np.uint8), 0, looked_at.count()
+    for blocks in looked_at.batches(BATCH):
+        part = rows[: blocks.size]
+        view.read(blocks, part)
+        zero = np.empty(blocks.size, np.uint8)
+        _diff.zero_blocks(part.reshape(-1), BLOCK_SIZE, zero)
+        digests, known, unread = expected.of(blocks)
+        equal = (digest_blocks(part, seed) == digests).all(axis=1)
+        differing.set_indices(blocks[np.where(known, ~equal, zero == 0) & ~unread])
+        unknown.set_indices(blocks[unread])
+        done += blocks.size
+        progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
+    return Compared(differing.runs(), unknown.runs(), view.bytes_read)

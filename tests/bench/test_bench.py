@@ -1,0 +1,98 @@
+"""The bench as a person runs it, on tiny volumes, with every peer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from island_fast.bench import plot, table
+from island_fast.bench.context import MIB, Scale, Size
+from island_fast.bench.peers import PEERS
+from island_fast.bench.results import Report
+from island_fast.bench.running import Plan, measure
+from island_fast.bench.works import increments, whole
+
+TINY = Scale(Size(16 * MIB, 8 * MIB, 1), None)
+WORKS = (increments.WORKS[0], *whole.WORKS)
+
+
+def bench(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "island_fast.bench", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, **variables})
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    """All that needs neither Swift nor devices, once; every restore in it is compared."""
+    missing = [name for name in ("restic", "borg") if not shutil.which(name)]
+    assert not missing, f"{missing} are not installed: scripts/need peers"
+    return measure(Plan([*PEERS], WORKS, quick=True, scale=TINY), lambda text: None)
+
+
+def test_every_peer_has_its_row(tiny: Report) -> None:
+    found = {(row.work.partition(",")[0], row.against) for row in tiny.rows}
+    increment = {("increment of 1 %", name) for name in ("restic", "borg", "cinder", "dirty bitmap, copied")}
+    stored = {("stored for it", name) for name in ("restic", "borg", "cinder", "bytes edited")}
+    copied = {(work, "qemu-img convert and sync") for work in ("first snapshot", "restore to qcow2")}
+    assert found == increment | stored | copied
+    assert not tiny.left_out
+    assert all(min(row.ours.values + row.theirs.values) > 0 for row in tiny.rows)
+
+
+def test_what_is_stored_is_the_same_in_every_run(tiny: Report) -> None:
+    """All chance comes from the seed."""
+    (stored,) = (row for row in tiny.rows if row.against == "bytes edited")
+    assert 0.3 < stored.ratio.median < 1.2
+
+
+def test_the_table_names_each_row_and_the_picture_is_one(tiny: Report, tmp_path: Path) -> None:
+    with open(tmp_path / "table", "w+") as file:
+        table.draw(tiny, Console(file=file, width=150))
+        file.seek(0)
+        text = file.read()
+    for row in tiny.rows:
+        assert row.work.partition(",")[0] in text
+    plot.draw(tiny, tmp_path / "plot.png")
+    picture = (tmp_path / "plot.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    width, height = (int.from_bytes(picture[at : at + 4]) for at in (16, 20))
+    assert width == 1650
+    assert height > 50 * len(tiny.rows)
+
+
+def test_a_peer_that_is_missing_is_named_and_the_rest_is_measured(tmp_path: Path) -> None:
+    for program in ("qemu-img", "sh", "sync"):
+        (tmp_path / program).symlink_to(shutil.which(program) or "")
+    words = ("--quick", "--work", "increment, large", "--json", tmp_path / "found.json")
+    done = bench(*words, PATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "left out: restic: it is not installed; apt-get install restic",
+        "left out: borg: it is not installed; apt-get install borgbackup",
+    ):
+        assert line in done.stdout
+    assert {one["name"] for one in json.loads((tmp_path / "found.json").read_text())["left_out"]} >= {"borg"}
+
+
+@pytest.mark.parametrize(
+    "words, code, sentence",
+    [
+        (["--peers", "restic,tar"], 2, "tar: there are restic, borg, qemu-img, fio, cinder"),
+        (["--work", "nonsense"], 2, "no work has 'nonsense' in its name; they are: "),
+        (["--compare", "nowhere.json"], 3, "nowhere.json does not exist; make one with --json"),
+        (["--compare", "/dev/null"], 6, "/dev/null is no report of this bench"),
+        (["--nonsense"], 2, "--nonsense"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(words: list[str], code: int, sentence: str) -> None:
+    done = bench(*words)
+    assert (done.returncode, done.stdout) == (code, "")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
