@@ -204,12 +204,13 @@ class _Copying:
 
         The nearest ancestor; else the next one after it, else the last one before it.
         """
-        line = list(_line(self._near.state.live, row))
-        places = {self._order[one]: one for one in self._near.state.live if one in self._order}
-        mine = self._order[row.id]
-        after = [places[place] for place in sorted(places) if place > mine]
-        before = [places[place] for place in sorted(places, reverse=True) if place < mine]
-        return next((one for one in [*line[1:], *after, *before] if one in there), None)
+        live, mine = self._near.state.live, self._order[row.id]
+        for ancestor in _line(live, row):
+            if ancestor in there and ancestor != row.id:
+                return ancestor
+        places = {self._order[one]: one for one in live if one in self._order and one in there}
+        after, before = ([p for p in places if p > mine], [p for p in places if p < mine])
+        return places[min(after)] if after else places[max(before)] if before else None
 
     def _runs(self, row: SnapshotRow) -> Runs:
         """The runs of a near snapshot, with pack keys."""
