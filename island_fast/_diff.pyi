@@ -83,6 +83,27 @@ def decode_l2(
     Rows from that index on are left as they were.
     """
 
+def map_l2(
+    entries: NDArray[np.uint64],
+    other: NDArray[np.uint64] | None,
+    cluster_bits: int,
+    version: int,
+    file_size: int,
+    starts: NDArray[np.int64],
+    kinds: NDArray[np.uint8],
+    words_per_entry: int = 1,
+) -> tuple[int, int]:
+    """Find where in a table something else begins: holes, zeros, data, and what differs from another table.
+
+    entries: uint64[n * words_per_entry]. other: None, or a table of the same length; where their entries
+    differ in more than COPIED, the kind has 4 added. starts and kinds: at least n rows each, 32 n with
+    extended L2. A row's start is the number of a cluster, from 0, or with extended L2 of a subcluster; its
+    kind is 0 for a hole, 1 for zeros, 2 for data. It goes on to the next row's start. Neighbours differ.
+
+    Returns the number of rows, and -1 or the index of the first entry that is invalid as for `decode_l2`;
+    then the rows tell of those before it.
+    """
+
 def bitmap_runs(words: NDArray[np.uint64], first: int, stop: int, runs: NDArray[np.int64]) -> tuple[int, int]:
     """Find the runs [start, stop) of set bits within [first, stop), in order.
 

@@ -9,7 +9,7 @@ the loops over them are in `_l2.pxi`.
 """
 
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
-from libc.string cimport memcmp, memmove
+from libc.string cimport memcmp, memcpy, memmove, memset
 
 cdef extern from *:
     """
@@ -26,6 +26,13 @@ cdef extern from *:
     #define ENTRY_OFFSET __builtin_bswap64(0x00fffffffffffe00ull)
     /* The second word of an extended entry: a bit for each subcluster that is stored. */
     #define BITMAP_STORED __builtin_bswap64(0x00000000ffffffffull)
+
+    /* Times eight bytes that are 0 or 1: they become the bits of the highest byte. */
+    #define GATHER_EIGHT 0x0102040810204080ull
+
+    /* An extent's kind: 0 hole, 1 zero, 2 data; by the kind of an entry whose subclusters are alike. */
+    #define EXTENT_CHANGED 4
+    static const uint8_t EXTENT_OF_KIND[5] = {0, 2, 1, 1, 2};
 
     /* ISLAND_FAST_PYTHON_XXHASH builds the other path on a machine that has the header. */
     #if defined(__has_include) && !defined(ISLAND_FAST_PYTHON_XXHASH)
@@ -61,6 +68,9 @@ cdef extern from *:
     const uint64_t ENTRY_ZERO
     const uint64_t ENTRY_OFFSET
     const uint64_t BITMAP_STORED
+    const uint64_t GATHER_EIGHT
+    const int EXTENT_CHANGED
+    const uint8_t *EXTENT_OF_KIND
     const char *ISLAND_HASH_KERNEL
     const bint ISLAND_NATIVE_HASH
     void island_digest(const uint8_t *data, int64_t size, uint64_t seed,
@@ -152,6 +162,29 @@ def decode_l2(const uint64_t[::1] entries, int cluster_bits, int version, int64_
         invalid = decode(&entries[0], count, words_per_entry, cluster_bits, version == 3, file_size,
                          &kinds[0], &offsets[0], &lengths[0])
     return invalid
+
+
+def map_l2(const uint64_t[::1] entries, const uint64_t[::1] other, int cluster_bits, int version,
+           int64_t file_size, int64_t[::1] starts, uint8_t[::1] kinds, int words_per_entry=1):
+    cdef int64_t rows, bad = -1, count = count_entries(entries.shape[0], cluster_bits, words_per_entry)
+    cdef int64_t room = count if words_per_entry == 1 else 32 * count
+    cdef const uint64_t *then = NULL
+    if version not in (2, 3):
+        raise ValueError(f"version is {version}, not 2 or 3")
+    if file_size < 0:
+        raise ValueError(f"file_size is {file_size}")
+    if other is not None and other.shape[0] != entries.shape[0]:
+        raise ValueError(f"tables of {entries.shape[0]} and {other.shape[0]} words cannot be compared")
+    if starts.shape[0] < room or kinds.shape[0] < room:
+        raise ValueError(f"starts and kinds must have room for {room} rows")
+    if count == 0:
+        return 0, -1
+    if other is not None:
+        then = &other[0]
+    with nogil:
+        rows = map_entries(&entries[0], then, count, words_per_entry, cluster_bits, version == 3,
+                           file_size, &starts[0], &kinds[0], &bad)
+    return rows, bad
 
 
 # --- Bitmaps ---

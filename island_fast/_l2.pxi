@@ -5,23 +5,46 @@
 # Groups of 64 clusters, counted from cluster 0, become one mask each, laid over the block bitmap.
 
 
+cdef inline uint64_t top_if_any(uint64_t bits) noexcept nogil:
+    """The highest bit if `bits` is not 0, else some number without it; every machine can do it in bulk."""
+    return bits | (0 - bits)
+
+
+cdef inline uint64_t gathered(uint8_t *flags, int count) noexcept nogil:
+    """Bit i: flag i, which is 0 or 1; there is room for 64, and those behind `count` may be anything."""
+    cdef uint64_t mask = 0, eight
+    cdef int i
+    if count < 64:
+        memset(flags + count, 0, 64 - count)
+    for i in range(8):
+        memcpy(&eight, flags + 8 * i, 8)
+        mask |= eight * GATHER_EIGHT >> 56 << 8 * i
+    return mask
+
+
 cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
                                     uint64_t inside) noexcept nogil:
     """Bit i: entry i is NORMAL or compressed, or not aligned, which its reader must find.
 
     inside: the offset bits that are 0 in an aligned entry.
     """
-    cdef uint64_t mask = 0, any_bit = 0, entry, stored
+    cdef uint64_t any_bit = 0, placed = <uint64_t>-1, entry, stored
+    cdef uint64_t special = ENTRY_COMPRESSED | inside
+    cdef uint8_t flags[64]
     cdef int i
     for i in range(count):
         any_bit |= entries[i]
+        placed &= top_if_any(entries[i] & ENTRY_OFFSET)
     if not any_bit:
         return 0
+    # Most groups are all alike.
+    if placed >> 63 and not any_bit & (special | ENTRY_ZERO):
+        return (<uint64_t>-1) >> (64 - count)
     for i in range(count):
         entry = entries[i]
-        stored = ((entry & ENTRY_ZERO) == 0) & ((entry & ENTRY_OFFSET) != 0)
-        mask |= (stored | ((entry & (ENTRY_COMPRESSED | inside)) != 0)) << i
-    return mask
+        stored = top_if_any(entry & ENTRY_OFFSET) & ~top_if_any(entry & ENTRY_ZERO)
+        flags[i] = <uint8_t>((stored | top_if_any(entry & special)) >> 63)
+    return gathered(flags, count)
 
 
 cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
@@ -38,7 +61,8 @@ cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
 cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int count,
                                   int step) noexcept nogil:
     """Bit i: entries i differ in more than COPIED."""
-    cdef uint64_t mask = 0, any_bit = 0, differ
+    cdef uint64_t any_bit = 0, differ
+    cdef uint8_t flags[64]
     # In a bitmap the same bit is a subcluster's.
     cdef uint64_t last = ~ENTRY_COPIED if step == 1 else <uint64_t>-1
     cdef int i
@@ -50,8 +74,8 @@ cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int coun
         differ = (a[step * i] ^ b[step * i]) & ~ENTRY_COPIED
         if step == 2:
             differ |= a[2 * i + 1] ^ b[2 * i + 1]
-        mask |= <uint64_t>(differ != 0) << i
-    return mask
+        flags[i] = <uint8_t>(top_if_any(differ) >> 63)
+    return gathered(flags, count)
 
 
 cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
@@ -206,3 +230,74 @@ cdef int64_t decode(const uint64_t *entries, int64_t count, int step, int cluste
         offsets[i] = entry.offset
         lengths[i] = entry.length
     return -1
+
+
+cdef inline bint are_blank(const uint64_t *a, const uint64_t *b, int64_t at,
+                           int words) noexcept nogil:
+    """Whether all words from `at` on are 0, in both tables if there are two."""
+    cdef uint64_t bits = 0
+    cdef int i
+    for i in range(words):
+        bits |= a[at + i]
+    if b != NULL:
+        for i in range(words):
+            bits |= b[at + i]
+    return bits == 0
+
+
+cdef inline int64_t skip_blank(const uint64_t *a, const uint64_t *b, int64_t i, int64_t count,
+                               int step) noexcept nogil:
+    """The first entry from i on that is not all 0, in both tables if there are two; or count."""
+    while i + 32 <= count and are_blank(a, b, step * i, 32 * step):
+        i += 32
+    while i < count and are_blank(a, b, step * i, step):
+        i += 1
+    return i
+
+
+cdef inline int change_of(const uint64_t *a, const uint64_t *b, int64_t i, int step) noexcept nogil:
+    """EXTENT_CHANGED if entries i differ in more than COPIED, else 0."""
+    if b == NULL or not changed_mask(a + step * i, b + step * i, 1, step):
+        return 0
+    return EXTENT_CHANGED
+
+
+cdef inline int part_of(uint64_t bitmap, int i) noexcept nogil:
+    """What subcluster i of a valid entry is."""
+    return 2 * <int>(bitmap >> i & 1) + <int>(bitmap >> (32 + i) & 1)
+
+
+cdef int64_t map_entries(const uint64_t *a, const uint64_t *b, int64_t count, int step,
+                         int cluster_bits, bint zero_allowed, uint64_t file_size, int64_t *starts,
+                         uint8_t *kinds, int64_t *bad) noexcept nogil:
+    """Fill a row wherever something begins; how many, and in `bad` -1 or the first invalid entry."""
+    cdef int64_t i = 0, rows = 0
+    cdef int part, parts = 1 if step == 1 else 32, last = -1, kind, change
+    cdef Decoded entry
+    cdef bint valid
+    bad[0] = -1
+    while i < count:
+        if last == 0:
+            i = skip_blank(a, b, i, count, step)
+            if i == count:
+                break
+        if step == 1:
+            valid = decode_entry(a[i], cluster_bits, zero_allowed, file_size, &entry)
+        else:
+            valid = decode_extended(a + 2 * i, cluster_bits, file_size, &entry)
+        if not valid:
+            bad[0] = i
+            break
+        change = change_of(a, b, i, step)
+        for part in range(parts if entry.kind == 5 else 1):
+            if entry.kind == 5:
+                kind = part_of(bswap64(a[2 * i + 1]), part) | change
+            else:
+                kind = EXTENT_OF_KIND[entry.kind] | change
+            if kind != last:
+                starts[rows] = i * parts + part
+                kinds[rows] = <uint8_t>kind
+                last = kind
+                rows += 1
+        i += 1
+    return rows

@@ -1,7 +1,8 @@
 """Looking at an image without touching it: where its data lies, and what it is.
 
 Nothing here locks, writes or asks a store, but for what `Repository.outlook` adds. Formats are named by the
-caller and never probed.
+caller and never probed. What the map of a qcow2 does not need is imported where it is used, for it takes
+longer than most maps.
 """
 
 from __future__ import annotations
@@ -9,19 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from island_fast.errors import ImageInUseError, UsageError
 from island_fast.host.imagelock import writer_present
 from island_fast.qcow2 import Image, InternalSnapshot
-from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.extents import DATA, HOLE, Extents, extents
-from island_fast.qcow2.names import escape
-from island_fast.results import BitmapInfo, ImageInfo, InternalInfo, timestamp
-from island_fast.source import pinned_snapshot
-from island_fast.source.qcow2 import internal_named
-from island_fast.source.raw import data_extents, open_raw
+
+if TYPE_CHECKING:
+    from island_fast.results import ImageInfo, InternalInfo
 
 __all__ = ["image_info", "image_map"]
 
@@ -44,13 +43,15 @@ def image_map(
             raise ImageInUseError(
                 f"{path} is open for writing in another process; name an internal snapshot with --snapshot"
             )
-        point = image.at(internal_named(image, snapshot)) if snapshot else image.active()
-        then = image.at(internal_named(image, since)) if since else None
+        point = image.at(image.named(snapshot)) if snapshot else image.active()
+        then = image.at(image.named(since)) if since else None
         yield from extents(image, point, then)
 
 
 def _raw_map(path: Path) -> Iterator[Extents]:
     """Data and holes of a raw image, as its file system tells them."""
+    from island_fast.source.raw import data_extents, open_raw
+
     fd, size = open_raw(path)
     try:
         at = 0
@@ -73,6 +74,10 @@ def _one(start: int, stop: int, kind: int) -> Extents:
 
 def image_info(path: Path) -> ImageInfo:
     """What a qcow2 image says of itself; also of one that is in use, as of its last flush."""
+    from island_fast.qcow2.bitmaps import read_bitmaps
+    from island_fast.qcow2.names import escape
+    from island_fast.results import BitmapInfo, ImageInfo
+
     with Image.open(path, backed=True) as image:
         header = image.header
         features = {
@@ -100,6 +105,9 @@ def image_info(path: Path) -> ImageInfo:
 
 
 def _internal(internal: InternalSnapshot) -> InternalInfo:
+    from island_fast.results import InternalInfo, timestamp
+    from island_fast.source import pinned_snapshot
+
     return InternalInfo(
         name=internal.name,
         id=internal.id,

@@ -176,6 +176,11 @@ class Run:
         elif line := (brief if self.quiet else text):
             _answer(line)
 
+    def answer_encoded(self, value: str) -> None:
+        """Tell an outcome that is JSON already; to be called with --json only."""
+        self.answered = True
+        _answer(value)
+
     def left_out(self, errors: Sequence[IslandError]) -> None:
         """Tell, after the answer, what is missing in it; raises the last of `errors`, if there are any."""
         for error in errors[:-1]:
@@ -336,8 +341,11 @@ def _complain(text: str) -> None:
 def _write(stream: TextIO | None, text: str) -> None:
     """Write a line or more; what the stream's encoding lacks is escaped."""
     if stream is not None:
-        encoding = stream.encoding or "utf-8"
-        stream.write(text.encode(encoding, "backslashreplace").decode(encoding) + "\n")
+        if not text.isascii():
+            encoding = stream.encoding or "utf-8"
+            text = text.encode(encoding, "backslashreplace").decode(encoding)
+        stream.write(text)
+        stream.write("\n")
         stream.flush()
 
 

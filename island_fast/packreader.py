@@ -45,6 +45,7 @@ Bytes2D = NDArray[np.uint8]
 T = TypeVar("T")
 
 _INDEXES_KEPT = 64
+_SPARED = 32  # a pack of which at most one slot in this many is not wanted is fetched whole
 _LOG = logging.getLogger(__name__)
 
 
@@ -85,9 +86,10 @@ class PackReader:
         """The stored bytes of each of `slots` (ascending), by whichever way moves less.
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
-        can prove. Where a pack is not whole any more, these blocks may be.
+        can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack
+        is not whole any more, these blocks may be.
         """
-        if 2 * slots.size >= self.slots(key):
+        if slots.size + self.slots(key) // _SPARED >= self.slots(key):
             with contextlib.suppress(*UNREADABLE):
                 return self.proved(key, slots)
         return self.following(key, lambda place: self._blocks(place, slots, gap))
@@ -183,7 +185,7 @@ class PackReader:
         index = self.index_at(place)
         offsets, lengths = stored_ranges(index, wanted)
         ends = offsets + lengths
-        first = np.flatnonzero(np.append(True, offsets[1:] - ends[:-1] > gap))
+        first = _range_starts(offsets[1:] - ends[:-1], gap, self._lineage.store.ranges_at_once)
         last = np.append(first[1:], offsets.size) - 1
         spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
         parts = self._ranges(place, [(int(o), int(n)) for o, n in spans])
@@ -206,6 +208,13 @@ class PackReader:
         with self._lock:
             self.fetched.objects += 1
             self.fetched.bytes += size
+
+
+def _range_starts(gaps: Int64s, gap: int, most: int | None) -> Int64s:
+    """Which blocks begin a range, where `gaps` bytes lie between them; at most `most`, if that is set."""
+    if most is not None and np.count_nonzero(gaps > gap) >= most:
+        gap = int(np.sort(gaps)[-most])
+    return np.flatnonzero(np.append(True, gaps > gap))
 
 
 class KnownDigests:

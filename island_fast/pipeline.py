@@ -332,7 +332,7 @@ def receive(
 ) -> None:
     """Fetch every block that `runs` (with pack keys) name, check it, and `write(blocks, rows)` it.
 
-    Each pack is fetched once: whole when at least half of its slots are wanted, else by ranges merged over
+    Each pack is fetched once: whole when next to all of its slots are wanted, else by ranges merged over
     gaps of at most `gap` bytes. Blocks come in no particular order, from several threads.
     """
     lock, done, total = threading.Lock(), 0, runs.blocks * BLOCK_SIZE

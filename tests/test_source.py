@@ -55,6 +55,7 @@ LEVEL = {name: len(LAYERS) - row for row, names in enumerate(LAYERS) for name in
 # Who alone may import what.
 ONLY = {
     "swiftclient": ["stores/"],
+    "swift": ["bench/"],
     "keystoneauth1": ["stores/", "driver"],
     "openstack": ["stores/"],
     "cinder": ["driver", "bench/peers/"],

@@ -14,7 +14,6 @@ import numpy as np
 import numpy.typing as npt
 
 from island_fast import _diff
-from island_fast.qcow2.header import COPIED
 from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.vectored import read_transfer, transfers
 
@@ -24,13 +23,10 @@ HOLE, ZERO, DATA = 0, 1, 2
 KINDS = ("hole", "zero", "data")
 """Names of the kinds. hole: nothing is stored; zero: stored as zeros without data. Both read as zeros."""
 
-_WINDOW_UNITS = 1 << 18
+_WINDOW_UNITS = 1 << 19
 _SUBCLUSTERS = 32
-_MIXED = 5
-# From decode_l2's kinds: unallocated, normal, zero plain, zero allocated, compressed.
-_KIND_OF = np.array([HOLE, DATA, ZERO, ZERO, DATA, HOLE], np.uint8)
+_CHANGED = np.uint8(4)  # added to a kind by map_l2
 _OFFSET = np.uint64(L1_OFFSET_MASK)
-_COPIED = np.uint64(COPIED)
 
 _Ints = npt.NDArray[np.int64]
 _Bytes = npt.NDArray[np.uint8]
@@ -114,78 +110,67 @@ def _groups(now: _Words, then: _Words, limit: int) -> Iterator[tuple[int, int, b
 
 
 class _Tables:
-    """Turns L2 tables into extents, `batch` tables at a time."""
+    """Turns L2 tables into extents, `batch` tables at a time. Its buffers are used again and again."""
 
     def __init__(self, image: Image, point: Point) -> None:
         self._image, self._point = image, point
         header = image.header
-        self._words = header.entry_words
-        self._parts = _SUBCLUSTERS if self._words == 2 else 1
+        self._parts = _SUBCLUSTERS if header.entry_words == 2 else 1
         self.batch = max(1, _WINDOW_UNITS // (header.table_entries * self._parts))
+        self._clusters = -(-point.disk_size // header.cluster_size)
+        self._now, self._then = (np.empty((self.batch, header.cluster_size // 8), np.uint64) for _ in "ab")
+        units = self.batch * header.table_entries * self._parts
+        self._starts, self._kinds = np.empty(units, np.int64), np.empty(units, np.uint8)
 
     def runs(self, first: int, now: _Words, then: _Words) -> Extents:
         """The runs of equal kind and change under L1 entries `first` and on; lengths are not set."""
-        header = self._image.header
-        tables = self._read(now)
-        kinds = self._kinds(tables.reshape(-1), first * header.table_entries)
-        changed = np.repeat(self._changed(tables, now, then), self._parts)
-        unit = header.cluster_size // self._parts
-        firsts = np.flatnonzero(_turns(kinds, changed))
-        begin = first * header.table_span
-        return Extents(begin + firsts * unit, np.zeros(len(firsts), np.int64), kinds[firsts], changed[firsts])
+        header, size = self._image.header, self._image.file_size
+        cluster = first * header.table_entries
+        # Entries behind the volume may be anything.
+        words = min(len(now) * header.table_entries, self._clusters - cluster) * header.entry_words
+        tables, others = self._pair(now, then)
+        rows, bad = _diff.map_l2(
+            tables.reshape(-1)[:words],
+            None if others is None else others.reshape(-1)[:words],
+            header.cluster_bits,
+            header.version,
+            size,
+            self._starts,
+            self._kinds,
+            header.entry_words,
+        )
+        if bad >= 0:
+            raise self._image.damaged(
+                f"the entry of cluster {cluster + bad} in {self._point.title} is invalid or points"
+                f" outside the file of {size} bytes, which may have been cut off"
+            )
+        starts = first * header.table_span + self._starts[:rows] * (header.cluster_size // self._parts)
+        kinds = self._kinds[:rows]
+        return Extents(starts, np.zeros(rows, np.int64), kinds % _CHANGED, kinds >= _CHANGED)
 
-    def _read(self, offsets: _Words) -> _Words:
-        """L2 tables as on disk, a row for each offset; unallocated entries for offset 0."""
-        size = self._image.header.cluster_size
-        tables = np.zeros((len(offsets), size // 8), np.uint64)
+    def _pair(self, now: _Words, then: _Words) -> tuple[_Words, _Words | None]:
+        """The tables at both points, a row each; None for the other ones if all are the same."""
+        tables = self._read(now, np.arange(len(now)), self._now[: len(now)])
+        moved = np.flatnonzero(now != then)
+        if not len(moved):
+            return tables, None
+        other = self._then[: len(now)]
+        np.copyto(other, tables)
+        return tables, self._read(then[moved], moved, other)
+
+    def _read(self, offsets: _Words, rows: _Ints, tables: _Words) -> _Words:
+        """L2 tables as on disk into these rows of `tables`; unallocated entries for offset 0."""
+        tables[rows[offsets == 0]] = 0
         used = np.flatnonzero(offsets)
         if len(used):
             flat = tables.reshape(-1).view(np.uint8).data
-            for transfer in transfers(offsets[used].astype(np.int64), used, size, flat):
+            size = self._image.header.cluster_size
+            for transfer in transfers(offsets[used].astype(np.int64), rows[used], size, flat):
                 if read_transfer(self._image.fd, transfer) < transfer.length:
                     raise self._image.damaged(
                         f"L2 tables at {transfer.offset} were cut off while they were read"
                     )
         return tables
-
-    def _changed(self, tables: _Words, now: _Words, then: _Words) -> _Bools:
-        """Whether each cluster's entry differs; equal L1 entries settle their tables."""
-        changed = np.zeros((len(now), self._image.header.table_entries), np.bool_)
-        moved = np.flatnonzero(now != then)
-        if len(moved):
-            differ = (tables[moved] ^ self._read(then[moved])).reshape(len(moved), -1, self._words)
-            differ[:, :, 0] &= ~_COPIED.byteswap()
-            changed[moved] = differ.any(axis=2)
-        return changed.reshape(-1)
-
-    def _kinds(self, entries: _Words, cluster: int) -> _Bytes:
-        """The kind of each cluster or subcluster; `cluster` is the number of the first."""
-        header = self._image.header
-        count = len(entries) // self._words
-        raw, offsets, lengths = (
-            np.empty(count, np.uint8),
-            np.empty(count, np.uint64),
-            np.empty(count, np.uint32),
-        )
-        size = self._image.file_size
-        bad = _diff.decode_l2(
-            entries, header.cluster_bits, header.version, size, raw, offsets, lengths, self._words
-        )
-        if bad >= 0:
-            # Entries behind the volume may be anything.
-            if (cluster + bad) << header.cluster_bits < self._point.disk_size:
-                raise self._image.damaged(
-                    f"the entry of cluster {cluster + bad} in {self._point.title} is invalid or points"
-                    f" outside the file of {size} bytes, which may have been cut off"
-                )
-            raw[bad:] = 0
-        kinds = np.repeat(_KIND_OF[raw], self._parts)
-        mixed = np.flatnonzero(raw == _MIXED)
-        if len(mixed):
-            bitmaps = entries[1::2][mixed].byteswap()[:, None] >> np.arange(64, dtype=np.uint64)
-            bits = (bitmaps & np.uint64(1)).astype(np.uint8)
-            kinds.reshape(-1, _SUBCLUSTERS)[mixed] = DATA * bits[:, :32] + ZERO * bits[:, 32:]
-        return kinds
 
 
 def _bounded(runs: Extents, begin: int, end: int, tail: int) -> Extents:

@@ -167,6 +167,19 @@ class Image:
         """The internal snapshot with exactly this identity, if it is in the table."""
         return find_pinned(self.snapshots, base)
 
+    def named(self, name: str) -> InternalSnapshot:
+        """The only internal snapshot with this name.
+
+        Raises NotFoundError: there is none.
+        Raises RefusedError: there are several.
+        """
+        found = [s for s in self.snapshots if s.name == name]
+        if not found:
+            raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see 'island info'")
+        if len(found) > 1:
+            raise RefusedError(f"{self.path} has several internal snapshots '{name}'; rename or drop one")
+        return found[0]
+
     def read(self, offset: int, length: int) -> bytes:
         """Bytes of the file, fewer at its end. The caller bounds `length`."""
         data = bytearray(length)

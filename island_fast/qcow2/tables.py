@@ -89,7 +89,7 @@ def allocated(
         stored = _diff.mark_allocated(
             entries, cluster, header.cluster_bits, found.words, found.blocks, header.entry_words
         )
-        packed = int(np.count_nonzero(entries[:: header.entry_words] & _DISK_COMPRESSED)) if stored else 0
+        packed = _count_packed(entries[:: header.entry_words]) if stored else 0
         if not claims.add(stored, min(stored, packed)):
             raise UnsupportedImageError(
                 f"'{image.path}': the tables of {point.title} claim more data than a file of"
@@ -116,15 +116,14 @@ def changed(image: Image, old: Point, new: Point, progress: Progress | None = No
     before, after = _pair(image, old, new)
     differ = np.flatnonzero((before ^ after) & _REST)
     tables = _Tables(image)
-    shared = 0
-    for done, index in enumerate(map(int, differ), 1):
-        a = tables.read_or_zeros(0, int(before[index] & _OFFSET))
-        b = tables.read_or_zeros(1, int(after[index] & _OFFSET))
-        _diff.mark_changed(
-            a, b, index * header.table_entries, header.cluster_bits, found.words, found.blocks,
-            header.entry_words,
-        )  # fmt: skip
-        shared += _count_shared_copied(a, b, a | b, header.entry_words)
+    shared = done = 0
+    entries, step = header.table_entries, header.entry_words
+    for first, count in _twin_spans(before, after, differ, header.cluster_size, tables.batch):
+        a = tables.read_or_zeros(0, int(before[first] & _OFFSET), count)
+        b = tables.read_or_zeros(1, int(after[first] & _OFFSET), count)
+        _diff.mark_changed(a, b, first * entries, header.cluster_bits, found.words, found.blocks, step)
+        shared += _count_shared_copied(a, b, (a, b), step)
+        done += count
         if progress is not None:
             progress(done, len(differ))
     if old.disk_size != new.disk_size:
@@ -151,7 +150,7 @@ def find_shared_copied(image: Image, active: Point, base: Point) -> int:
     for index in map(int, np.flatnonzero(~alike & used & ((then & _OFFSET) != 0))):
         a = tables.read(0, int(now[index] & _OFFSET), 1)
         b = tables.read(1, int(then[index] & _OFFSET), 1)
-        count += _count_shared_copied(a, b, a, image.header.entry_words)
+        count += _count_shared_copied(a, b, (a,), image.header.entry_words)
     return count
 
 
@@ -163,7 +162,7 @@ class _Tables:
         self._words = image.header.cluster_size // 8
         self.batch = max(1, _READ_LIMIT // image.header.cluster_size)
         self._buffers: dict[int, _Words] = {}
-        self._zeros = np.zeros(self._words, np.uint64)
+        self._zeros = np.zeros(0, np.uint64)
         self.count = 0
 
     def read(self, side: int, offset: int, tables: int) -> _Words:
@@ -182,9 +181,20 @@ class _Tables:
         self.count += tables
         return entries
 
-    def read_or_zeros(self, side: int, offset: int) -> _Words:
-        """One table, or for offset 0 a table of unallocated entries."""
-        return self.read(side, offset, 1) if offset else self._zeros
+    def read_or_zeros(self, side: int, offset: int, tables: int) -> _Words:
+        """The same, or for offset 0 as many tables of unallocated entries."""
+        if offset:
+            return self.read(side, offset, tables)
+        if not len(self._zeros):
+            self._zeros = np.zeros(self.batch * self._words, np.uint64)
+        return self._zeros[: tables * self._words]
+
+
+def _count_packed(entries: _Words) -> int:
+    """How many entries, as on disk, are compressed; mostly none, which costs least to see."""
+    if not np.bitwise_or.reduce(entries) & _DISK_COMPRESSED:
+        return 0
+    return int(np.count_nonzero(entries & _DISK_COMPRESSED))
 
 
 def _pair(image: Image, one: Point, other: Point) -> tuple[_Words, _Words]:
@@ -199,15 +209,36 @@ def _filled(table: _Words, length: int) -> _Words:
     return table if len(table) == length else np.pad(table, (0, length - len(table)))
 
 
-def _count_shared_copied(a: _Words, b: _Words, flags: _Words, step: int) -> int:
-    """Entries with a host offset, equal in both tables (as on disk) and COPIED in `flags`.
+def _count_shared_copied(a: _Words, b: _Words, marked: tuple[_Words, ...], step: int) -> int:
+    """Entries with a host offset, equal in both tables (as on disk) and COPIED in one of `marked`.
 
     step: words per entry; only the first counts, for subclusters are written in place like clusters.
     """
-    a, b, flags = a[::step], b[::step], flags[::step]
+    marked = tuple(table[::step] for table in marked)
+    if not any(np.bitwise_or.reduce(table) & _DISK_COPIED for table in marked):
+        return 0  # as it should be between two snapshots, and soon seen
+    a, b = a[::step], b[::step]
     alike = ((a ^ b) & ~_DISK_COPIED) == 0
-    alike &= (flags & _DISK_COPIED) != 0
+    alike &= np.logical_or.reduce([(table & _DISK_COPIED) != 0 for table in marked])
     return int(np.count_nonzero(alike & ((a & _DISK_OFFSET) != 0)))
+
+
+def _twin_spans(
+    before: _Words, after: _Words, differ: npt.NDArray[np.int64], cluster: int, limit: int
+) -> Iterator[tuple[int, int]]:
+    """First index and number of L1 entries whose tables are neighbours, or lacking, at both points."""
+    if not len(differ):
+        return
+    near = np.diff(differ) == 1
+    for side in (before, after):
+        offsets = side[differ] & _OFFSET
+        step = np.diff(offsets.astype(np.int64))
+        near &= np.where(offsets[1:] != 0, (step == cluster) & (offsets[:-1] != 0), offsets[:-1] == 0)
+    firsts = np.flatnonzero(np.concatenate(([True], ~near)))
+    counts = np.diff(firsts, append=len(differ)).tolist()
+    for first, count in zip(differ[firsts].tolist(), counts, strict=True):
+        for at in range(0, count, limit):
+            yield first + at, min(limit, count - at)
 
 
 def _spans(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from island_fast.dirtymap import DirtyMap
-from island_fast.errors import DamagedImageError, ImageInUseError, NotFoundError, RefusedError
+from island_fast.errors import DamagedImageError, ImageInUseError, RefusedError
 from island_fast.host.imagelock import ImageLock, writer_present
 from island_fast.host.qemu_img import QemuImg
 from island_fast.progress import Progress
@@ -48,7 +48,7 @@ from island_fast.source.chain import Backing, Chain, Layer, refuse_mismatch, wit
 if TYPE_CHECKING:
     from island_fast.host.qmp import Qmp
 
-__all__ = ["Qcow2Source", "internal_named"]
+__all__ = ["Qcow2Source"]
 
 _BACKING = "backing.identity"
 
@@ -169,7 +169,7 @@ class Qcow2Source(Source):
 
     def named(self, name: str) -> InternalSnapshot:
         """See Source.named."""
-        return internal_named(self.image, name)
+        return self.image.named(name)
 
     def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
         """Why a table diff from `base` would not be sound; None if nothing speaks against it.
@@ -230,13 +230,3 @@ def _compared(base: Base) -> str:
 
 def _to_the_end(candidates: DirtyMap) -> Int64s:
     return np.concatenate([candidates.runs(), [[candidates.blocks, END]]]).astype(np.int64)
-
-
-def internal_named(image: Image, name: str) -> InternalSnapshot:
-    """The only internal snapshot with this name; NotFoundError if there is none, RefusedError if several."""
-    found = [s for s in image.snapshots if s.name == name]
-    if not found:
-        raise NotFoundError(f"{image.path} has no internal snapshot '{name}'; see 'island info'")
-    if len(found) > 1:
-        raise RefusedError(f"{image.path} has several internal snapshots '{name}'; rename or drop one")
-    return found[0]

@@ -119,6 +119,9 @@ class Store(ABC):
     range_gap: int
     """Bytes between two ranges of one object that cost less to fetch than another range does."""
 
+    ranges_at_once: int | None = None
+    """Ranges of one object that one request can ask for; None: any number."""
+
     uploads: int
     """How many large objects are sent at the same time: more gain little, and take a pack's memory each."""
 

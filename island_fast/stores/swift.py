@@ -65,6 +65,7 @@ class SwiftStore(Store):
 
     grace = 86400.0
     range_gap = 64 << 10
+    ranges_at_once = byteranges.RANGES_PER_REQUEST
     uploads = 2
     page_size: int | None = None
 

@@ -177,6 +177,31 @@ def test_decode_l2(cluster_bits, per_entry, data, length, version):
     assert all(set(column[done:].tolist()) <= {99} for column in (kinds, offsets, lengths))
 
 
+@pytest.mark.parametrize("cluster_bits, per_entry", SHAPES)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data(), length=st.sampled_from(LENGTHS), version=st.sampled_from([2, 3]))
+def test_map_l2(cluster_bits, per_entry, data, length, version):
+    entries = twins.raw(data.draw(table(cluster_bits, length, per_entry)))
+    how = data.draw(st.sampled_from(["alone", "other", "copied", "near"]))
+    other = None
+    if how == "other":
+        other = twins.raw(data.draw(table(cluster_bits, length, per_entry)))
+    elif how != "alone":
+        other = entries.copy()
+        for at in data.draw(st.lists(st.integers(0, length - 1), max_size=5)) if length else []:
+            bit = COPIED if how == "copied" else 1 << data.draw(st.integers(0, 63))
+            other[at * per_entry] ^= twins.raw([bit])[0]
+    file_size = data.draw(st.sampled_from([0, 1 << cluster_bits, 1 << 40, 2**63 - 1]))
+    room = length * (32 if per_entry == 2 else 1) + 1
+    starts, kinds = np.full(room, 99), np.full(room, 99, np.uint8)
+    expected, bad = twins.map_l2(entries, other, cluster_bits, version, file_size, per_entry)
+    found = _diff.map_l2(entries, other, cluster_bits, version, file_size, starts, kinds, per_entry)
+    rows = len(expected)
+    assert found == (rows, bad)
+    assert list(zip(starts[:rows].tolist(), kinds[:rows].tolist(), strict=True)) == expected
+    assert set(starts[rows:].tolist()) == set(kinds[rows:].tolist()) == {99}
+
+
 @settings(deadline=None)
 @given(data=st.data(), count=st.sampled_from([0, 1, 2, 3, 9]), rows=st.integers(1, 5))
 def test_bitmap_runs(data, count, rows):
@@ -349,6 +374,20 @@ def test_decode_refuses_what_does_not_fit(bits, version, size, rows, per_entry):
 
 
 @pytest.mark.parametrize(
+    ("bits", "version", "size", "other", "rows", "per_entry"),
+    [(8, 3, 0, 4, 4, 1), (22, 3, 0, 4, 4, 1), (16, 1, 0, 4, 4, 1), (16, 4, 0, 4, 4, 1), (16, 3, -1, 4, 4, 1),
+     (16, 3, 0, 3, 4, 1), (16, 3, 0, 5, 4, 1), (16, 3, 0, 4, 3, 1), (16, 3, 0, 4, 63, 2),
+     (13, 3, 0, 4, 64, 2)],
+)  # fmt: skip
+def test_a_map_refuses_what_does_not_fit(bits, version, size, other, rows, per_entry):
+    table = np.zeros(4, np.uint64)
+    for columns in ((rows, 64), (64, rows)) if rows not in (4, 64) else ((rows, rows),):
+        starts, kinds = np.zeros(columns[0], np.int64), np.zeros(columns[1], np.uint8)
+        with pytest.raises(ValueError):
+            _diff.map_l2(table, np.zeros(other, np.uint64), bits, version, size, starts, kinds, per_entry)
+
+
+@pytest.mark.parametrize(
     ("first", "stop", "shape"),
     [
         (-1, 1, (1, 2)),
@@ -448,6 +487,7 @@ def prepared(name: str):
         "mark_allocated": lambda: _diff.mark_allocated(entries, 0, 16, words, LONG),
         "mark_changed": lambda: _diff.mark_changed(entries, zeros, 0, 16, words, LONG),
         "decode_l2": lambda: _diff.decode_l2(zeros, 16, 3, 1 << 40, *columns),
+        "map_l2": lambda: _diff.map_l2(entries, zeros, 16, 3, 1 << 62, runs.reshape(-1), data),
         "bitmap_runs": lambda: _diff.bitmap_runs(alternate, 0, LONG, runs),
         "hash_blocks": lambda: _diff.hash_blocks(data, 4096, 0, digests),
         "zero_blocks": lambda: _diff.zero_blocks(data, 4096, flags),
@@ -461,6 +501,7 @@ def prepared(name: str):
         "mark_allocated",
         "mark_changed",
         "decode_l2",
+        "map_l2",
         "bitmap_runs",
         "hash_blocks",
         "zero_blocks",

@@ -138,6 +138,36 @@ def decode_l2(
     return -1, rows
 
 
+def map_l2(
+    entries: np.ndarray,
+    other: np.ndarray | None,
+    cluster_bits: int,
+    version: int,
+    file_size: int,
+    words: int = 1,
+) -> tuple[list[tuple[int, int]], int]:
+    """Where something else begins, as (number of the cluster or subcluster, kind); and the invalid entry."""
+    bad, rows = decode_l2(entries, cluster_bits, version, file_size, words)
+    differ = set() if other is None else _differing(entries, other, words)
+    kinds = {"hole": 0, "zero": 1, "data": 2, "packed": 2}
+    units: list[int] = []
+    for i, row in enumerate(rows):
+        change = 4 * (i in differ)
+        if words == 1:
+            units.append([0, 2, 1, 1, 2][row[0]] + change)
+        else:
+            units += [kinds[part] + change for part in subclusters(*pairs(entries)[i])]
+    return [(i, kind) for i, kind in enumerate(units) if not i or kind != units[i - 1]], bad
+
+
+def _differing(a: np.ndarray, b: np.ndarray, words: int) -> set[int]:
+    if words == 1:
+        both = zip(numbers(a), numbers(b), strict=True)
+        return {i for i, (x, y) in enumerate(both) if (x ^ y) & ~COPIED}
+    both = zip(pairs(a), pairs(b), strict=True)
+    return {i for i, (x, y) in enumerate(both) if (x[0] ^ y[0]) & ~COPIED or x[1] != y[1]}
+
+
 def bits(words: np.ndarray) -> list[bool]:
     """Bit by bit, from the integers alone."""
     return [bool(int(word) >> i & 1) for word in words for i in range(64)]

@@ -1,0 +1,65 @@
+"""A store that counts what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views
+
+__all__ = ["Counting"]
+
+
+class Counting(Store):
+    """Passes everything on to `store`, which it owns. `requests` may be set to 0 at any time.
+
+    With `late`, listings show nothing, as Swift's may for a while.
+    """
+
+    def __init__(self, store: Store, *, late: bool = False) -> None:
+        self.requests = 0
+        self.location = store.location
+        self.grace = store.grace
+        self.range_gap = store.range_gap
+        self.uploads = store.uploads
+        self.ranges_at_once = store.ranges_at_once
+        self._store = store
+        self._late = late
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        """See Store.put."""
+        self.requests += 1
+        self._store.put(name, parts)
+
+    def get(self, name: str, *, newest: bool = False) -> memoryview:
+        """See Store.get."""
+        self.requests += 1
+        return self._store.get(name, newest=newest)
+
+    def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
+        """See Store.get_ranges. Counts as many requests as it takes."""
+        self.requests += -(-len(ranges) // (self.ranges_at_once or len(ranges)))
+        return self._store.get_ranges(name, ranges)
+
+    def head(self, name: str) -> ObjectInfo | None:
+        """See Store.head."""
+        self.requests += 1
+        return self._store.head(name)
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        """See Store.list."""
+        self.requests += 1
+        return iter(()) if self._late else self._store.list(prefix)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """See Store.folders."""
+        self.requests += 1
+        return self._store.folders(prefix)
+
+    def delete(self, name: str) -> None:
+        """See Store.delete."""
+        self.requests += 1
+        self._store.delete(name)
+
+    def close(self) -> None:
+        """See Store.close."""
+        self._store.close()

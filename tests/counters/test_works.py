@@ -1,0 +1,22 @@
+"""The works of the bench that count: small, whole, and with all that they count as it should be."""
+
+from __future__ import annotations
+
+import pytest
+
+from island_fast.bench.context import Scale, Size
+from island_fast.bench.running import Plan, measure
+from island_fast.bench.works import depth, kernels, maps, sending
+
+TINY = Scale(Size(64 << 20, 32 << 20, 1), None)
+WORKS = (*depth.WORKS, *kernels.WORKS, *maps.WORKS, *sending.WORKS)
+
+
+@pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)
+def test_a_work_ends_and_its_counters_are_what_they_should_be(work) -> None:
+    report = measure(Plan(["qemu-img"], [work], quick=True, swift=True, scale=TINY), lambda text: None)
+    assert not report.left_out
+    assert report.rows or report.counters
+    counted = [one for one in report.counters if not one.name.startswith("processor time")]
+    assert all(one.reached for one in counted)
+    assert all(row.reach is None for row in report.rows), "of times nothing is promised here"
