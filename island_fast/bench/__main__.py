@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
 import click
 
 from island_fast.bench.peers import PEERS
-from island_fast.errors import IslandError
+from island_fast.errors import IslandError, UsageError
 from island_fast.outcome import Run, conclude
 
 __all__ = ["main"]
 
-_WIDTH = 150
+_WIDTH = 130
 
 
 def _peers(context: click.Context, parameter: click.Parameter, value: str) -> list[str]:
@@ -26,10 +27,11 @@ def _peers(context: click.Context, parameter: click.Parameter, value: str) -> li
 
 
 def _tell(text: str) -> None:
-    """Show one line of progress: the last one only, on a terminal."""
-    end = "" if sys.stderr.isatty() else "\n"
-    start = "\r\033[K" if sys.stderr.isatty() else ""
-    print(f"{start}{text}"[:200], end=end, file=sys.stderr, flush=True)
+    """Show one line of progress: the last one only, on a terminal; "" takes it away there."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+    elif text:
+        print(text, file=sys.stderr, flush=True)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -78,15 +80,22 @@ def bench(
         check_alike(quick, baseline)
     if plot_file:
         plot.check()
+    for path in (json_file, plot_file):
+        if path and not os.access(path.parent, os.W_OK):
+            raise UsageError(f"{path} cannot be written; its folder has to be there, and to be yours")
     report = measure(Plan(peers, chosen(ALL, work), quick, swift), _tell)
-    table.draw(report, Console(width=_WIDTH))
+    _tell("")
+    console = Console()
+    table.draw(report, console if console.is_terminal else Console(width=_WIDTH))
     if json_file:
         json_file.write_text(report.as_json())
     if plot_file:
         plot.draw(report, plot_file)
     found = list(worse(report, baseline)) if baseline else []
+    found = [f"worse than {baseline_file}: {'; '.join(found)}"] if found else []
+    found += [f"{one.name} failed: {one.reason}" for one in report.left_out if one.failed]
     if found:
-        raise IslandError(f"worse than {baseline_file}: {'; '.join(found)}")
+        raise IslandError("; ".join(found))
 
 
 def main() -> int:

@@ -22,7 +22,7 @@ def worse(report: Report, baseline: Report) -> Iterator[str]:
     """Say, in a sentence each, which ratios and counters are worse than they were.
 
     A ratio is worse if its interval lies wholly on the worse side of the earlier one's; a counter if it is on
-    the worse side at all. What only one of both has is not compared.
+    the worse side by more than its noise, which most have none of. What only one of both has is not compared.
     """
     rows = {row.name: row for row in baseline.rows}
     for row in report.rows:
@@ -49,6 +49,7 @@ def _is_worse(row: Row, before: Row) -> bool:
 
 
 def _is_higher_cost(counter: Counter, before: Counter) -> bool:
+    noise = counter.noise * abs(before.value)
     if counter.better == "higher":
-        return counter.value < before.value
-    return counter.value > before.value
+        return counter.value < before.value - noise
+    return counter.value > before.value + noise

@@ -12,15 +12,23 @@ from island_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["check", "draw"]
 
-_WIDTH = 11.0  # inches
-_LINE = 0.36  # inches for each row
 _DPI = 150
-_GOOD, _BAD, _PLAIN, _MARK, _FAINT = "#1b7f5c", "#c0392b", "#4a6fa5", "#222222", "#8a8a8a"
-_FASTER = "Times faster than …   (right is better)"
-_COST = "Times what … takes   (left is better)"
+_WIDTH = 11.0  # inches, as all below
+_LABELS, _VALUES, _HEAD, _FOOT = 3.9, 1.35, 0.6, 0.55
+_LINE = 0.42  # for each row
+_ABOVE, _BELOW = 0.42, 0.38  # a panel: its title, the numbers of its axis
+_REACHED, _MISSED, _PLAIN, _DARK, _GREY = "#1b7f5c", "#c0392b", "#4a6fa5", "#222222", "#777777"
+_TICKS = [factor * 10.0**power for power in range(-4, 5) for factor in (1, 2, 5)]
+_PANELS = (
+    ("theirs / ours", "higher", "How many times less it takes than the other", "right is better"),
+    ("ours / theirs", "lower", "What it takes, in multiples of the other", "left is better"),
+    ("ours / theirs", "higher", "Its rate, in multiples of the other", "right is better"),
+)
+_LEGEND = "dot: median of pairs run in turn   thin line: its 95 % interval   black: what it is to reach"
 
 
 def check() -> None:
@@ -33,80 +41,94 @@ def check() -> None:
 
 def draw(report: Report, path: Path) -> None:
     """Write the report's ratios as a PNG. Raises UsageError if it has none."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    groups = [
-        (title, [row for row in report.rows if row.better == better])
-        for title, better in ((_FASTER, "higher"), (_COST, "lower"))
+    panels = [
+        (title, side, rows)
+        for kind, better, title, side in _PANELS
+        if (rows := [row for row in report.rows if (row.ratio_is, row.better) == (kind, better)])
     ]
-    groups = [(title, rows) for title, rows in groups if rows]
-    if not groups:
+    if not panels:
         raise UsageError("nothing was measured that could be drawn; see what was left out")
-    sizes = [len(rows) + 1.2 for _, rows in groups]
-    figure = Figure(figsize=(_WIDTH, 1.4 + _LINE * sum(sizes) + 0.5 * len(groups)), dpi=_DPI)
-    FigureCanvasAgg(figure)
-    for axes, (title, rows) in zip(
-        figure.subplots(len(groups), 1, squeeze=False, height_ratios=sizes)[:, 0], groups, strict=True
-    ):
-        _draw_group(axes, title, rows)
-    figure.suptitle(_title(report), x=0.01, y=0.995, ha="left", va="top", fontsize=13, weight="bold")
-    figure.text(0.01, 0.005, _foot(report), fontsize=8, color=_FAINT, va="bottom")
-    margin = 0.45 / figure.get_figheight()
-    figure.tight_layout(rect=(0, margin, 1, 1 - margin))
+    height = _HEAD + _FOOT + sum(_ABOVE + _BELOW + _LINE * len(rows) for *_, rows in panels)
+    figure = Figure(figsize=(_WIDTH, height), dpi=_DPI, facecolor="white")
+    top = height - _HEAD
+    for title, side, rows in panels:
+        top -= _ABOVE + _LINE * len(rows)
+        width = _WIDTH - _LABELS - _VALUES
+        place = (_LABELS / _WIDTH, top / height, width / _WIDTH, _LINE * len(rows) / height)
+        _draw_panel(figure.add_axes(place), title, side, rows)
+        top -= _BELOW
+    _write(figure, height, report)
     figure.savefig(path, format="png")
 
 
-def _title(report: Report) -> str:
-    return f"island {report.versions['island'].partition(',')[0]}, measured against what people use instead"
+def _write(figure: Figure, height: float, report: Report) -> None:
+    """The heading and the foot."""
+    version = report.versions["island"].partition(",")[0]
+    where = "; ".join(report.machine[key] for key in ("processor", "file system") if key in report.machine)
+    cores = f"{report.machine['cores']} cores" if "cores" in report.machine else ""
+    quick = "small volumes (--quick)" if report.parameters.get("quick") else ""
+    told = ";  ".join(filter(None, [where, cores, report.started[:10], quick]))
+    heading = f"island {version} against what people would use instead"
+    figure.text(0.012, 1 - 0.12 / height, heading, fontsize=14, weight="bold", va="top", color=_DARK)
+    figure.text(0.012, 0.32 / height, _LEGEND, fontsize=8.5, va="center", color=_DARK)
+    figure.text(0.012, 0.14 / height, told, fontsize=8.5, va="center", color=_GREY)
 
 
-def _foot(report: Report) -> str:
-    machine = report.machine
-    where = f"{machine['processor']}, {machine['cores']} cores, {machine['file system']}"
-    marks = "dot: median of alternating pairs, line: its 95 % interval, bar: what is to be reached"
-    return f"{marks}.   {where}; {report.started[:10]}{'; --quick' if report.parameters.get('quick') else ''}"
-
-
-def _draw_group(axes: Axes, title: str, rows: Sequence[Row]) -> None:
+def _draw_panel(axes: Axes, title: str, side: str, rows: Sequence[Row]) -> None:
     """One panel: a line for each row, the first one on top."""
     axes.set_xscale("log")
-    axes.set_title(title, loc="left", fontsize=10, color=_MARK)
     low, high = _span(rows)
     axes.set_xlim(low, high)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    axes.axvline(1, color=_FAINT, linewidth=1, zorder=1)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.annotate(
+        title, (0, 1), (-(_LABELS - 0.13) * 72, 10), xycoords="axes fraction", textcoords="offset points",
+        fontsize=11, weight="bold", color=_DARK, annotation_clip=False,
+    )  # fmt: skip
+    axes.annotate(
+        side, (1, 1), (0, 10), xycoords="axes fraction", textcoords="offset points",
+        fontsize=9, ha="right", color=_GREY, annotation_clip=False,
+    )  # fmt: skip
+    axes.axvline(1, color=_GREY, linewidth=1.2, zorder=1)
     for place, row in enumerate(rows):
-        _draw_row(axes, place, row, high)
-    axes.set_yticks(range(len(rows)), [f"{row.work}\nagainst {row.against}" for row in rows], fontsize=8)
-    ticks = [
-        tick for tick in (0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000) if low <= tick <= high
-    ]
+        _draw_row(axes, place, row)
+    ticks = [tick for tick in _TICKS if low <= tick <= high]
+    if len(ticks) > 12:
+        ticks = [tick for tick in ticks if f"{tick:e}".startswith("1")]
     axes.set_xticks(ticks, [f"{tick:g}x" for tick in ticks], fontsize=9)
     axes.set_xticks([], minor=True)
-    axes.grid(axis="x", color="#e6e6e6", zorder=0)
-    axes.tick_params(axis="y", length=0)
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
+    axes.set_yticks([])
+    axes.grid(axis="x", color="#e4e4e4", zorder=0)
+    axes.set_axisbelow(True)
+    for edge in ("top", "right", "left"):
+        axes.spines[edge].set_visible(False)
 
 
 def _span(rows: Sequence[Row]) -> tuple[float, float]:
-    """Ends of the axis: all that is drawn, 1, and room for the numbers."""
+    """Ends of the axis: all that is drawn, and 1."""
     drawn = [1.0]
     for row in rows:
         drawn += [row.ratio.sure_low, row.ratio.sure_high, *([row.reach] if row.reach else [])]
-    return min(drawn) / 1.25, max(drawn) * 2
+    return min(drawn) / 1.15, max(drawn) * 1.15
 
 
-def _draw_row(axes: Axes, place: int, row: Row, right: float) -> None:
-    """The interval, the median, the target, and the number in words at the right."""
-    colour = {True: _GOOD, False: _BAD, None: _PLAIN}[row.reached]
+def _draw_row(axes: Axes, place: int, row: Row) -> None:
+    """What it is at the left, the interval, median and target, and the number in words at the right."""
+    colour = {True: _REACHED, False: _MISSED, None: _PLAIN}[row.reached]
     ratio = row.ratio
-    axes.plot([1, ratio.median], [place, place], color=colour, alpha=0.25, linewidth=7, solid_capstyle="butt")
-    axes.plot([ratio.sure_low, ratio.sure_high], [place, place], color=colour, linewidth=2)
-    axes.plot([ratio.median], [place], "o", color=colour, markersize=7)
+    axes.plot([1, ratio.median], [place, place], color=colour, alpha=0.22, linewidth=8, solid_capstyle="butt")
+    axes.plot([ratio.sure_low, ratio.sure_high], [place, place], color=colour, linewidth=1.8)
+    inside = "white" if row.reached is False else colour
+    axes.plot([ratio.median], [place], "o", color=colour, markerfacecolor=inside, markersize=7)
     told = f"{number(ratio.median)}x"
     if row.reach is not None:
-        axes.plot([row.reach, row.reach], [place - 0.36, place + 0.36], color=_MARK, linewidth=2.2)
-        told += f"  ({'≥' if row.better == 'higher' else '≤'} {row.reach:g})"
-    axes.text(right, place, told, ha="right", va="center", fontsize=9, color=colour, weight="bold")
+        axes.plot([row.reach, row.reach], [place - 0.34, place + 0.34], color=_DARK, linewidth=2.4)
+        told += f"  ({'≥' if row.better == 'higher' else '≤'} {row.reach:g}x)"
+    right = axes.get_yaxis_transform()
+    axes.text(1.02, place, told, transform=right, fontsize=9, va="center", color=colour, weight="bold")
+    axes.text(
+        -0.02, place - 0.04, row.work, transform=right, fontsize=8.5, ha="right", va="bottom", color=_DARK
+    )
+    against = f"against {row.against}"
+    axes.text(-0.02, place + 0.02, against, transform=right, fontsize=8, ha="right", va="top", color=_GREY)

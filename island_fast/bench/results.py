@@ -61,7 +61,8 @@ class Row:
 class Counter:
     """Something counted, or a size: the same in every run with the same seed on any machine.
 
-    `reach` is the most (or with `better` "higher" the least) that it should come to.
+    `reach` is the most (or with `better` "higher" the least) that it should come to. What differs from run to
+    run after all, such as memory, differs by less than `noise`, as a share of it.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Counter:
     reach: float | None = None
     better: str = "lower"
     notes: tuple[str, ...] = ()
+    noise: float = 0.0
 
     @property
     def reached(self) -> bool | None:
@@ -85,10 +87,11 @@ def _reached(value: float, reach: float | None, better: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A peer, or a piece of work, that was not measured, and why."""
+    """A peer, or a piece of work, that was not measured, and why; `failed` if that was tried."""
 
     name: str
     reason: str
+    failed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from island_fast._diff import HASH_KERNEL
 from island_fast.bench.context import GIB, QUICK, WHOLE, Context, Scale, Work
 from island_fast.bench.peers import PEERS
 from island_fast.bench.results import Counter, LeftOut, Report, Row
-from island_fast.errors import UsageError
+from island_fast.errors import IslandError, UsageError
 
 __all__ = ["Plan", "chosen", "measure"]
 
@@ -45,7 +45,7 @@ def chosen(works: Sequence[Work], text: str) -> list[Work]:
 
 
 def measure(plan: Plan, tell: Callable[[str], None]) -> Report:
-    """Do all works of a plan, one after the other."""
+    """Do all works of a plan, one after the other; one that fails leaves the others to be measured."""
     started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     load = os.getloadavg()[0]
     left_out: list[LeftOut] = []
@@ -59,24 +59,39 @@ def measure(plan: Plan, tell: Callable[[str], None]) -> Report:
             left_out.append(LeftOut(work.name, reason))
             continue
         tell(work.name)
-        with tempfile.TemporaryDirectory(prefix="island-bench-", ignore_cleanup_errors=True) as scratch:
-            context = Context(Path(scratch), scale, plan.quick, plan.seed, versions, tell)
-            for found in work.run(context):
-                if isinstance(found, Row):
-                    rows.append(found)
-                elif isinstance(found, Counter):
-                    counters.append(found)
-                else:
-                    left_out.append(found)
+        for found in _done(work, plan, scale, versions, tell):
+            if isinstance(found, Row):
+                rows.append(found)
+            elif isinstance(found, Counter):
+                counters.append(found)
+            else:
+                left_out.append(found)
     return Report(
         started,
         {**_machine(), "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"},
         _versions() | versions,
         _parameters(plan, scale),
-        tuple(rows),
+        tuple(_together(rows)),
         tuple(counters),
         tuple(left_out),
     )
+
+
+def _done(
+    work: Work, plan: Plan, scale: Scale, versions: Mapping[str, str], tell: Callable[[str], None]
+) -> Iterator[Row | Counter | LeftOut]:
+    """Do one work in a folder of its own. If it fails, what it has found until then stands."""
+    with tempfile.TemporaryDirectory(prefix="island-bench-", ignore_cleanup_errors=True) as scratch:
+        try:
+            yield from work.run(Context(Path(scratch), scale, plan.quick, plan.seed, versions, tell))
+        except (IslandError, OSError) as error:
+            yield LeftOut(work.name, str(error), failed=True)
+
+
+def _together(rows: Sequence[Row]) -> list[Row]:
+    """The rows of one name side by side, where the first of them is."""
+    names = [row.work for row in rows]
+    return sorted(rows, key=lambda row: names.index(row.work))
 
 
 def _peers(plan: Plan, left_out: list[LeftOut]) -> Iterator[tuple[str, str]]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from island_fast import show
 from island_fast.bench.results import Counter, Report, Row, Spread
 
 __all__ = ["draw", "number", "reach_text"]
@@ -16,6 +18,8 @@ def number(value: float) -> str:
     """Three digits, whatever the size."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
+    if abs(value) >= 10:
+        return f"{value:.1f}"
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
@@ -29,30 +33,42 @@ def reach_text(reach: float | None, better: str) -> str:
 def draw(report: Report, console: Console) -> None:
     """Write the report as tables to a console."""
     console.print(f"island {report.versions['island']}, {report.started}", highlight=False)
+    console.print("; ".join(_sizes(report)), highlight=False)
     console.print("; ".join(f"{key} {value}" for key, value in report.machine.items()), highlight=False)
     if report.rows:
         console.print(_rows(report))
     if report.counters:
         console.print(_counters(report))
     for one in report.left_out:
-        console.print(f"left out: {one.name}: {one.reason}", highlight=False)
+        how = "failed" if one.failed else "left out"
+        console.print(f"{how}: {one.name}: {one.reason}", highlight=False, markup=False)
     for note in _notes(report):
-        console.print(note, highlight=False)
+        console.print(note, highlight=False, markup=False)
+
+
+def _sizes(report: Report) -> Iterator[str]:
+    """How big the volumes were."""
+    for name in ("small", "large"):
+        if size := report.parameters.get(name):
+            data, volume = (show.size(size[key]) for key in ("allocated", "volume"))
+            yield f"the {name} volume: {data} of data in {volume}"
 
 
 def _rows(report: Report) -> Table:
-    """Medians, quartiles, ratios with their interval, what was to reach."""
-    table = Table("work", "against", "ours", "theirs", "unit", "ratio", "95 %", "to reach", "pairs")
-    for column in table.columns[2:]:
-        column.justify = "right"
+    """A line for each work, and below it one for each peer: medians, ratios, and how sure they are."""
+    table = Table("", "ours", "theirs", "ratio", "95 %", "to reach", "pairs", box=box.SIMPLE, padding=(0, 1))
+    for column in table.columns[1:]:
         column.no_wrap = True
+        column.justify = "right"
+    named = ""
     for row in report.rows:
+        if row.work != named:
+            table.add_row(f"[bold]{row.work}[/]")
+            named = row.work
         table.add_row(
-            row.work,
-            row.against,
-            _with_quartiles(row.ours),
-            _with_quartiles(row.theirs),
-            row.unit,
+            f"  against {row.against}",
+            _median(row.ours, row.unit),
+            _median(row.theirs, row.unit),
             _ratio(row),
             f"{number(row.ratio.sure_low)} to {number(row.ratio.sure_high)}",
             reach_text(row.reach, row.better),
@@ -61,8 +77,10 @@ def _rows(report: Report) -> Table:
     return table
 
 
-def _with_quartiles(spread: Spread) -> str:
-    return f"{number(spread.median)} ({number(spread.low)}-{number(spread.high)})"
+def _median(spread: Spread, unit: str) -> str:
+    """The median, and half of what lies between the quartiles as a share of it."""
+    share = (spread.high - spread.low) / 2 / spread.median if spread.median else 0.0
+    return f"{number(spread.median)} {unit} ±{share:3.0%}"
 
 
 def _ratio(row: Row) -> str:
@@ -72,7 +90,7 @@ def _ratio(row: Row) -> str:
 
 
 def _counters(report: Report) -> Table:
-    table = Table("counted", "value", "unit", "to reach")
+    table = Table("counted", "value", "unit", "to reach", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for counter in report.counters:
@@ -88,5 +106,5 @@ def _value(counter: Counter) -> str:
 def _notes(report: Report) -> Iterator[str]:
     noted = {row.name: row.notes for row in report.rows} | {one.name: one.notes for one in report.counters}
     for name, notes in noted.items():
-        for note in notes:
-            yield f"{name}: {note}"
+        if notes:
+            yield f"{name}: {'; '.join(notes)}"

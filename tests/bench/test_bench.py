@@ -7,17 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from island_fast.bench import plot, table
-from island_fast.bench.context import MIB, Scale, Size
+from island_fast.bench.context import MIB, Context, Scale, Size, Work
 from island_fast.bench.peers import PEERS
-from island_fast.bench.results import Report
+from island_fast.bench.results import Counter, LeftOut, Report
 from island_fast.bench.running import Plan, measure
 from island_fast.bench.works import increments, whole
+from island_fast.errors import IslandError
 
 TINY = Scale(Size(16 * MIB, 8 * MIB, 1), None)
 WORKS = (increments.WORKS[0], *whole.WORKS)
@@ -39,7 +41,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Report:
 def test_every_peer_has_its_row(tiny: Report) -> None:
     found = {(row.work.partition(",")[0], row.against) for row in tiny.rows}
     increment = {("increment of 1 %", name) for name in ("restic", "borg", "cinder", "dirty bitmap, copied")}
-    stored = {("stored for it", name) for name in ("restic", "borg", "cinder", "bytes edited")}
+    stored = {("stored for 1 %", name) for name in ("restic", "borg", "cinder", "bytes edited")}
     copied = {(work, "qemu-img convert and sync") for work in ("first snapshot", "restore to qcow2")}
     assert found == increment | stored | copied
     assert not tiny.left_out
@@ -88,6 +90,7 @@ def test_a_peer_that_is_missing_is_named_and_the_rest_is_measured(tmp_path: Path
         (["--work", "nonsense"], 2, "no work has 'nonsense' in its name; they are: "),
         (["--compare", "nowhere.json"], 3, "nowhere.json does not exist; make one with --json"),
         (["--compare", "/dev/null"], 6, "/dev/null is no report of this bench"),
+        (["--json", "nowhere/found.json"], 2, "nowhere/found.json cannot be written"),
         (["--nonsense"], 2, "--nonsense"),
     ],
 )
@@ -96,3 +99,46 @@ def test_mistakes_are_told_before_anything_is_measured(words: list[str], code: i
     assert (done.returncode, done.stdout) == (code, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_run_is_kept_drawn_and_compared_with_an_earlier_one(tmp_path: Path) -> None:
+    file, picture, before = (tmp_path / name for name in ("found.json", "found.png", "before.json"))
+    words = ("--quick", "--work", "kernels")
+    done = bench(*words, "--json", file, "--plot", picture)
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "kernels"), "works are told as they begin"
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    found = json.loads(file.read_text())
+    assert {*found["machine"]} == {"processor", "cores", "memory", "kernel", "file system", "load"}
+    assert {"island", "python", "numpy", "qemu-img"} <= {*found["versions"]}
+    ratio = found["rows"][0]["ratio"]
+    for key in ("median", "low", "high", "sure_low", "sure_high"):
+        ratio[key] *= 1000
+    before.write_text(json.dumps(found))
+    done = bench(*words, "--compare", before)
+    assert done.returncode == 1
+    assert f"worse than {before}: {found['rows'][0]['work']}, against" in done.stderr
+    assert found["rows"][0]["against"] in done.stdout, "the table comes all the same"
+    done = bench("--work", "kernels", "--compare", before)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "the baseline was measured with --quick" in done.stderr
+
+
+def test_a_work_that_fails_is_told_and_leaves_the_others() -> None:
+    def fails(context: Context) -> Iterator[Counter]:
+        yield Counter("found before", 1)
+        raise IslandError("the reason")
+
+    def works(context: Context) -> Iterator[Counter]:
+        yield Counter("found after", 1)
+
+    found = measure(Plan([], [Work("one", fails), Work("other", works)], scale=TINY), lambda text: None)
+    assert found.left_out == (LeftOut("one", "the reason", failed=True),)
+    assert [counter.name for counter in found.counters] == ["found before", "found after"]
+
+
+def test_without_matplotlib_only_the_picture_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "matplotlib.py").write_text("raise ImportError")
+    place = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+    done = bench("--quick", "--plot", tmp_path / "found.png", PYTHONPATH=place)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--plot needs matplotlib; pip install 'island-fast[bench]'" in done.stderr

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from itertools import count
 
 import pytest
@@ -88,11 +89,12 @@ def test_what_is_worse_by_more_than_the_spread_is_said() -> None:
     assert list(worse(report(9, 10, 11.5), baseline)) == []
     assert list(worse(report(30, 31, 32), baseline)) == []
     (sentence,) = worse(report(7, 8, 9), baseline)
-    assert (
-        sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.00 (10.00 to 12.00)"
-    )
+    assert sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.0 (10.0 to 12.0)"
     (sentence,) = worse(report(10, 11, 12, counted=4), baseline)
     assert sentence == "requests: 4 requests, and was 3 requests"
     assert list(worse(report(10, 11, 12, counted=2), baseline)) == []
+    noisy = replace(baseline, counters=(replace(baseline.counters[0], noise=0.1),))
+    assert list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.2),)), noisy)) == []
+    assert len(list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.4),)), noisy))) == 1
     with pytest.raises(UsageError, match="measured without --quick"):
         check_alike(True, baseline)

@@ -58,7 +58,8 @@ def image(size: int, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("kind", "size"), [("directory", 16 * TIB), ("swift", TIB)])
+@pytest.mark.parametrize("size", [16 * TIB])
+@pytest.mark.parametrize("kind", ["directory", "swift"])
 def test_a_sparse_volume_stays_within_150_mib(
     kind: str,
     size: int,

@@ -89,7 +89,7 @@ class _Bench:
             notes.append(_CINDERS_TIME)
         yield row(self.name, peer.name, times, reach=self.context.reach(reach), notes=notes)
         sizes = [(our.stored / MIB, their.stored / MIB) for our, their in found]
-        yield row(f"stored for it, {self.volume.size} of data", peer.name, sizes, unit="MiB")
+        yield row(f"stored for 1 %, {self.volume.size} of data", peer.name, sizes, unit="MiB")
 
     def bitmap_row(self, reach: float | None) -> Row:
         """Time against copying what a dirty bitmap marks, in a copy of the image."""
@@ -112,7 +112,7 @@ class _Bench:
         """Bytes stored against bytes edited."""
         sizes = [(stored / MIB, self.volume.edited / MIB) for stored in self.stored]
         reach = self.context.reach(_STORED_REACH)
-        work = f"stored for it, {self.volume.size} of data"
+        work = f"stored for 1 %, {self.volume.size} of data"
         return row(work, "bytes edited", sizes, unit="MiB", better="lower", reach=reach)
 
     def check(self) -> None:

@@ -38,7 +38,7 @@ def _memory(context: Context) -> Iterator[Row | Counter]:
     ):
         context.tell(work)
         cost, _ = island(verb, *words)
-        yield Counter(name.format(work), cost.memory / _MIB, "MiB", reach=_REACH)
+        yield Counter(name.format(work), cost.memory / _MIB, "MiB", reach=_REACH, noise=0.1)
 
 
 WORKS = (Work("memory", _memory, ("qemu-img",), lambda scale: 2 << 30),)

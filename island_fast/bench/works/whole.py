@@ -15,6 +15,7 @@ from island_fast.errors import DamagedError
 __all__ = ["WORKS"]
 
 _PEER = "qemu-img convert and sync"
+_NAMES = {"none": "not compressed", "zstd": "zstd"}
 _FIRST_REACH = {"none": 1.2, "zstd": 1.6}
 _RESTORE_REACH = {"none": 1.2, "zstd": 1.5}
 _COPY = 'qemu-img convert -f qcow2 -O qcow2 "$1" "$2" && sync "$2"'
@@ -36,7 +37,7 @@ def _first(context: Context) -> Iterator[Row]:
     copy = context.scratch / "copy.qcow2"
     for compression, reach in _FIRST_REACH.items():
         island = Island(context.scratch / "ours", compression)
-        name = f"first snapshot, {compression}, {volume.size} of data"
+        name = f"first snapshot, {_NAMES[compression]}, {volume.size} of data"
 
         def before(island: Island = island) -> None:
             island("unpin", volume.image)
@@ -58,7 +59,7 @@ def _restore(context: Context) -> Iterator[Row]:
     for compression, reach in _RESTORE_REACH.items():
         island = Island(context.scratch / compression, compression)
         island("snapshot", volume.image)
-        name = f"restore to qcow2, {compression}, {volume.size} of data"
+        name = f"restore to qcow2, {_NAMES[compression]}, {volume.size} of data"
 
         def before() -> None:
             if back.exists():
