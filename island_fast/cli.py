@@ -14,8 +14,9 @@ import click
 
 from island_fast import __version__, show
 from island_fast.configuration import COMPRESSIONS, configured
+from island_fast.elsewhere import copy
 from island_fast.looking import info, map_
-from island_fast.options import common, image_format_option, opened, seconds, text
+from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
 from island_fast.weighing import diff, retain, usage
@@ -52,17 +53,11 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
         context.exit()
 
 
-_NAMING = (
-    "A SNAPSHOT is named by its id, by an unambiguous beginning of it, by VOLUME@ID (which looks at that "
-    "volume alone), or by VOLUME@latest."
-)
-
-
 @click.group(
     cls=_Verbs,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=_NAMING,
+    epilog=NAMING,
 )
 @common
 @click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
@@ -91,6 +86,7 @@ def island(context: click.Context) -> None:
       ISLAND_STATE            folder of local state: locks and caches
       ISLAND_DEBUG=1          show the traceback of an error
       ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD    credentials for Swift
+      ISLAND_TO_ST_AUTH and so on, ISLAND_TO_OS_*    those for 'copy --to', where they differ
 
     \b
     Exit codes:
@@ -206,7 +202,7 @@ def list_(run: Run, volume: str | None) -> None:
     run.left_out(repository.left_out)
 
 
-@island.command("show", epilog=_NAMING)
+@island.command("show", epilog=NAMING)
 @click.argument("snapshot")
 @common
 @click.pass_obj
@@ -222,7 +218,7 @@ def show_(run: Run, snapshot: str) -> None:
     run.answer(found.as_json(), show.shown(found), found.snapshot)
 
 
-@island.command(epilog=_NAMING)
+@island.command(epilog=NAMING)
 @click.argument("snapshot")
 @click.argument("target", type=click.Path(path_type=Path))
 @image_format_option("Format of TARGET.")
@@ -254,7 +250,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bo
     run.answer(restored.as_json(), show.restored(restored))
 
 
-@island.command(epilog=_NAMING)
+@island.command(epilog=NAMING)
 @click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True)
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
 @common
@@ -355,5 +351,5 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
-for verb in (retain, diff, usage, verify, info, map_):
+for verb in (copy, retain, diff, usage, verify, info, map_):
     island.add_command(verb)

@@ -8,6 +8,8 @@ kernel, never row by row.
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Self
 
@@ -37,6 +39,9 @@ BLOCK_BITS = 16
 BLOCK_SIZE = 1 << BLOCK_BITS
 """Bytes in a block, the unit of change, hashing and storage."""
 
+_MAPPED = 1 << 17
+"""From so many words on: 1 MiB."""
+
 _ALL = np.uint64(0xFFFF_FFFF_FFFF_FFFF)
 _INT64 = np.iinfo(np.int64)
 
@@ -56,7 +61,7 @@ class DirtyMap:
         if blocks < 0:
             raise ValueError(f"a map cannot have {blocks} blocks")
         self._blocks = int(blocks)
-        self._words: Words = np.zeros((self._blocks + 63) >> 6, np.uint64)
+        self._words: Words = _zeroed((self._blocks + 63) >> 6)
 
     @classmethod
     def full(cls, blocks: int) -> Self:
@@ -248,6 +253,16 @@ class DirtyMap:
             rows, start = _diff.bitmap_runs(self._words, start, stop, window)
             if rows:
                 yield window[:rows].copy()
+
+
+def _zeroed(count: int) -> Words:
+    """Words of zeros that take memory where they are set; numpy's own would take it in huge pages."""
+    if count < _MAPPED:
+        return np.zeros(count, np.uint64)
+    words = mmap.mmap(-1, 8 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        words.madvise(mmap.MADV_NOHUGEPAGE)
+    return np.frombuffer(words, np.uint64)
 
 
 def distinct(values: Int64s) -> Int64s:

@@ -302,11 +302,15 @@ class Lineage:
 
     # Writing.
 
-    def create(self, writer: str) -> None:
-        """Write record 0, which names the owner, before the lineage's first pack. Under the lock."""
+    def create(self, writer: str, seed: int | None = None) -> None:
+        """Write record 0, which names the owner, before the lineage's first pack. Under the lock.
+
+        `seed` is that of another repository's lineage that this one is to hold copies of.
+        """
         self.files.make()
         self._place = None
-        self._append(_owner_record(self.name, 0, None, writer, int.from_bytes(os.urandom(8)) >> 1, State()))
+        seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
+        self._append(_owner_record(self.name, 0, None, writer, seed, State()))
 
     def append(self, record: Record, writer: str) -> None:
         """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.

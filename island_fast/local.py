@@ -110,13 +110,15 @@ def _explained(root: Path) -> Iterator[None]:
 class Registration:
     """A snapshot that is in progress, as written before its first object, or one that was deleted.
 
-    `epoch` is that of the lineage then: one of an earlier epoch never commits.
+    `epoch` is that of the lineage then: one of an earlier epoch never commits. `copied`: its blocks come from
+    another repository, whose snapshot has the same id.
     """
 
     snapshot: str
     attempt: int
     parent: str | None
     epoch: int = 0
+    copied: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,10 +289,14 @@ class LineageFiles:
         except FileNotFoundError:
             return 0.0
 
-    def interrupted(self, epoch: int) -> Registration | None:
-        """The newest registration of this epoch whose process is gone and that sent packs. Under the lock."""
+    def interrupted(self, epoch: int, copied: str | None = None) -> Registration | None:
+        """The newest registration of this epoch whose process is gone and that sent packs. Under the lock.
+
+        That of a snapshot of an image, or of the copy of `copied`: neither may go on with the other.
+        """
         found = [r for r, alive in self.running() if not alive and r.epoch == epoch and r.attempt >= 0]
-        kept = [r for r in found if self.cached_names(f"sent/{r.snapshot}")]
+        meant = [r for r in found if r.copied == (copied is not None) and copied in (None, r.snapshot)]
+        kept = [r for r in meant if self.cached_names(f"sent/{r.snapshot}")]
         return min(kept, key=lambda r: self._age(r.snapshot), default=None)
 
     def note_sent(self, snapshot: str, pack: SentPack) -> None:
@@ -379,9 +385,8 @@ def _registration(snapshot: str, text: bytes) -> Registration:
     """A registration read back; one that is unreadable keeps its id alive and matches no other."""
     try:
         value = json.loads(text)
-        return Registration(
-            str(value["snapshot"]), int(value["attempt"]), value["parent"], int(value["epoch"])
-        )
+        snapshot, attempt, epoch = str(value["snapshot"]), int(value["attempt"]), int(value["epoch"])
+        return Registration(snapshot, attempt, value["parent"], epoch, bool(value.get("copied")))
     except (ValueError, KeyError, TypeError):
         return Registration(snapshot, -1, None)
 

@@ -73,9 +73,14 @@ class OpenRepository:
             )
 
     @classmethod
-    def open(cls, url: str, *, state: LocalState | None = None, create: bool = False) -> Self:
-        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX."""
-        store = open_store(url, create_ok=create)
+    def open(
+        cls, url: str, *, state: LocalState | None = None, create: bool = False, variables: str = ""
+    ) -> Self:
+        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX.
+
+        Swift's credentials are in the usual variables, with `variables` in front of their names.
+        """
+        store = open_store(url, create_ok=create, variables=variables)
         try:
             return cls(store, state or LocalState(), create=create)
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,17 @@ from island_fast.outcome import Run
 if TYPE_CHECKING:
     from island_fast.repository import Repository
 
-__all__ = ["common", "fraction", "image_format_option", "opened", "seconds", "text"]
+__all__ = ["NAMING", "common", "fraction", "image_format_option", "opened", "other_opened", "seconds", "text"]
+
+
+NAMING = (
+    "A SNAPSHOT is named by its id, by an unambiguous beginning of it, by VOLUME@ID (which looks at that "
+    "volume alone), or by VOLUME@latest."
+)
+"""What the help of verbs on snapshots ends with."""
+
+_OTHER = "ISLAND_TO_"
+"""Before the names of variables with credentials of a second repository."""
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
@@ -27,6 +38,17 @@ def opened(run: Run, *, create: bool = False) -> Repository:
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
     return Repository.open(run.location, create=create)
+
+
+def other_opened(location: str) -> Repository:
+    """The repository that snapshots go to; one that is yet to be is made.
+
+    Credentials are in variables that begin with ISLAND_TO_, if there are any, else in the usual ones.
+    """
+    from island_fast.repository import Repository  # here: it takes a good part of a second
+
+    own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
+    return Repository.open(location, create=True, variables=_OTHER if own else "")
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:

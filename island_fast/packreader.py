@@ -10,16 +10,22 @@ import contextlib
 import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.catalog import pack_full_name
+from island_fast.catalog import SnapshotRow, pack_full_name
 from island_fast.dirtymap import distinct
-from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
+from island_fast.errors import (
+    UNREADABLE,
+    DamagedError,
+    DamagedObjectError,
+    NotFoundError,
+    ObjectMissingError,
+)
 from island_fast.lineage import Lineage
 from island_fast.manifest import Runs
 from island_fast.pack import (
@@ -32,7 +38,7 @@ from island_fast.pack import (
 from island_fast.stores.base import Range
 from island_fast.stores.checked import get_checked
 
-__all__ = ["KnownDigests", "PackReader", "Place"]
+__all__ = ["KnownDigests", "PackReader", "Place", "deletion_told"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
@@ -225,6 +231,10 @@ class KnownDigests:
         self._unreadable: set[int] = set()
         self._lock = threading.Lock()  # so that no two threads fetch the same index
 
+    def names(self, blocks: Int64s) -> bool:
+        """Whether anything is known of any of `blocks`; asks nobody."""
+        return self._runs.locate(blocks)[0].size > 0
+
     def same(self, blocks: Int64s, digests: Bytes2D) -> NDArray[np.bool_]:
         """Which of `blocks` (ascending) have the content whose digest is in the same row of `digests`."""
         answer = np.zeros(blocks.size, np.bool_)
@@ -253,3 +263,15 @@ class KnownDigests:
             _LOG.warning("%s; those of its blocks that are read are sent again", error)
             self._unreadable.add(key)
             return None
+
+
+@contextlib.contextmanager
+def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
+    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
+    try:
+        yield
+    except (NotFoundError, DamagedError) as error:
+        lineage.refresh()
+        if row.id not in lineage.state.live:
+            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
+        raise

@@ -39,7 +39,19 @@ from island_fast.packreader import KnownDigests, PackReader
 from island_fast.progress import Progress
 from island_fast.stores.base import Store
 
-__all__ = ["Known", "PackRow", "PackSink", "Sent", "receive", "send"]
+__all__ = [
+    "BATCH",
+    "Batch",
+    "Known",
+    "PackRow",
+    "PackSink",
+    "Sent",
+    "by_pack",
+    "expand",
+    "receive",
+    "send",
+    "workers",
+]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
@@ -62,7 +74,7 @@ class PackRow:
 
 
 @dataclass(frozen=True, slots=True)
-class _Batch:
+class Batch:
     """Blocks that were read: how many, those found `same` and `kept`, and what is to be stored.
 
     Of that: block numbers, the bytes in order (which may be views of the buffer that the blocks were read
@@ -117,7 +129,7 @@ def send(
     """
     same, kept = DirtyMap(data.blocks), DirtyMap(data.blocks)
     total, done = data.count(), 0
-    waiting: deque[Future[_Batch]] = deque()
+    waiting: deque[Future[Batch]] = deque()
     buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_READING))
 
     def take() -> None:
@@ -129,7 +141,7 @@ def send(
         done += batch.read
         progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
 
-    with _pool(min(os.cpu_count() or 1, _READING), "read") as pool, sink:
+    with workers(min(os.cpu_count() or 1, _READING), "read") as pool, sink:
         for blocks in data.batches(BATCH):
             if len(waiting) == _READING:
                 take()
@@ -148,7 +160,7 @@ def _read(
     known: Known,
     seed: int,
     compress: bool,
-) -> _Batch:
+) -> Batch:
     """Read a batch and hash it; what is neither known nor zero is made ready to be stored."""
     read(blocks, rows)
     digests = digest_blocks(rows, seed)
@@ -158,15 +170,15 @@ def _read(
     _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
     fresh = np.flatnonzero(~same & ~kept & (zero == 0))
     parts, lengths, codecs = (compress_blocks if compress else plain_blocks)(rows, fresh)
-    return _Batch(
+    return Batch(
         blocks.size, blocks[same], blocks[kept], blocks[fresh], parts, lengths, codecs, digests[fresh]
     )
 
 
 @contextmanager
-def _pool(workers: int, name: str) -> Iterator[ThreadPoolExecutor]:
+def workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
     """A pool whose queued work is dropped, and whose running work is waited for, at the end."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix=f"island-{name}")
+    pool = ThreadPoolExecutor(count, thread_name_prefix=f"island-{name}")
     try:
         yield pool
     finally:
@@ -226,8 +238,11 @@ class PackSink:
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, batch: _Batch) -> None:
-        """Put the blocks of `batch` behind those added before; may wait for an upload."""
+    def add(self, batch: Batch) -> None:
+        """Put the blocks of `batch` into the pack that is being filled; may wait for an upload.
+
+        They may come in any order: slots ascend as their blocks do within each pack.
+        """
         if not batch.blocks.size:
             return
         pack, size = self._open, int(batch.lengths.sum())
@@ -235,7 +250,7 @@ class PackSink:
             self._seal()
             pack = self._open
         at = pack.size
-        for part in batch.parts:  # the only copy on the way from the image to the store
+        for part in batch.parts:  # the only copy on the way to the store
             pack.data[at : at + len(part)] = np.frombuffer(part, np.uint8)
             at += len(part)
         pack.blocks.append(batch.blocks)
@@ -251,8 +266,10 @@ class PackSink:
             return Runs.empty()
         sizes = [blocks.size for blocks in self._blocks]
         blocks = np.concatenate(self._blocks)
-        pack = np.repeat(np.arange(len(sizes)) + self._header.number, sizes)
-        slot = np.concatenate([np.arange(size) for size in sizes])
+        order = np.argsort(blocks, kind="stable")
+        blocks = blocks[order]
+        pack = np.repeat(np.arange(len(sizes)) + self._header.number, sizes)[order]
+        slot = np.concatenate([np.arange(size) for size in sizes])[order]
         first = np.append(True, (np.diff(blocks) != 1) | (np.diff(pack) != 0))
         at = np.flatnonzero(first)
         length = np.diff(np.append(at, blocks.size))
@@ -265,26 +282,28 @@ class PackSink:
             return
         number = self._header.number + len(self._blocks)
         blocks = np.concatenate(pack.blocks)
+        order = np.argsort(blocks, kind="stable")
+        blocks = blocks[order]
         self._blocks.append(blocks)
         self._wait(self._store.uploads - 1)
-        self._uploads.append(self._pool.submit(self._upload, number, pack, blocks))
+        self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
         self._open = _Open(self._buffers.get())
 
     def _wait(self, most: int) -> None:
         while len(self._uploads) > most:
             self.written.append(self._uploads.popleft().result())
 
-    def _upload(self, number: int, pack: _Open, blocks: Int64s) -> PackRow:
+    def _upload(self, number: int, pack: _Open, blocks: Int64s, order: Int64s) -> PackRow:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
         name = pack_name(header.lineage, header.snapshot, number, self._attempt)
         try:
             parts, size = seal_pack(
                 name,
                 header,
-                [pack.data[: pack.size].data],
-                np.concatenate(pack.lengths),
-                np.concatenate(pack.codecs),
-                np.concatenate(pack.digests),
+                _ordered(pack, order),
+                np.concatenate(pack.lengths)[order],
+                np.concatenate(pack.codecs)[order],
+                np.concatenate(pack.digests)[order],
             )
             self._store.put(name, parts)
         finally:
@@ -292,6 +311,16 @@ class PackSink:
         row = PackRow(number, self._attempt, name, size, pack.slots)
         self._stored(row, blocks, b"".join(parts[:-1]))
         return row
+
+
+def _ordered(pack: _Open, order: Int64s) -> list[memoryview]:
+    """The pack's stored blocks in this order: pieces of its buffer, as few as there can be."""
+    lengths = np.concatenate(pack.lengths)
+    ends = np.cumsum(lengths)
+    first = np.flatnonzero(np.append(True, np.diff(order) != 1))
+    last = np.append(first[1:], order.size) - 1
+    spans = zip((ends - lengths)[order[first]].tolist(), ends[order[last]].tolist(), strict=True)
+    return [pack.data[a:b].data for a, b in spans]
 
 
 def receive(
@@ -306,11 +335,6 @@ def receive(
     Each pack is fetched once: whole when next to all of its slots are wanted, else by ranges merged over
     gaps of at most `gap` bytes. Blocks come in no particular order, from several threads.
     """
-    order = np.argsort(runs.pack, kind="stable")
-    keys, first = np.unique(runs.pack[order], return_index=True)
-    bounds = np.append(first, len(runs))
-    jobs = [(int(key), order[bounds[i] : bounds[i + 1]]) for i, key in enumerate(keys)]
-    jobs.sort(key=lambda job: int(runs.start[job[1][0]]))  # the volume's order: the disk likes it
     lock, done, total = threading.Lock(), 0, runs.blocks * BLOCK_SIZE
 
     def told(blocks: int) -> None:
@@ -319,18 +343,24 @@ def receive(
             done += blocks * BLOCK_SIZE
             progress("restore", done, total)
 
-    with _pool(DOWNLOADS, "restore") as pool:
+    with workers(DOWNLOADS, "restore") as pool:
         waiting: deque[Future[None]] = deque()
-        for key, rows in jobs:
+        for key, rows in by_pack(runs):
             if len(waiting) == 2 * DOWNLOADS:
                 waiting.popleft().result()
-            waiting.append(pool.submit(_unpack, packs, key, _rows(runs, rows), write, gap, told))
+            waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told))
         while waiting:
             waiting.popleft().result()
 
 
-def _rows(runs: Runs, rows: Int64s) -> Runs:
-    return Runs(runs.start[rows], runs.length[rows], runs.pack[rows], runs.slot[rows])
+def by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:
+    """Each pack that `runs` name, once, with its runs; in the volume's order, which disks like."""
+    order = np.argsort(runs.pack, kind="stable")
+    keys, first = np.unique(runs.pack[order], return_index=True)
+    bounds = np.append(first, len(runs))
+    for at in np.argsort(runs.start[order[first]], kind="stable").tolist():
+        rows = order[bounds[at] : bounds[at + 1]]
+        yield int(keys[at]), Runs(runs.start[rows], runs.length[rows], runs.pack[rows], runs.slot[rows])
 
 
 def _unpack(
@@ -342,11 +372,7 @@ def _unpack(
     told: Callable[[int], None],
 ) -> None:
     """Fetch, check and write the blocks that one pack holds."""
-    blocks, slots = _expand(runs)
-    if slots.size > MAX_SLOTS:
-        raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
-    order = np.argsort(slots, kind="stable")
-    blocks, slots = blocks[order], slots[order]
+    blocks, slots = expand(runs)
     index, stored = packs.stored(key, slots, gap)
     out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
     for at in range(0, slots.size, BATCH):
@@ -361,7 +387,11 @@ def _unpack(
         told(len(rows))
 
 
-def _expand(runs: Runs) -> tuple[Int64s, Int64s]:
-    """Block numbers and slots of runs, one row a block."""
+def expand(runs: Runs) -> tuple[Int64s, Int64s]:
+    """Block numbers and slots of one pack's runs, one row a block, slots ascending."""
+    if runs.blocks > MAX_SLOTS:
+        raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
     within = np.arange(runs.blocks) - np.repeat(np.cumsum(runs.length) - runs.length, runs.length)
-    return np.repeat(runs.start, runs.length) + within, np.repeat(runs.slot, runs.length) + within
+    blocks, slots = np.repeat(runs.start, runs.length) + within, np.repeat(runs.slot, runs.length) + within
+    order = np.argsort(slots, kind="stable")
+    return blocks[order], slots[order]

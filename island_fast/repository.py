@@ -27,6 +27,7 @@ from island_fast.taking import take
 if TYPE_CHECKING:
     from island_fast.results import (
         Adopted,
+        Copied,
         Deleted,
         Difference,
         ImageInfo,
@@ -173,10 +174,11 @@ class Repository(OpenRepository):
 
         A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
         """
-        from island_fast.restoring import Target, deletion_told, restore
+        from island_fast.packreader import deletion_told
+        from island_fast.restoring import Target, restore
 
         found = self.find(reference)
-        with deletion_told(found.lineage, found.row):
+        with deletion_told(found.lineage, found.row, "restored"):
             manifest = found.lineage.manifest(found.row)
         make = Target(Path(target), image_format, pin)
         return restore(found.lineage, found.row, manifest, make, progress)
@@ -249,6 +251,51 @@ class Repository(OpenRepository):
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
+
+    def copy(
+        self,
+        to: OpenRepository,
+        references: Sequence[str] | None = None,
+        *,
+        volume: str | None = None,
+        progress: Progress = silent,
+    ) -> list[Copied]:
+        """Copy snapshots to the repository `to`, opened with `create`: the named ones, or all (of `volume`).
+
+        They keep their ids, and their parents as far as those are there; what is there already is not sent
+        again. This host must own the volumes there. A snapshot that cannot be copied is passed over, and when
+        all volumes are meant a volume, too: see `left_out`.
+        """
+        from island_fast.copying import copy
+
+        chosen: dict[str, tuple[Lineage, set[str]]] = {}
+        if references is None:
+            chosen = {one.name: (one, set(one.state.live)) for one in self.lineages(volume)}
+        else:
+            for found in map(self.find, references):
+                chosen.setdefault(found.lineage.name, (found.lineage, set()))[1].add(found.row.id)
+        every = references is None and volume is None
+        self.left_out = self.left_out if every else []
+        answers: list[Copied] = []
+        for lineage, wanted in (one for one in chosen.values() if one[1]):
+            self._check_other(to)
+            try:
+                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, self.state.writer, progress)
+            except (DamagedError, RefusedError) as error:
+                if not every:
+                    raise
+                errors, copied = [error], []
+            answers += copied
+            self.left_out += errors
+        return answers
+
+    def _check_other(self, to: OpenRepository) -> None:
+        """Refuse what has this repository's id: local state would take the one for the other."""
+        if to.id == self.id:
+            raise RefusedError(
+                f"{to.store.location} is the same repository as {self.store.location}, or was copied from it "
+                "file by file; give another place"
+            )
 
     def verify(
         self,

@@ -16,16 +16,16 @@ from pathlib import Path
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.durable import link_new, sync_folder
-from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
+from island_fast.errors import IslandError, RefusedError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
-from island_fast.packreader import PackReader
+from island_fast.packreader import PackReader, deletion_told
 from island_fast.pipeline import receive
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.results import Restored
 
-__all__ = ["Target", "deletion_told", "restore"]
+__all__ = ["Target", "restore"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def restore(
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        with deletion_told(lineage, row):
+        with deletion_told(lineage, row, "restored"):
             receive(runs, packs, writer.write, lineage.store.range_gap, progress)
         writer.finish()
     return Restored(
@@ -70,18 +70,6 @@ def restore(
         objects_read=packs.fetched.objects + 1,
         seconds=time.monotonic() - began,
     )
-
-
-@contextlib.contextmanager
-def deletion_told(lineage: Lineage, row: SnapshotRow) -> Iterator[None]:
-    """Say that the snapshot was deleted meanwhile, if that is why an object of it is missing."""
-    try:
-        yield
-    except (NotFoundError, DamagedError) as error:
-        lineage.refresh()
-        if row.id not in lineage.state.live:
-            raise NotFoundError(f"snapshot {row.id} was deleted while it was restored") from error
-        raise
 
 
 def _cluster_bits(manifest: Manifest) -> int:

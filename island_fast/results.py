@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Adopted",
     "BitmapInfo",
+    "Copied",
     "Damage",
     "Decided",
     "Deleted",
@@ -80,6 +81,28 @@ class Restored(Answer):
     bytes_read: int
     bytes_written: int
     objects_read: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Copied(Answer):
+    """A snapshot that is in another repository now: `copied` by this call, or there before.
+
+    `parent` is the one there whose blocks it shares. `blocks_sent` were sent, `blocks_kept` had been, by an
+    attempt that was interrupted; `bytes_read` are data that came from the near repository.
+    """
+
+    snapshot: str
+    volume: str
+    parent: str | None
+    label: str
+    volume_size: int
+    copied: bool
+    blocks_sent: int
+    blocks_kept: int
+    bytes_read: int
+    bytes_stored: int
+    objects_written: int
     seconds: float
 
 

@@ -31,25 +31,27 @@ __all__ = ["KeptPacks", "find_interrupted", "forget_used", "note_sent"]
 Int64s = NDArray[np.int64]
 
 
-def find_interrupted(lineage: Lineage) -> Registration | None:
+def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registration | None:
     """The attempt that the next snapshot of `lineage` goes on with: the newest that sent packs.
 
-    Under the lineage's lock. Ids that are used up are not among them.
+    With `copied`, that at copying this snapshot. Under the lineage's lock. Ids that are used up are not
+    among them.
     """
     forget_used(lineage)
-    return lineage.files.interrupted(lineage.epoch)
+    return lineage.files.interrupted(lineage.epoch, copied)
 
 
 def forget_used(lineage: Lineage) -> None:
     """Remove registrations of snapshots that have been committed: crashes, and lost answers, leave them.
 
-    Under the lineage's lock, and before a sweep takes a deleted snapshot's last trace out of the state.
+    Under the lineage's lock, and before a sweep takes a deleted snapshot's last trace out of the state. Not
+    those of running processes: a snapshot that was deleted may be copied here once more.
     """
     state, files = lineage.state, lineage.files
     owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
     used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.retired()}
-    for registration, _ in files.running():
-        if registration.snapshot in used:
+    for registration, alive in files.running():
+        if registration.snapshot in used and not alive:
             files.unregister(registration.snapshot)
 
 
@@ -126,14 +128,15 @@ class KeptPacks:
 
 
 def _runs(packs: Iterable[SentPack]) -> Runs:
-    """The blocks of one attempt's packs, which ascend from pack to pack; none if the notes are wrong."""
+    """The blocks of one attempt's packs, in order; none if the notes contradict each other."""
     rows = [
         (start, length, pack.number, slot)
         for pack in packs
         for (start, length), slot in zip(pack.runs, _first_slots(pack), strict=True)
     ]
     columns = np.array(rows, np.int64).reshape(-1, 4).T
-    runs = Runs(*(np.ascontiguousarray(column) for column in columns))
+    order = np.argsort(columns[0], kind="stable")
+    runs = Runs(*(column[order] for column in columns))
     rises = bool((runs.start[1:] >= runs.start[:-1] + runs.length[:-1]).all())
     return runs if rises and (runs.start >= 0).all() and (runs.length > 0).all() else Runs.empty()
 

@@ -56,6 +56,7 @@ _PHASES = {
     "commit": "Committing",
     "restore": "Restoring",
     "sweep": "Sweeping",
+    "copy": "Copying",
     "look": "Looking",
     "verify": "Verifying",
     "compare": "Comparing",

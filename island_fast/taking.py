@@ -10,31 +10,28 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import __version__
 from island_fast.answer import SnapshotTaken
-from island_fast.catalog import Packs, Record, SnapshotRow, manifest_name
+from island_fast.catalog import Record
 from island_fast.choosing import Request, Start, choose, keyed
 from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
-from island_fast.errors import ConflictError, DamagedError, IslandError
+from island_fast.errors import IslandError
 from island_fast.health import resent
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs, encode, merge, tabulate
-from island_fast.pack import PackHeader
-from island_fast.packreader import KnownDigests, PackReader
-from island_fast.pipeline import Known, PackRow, PackSink, Sent, send
+from island_fast.manifest import Manifest, Runs, tabulate
+from island_fast.pipeline import send
 from island_fast.progress import Progress
 from island_fast.qcow2 import InternalSnapshot, PinnedBase
-from island_fast.resuming import KeptPacks, find_interrupted, note_sent
-from island_fast.slots import PACK_BITS, pack_keys, slot_intervals
+from island_fast.resuming import find_interrupted
 from island_fast.source import Change, Source, View, pin_name
+from island_fast.storing import Stored, Storing
 
 __all__ = ["Request", "take"]
 
@@ -65,8 +62,7 @@ class _Taking:
 
     _start: Start
     _registration: Registration
-    _packs: PackReader
-    _kept: KeptPacks
+    _storing: Storing
 
     def __init__(
         self,
@@ -80,7 +76,6 @@ class _Taking:
         self._request = request
         self._progress = progress
         self._committing = False
-        self._objects = 0
 
     @property
     def _id(self) -> str:
@@ -94,14 +89,17 @@ class _Taking:
             internal = self._internal(stack)
             view = self._source.view(internal)
             change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
-            parent = self._parent_runs()
+            parent, storing = self._parent_runs(), self._storing
             change, whole = resent(self._lineage, change, parent)
-            sent = self._send(change, view.read, whole)
-            own = self._own_runs(sent)
-            runs, changed = self._merged(change, sent, own, parent, view.blocks)
+            sent = send(
+                view.read, change.data, storing.known(whole), storing.sink(), self._progress,
+                compress=self._request.compress,
+            )  # fmt: skip
+            stored = storing.stored(sent, parent, change.replaced)
+            replaced = subtract_intervals(change.replaced, sent.same.runs())
             pin = internal.identity if internal else self._would_be_pin(created, view)
-            manifest = self._manifest(change, runs, pin, view, created)
-            row = self._commit(manifest, *self._own_packs(sent, own))
+            manifest = self._manifest(change, stored.runs, pin, view, created)
+            row = storing.commit(manifest, stored.packs, stored.dead, self._last_word)
         notes = self._drop_old_pins(internal)
         return SnapshotTaken(
             snapshot=row.id,
@@ -113,11 +111,11 @@ class _Taking:
             rule=change.rule,
             reason=change.reason,
             blocks_candidate=change.candidates.count(),
-            blocks_changed=changed,
+            blocks_changed=_changed(stored, parent, replaced, view.blocks),
             blocks_kept=sent.kept.count(),
             bytes_read=view.bytes_read,
             bytes_stored=row.stored + row.manifest_size,
-            objects_written=self._objects,
+            objects_written=self._storing.objects,
             attempt=row.attempt,
             seconds=time.monotonic() - began,
             notes=notes,
@@ -129,9 +127,9 @@ class _Taking:
         """Make the lineage if it is new, choose parent and base, and register before the first object."""
         lineage, request = self._lineage, self._request
         with lineage.locked():
-            if not lineage.exists:
+            made = not lineage.exists
+            if made:
                 lineage.create(request.writer)
-                self._objects += 1
             lineage.require_owner(request.writer)
             lineage.files.set_image(self._source.path)
             before = find_interrupted(lineage)
@@ -140,8 +138,8 @@ class _Taking:
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
             stack.enter_context(lineage.files.register(self._registration))
-        self._packs = PackReader(lineage)
-        self._kept = KeptPacks(lineage, snapshot, self._packs)
+        self._storing = Storing(lineage, self._registration, request.writer)
+        self._storing.objects += made
 
     # The image.
 
@@ -191,54 +189,11 @@ class _Taking:
             self._lineage.files.forget_retired()
         return tuple(notes)
 
-    # The blocks.
+    # What is stored.
 
     def _parent_runs(self) -> Runs:
         parent = self._start.parent
         return keyed(self._lineage, self._lineage.manifest(parent)) if parent else Runs.empty()
-
-    def _send(
-        self,
-        change: Change,
-        read: Callable[[Int64s, NDArray[np.uint8]], None],
-        parent: Runs,
-    ) -> Sent:
-        lineage = self._lineage
-        header = PackHeader(lineage.name, self._id, self._kept.next_number, lineage.seed)
-        known = Known(KnownDigests(parent, self._packs.index), self._kept.digests)
-
-        def stored(row: PackRow, blocks: Int64s, front: bytes) -> None:
-            note_sent(lineage, self._id, row, blocks, front)
-
-        sink = PackSink(lineage.store, header, self._registration.attempt, stored)
-        sent = send(read, change.data, known, sink, self._progress, compress=self._request.compress)
-        self._objects += len(sent.packs)
-        return sent
-
-    def _own_runs(self, sent: Sent) -> Runs:
-        """The blocks that are in packs of this snapshot, of whichever attempt, by pack number."""
-        kept = self._kept.runs.within(sent.kept.runs())
-        return merge(kept, sent.runs.intervals(), sent.runs)
-
-    def _merged(self, change: Change, sent: Sent, own: Runs, parent: Runs, blocks: int) -> tuple[Runs, int]:
-        """The snapshot's runs with pack keys, and how many blocks differ from the parent's."""
-        owner = np.full(len(own), self._lineage.numbers.number(self._id), np.int64)
-        fresh = replace(own, pack=pack_keys(owner, own.pack))
-        replaced = subtract_intervals(change.replaced, sent.same.runs())
-        runs = merge(parent, replaced, fresh)
-        self._check_inherited(runs, parent, owner=self._lineage.numbers.number(self._id))
-        within = np.array([[0, blocks]], np.int64)
-        lost = intersect_intervals(intersect_intervals(parent.intervals(), replaced), within)
-        return runs, fresh.blocks + total(subtract_intervals(lost, fresh.intervals()))
-
-    def _check_inherited(self, runs: Runs, parent: Runs, owner: int) -> None:
-        """Every slot must be this snapshot's own, or one that the parent names."""
-        foreign = np.flatnonzero(runs.pack >> PACK_BITS != owner)
-        named = slot_intervals(runs.pack[foreign], runs.slot[foreign], runs.length[foreign])
-        if subtract_intervals(named, slot_intervals(parent.pack, parent.slot, parent.length)).size:
-            raise DamagedError("the new manifest names blocks that its parent lacks; nothing was stored")
-
-    # The objects.
 
     def _manifest(self, change: Change, runs: Runs, pin: PinnedBase, view: View, created: int) -> Manifest:
         table, runs = tabulate(runs, self._lineage.name, self._lineage.numbers)
@@ -265,62 +220,14 @@ class _Taking:
             properties=facts | dict(self._request.properties),
         )
 
-    def _own_packs(self, sent: Sent, own: Runs) -> tuple[Packs, Int64s]:
-        """Rows of the packs written, and of those kept; and the slots in these that are born dead."""
-        owner = np.full(len(sent.packs), self._lineage.numbers.number(self._id), np.int64)
-        number, attempt, size, slots = (
-            np.array([getattr(pack, name) for pack in sent.packs], np.int64)
-            for name in ("number", "attempt", "size", "slots")
-        )
-        none = np.zeros(len(sent.packs), np.int64)
-        written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
-        kept, dead = self._kept.rows(own)
-        if dead.size:
-            from island_fast.reclaim import with_more_dead  # only after an interruption
+    def _last_word(self, record: Record) -> Record:
+        self._progress("commit", 0, 0)
+        self._committing = True
+        return record
 
-            kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
-        return kept.updated(written), dead
 
-    def _commit(self, manifest: Manifest, packs: Packs, dead: Int64s) -> SnapshotRow:
-        """Write the manifest, then under the lineage's lock the record that makes the snapshot exist."""
-        lineage = self._lineage
-        name = manifest_name(lineage.name, self._id, manifest.attempt)
-        data, checksum = encode(name, manifest)
-        lineage.store.put(name, [data])
-        row = SnapshotRow(
-            id=self._id,
-            parent=manifest.parent,
-            attempt=manifest.attempt,
-            checksum=checksum.hex(),
-            manifest_size=len(data),
-            created=manifest.created,
-            label=manifest.label,
-            volume_size=manifest.volume_size,
-            stored=int(packs.size.sum()),
-            pin=manifest.pin,
-        )
-        record = Record(
-            lineage="", epoch=0, number=0, writer="", host="", previous=None, time=row.created,
-            event="snapshot", seed=0, snapshot=row, packs=packs, dead=dead,
-        )  # fmt: skip
-        with lineage.locked():
-            self._still_allowed()
-            self._progress("commit", 0, 0)
-            self._committing = True
-            lineage.append(record, self._request.writer)
-        self._objects += 2
-        lineage.files.cache(name, data)
-        return row
-
-    def _still_allowed(self) -> None:
-        """Refuse unless this host owns the lineage as it did, the registration stands, the parent is live."""
-        lineage, parent = self._lineage, self._registration.parent
-        lineage.require_owner(self._request.writer)
-        if lineage.epoch != self._registration.epoch:
-            raise ConflictError(f"volume {lineage.name} changed hands meanwhile; take the snapshot again")
-        if not lineage.files.registered(self._registration):
-            raise ConflictError(
-                "the registration of this snapshot is gone, so its packs may be swept; take it again"
-            )
-        if parent is not None and parent not in lineage.state.live:
-            raise ConflictError(f"snapshot {parent} was deleted meanwhile; take the new one again")
+def _changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int:
+    """How many of the volume's blocks differ from the parent's; `replaced` are those not inherited."""
+    within = np.array([[0, blocks]], np.int64)
+    lost = intersect_intervals(intersect_intervals(parent.intervals(), replaced), within)
+    return stored.fresh.blocks + total(subtract_intervals(lost, stored.fresh.intervals()))

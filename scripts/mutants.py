@@ -1,13 +1,15 @@
-"""Plant mistakes in a copy of the package, one at a time, and see that the state machine finds each.
+"""Plant mistakes in a copy of the package, one at a time, and see that random lives find each.
 
     scripts/mutants.py [NAME...]     all of them, or those whose names contain one of the words
 
 A mistake is some exact texts, each of which must be there exactly once, and what takes their place. The copy
-lives LIVES lives of tests/machine. The exit code is 1 if a mistake survives them.
+lives LIVES lives of tests/machine, or with mistakes about copies to another repository those of
+tests/core/test_copying_lives.py. The exit code is 1 if a mistake survives them.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -18,13 +20,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 SEED = 1
 LIVES = 240
+LIVES_OF_COPIES = 40
+LIVES_FILE = "tests/core/test_copying_lives.py"
 
 Edit = tuple[str, str, str]  # file below island_fast/, text, what takes its place
 
 MISTAKES: dict[str, list[Edit]] = {
     "the record comes before the manifest": [
-        ("taking.py", "        lineage.store.put(name, [data])\n        row = ", "        row = "),
-        ("taking.py", "        self._objects += 2\n", "        lineage.store.put(name, [data])\n"),
+        ("storing.py", "        lineage.store.put(name, [data])\n        row = ", "        row = "),
+        ("storing.py", "        self.objects += 2\n", "        lineage.store.put(name, [data])\n"),
     ],
     "the record comes before the packs": [
         (
@@ -34,8 +38,8 @@ MISTAKES: dict[str, list[Edit]] = {
             "            unsent.append((name, [bytes(part) for part in parts]))\n",
         ),
         (
-            "taking.py",
-            "        self._objects += 2\n",
+            "storing.py",
+            "        self.objects += 2\n",
             "        for unsent in lineage.store.__dict__.pop('unsent', []):\n"
             "            lineage.store.put(*unsent)\n",
         ),
@@ -92,13 +96,13 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "the base of a running snapshot may be deleted": [
         ("deleting.py", "if alive and registration.parent == snapshot:", "if False:"),
-        ("taking.py", "if parent is not None and parent not in lineage.state.live:", "if False:"),
+        ("storing.py", "if parent is not None and parent not in lineage.state.live:", "if False:"),
     ],
     "a snapshot commits without its registration": [
-        ("taking.py", "if not lineage.files.registered(self._registration):", "if False:"),
+        ("storing.py", "if not lineage.files.registered(self._registration):", "if False:"),
     ],
     "a snapshot commits into a later epoch": [
-        ("taking.py", "if lineage.epoch != self._registration.epoch:", "if False:"),
+        ("storing.py", "if lineage.epoch != self._registration.epoch:", "if False:"),
     ],
     "a writer does not look for the end of its epoch": [
         (
@@ -156,7 +160,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("resuming.py", "max(self._sent, default=-1) + 1", "0"),
     ],
     "slots that a later attempt has no use for are not dead": [
-        ("taking.py", "return kept.updated(written), dead\n", "return kept.updated(written), dead[:0]\n"),
+        ("storing.py", "return kept.updated(written), dead\n", "return kept.updated(written), dead[:0]\n"),
     ],
     "garbage is never removed": [
         ("reclaim.py", "info.age >= age:", "False:"),
@@ -171,38 +175,89 @@ MISTAKES: dict[str, list[Edit]] = {
 }
 
 
+MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
+    "a copy made again inherits what its first one left": [
+        ("copying.py", "[held.pack >> PACK_BITS == far.numbers.number(row.id)]", "[:0]"),
+    ],
+    "a copy made again numbers its packs from 0": [
+        ("storing.py", "max(self._kept.next_number, int(mine.max(initial=-1)) + 1)", "self._kept.next_number")
+    ],
+    "a copy made again has the names of its first one": [
+        ("copying.py", "int.from_bytes(os.urandom(6))", "0"),
+    ],
+    "a copy made again is refused": [
+        ("copying.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
+    ],
+    "what differs between two copies is not looked at": [
+        ("copying.py", "np.concatenate([differing(runs, near_held), barred])", "barred"),
+    ],
+    "what a far parent has is believed without its digests": [
+        ("carrying.py", "same = self._known.parent.same(blocks, digests)", "same = ~none"),
+    ],
+    "a snapshot goes on with an interrupted copy": [
+        ("local.py", "if r.copied == (copied is not None) and copied", "if copied"),
+    ],
+    "the snapshot that was copied last is the newest": [
+        ("copying.py", "        later = self._next_there(row)\n", "        later = None\n"),
+    ],
+    "copies stand by their times alone": [
+        ("copying.py", "        for one, place in zip(rows[first:], places[first:], strict=True):\n",
+         "        for one, place in zip(rows, [None] * len(rows), strict=True):\n"),
+    ],
+}  # fmt: skip
+
+
 def main() -> int:
     """Plant each mistake that the command line asks for."""
     words = sys.argv[1:]
-    chosen = [name for name in MISTAKES if not words or any(word in name for word in words)]
-    survivors = [name for name in chosen if not found(name, MISTAKES[name])]
+    every = MISTAKES | MISTAKES_OF_COPIES
+    chosen = [name for name in every if not words or any(word in name for word in words)]
+    survivors = [name for name in chosen if not found(name, every[name])]
     print(f"{len(chosen)} mistakes, {len(chosen) - len(survivors)} found")
     return 1 if survivors else 0
 
 
 def found(name: str, edits: list[Edit]) -> bool:
-    """Whether the machine finds the mistake; says so, with how long it took and by what."""
+    """Whether the lives find the mistake; says so, with how long it took and by what."""
     with tempfile.TemporaryDirectory(prefix="island-mutant-") as folder:
         copy = Path(folder)
         for part in ("island_fast", "tests/machine"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        (copy / "scripts").mkdir()
-        shutil.copy(ROOT / "scripts" / "machine.py", copy / "scripts")
+        for file in ("scripts/machine.py", "tests/memory_store.py", LIVES_FILE):
+            (copy / file).parent.mkdir(exist_ok=True)
+            shutil.copy(ROOT / file, copy / file)
         for file, text, instead in edits:
             plant(name, copy / "island_fast" / file, text, instead)
         began = time.monotonic()
-        done = subprocess.run(
-            [sys.executable, "scripts/machine.py", "--seed", str(SEED), "--lives", str(LIVES)],
-            cwd=copy, capture_output=True, text=True, check=False,
-        )  # fmt: skip
+        by = (copies_live if name in MISTAKES_OF_COPIES else machine_lives)(name, copy)
+    taken = f"{time.monotonic() - began:5.0f} s"
+    print(f"{'found' if by else 'SURVIVED':8} {taken}  {name}{': ' if by else ''}{by}", flush=True)
+    return bool(by)
+
+
+def machine_lives(name: str, copy: Path) -> str:
+    """What the state machine finds in the package in `copy`; "" if nothing."""
+    done = subprocess.run(
+        [sys.executable, "scripts/machine.py", "--seed", str(SEED), "--lives", str(LIVES)],
+        cwd=copy, capture_output=True, text=True, check=False,
+    )  # fmt: skip
     by = [line for line in done.stdout.splitlines() if line.startswith("FOUND: ")]
     if bool(by) != (done.returncode == 1):
         raise SystemExit(f"{name}: the machine did not run:\n{done.stdout}{done.stderr}")
-    taken = f"{time.monotonic() - began:5.0f} s"
-    print(
-        f"{'found' if by else 'SURVIVED':8} {taken}  {name}{': ' if by else ''}{''.join(by)[7:]}", flush=True
-    )
-    return bool(by)
+    return "".join(by)[7:]
+
+
+def copies_live(name: str, copy: Path) -> str:
+    """What the lives of copies find in the package in `copy`; "" if nothing."""
+    environ = os.environ | {"COPIES_SEED": str(SEED), "COPIES_LIVES": str(LIVES_OF_COPIES)}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", LIVES_FILE],
+        cwd=copy, capture_output=True, text=True, check=False, env=environ,
+    )  # fmt: skip
+    by = [line[4:] for line in done.stdout.splitlines() if line.startswith("E   ")]
+    if bool(by) != (done.returncode == 1):
+        raise SystemExit(f"{name}: the lives were not lived:\n{done.stdout}{done.stderr}")
+    return by[0].strip() if by else ""
 
 
 def plant(name: str, path: Path, text: str, instead: str) -> None:

@@ -48,6 +48,7 @@ class SwiftServer:
 
     user = "test:tester"
     key = secrets.token_hex(16)  # no other text looks like it: a test that looks for it finds leaks
+    other = ("other:keeper", secrets.token_hex(16))  # user and key of a second account
 
     def __init__(self, *, nodes: int = 1, replicas: int = 1) -> None:
         self.nodes = nodes
@@ -62,7 +63,14 @@ class SwiftServer:
 
     def environment(self) -> dict[str, str]:
         """The variables by which clients sign in."""
-        return {"ST_AUTH": f"{self.url}/auth/v1.0", "ST_USER": self.user, "ST_KEY": self.key}
+        return self._variables(self.user, self.key)
+
+    def other_environment(self) -> dict[str, str]:
+        """Those by which clients sign in to the second account."""
+        return self._variables(*self.other)
+
+    def _variables(self, user: str, key: str) -> dict[str, str]:
+        return {"ST_AUTH": f"{self.url}/auth/v1.0", "ST_USER": user, "ST_KEY": key}
 
     def __enter__(self) -> Self:
         for tries_left in (2, 1, 0):
@@ -233,16 +241,20 @@ class SwiftServer:
         """Make a container in the test user's account."""
         self.put_raw(name, b"")
 
-    def put_raw(self, path: str, body: bytes) -> None:
-        """PUT something at CONTAINER[/OBJECT] in the test user's account; `path` is quoted already."""
-        url, token = self.sign_in()
+    def create_other_container(self, name: str) -> None:
+        """Make a container in the second account."""
+        self.put_raw(name, b"", *self.other)
+
+    def put_raw(self, path: str, body: bytes, user: str = user, key: str = key) -> None:
+        """PUT something at CONTAINER[/OBJECT] in a user's account; `path` is quoted already."""
+        url, token = self.sign_in(user, key)
         path = f"{url.removeprefix(self.url)}/{path}"
         status, _ = self._ask("PUT", path, {"X-Auth-Token": token}, body)
         assert status in (201, 202), status
 
-    def sign_in(self) -> tuple[str, str]:
-        """The test user's storage URL and a token for it."""
-        who = {"X-Auth-User": self.user, "X-Auth-Key": self.key}
+    def sign_in(self, user: str = user, key: str = key) -> tuple[str, str]:
+        """A user's storage URL and a token for it."""
+        who = {"X-Auth-User": user, "X-Auth-Key": key}
         _, headers = self._ask("GET", "/auth/v1.0", who)
         return headers["X-Storage-Url"], headers["X-Auth-Token"]
 
@@ -307,6 +319,7 @@ _PROXY = {
         "use": "egg:swift#tempauth",
         "user_test_tester": f"{SwiftServer.key} .admin",
         "user_test_reader": "reading",
+        "user_other_keeper": f"{SwiftServer.other[1]} .admin",
         "fernet_key_1": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
         "active_fernet_key_id": "1",
     },

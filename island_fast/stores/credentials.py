@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ __all__ = ["TIMEOUT", "Keyring", "Ticket", "from_environment", "quiet"]
 TIMEOUT = 60.0
 """Seconds of silence, on any connection, after which an attempt has failed."""
 
+_OF_REQUESTS = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 _HOW = (
     "set ST_AUTH, ST_USER and ST_KEY, or OS_CLOUD, or OS_AUTH_URL with OS_USERNAME, OS_PASSWORD and "
     "OS_PROJECT_NAME (or OS_APPLICATION_CREDENTIAL_ID and _SECRET), or OS_STORAGE_URL and OS_AUTH_TOKEN"
@@ -50,11 +52,13 @@ class Service:
 class Keyring:
     """The one ticket that all threads use, renewed by one of them when it has expired.
 
-    `source` names the variables that the user would correct. Owns the session.
+    `source` names the variables that the user would correct; `prefix` is before the names of all of them.
+    Owns the session.
     """
 
     def __init__(self, session: Session, service: Service, source: str) -> None:
         self.source = source
+        self.prefix = ""
         self._session = session
         self._service = service
         self._lock = threading.Lock()
@@ -111,8 +115,8 @@ class Keyring:
             raise Again(f"no answer to the sign-in with {self.source} ({_named(error)})") from None
         except exceptions.SSLError:
             raise StoreError(
-                f"the certificate of the server in {self.source} cannot be verified; set OS_CACERT to its "
-                "authority's file"
+                f"the certificate of the server in {self.source} cannot be verified; set "
+                f"{self.prefix}OS_CACERT to its authority's file"
             ) from None
         except exceptions.CatalogException:
             url = None
@@ -122,7 +126,9 @@ class Keyring:
             ) from None
         if not url or not token:
             where = f" in region {self._service.region}" if self._service.region else ""
-            raise StoreError(f"the catalogue of {self.source} has no object-store{where}; set OS_REGION_NAME")
+            raise StoreError(
+                f"the catalogue of {self.source} has no object-store{where}; set {self.prefix}OS_REGION_NAME"
+            )
         return Ticket(url.rstrip("/"), token)
 
 
@@ -142,8 +148,28 @@ def _named(error: Exception) -> str:
     return f"{status} {type(error).__name__}" if status else type(error).__name__
 
 
-def from_environment(environ: Mapping[str, str] = os.environ) -> Keyring:
+def from_environment(environ: Mapping[str, str] = os.environ, prefix: str = "") -> Keyring:
     """The keyring that the environment describes; nothing is asked of any server yet.
+
+    Of ours only variables that begin with `prefix` count, without it; messages name them with it.
+    """
+    found = {key: environ[key] for key in _OF_REQUESTS if key in environ}
+    found |= {key.removeprefix(prefix): value for key, value in environ.items() if key.startswith(prefix)}
+    try:
+        keyring = _keyring(found)
+    except StoreError as error:
+        raise StoreError(_prefixed(str(error), prefix)) from None
+    keyring.source, keyring.prefix = _prefixed(keyring.source, prefix), prefix
+    return keyring
+
+
+def _prefixed(text: str, prefix: str) -> str:
+    """`text` with `prefix` before each name of a variable."""
+    return re.sub(r"\b(?=(OS|ST)_)", lambda _: prefix, text)
+
+
+def _keyring(environ: Mapping[str, str]) -> Keyring:
+    """The keyring of these variables.
 
     The first of these that is there counts: OS_STORAGE_URL with OS_AUTH_TOKEN; ST_AUTH (TempAuth);
     OS_CLOUD (clouds.yaml, read by openstacksdk from the process's own environment); OS_AUTH_URL
@@ -228,8 +254,8 @@ def _from_cloud(name: str) -> Keyring:
 
 def _session(auth: plugin.BaseAuthPlugin, environ: Mapping[str, str]) -> Session:
     insecure = environ.get("OS_INSECURE", "").lower() in ("1", "true", "yes", "on")
-    # requests looks for the last two by itself, but only on the sessions that trust the environment.
-    authorities = ("OS_CACERT", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+    # requests looks for its own by itself, but only on the sessions that trust the environment.
+    authorities = ("OS_CACERT", *_OF_REQUESTS)
     cacert = next((environ[key] for key in authorities if environ.get(key)), True)
     cert, key = environ.get("OS_CERT"), environ.get("OS_KEY")
     return Session(

@@ -335,5 +335,6 @@ def _buffer(length: int) -> memoryview:
     if length < _MAPPED:
         return memoryview(bytearray(length))
     mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
+    with contextlib.suppress(OSError):  # a kernel without them
+        mapped.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapped)

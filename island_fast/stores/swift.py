@@ -76,8 +76,8 @@ class SwiftStore(Store):
         self.location = f"swift://{container}/{prefix}".rstrip("/")
 
     @classmethod
-    def open(cls, path: str, patience: Patience | None = None) -> Self:
-        """The store at CONTAINER[/PREFIX], with the credentials of the environment.
+    def open(cls, path: str, patience: Patience | None = None, *, variables: str = "") -> Self:
+        """The store at CONTAINER[/PREFIX], with the credentials of the environment: see `from_environment`.
 
         Signs in and looks at the container: StoreError when that fails, NotFoundError when there is
         none.
@@ -87,7 +87,7 @@ class SwiftStore(Store):
             raise UsageError(f"swift://{path} names no container; write swift://CONTAINER/PREFIX")
         patience = patience or Patience()
         opening = replace(patience, total=min(patience.total, _OPENING))
-        store = cls(container, prefix.strip("/"), from_environment(), patience)
+        store = cls(container, prefix.strip("/"), from_environment(prefix=variables), patience)
         try:
             if not store._wire.ask(f"open {store.location}", store._has_container, opening):
                 raise store._no_container()

@@ -35,6 +35,10 @@ KEYS = {
         *["volume", "objects_removed", "packs_repacked"],
         *["bytes_removed", "bytes_rewritten", "bytes_freed", "steps"],
     ],
+    "copy": [
+        *["snapshot", "volume", "parent", "label", "volume_size", "copied", "blocks_sent", "blocks_kept"],
+        *["bytes_read", "bytes_stored", "objects_written", "seconds"],
+    ],
     "retain": ["volume", "kept", "deleted", "bytes_unreferenced", "bytes_freed", "snapshots"],
     "diff": [
         *["volume", "since", "snapshot", "since_size", "volume_size"],
@@ -51,6 +55,7 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     listed = island.json("list")
     shown = island.json("show", "disk@latest")
     restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
+    copied = island.json("copy", "--all", "--to", tmp_path / "far")
     retained = island.json("retain", "--keep-last", 1)
     diff = island.json("diff", "disk@latest", "disk@latest")
     usage = island.json("usage")
@@ -58,7 +63,8 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
     unpinned = island.json("unpin", disk)
-    found = [taken, *listed, shown, restored, *deleted, *swept, *retained, diff, usage, adopted, unpinned]
+    found = [taken, *listed, shown, restored, *deleted, *swept, *copied]
+    found += [*retained, diff, usage, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]
     assert [list(step) for step in swept[0]["steps"]] == [["action", "object", "bytes", "reason"]] * 2
@@ -243,6 +249,7 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "sweep",
         "adopt",
         "unpin",
+        "copy",
         "retain",
         "diff",
         "usage",

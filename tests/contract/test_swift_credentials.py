@@ -266,3 +266,23 @@ def test_what_people_see_of_secrets(swift: SwiftServer):
     assert ticket.token not in repr(ticket) + repr(keyring)
     assert ticket == Ticket(ticket.url, ticket.token)
     assert swift.key not in repr(keyring)
+
+
+def test_variables_with_something_before_their_names(
+    container: str, keystone: KeystoneServer, monkeypatch: pytest.MonkeyPatch
+):
+    """Then the usual ones count for nothing, whichever way they would be."""
+    for key, value in keystone.environment().items():
+        monkeypatch.setenv(f"ISLAND_TO_{key}", value)
+        monkeypatch.delenv(key)
+    monkeypatch.setenv("ST_AUTH", "http://127.0.0.1:9/auth")
+    with open_store(container, variables="ISLAND_TO_") as store:
+        store.put("prefixed", [b"x"])
+        store.delete("prefixed")
+    assert keystone.issued == 1
+    monkeypatch.setenv("ISLAND_TO_OS_REGION_NAME", "nowhere")
+    with pytest.raises(StoreError, match="in region nowhere; set ISLAND_TO_OS_REGION_NAME"):
+        open_store(container, variables="ISLAND_TO_")
+    monkeypatch.delenv("ISLAND_TO_OS_AUTH_URL")
+    with pytest.raises(StoreError, match="set ISLAND_TO_ST_AUTH, ISLAND_TO_ST_USER and ISLAND_TO_ST_KEY, or"):
+        open_store(container, variables="ISLAND_TO_")

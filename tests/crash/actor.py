@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from island_fast import pipeline
+from island_fast import carrying, pipeline
 from island_fast.errors import IslandError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
@@ -29,6 +29,7 @@ from island_fast.stores import DirectoryStore
 from tests.crash.watched import ELSEWHERE, Call, Elsewhere, WatchedStore
 
 PATIENCE = 120.0  # seconds that a held process waits before it gives up
+MAKING = ("snapshot", "copy")
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,8 @@ class Hold:
 class Job:
     """One verb of `repository` with `state`, both folders; `outcome` is the file that tells how it went.
 
-    A snapshot's packs hold `slots` slots. `kill` is the number of a call and one of its moments, or
-    that of a change elsewhere. Programs are looked for in the folder `programs` first.
+    Packs that are made hold `slots` slots. `kill` is the number of a call and one of its moments,
+    or that of a change elsewhere. Programs are looked for in the folder `programs` first.
     """
 
     verb: str
@@ -70,7 +71,15 @@ class Job:
         return cls(**value, kill=tuple(kill) if kill else None, holds=tuple(Hold(**one) for one in holds))
 
 
+def _copied(repository: Repository, source: str) -> list[dict[str, Any]]:
+    """Everything in the folder `source`, one pack after the other."""
+    repository.store.uploads = 1
+    with Repository(DirectoryStore(source), repository.state) as near:
+        return [one.as_json() for one in near.copy(repository)]
+
+
 VERBS: dict[str, Callable[..., Any]] = {
+    "copy": _copied,
     "snapshot": lambda repository, **words: repository.snapshot(**words).as_json(),
     "delete": lambda repository, snapshot: [one.as_json() for one in repository.delete([snapshot])],
     "sweep": lambda repository: [one.as_json() for one in repository.sweep()],
@@ -83,8 +92,8 @@ VERBS: dict[str, Callable[..., Any]] = {
 
 def perform(job: Job) -> int:
     """Carry `job` out; the exit code."""
-    if job.verb == "snapshot":  # a reader refuses packs of more slots
-        pipeline.BATCH = pipeline.MAX_SLOTS = job.slots
+    if job.verb in MAKING:  # a reader refuses packs of more slots
+        pipeline.BATCH = pipeline.MAX_SLOTS = carrying.BATCH = job.slots
     if job.programs:
         os.environ["PATH"] = f"{job.programs}:{os.environ['PATH']}"
     waiting = list(job.holds)
@@ -104,7 +113,7 @@ def perform(job: Job) -> int:
     elsewhere = Elsewhere(job.repository, lambda number: dies_at(number, ELSEWHERE))
     store = WatchedStore(DirectoryStore(job.repository, create_ok=True), step, job.older)
     try:
-        with Repository(store, LocalState(Path(job.state)), create=job.verb == "snapshot") as repository:
+        with Repository(store, LocalState(Path(job.state)), create=job.verb in MAKING) as repository:
             answer = VERBS[job.verb](repository, **job.arguments)
     except IslandError as error:
         _tell(job, error=type(error).__name__, message=str(error), traceback=traceback.format_exc())

@@ -76,7 +76,7 @@ class State:
             assert (record["lineage"], record["epoch"], record["number"]) == (lineage, epoch, number)
             assert checksum in (None, record["previous"]), name
             checksum, self.owner = its_checksum, record["writer"]
-            if number == first:
+            if number == first or (number % 32 and record["checkpoint"]):
                 live, dropped = (record["checkpoint"][kind] for kind in ("live", "dropped"))
                 self.live, self.dropped = ({row["id"]: row for row in rows} for rows in (live, dropped))
                 self.packs, self.dead = self.tables(record, found, 64, 80)
@@ -95,7 +95,7 @@ class State:
         return {key: rest for key, *rest in keyed(packs, 7)}, slots
 
     def apply(self, record, found):
-        """Do what a record says; its checkpoint, if it has one, is not needed."""
+        """Do what a record says; the checkpoint of every 32nd is not needed."""
         if record["snapshot"]:
             self.live[record["snapshot"]["id"]] = record["snapshot"]
         for snapshot in record["swept"]:

@@ -30,6 +30,9 @@ FORMAT = Path(__file__).parents[2] / "docs" / "format.md"
 Live = dict[str, dict[str, Any]]
 
 
+STATE = ("live", "dropped", "packs", "dead")
+
+
 def live_of(lineage: str) -> Live:
     live: Live = EXPECTED["lineages"][lineage]["live"]
     return live
@@ -88,7 +91,7 @@ def test_the_independent_reader_finds_the_catalog_consistent(lineage: str) -> No
     """Checkpoints equal the records before them, and no live snapshot needs a slot that is dead."""
     state = reader.State(make.REPOSITORY, lineage)
     replayed = reader.State(make.REPOSITORY, lineage, from_the_first=True)
-    for name in ("live", "dropped", "packs", "dead"):
+    for name in STATE:
         assert getattr(state, name) == getattr(replayed, name)
     assert list(state.live) == list(replayed.live)
     for row in state.live.values():
@@ -177,6 +180,27 @@ def test_what_this_version_makes_is_read_by_the_independent_reader(tmp_path: Pat
     expected = json.loads((tmp_path / "expected.json").read_text())
     for lineage, contents in expected["lineages"].items():
         assert_read_independently(tmp_path / "repository", lineage, contents["live"])
+
+
+@pytest.mark.parametrize("newest_first", [False, True])
+def test_copies_of_what_an_old_version_wrote_are_read_by_the_independent_reader(
+    opened: Repository, tmp_path: Path, newest_first: bool
+) -> None:
+    """Where the newest are copied first, the others come with checkpoints that give them their places."""
+    root = tmp_path / "far"
+    with Repository.open(str(root), state=opened.state, create=True) as far:
+        if newest_first:
+            opened.copy(far, [f"{lineage}@latest" for lineage in LINEAGES])
+        opened.copy(far)
+    for lineage in LINEAGES:
+        state = reader.State(root, lineage)
+        replayed = reader.State(root, lineage, from_the_first=True)
+        assert [getattr(state, name) for name in STATE] == [getattr(replayed, name) for name in STATE]
+        assert not state.dead
+        live = live_of(lineage)
+        if newest_first:
+            live = {id_: row | {"parent": state.live[id_]["parent"]} for id_, row in live.items()}
+        assert_read_independently(root, lineage, live)
 
 
 def test_the_golden_repository_is_never_made_again(tmp_path: Path) -> None:

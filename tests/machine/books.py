@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -36,16 +37,21 @@ def object_names(world: World, lineage: Lineage, row: SnapshotRow) -> frozenset[
 
 def restored(world: World, lineage: Lineage, row: SnapshotRow, packs: PackReader) -> np.ndarray:
     """The snapshot's blocks, uint8[n, BLOCK_SIZE], read without faults."""
+    with world.account.by(Process(world.account)):
+        return volume_of(lineage, row, packs)
+
+
+def volume_of(lineage: Lineage, row: SnapshotRow, packs: PackReader) -> np.ndarray:
+    """The snapshot's blocks, uint8[n, BLOCK_SIZE]."""
     out = np.zeros((row.volume_size // BLOCK_SIZE, BLOCK_SIZE), np.uint8)
 
     def write(blocks: np.ndarray, rows: np.ndarray) -> None:
         out[blocks] = rows
 
-    with world.account.by(Process(world.account)):
-        manifest = lineage.manifest(row)
-        keys = manifest.packs.keys(lineage.numbers)
-        runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
-        receive(runs, packs, write, lineage.store.range_gap, silent)
+    manifest = lineage.manifest(row)
+    keys = manifest.packs.keys(lineage.numbers)
+    runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
+    receive(runs, packs, write, lineage.store.range_gap, silent)
     return out
 
 
@@ -56,7 +62,13 @@ def is_content(blocks: np.ndarray, content: Content) -> bool:
 def balanced(world: World, name: str) -> None:
     """Below the lineage are its catalog, and what its live snapshots need, and the state says so."""
     lineage = world.reader(name)
-    state, objects = lineage.state, world.objects(name)
+    with world.account.by(Process(world.account)):
+        accounted(lineage, world.objects(name))
+
+
+def accounted(lineage: Lineage, objects: Mapping[str, bytes]) -> None:
+    """The same of a lineage, refreshed, and all objects below it, by name."""
+    name, state = lineage.name, lineage.state
     packs = [pack_full_name(name, state.packs, row, lineage.numbers) for row in range(len(state.packs))]
     manifests = [manifest_name(name, row.id, row.attempt) for row in state.live.values()]
     kept = {n for n in objects if "/catalog/" not in n}
@@ -71,15 +83,11 @@ def balanced(world: World, name: str) -> None:
     assert not subtract_intervals(state.dead, every).size, "dead slots of no pack"
     alive = subtract_intervals(every, state.dead)
     assert set((alive[:, 0] >> SLOT_BITS).tolist()) == set(state.packs.key.tolist()), "a pack is wholly dead"
-    with world.account.by(Process(world.account)):
-        reader = PackReader(lineage)
-        for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
-            lengths = reader.index(key).lengths
-            assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
-        named = [
-            lineage.manifest(row).slot_intervals(lineage.numbers)
-            for row in state.live.values()
-        ]  # fmt: skip
+    reader = PackReader(lineage)
+    for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
+        lengths = reader.index(key).lengths
+        assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
+    named = [lineage.manifest(row).slot_intervals(lineage.numbers) for row in state.live.values()]
     needed = merge_intervals(np.concatenate([np.zeros((0, 2), np.int64), *named]))
     assert not subtract_intervals(needed, alive).size, "slots that snapshots need count as dead"
     assert not subtract_intervals(alive, needed).size, "slots that nothing needs do not count as dead"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import random
-import secrets
 import shutil
 import sys
 import tempfile
@@ -162,8 +161,7 @@ class World:
         replaced(pipeline, "BATCH", BATCH)
         replaced(pipeline, "PACK_SIZE", 1 << 20)
         replaced(pipeline, "ThreadPoolExecutor", Inline)
-        replaced(secrets, "token_hex", lambda n=16: draw.randbytes(n).hex())
-        replaced(secrets, "randbits", draw.getrandbits)
+        replaced(os, "urandom", draw.randbytes)
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
         replaced(local, "fcntl", SimpleNamespace(flock=_flock, **locks))
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
