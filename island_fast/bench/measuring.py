@@ -23,7 +23,7 @@ from typing import TypeVar
 from island_fast.bench.results import Row, Spread
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Measured", "costs", "pairs", "row", "run", "spread", "status", "timed", "until_on_disk"]
+__all__ = ["Measured", "costs", "pairs", "row", "run", "spread", "status", "timed", "until_on_disk", "warm"]
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SURE = 0.95
@@ -123,6 +123,14 @@ def until_on_disk(path: Path) -> None:
     for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
+
+
+def warm(path: Path) -> None:
+    """Read a file into the page cache."""
+    with open(path, "rb", buffering=0) as opened:
+        buffer = bytearray(1 << 20)
+        while opened.readinto(buffer):
+            pass
 
 
 def pairs(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from island_fast.bench.context import MIB, Context, Scale, Size, Work
-from island_fast.bench.measuring import Measured, costs, pairs, row
+from island_fast.bench.measuring import Measured, costs, pairs, row, until_on_disk, warm
 from island_fast.bench.ours import Island
 from island_fast.bench.peers.archivers import Borg, Keeper, Restic
 from island_fast.bench.peers.bitmap import Bitmap
@@ -76,9 +76,14 @@ class _Bench:
         def theirs() -> _Run:
             before = peer.stored()
             cost = peer.take(self.volume.raw)
+            until_on_disk(self.context.scratch / peer.name)  # or the next flush of ours would wait for it
             return _Run(cost, peer.stored() - before)
 
-        return pairs(self.volume.size.pairs, self.ours, theirs, self.volume.edit)
+        def edit() -> None:
+            self.volume.edit()
+            warm(self.volume.raw)
+
+        return pairs(self.volume.size.pairs, self.ours, theirs, edit)
 
     def rows(self, peer: Keeper, reach: float) -> Iterator[Row]:
         """Time against a peer, and bytes stored."""
@@ -96,10 +101,17 @@ class _Bench:
         self.context.tell(f"{self.name}, against a dirty bitmap")
         image = self.context.scratch / "marked.qcow2"
         shutil.copyfile(self.volume.image, image)
+        until_on_disk(image)
         bitmap = Bitmap(image, self.context.scratch / "bitmap")
         bitmap.begin()
         self.volume.copies.append(image)
-        found = pairs(self.volume.size.pairs, lambda: self.ours().cost, bitmap.take, self.volume.edit)
+
+        def theirs() -> Measured:
+            cost = bitmap.take()
+            until_on_disk(bitmap.target)
+            return cost
+
+        found = pairs(self.volume.size.pairs, lambda: self.ours().cost, theirs, self.volume.edit)
         if bitmap.copied != self.volume.edited or not _holds(bitmap.target, self.volume):
             raise DamagedError("the dirty bitmap's copy is not the change; it is used wrongly here")
         self.volume.copies.remove(image)
