@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
 from island_fast.manifest import Runs
-from island_fast.pack import Index, unpack_blocks
+from island_fast.pack import Index
 from island_fast.packreader import PackReader
-from island_fast.pipeline import BATCH, Batch, Known, PackSink, Sent, by_pack, expand, workers
+from island_fast.pipeline import Batch, Known, PackSink, Sent, by_pack, expand, unpacked, workers
 from island_fast.progress import Progress
 
 __all__ = ["carry"]
@@ -99,23 +99,12 @@ class _Fetch:
 
     def _batches(self, key: int, blocks: Int64s, slots: Int64s) -> Iterator[Batch]:
         """The blocks as they are stored, each decoded and checked, in the order of their slots."""
-        if not slots.size:
-            return
-        index, stored = self._packs.stored(key, slots, self._gap)
-        self._check_seed(index)
-        plain = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
-        for at in range(0, slots.size, BATCH):
-            part = slice(at, at + BATCH)
-            rows = plain[: slots[part].size]
-            try:
-                unpack_blocks(index, slots[part], stored[part], rows)
-            except DamagedObjectError:
-                index, stored = self._packs.proved(key, slots, damaged=1)
-                unpack_blocks(index, slots[part], stored[part], rows)
-            columns = index.rows[slots[part]]
+        for batch in unpacked(self._packs, key, slots, self._gap):
+            self._check_seed(batch.index)
+            columns = batch.index.rows[slots[batch.part]]
             yield Batch(
-                read=slots[part].size, same=_NONE, kept=_NONE, blocks=blocks[part],
-                parts=list(stored[part]), lengths=columns["length"].astype(np.int64),
+                read=len(batch.rows), same=_NONE, kept=_NONE, blocks=blocks[batch.part],
+                parts=list(batch.stored), lengths=columns["length"].astype(np.int64),
                 codecs=columns["codec"], digests=np.ascontiguousarray(columns["digest"]),
             )  # fmt: skip
 

@@ -42,9 +42,8 @@ from island_fast.pack import (
     digest_blocks,
     open_pack,
     seal_pack,
-    unpack_blocks,
 )
-from island_fast.pipeline import BATCH
+from island_fast.pipeline import BATCH, unpacked
 from island_fast.progress import Progress
 from island_fast.reclaim import row_manifest_name
 from island_fast.slots import SLOT_BITS
@@ -249,13 +248,9 @@ class _Mending:
 
     def _copy(self, key: int, theirs: Int64s, slots: Int64s, found: _Found) -> None:
         """Copy the stored bytes of the slots `theirs` of the pack `key`, each proved."""
-        index, stored = self._packs.reader.stored(key, theirs, self._lineage.store.range_gap)
-        rows = np.empty((BATCH, BLOCK_SIZE), np.uint8)
-        for at in range(0, theirs.size, BATCH):
-            part = slice(at, at + BATCH)
-            unpack_blocks(index, theirs[part], stored[part], rows[: theirs[part].size])
-            codecs = index.rows["codec"][theirs[part]].tolist()
-            found.put(slots[part].tolist(), stored[part], codecs)
+        for batch in unpacked(self._packs.reader, key, theirs, self._lineage.store.range_gap):
+            codecs = batch.index.rows["codec"][theirs[batch.part]].tolist()
+            found.put(slots[batch.part].tolist(), batch.stored, codecs)
 
     def _write(self, name: str, left: Remains, found: _Found, keep: Bools) -> int:
         """Put the pack under its new name, and read it back; the object's size in bytes."""

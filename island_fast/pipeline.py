@@ -28,6 +28,7 @@ from island_fast.manifest import Runs
 from island_fast.pack import (
     MAX_SLOTS,
     PACK_SIZE,
+    Index,
     PackHeader,
     compress_blocks,
     digest_blocks,
@@ -46,10 +47,12 @@ __all__ = [
     "PackRow",
     "PackSink",
     "Sent",
+    "Unpacked",
     "by_pack",
     "expand",
     "receive",
     "send",
+    "unpacked",
     "workers",
 ]
 
@@ -373,6 +376,28 @@ def _unpack(
 ) -> None:
     """Fetch, check and write the blocks that one pack holds."""
     blocks, slots = expand(runs)
+    for batch in unpacked(packs, key, slots, gap):
+        write(blocks[batch.part], batch.rows)
+        told(len(batch.rows))
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Blocks of one pack: which of the slots asked for, as they are stored, and decoded.
+
+    `rows` (uint8[n, BLOCK_SIZE]) are proved by the digests in `index`, and change when the next batch comes.
+    """
+
+    index: Index
+    part: slice
+    stored: list[memoryview]
+    rows: Bytes2D
+
+
+def unpacked(packs: PackReader, key: int, slots: Int64s, gap: int) -> Iterator[Unpacked]:
+    """The blocks in `slots` (ascending) of a pack, in batches; of damaged ranges, out of the whole pack."""
+    if not slots.size:
+        return
     index, stored = packs.stored(key, slots, gap)
     out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
     for at in range(0, slots.size, BATCH):
@@ -383,8 +408,7 @@ def _unpack(
         except DamagedObjectError:
             index, stored = packs.proved(key, slots, damaged=1)
             unpack_blocks(index, slots[part], stored[part], rows)
-        write(blocks[part], rows)
-        told(len(rows))
+        yield Unpacked(index, part, stored[part], rows)
 
 
 def expand(runs: Runs) -> tuple[Int64s, Int64s]:

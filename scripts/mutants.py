@@ -152,8 +152,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "what an interrupted attempt sent is not compared": [
         (
             "pipeline.py",
-            "known.kept.same(blocks, digests) & ~equal",
-            "np.isin(blocks, [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]) & ~equal",
+            "known.kept.same(blocks, digests) & ~same",
+            "np.isin(blocks, [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]) & ~same",
         ),
     ],
     "an attempt numbers its packs like the one before it": [

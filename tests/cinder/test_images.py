@@ -13,6 +13,7 @@ import tests.qemu as qemu
 from island_fast.qcow2 import Image
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, noise
+from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
 
 _DATA = noise("image", 2 << 20)
@@ -86,7 +87,8 @@ def test_backups_of_a_volume_attached_and_not(services: Services, cloud: Cloud) 
     volumes = len(cloud.api.volumes.list())
     first = cloud.backup(volume)
     assert cloud.api.volumes.get(volume.id).status == "in-use"
-    assert len(cloud.api.volumes.list()) == volumes  # the copy that was read is gone
+    gone = "the copy that was read is gone"
+    wait_for(gone, lambda: len(cloud.api.volumes.list()) == volumes, lambda: cloud.why(volume))
     guest.write(attached.device, 0, b"later")
     cloud.detach(attached, volume)
     second = cloud.backup(volume, incremental=True)

@@ -219,7 +219,6 @@ def test_a_copy_that_was_deleted_can_be_made_again(
 def tiny(small_packs: None, far_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks; one at a time is on its way."""
     far_store.uploads = 1
-    monkeypatch.setattr(carrying, "BATCH", PACK)
     monkeypatch.setattr(carrying, "_FETCHING", 1)
 
 

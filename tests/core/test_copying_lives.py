@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import carrying, catalog, lineage, pipeline
+from island_fast import catalog, lineage, pipeline
 from island_fast import repository as repository_module
 from island_fast.errors import RefusedError, StoreError
 from island_fast.lineage import Lineage
@@ -245,8 +245,7 @@ class Life:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Packs of four blocks, checkpoints at every fourth record, no threads, nothing flushed."""
-    for module in (pipeline, carrying):
-        monkeypatch.setattr(module, "BATCH", 2)
+    monkeypatch.setattr(pipeline, "BATCH", 2)
     monkeypatch.setattr(pipeline, "MAX_SLOTS", 4)
     monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
     for module in (catalog, lineage):

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from island_fast import carrying, pipeline
+from island_fast import pipeline
 from island_fast.errors import IslandError
 from island_fast.local import LocalState
 from island_fast.repository import Repository
@@ -93,7 +93,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 def perform(job: Job) -> int:
     """Carry `job` out; the exit code."""
     if job.verb in MAKING:  # a reader refuses packs of more slots
-        pipeline.BATCH = pipeline.MAX_SLOTS = carrying.BATCH = job.slots
+        pipeline.BATCH = pipeline.MAX_SLOTS = job.slots
     if job.programs:
         os.environ["PATH"] = f"{job.programs}:{os.environ['PATH']}"
     waiting = list(job.holds)
