@@ -36,7 +36,7 @@ def _tell(text: str) -> None:
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--quick", is_flag=True, help="Small volumes and few pairs: under a minute.")
-@click.option("--swift", is_flag=True, help="Also what needs a Swift; credentials as island takes them.")
+@click.option("--swift", is_flag=True, help="Also what needs a Swift: one of its own, by the package swift.")
 @click.option("--peers", metavar="NAMES", default=",".join(PEERS), show_default=True, callback=_peers,
               help="What to compare with; one that is not installed is named and left out.")  # fmt: skip
 @click.option("--work", metavar="TEXT", default="", help="Only the works that have TEXT in their names.")
