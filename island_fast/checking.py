@@ -32,7 +32,6 @@ from island_fast.healing import live_runs
 from island_fast.health import Health
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
-from island_fast.pipeline import DOWNLOADS
 from island_fast.reclaim import row_manifest_name
 from island_fast.results import Touched
 from island_fast.slots import SLOT_BITS, SnapshotNumbers
@@ -174,7 +173,7 @@ class Checkup:
         """
         self.objects += len(items)
         try:
-            workers = DOWNLOADS if whole else _LOOKS
+            workers = self.lineage.store.downloads if whole else _LOOKS
             for item, finding in _each(items, lambda item: self._check(item, whole), workers):
                 self._note(item, finding, whole)
                 told(item)

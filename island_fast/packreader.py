@@ -35,7 +35,7 @@ from island_fast.pack import (
     read_front,
     stored_ranges,
 )
-from island_fast.stores.base import Range
+from island_fast.stores.base import Range, Store
 from island_fast.stores.checked import get_checked
 
 __all__ = ["KnownDigests", "PackReader", "Place", "deletion_told"]
@@ -77,6 +77,11 @@ class PackReader:
         self._lineage = lineage
         self._lock = threading.Lock()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
+
+    @property
+    def store(self) -> Store:
+        """Where the packs are."""
+        return self._lineage.store
 
     def index(self, key: int) -> Index:
         """The index of the pack with this key."""

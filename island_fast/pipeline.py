@@ -61,7 +61,6 @@ Bytes2D = NDArray[np.uint8]
 Buffer = bytes | bytearray | memoryview
 
 BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
-DOWNLOADS = 3  # packs on their way to the image
 _READING = 6  # batches that are not yet in a pack
 
 
@@ -339,6 +338,7 @@ def receive(
     gaps of at most `gap` bytes. Blocks come in no particular order, from several threads.
     """
     lock, done, total = threading.Lock(), 0, runs.blocks * BLOCK_SIZE
+    at_once = packs.store.downloads
 
     def told(blocks: int) -> None:
         nonlocal done
@@ -346,12 +346,15 @@ def receive(
             done += blocks * BLOCK_SIZE
             progress("restore", done, total)
 
-    with workers(DOWNLOADS, "restore") as pool:
+    buffers: SimpleQueue[Bytes2D] = SimpleQueue()  # kept: new memory costs a page fault for every page
+    for _ in range(at_once):
+        buffers.put(np.empty((BATCH, BLOCK_SIZE), np.uint8))
+    with workers(at_once, "restore") as pool:
         waiting: deque[Future[None]] = deque()
         for key, rows in by_pack(runs):
-            if len(waiting) == 2 * DOWNLOADS:
+            if len(waiting) == 2 * at_once:
                 waiting.popleft().result()
-            waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told))
+            waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told, buffers))
         while waiting:
             waiting.popleft().result()
 
@@ -373,12 +376,17 @@ def _unpack(
     write: Callable[[Int64s, Bytes2D], None],
     gap: int,
     told: Callable[[int], None],
+    buffers: SimpleQueue[Bytes2D],
 ) -> None:
-    """Fetch, check and write the blocks that one pack holds."""
+    """Fetch, check and write the blocks that one pack holds, through one of `buffers`."""
     blocks, slots = expand(runs)
-    for batch in unpacked(packs, key, slots, gap):
-        write(blocks[batch.part], batch.rows)
-        told(len(batch.rows))
+    buffer = buffers.get()
+    try:
+        for batch in unpacked(packs, key, slots, gap, buffer):
+            write(blocks[batch.part], batch.rows)
+            told(len(batch.rows))
+    finally:
+        buffers.put(buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,12 +402,17 @@ class Unpacked:
     rows: Bytes2D
 
 
-def unpacked(packs: PackReader, key: int, slots: Int64s, gap: int) -> Iterator[Unpacked]:
-    """The blocks in `slots` (ascending) of a pack, in batches; of damaged ranges, out of the whole pack."""
+def unpacked(
+    packs: PackReader, key: int, slots: Int64s, gap: int, buffer: Bytes2D | None = None
+) -> Iterator[Unpacked]:
+    """The blocks in `slots` (ascending) of a pack, in batches; of damaged ranges, out of the whole pack.
+
+    They are decoded into `buffer`, uint8[BATCH, BLOCK_SIZE], or one made for it.
+    """
     if not slots.size:
         return
     index, stored = packs.stored(key, slots, gap)
-    out = np.empty((min(BATCH, slots.size), BLOCK_SIZE), np.uint8)
+    out = np.empty((BATCH, BLOCK_SIZE), np.uint8) if buffer is None else buffer
     for at in range(0, slots.size, BATCH):
         part = slice(at, at + BATCH)
         rows = out[: slots[part].size]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.durable import link_new, sync_folder
+from island_fast.durable import link_new, reserve, sync_folder
 from island_fast.errors import IslandError, RefusedError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
@@ -55,6 +55,7 @@ def restore(
             fits = manifest.pin.disk_size == manifest.volume_size
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
+            reserve(fd)  # all of it is about to be written, in the order in which packs come
         else:
             writer = RawWriter(fd, manifest.volume_size)
         with deletion_told(lineage, row, "restored"):

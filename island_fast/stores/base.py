@@ -125,6 +125,9 @@ class Store(ABC):
     uploads: int
     """How many large objects are sent at the same time: more gain little, and take a pack's memory each."""
 
+    downloads: int = 3
+    """The same for those that are fetched."""
+
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.

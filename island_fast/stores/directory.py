@@ -63,6 +63,7 @@ class DirectoryStore(Store):
     grace = 0.0
     range_gap = 0
     uploads = 3  # each waits for two fsyncs
+    downloads = min(os.cpu_count() or 1, 4)  # these wait for nothing: more would only be in each other's way
 
     def __init__(self, path: str, *, create_ok: bool = False) -> None:
         self.location = path
@@ -187,14 +188,14 @@ class DirectoryStore(Store):
     def get(self, name: str, *, newest: bool = False) -> memoryview:
         """See Store.get; there is one replica."""
         with self._reading(name) as (fd, size):
-            return _read(fd, name, 0, check_size(name, size))
+            return _read(fd, name, [(0, check_size(name, size))])[0]
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges; each range is read by itself, exactly."""
         check_ranges(ranges)
         with self._reading(name) as (fd, size):
             check_size(name, size, max((o + n for o, n in ranges), default=0))
-            return [_read(fd, name, offset, length) for offset, length in ranges]
+            return _read(fd, name, ranges)
 
     @contextlib.contextmanager
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
@@ -313,16 +314,21 @@ def _describe(name: str, status: os.stat_result) -> ObjectInfo:
     return ObjectInfo(name, status.st_size, max(0.0, age))
 
 
-def _read(fd: int, name: str, offset: int, length: int) -> memoryview:
-    """Exactly these bytes; they were within the file a moment ago."""
-    buffer = _buffer(length)
-    done = 0
-    while done < length:  # one call reads 2 GiB at most
-        got = os.preadv(fd, [buffer[done:]], offset + done)
-        if not got:
-            raise DamagedObjectError(f"object {name} became shorter while it was read; it is damaged")
-        done += got
-    return buffer.toreadonly()
+def _read(fd: int, name: str, ranges: Sequence[Range]) -> Views:
+    """Exactly these bytes, in pieces of one buffer; they were within the file a moment ago."""
+    buffer = _buffer(sum(length for _, length in ranges))
+    parts, at = [], 0
+    for offset, length in ranges:
+        part = buffer[at : at + length]
+        done = 0
+        while done < length:  # one call reads 2 GiB at most
+            got = os.preadv(fd, [part[done:]], offset + done)
+            if not got:
+                raise DamagedObjectError(f"object {name} became shorter while it was read; it is damaged")
+            done += got
+        parts.append(part.toreadonly())
+        at += length
+    return parts
 
 
 def _buffer(length: int) -> memoryview:
@@ -330,8 +336,6 @@ def _buffer(length: int) -> memoryview:
 
     Of huge pages, where there are any: else its page faults would take as long as reading.
     """
-    if length < _MAPPED:
-        return memoryview(bytearray(length))
     if length < _MAPPED:
         return memoryview(bytearray(length))
     mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
