@@ -41,7 +41,7 @@ LAYERS = [
     ["local"],
     ["catalog"],
     ["manifest"],
-    ["pack"],
+    ["pack", "runs"],
     ["columns", "frame", "slots"],
     ["source"],
     ["host"],

@@ -146,5 +146,6 @@ def test_without_matplotlib_only_the_picture_is_missing(tmp_path: Path) -> None:
 
 def test_the_page_has_the_numbers_of_the_baseline() -> None:
     root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, root / "scripts" / "benchmarks.py"], capture_output=True, text=True)
+    script = root / "scripts" / "benchmarks.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
