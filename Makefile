@@ -32,7 +32,7 @@ machine: $(VENV)/.tested  ## random lives of a repository under attack, for MACH
 mutants: $(VENV)/.tested  ## whether those lives find each of the mistakes that scripts/mutants.py plants
 	$(BIN)/python scripts/mutants.py
 
-bench: $(VENV)/.tested  ## island against what people would use instead, most of an hour; BENCH="--quick", or any of its options
+bench: $(VENV)/.tested  ## island against what people would use instead, a quarter of an hour; BENCH="--quick", or any of its options
 	@scripts/need qemu daemon fuse fio peers
 	@$(BIN)/python -m island_fast.bench $(BENCH)
 

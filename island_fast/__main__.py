@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 
@@ -10,6 +11,7 @@ __all__ = ["main"]
 
 def main() -> int:
     """Run this process's command line; returns the exit code. Ctrl-C is heeded from the first moment."""
+    gc.set_threshold(50_000)  # importing makes much and drops nothing: looking for garbage there is in vain
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts threads that nobody here needs
     try:
         from island_fast.cli import main as island

@@ -26,7 +26,9 @@ def tables(report: Report) -> str:
 
 def _where(report: Report) -> Iterator[str]:
     machine = "; ".join(f"{key} {value}" for key, value in report.machine.items())
-    versions = "; ".join(f"{name} {version}" for name, version in report.versions.items())
+    versions = "; ".join(
+        f"{name} {version.removeprefix(f'{name} ')}" for name, version in report.versions.items()
+    )
     yield f"Measured on {report.started[:10]}: {machine}.\n"
     yield f"Versions: {versions}."
 

@@ -27,7 +27,7 @@ def reach_text(reach: float | None, better: str) -> str:
     """Such as "at least 12"; "" for none."""
     if reach is None:
         return ""
-    return f"at {'least' if better == 'higher' else 'most'} {reach:g}"
+    return f"at {'least' if better == 'higher' else 'most'} {reach:.3g}"
 
 
 def draw(report: Report, console: Console) -> None:
