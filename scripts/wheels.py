@@ -71,7 +71,7 @@ def build_wheel(python: str, sdist: Path, work: Path) -> Path:
     (plain,) = (work / "plain").iterdir()
     run(sys.executable, "-m", "auditwheel", "repair", "-w", work / "repaired", plain)
     (wheel,) = (work / "repaired").iterdir()
-    return Path(shutil.copy(wheel, DIST))
+    return wheel
 
 
 def without_compilers(folder: Path) -> Path:
@@ -106,25 +106,27 @@ def try_wheel(python: str, sdist: Path, wheel: Path, work: Path) -> str:
 
 
 def main() -> None:
-    """Build, check and test everything; stop at the first failure."""
+    """Build, check and test everything; only if nothing fails does it replace what is in dist/."""
     pythons = sys.argv[1:] or [sys.executable]
-    DIST.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="island-wheels-") as folder:
         out = Path(folder) / "sdist"
         run(sys.executable, "-m", "build", "--sdist", "--outdir", out, ROOT)
-        (built,) = out.iterdir()
-        sdist = Path(shutil.copy(built, DIST))
-        print(sdist.relative_to(ROOT), flush=True)
+        (sdist,) = out.iterdir()
+        print(sdist.name, flush=True)
         wheels = []
         for number, python in enumerate(pythons):
             work = Path(folder) / str(number)
             work.mkdir()
             wheels.append(build_wheel(python, sdist, work))
-            print(wheels[-1].relative_to(ROOT), flush=True)
+            print(wheels[-1].name, flush=True)
             glibc = ".".join(re.findall(r"manylinux_(\d+)_(\d+)", wheels[-1].name)[0])
             found = try_wheel(python, sdist, wheels[-1], work)
             print(f"    runs with glibc {glibc} or newer; {found}", flush=True)
         run(sys.executable, "-m", "twine", "check", "--strict", sdist, *wheels)
+        shutil.rmtree(DIST, ignore_errors=True)
+        DIST.mkdir()
+        for file in (sdist, *wheels):
+            shutil.copy(file, DIST)
 
 
 if __name__ == "__main__":
