@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo test quick check fuzz machine mutants bench kernels pause clean
+.PHONY: demo test quick check fuzz machine mutants bench kernels pause wheels clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
@@ -43,8 +43,12 @@ pause: $(VENV)/.installed  ## how long guests wait for snapshots, by volume and 
 	@scripts/need qemu daemon
 	@$(BIN)/python scripts/pause.py $(PAUSE)
 
+wheels: $(VENV)/.wheels  ## an sdist and a manylinux wheel in dist/, tested without a compiler; PYTHONS="python3.12 python3.13"
+	@scripts/need qemu daemon
+	@$(BIN)/python scripts/wheels.py $(PYTHONS)
+
 clean:  ## remove what was built
-	rm -rf $(VENV) build *.egg-info island_fast/_diff.c island_fast/_diff*.so
+	rm -rf $(VENV) build dist *.egg-info island_fast/_diff.c island_fast/_diff*.so
 
 $(VENV)/bin/python:
 	@scripts/need compiler headers xxhash
@@ -59,3 +63,8 @@ $(VENV)/.tested: $(VENV)/bin/python $(SOURCES)
 	@echo 'building island and fetching what its tests need, into $(VENV)'
 	@$(INSTALL) -e '.[test]' $(LOGGED)
 	@touch $@ $(VENV)/.installed
+
+$(VENV)/.wheels: $(VENV)/bin/python $(SOURCES)
+	@echo 'fetching what building wheels needs, into $(VENV)'
+	@$(INSTALL) -e '.[wheels]' $(LOGGED)
+	@touch $@

@@ -10,7 +10,7 @@ debug = bool(os.environ.get("ISLAND_FAST_DEBUG"))
 kernels = Extension(
     "island_fast._diff",
     ["island_fast/_diff.pyx"],
-    extra_compile_args=["-O1", "-g"] if debug else ["-O3", "-Wall", "-Wextra"],
+    extra_compile_args=["-O1", "-g"] if debug else ["-O3", "-g0", "-Wall", "-Wextra"],
 )
 
 setup(
