@@ -14,9 +14,21 @@ from island_fast.errors import UsageError
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from island_fast.repository import Repository
 
-__all__ = ["NAMING", "common", "fraction", "image_format_option", "opened", "other_opened", "seconds", "text"]
+__all__ = [
+    "NAMING",
+    "common",
+    "fraction",
+    "image_format_option",
+    "opened",
+    "other_opened",
+    "seconds",
+    "snapshots_known",
+    "text",
+]
 
 
 NAMING = (
@@ -27,6 +39,15 @@ NAMING = (
 
 _OTHER = "ISLAND_TO_"
 """Before the names of variables with credentials of a second repository."""
+
+
+def snapshots_known(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Names of snapshots for a shell that completes `incomplete`."""
+    from island_fast.completing import snapshot_names  # here: nobody else needs it
+
+    return snapshot_names(context, incomplete)
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
