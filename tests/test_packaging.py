@@ -15,8 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 def test_a_wheel_holds_every_module_and_runs(tmp_path: Path) -> None:
     source = tmp_path / "source"
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
-    names = [n for n in listed.stdout.split() if n.startswith("island_fast/")] or [
-        str(p.relative_to(ROOT)) for p in (ROOT / "island_fast").rglob("*.p*") if "__pycache__" not in p.parts
+    names = [n for n in listed.stdout.split() if n.startswith(("island_fast/", "man/"))] or [
+        str(p.relative_to(ROOT))
+        for p in [*(ROOT / "island_fast").rglob("*.p*"), *(ROOT / "man").glob("*.1")]
+        if "__pycache__" not in p.parts
     ]
     for name in [*names, "setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"]:
         (source / name).parent.mkdir(parents=True, exist_ok=True)
@@ -30,6 +32,9 @@ def test_a_wheel_holds_every_module_and_runs(tmp_path: Path) -> None:
         inside = set(archive.namelist())
     modules = {name for name in names if name.endswith((".py", ".pyi", "py.typed", ".filters"))}
     assert modules <= inside
+    pages = {name.removeprefix("man/") for name in names if name.startswith("man/")}
+    assert "island.1" in pages
+    assert pages == {Path(name).name for name in inside if ".data/data/share/man/man1/" in name}
     environment = os.environ | {"PYTHONPATH": str(installed)}
     program = "import island_fast.repository as r; print(r.__file__)"
     done = subprocess.run(
