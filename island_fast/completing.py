@@ -39,7 +39,8 @@ class _Bash(BashComplete):
     while IFS= read -r completion; do
         case $completion in
         plain,*) COMPREPLY+=("${completion#plain,}") ;;
-        *) compopt -o default ;;
+        dir,*) compopt -o dirnames ;;
+        file,*) compopt -o default ;;
         esac
     done < <(COMP_WORDS="${COMP_LINE:0:COMP_POINT}" COMP_BREAKS=$COMP_WORDBREAKS \\
         %(complete_var)s=bash_complete "$1" 2>/dev/null)

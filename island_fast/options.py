@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "NAMING",
     "common",
+    "directories",
     "fraction",
     "image_format_option",
     "opened",
@@ -48,6 +49,15 @@ def snapshots_known(
     from island_fast.completing import snapshot_names  # here: nobody else needs it
 
     return snapshot_names(context, incomplete)
+
+
+def directories(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """For a shell that completes `incomplete`: it is to offer directories."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
@@ -104,7 +114,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
-            envvar="ISLAND_REPOSITORY", show_envvar=True,
+            envvar="ISLAND_REPOSITORY", show_envvar=True, shell_complete=directories,
             help="A directory's path, or swift://CONTAINER/PREFIX.",
         ),
     ):  # fmt: skip

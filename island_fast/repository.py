@@ -21,7 +21,7 @@ from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
-from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
+from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, Source, held, pinned_lineage
 from island_fast.taking import take
 
 if TYPE_CHECKING:
@@ -98,23 +98,12 @@ class Repository(OpenRepository):
         volume belongs to another host; RefusedError if it is known as that of another image, or if a snapshot
         of this image is being taken.
         """
-        _check_format(image_format)
         if compression not in ("zstd", "none"):
             raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
-        path = Path(os.path.realpath(image))
-        held: Source
-        files = [Backing.parse(text) for text in backing]
-        if image_format == "raw":
-            if files:
-                raise UsageError("a raw image has no backing files; leave out --backing")
-            held = RawSource(path)
-        else:
-            held = Qcow2Source(
-                path, Path(qmp) if qmp else None, as_it_is=not pin and at is None, backing=files
-            )
-        with held as source:
+        monitor, as_it_is = Path(qmp) if qmp else None, not pin and at is None
+        with held(image, image_format, qmp=monitor, as_it_is=as_it_is, backing=backing) as source:
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
@@ -205,7 +194,6 @@ class Repository(OpenRepository):
         RefusedError if `target` exists; IslandError if it cannot be made; DamagedObjectError, which names the
         object, if a block is lost.
         """
-        _check_format(image_format)
         from island_fast.packreader import deletion_told
         from island_fast.restoring import Target, restore
 
@@ -420,12 +408,6 @@ class Repository(OpenRepository):
             lineage.adopt(self.state.writer)
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
-
-
-def _check_format(image_format: str) -> None:
-    """Refuse a format that is neither; UsageError."""
-    if image_format not in ("qcow2", "raw"):
-        raise UsageError(f"{image_format!r} is no format that is known; use qcow2 or raw")
 
 
 def _holds_pin(source: Source, lineage: Lineage) -> bool:

@@ -85,6 +85,8 @@ def test_bash_completes_verbs_options_files_and_snapshots(island: Island, disk: 
     bash.until("disk.qcow2 ")
     bash.type("--compression=n\t")
     bash.until("none ")
+    bash.type("\x15island list -r reposi\t")
+    bash.until("tory/")
     bash.type("\x15island show d\t")
     bash.until("disk@")
     bash.type("la\t")
@@ -132,6 +134,7 @@ def test_the_script_of_a_shell(island: Island, shell: str) -> None:
     text = island.text("completion", shell)
     assert f"_ISLAND_COMPLETE={shell}_complete" in text
     assert island.text("completion", shell, "--quiet") == text
+    assert asked(f"{shell}_source") == text.splitlines()
     assert island.json("completion", shell)["script"].rstrip("\n") == text.rstrip("\n")
     if program := shutil.which(shell):
         subprocess.run([program, "-n"], input=text, text=True, check=True)

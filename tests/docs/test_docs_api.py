@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from island_fast import Keep, Repository
+from island_fast.errors import UsageError
+from island_fast.local import LocalState
 from tests import qemu
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/api.md"
@@ -41,6 +44,24 @@ def test_the_examples_of_the_api_are_real(tmp_path: Path, monkeypatch: pytest.Mo
     shown: list[str] = []
     runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
     assert not runner.run(test, out=shown.append, clear_globs=True).failed, "".join(shown)
+
+
+@qemu.needs_qemu
+def test_calls_that_the_command_would_not_let_through_are_refused(tmp_path: Path) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", MIB)
+    with Repository.open(tmp_path / "repository", state=LocalState(tmp_path / "state"), create=True) as ours:
+        with pytest.raises(UsageError, match="vmdk"):
+            ours.snapshot(image, image_format="vmdk")
+        assert not (tmp_path / "repository").exists()
+        taken = ours.snapshot(image)
+        with pytest.raises(UsageError, match="vmdk"):
+            ours.restore(taken.snapshot, tmp_path / "out", image_format="vmdk")
+        with pytest.raises(UsageError, match="share"):
+            ours.verify(sample=5)
+        with pytest.raises(UsageError, match="rule"):
+            ours.retain(Keep())
+        assert not (tmp_path / "out").exists()
+        assert len(ours.snapshots()) == 1
 
 
 def test_names_of_the_package_are_imported_only_when_asked_for() -> None:
