@@ -13,7 +13,7 @@ import pytest
 
 from island_fast.catalog import Packs, Record, State, catalog_name, decode_record, encode_record
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.manifest import Manifest, Runs, decode, encode, merge, tabulate
+from island_fast.manifest import Manifest, decode, encode, tabulate
 from island_fast.pack import (
     PackHeader,
     compress_blocks,
@@ -25,6 +25,7 @@ from island_fast.pack import (
     unpack_blocks,
 )
 from island_fast.qcow2 import PinnedBase
+from island_fast.runs import Runs, merge
 from island_fast.slots import SnapshotNumbers, pack_keys
 
 BLOCKS = 128

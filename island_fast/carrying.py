@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
-from island_fast.manifest import Runs
 from island_fast.pack import Index
 from island_fast.packreader import PackReader
 from island_fast.pipeline import Batch, Known, PackSink, Sent, by_pack, expand, unpacked, workers
 from island_fast.progress import Progress
+from island_fast.runs import Runs
 
 __all__ = ["carry"]
 

@@ -16,7 +16,8 @@ from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import distinct
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs
+from island_fast.manifest import Manifest
+from island_fast.runs import Runs
 from island_fast.slots import slot_intervals
 from island_fast.source import Base, Source
 

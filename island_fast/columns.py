@@ -7,6 +7,8 @@ divided by the number of rows, which the object's metadata states. Layout: docs/
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,6 +17,7 @@ from island_fast.errors import DamagedObjectError
 __all__ = ["decode", "encode", "grouped_ends", "undo_grouped", "unzigzag", "zigzag"]
 
 Int64s = NDArray[np.int64]
+Integers = NDArray[np.signedinteger[Any]]
 
 
 def encode(values: Int64s) -> bytes:
@@ -54,7 +57,7 @@ def unzigzag(values: Int64s) -> Int64s:
     return np.asarray((values >> 1) ^ -(values & 1), np.int64)
 
 
-def grouped_ends(group: Int64s, ends: Int64s) -> Int64s:
+def grouped_ends(group: Integers, ends: Integers) -> Int64s:
     """For each row the `ends` of the last earlier row of the same group, 0 where there is none."""
     order = np.argsort(group, kind="stable")
     before = np.zeros(group.size, np.int64)
@@ -63,20 +66,20 @@ def grouped_ends(group: Int64s, ends: Int64s) -> Int64s:
     return before
 
 
-def undo_grouped(group: Int64s, deltas: Int64s, lengths: Int64s) -> Int64s:
+def undo_grouped(group: Integers, deltas: Int64s, lengths: Integers) -> Int64s:
     """Inverse of `start - grouped_ends(group, start + length)`: the starts, from their deltas.
 
     Within a group each start is the previous one's end plus the delta.
     """
     order = np.argsort(group, kind="stable")
-    step = deltas[order]
+    total = deltas[order]
     first = np.ones(group.size, bool)
     first[1:] = group[order[1:]] != group[order[:-1]]
-    step[1:] += np.where(first[1:], 0, lengths[order[:-1]])
-    total = np.cumsum(step)
-    base = np.where(first, total - step, 0)
+    total[1:] += np.where(first[1:], 0, lengths[order[:-1]])
     heads = np.flatnonzero(first)
-    base = np.repeat(base[heads], np.diff(np.append(heads, group.size)))
+    steps = total[heads]
+    np.cumsum(total, out=total)
+    total -= np.repeat(total[heads] - steps, np.diff(np.append(heads, group.size)))
     starts = np.empty(group.size, np.int64)
-    starts[order] = total - base
+    starts[order] = total
     return starts

@@ -28,11 +28,12 @@ from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoun
 from island_fast.health import Health
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs, tabulate
+from island_fast.manifest import Manifest, tabulate
 from island_fast.packreader import PackReader, deletion_told
 from island_fast.progress import Progress
 from island_fast.results import Copied
 from island_fast.resuming import find_interrupted
+from island_fast.runs import Runs
 from island_fast.slots import PACK_BITS
 from island_fast.source.base import END
 from island_fast.storing import Storing

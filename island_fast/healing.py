@@ -34,7 +34,6 @@ from island_fast.examining import Examiner, Finding, Remains, manifest_finding, 
 from island_fast.frame import Kind, open_frame, read_json
 from island_fast.health import Health
 from island_fast.lineage import Lineage
-from island_fast.manifest import Runs
 from island_fast.pack import (
     ABSENT,
     Buffer,
@@ -46,6 +45,7 @@ from island_fast.pack import (
 from island_fast.pipeline import BATCH, unpacked
 from island_fast.progress import Progress
 from island_fast.reclaim import row_manifest_name
+from island_fast.runs import Runs
 from island_fast.slots import SLOT_BITS
 from island_fast.source import Source, View
 from island_fast.stores.checked import get_checked

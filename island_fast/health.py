@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from island_fast.catalog import manifest_name, pack_full_name
 from island_fast.dirtymap import DirtyMap, merge_intervals, subtract_intervals
 from island_fast.lineage import Lineage
-from island_fast.manifest import Runs
 from island_fast.pack import MAX_SLOTS
+from island_fast.runs import Runs
 from island_fast.slots import SLOT_BITS
 from island_fast.source import Change
 

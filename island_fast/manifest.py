@@ -8,7 +8,7 @@ Bytes <-> values only. Layout: docs/format.md, "Manifest".
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,12 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import columns
-from island_fast.dirtymap import BLOCK_SIZE, clip_rows, subtract_intervals
+from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.frame import Buffer, Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.qcow2.names import unescape
 from island_fast.qcow2.snapshots import PinnedBase
+from island_fast.runs import Runs
 from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
 
 __all__ = [
@@ -29,11 +30,9 @@ __all__ = [
     "SNAPSHOT_PATTERN",
     "Manifest",
     "PackTable",
-    "Runs",
     "check_properties",
     "decode",
     "encode",
-    "merge",
     "pin_from_json",
     "tabulate",
 ]
@@ -74,61 +73,6 @@ class PackTable:
 
 
 @dataclass(frozen=True, slots=True)
-class Runs:
-    """Columns of runs, ascending and disjoint: blocks [start, start + length) are in `pack` from `slot` on.
-
-    `pack` is an index into the manifest's PackTable, or a pack key where the text says so.
-    """
-
-    start: Int64s
-    length: Int64s
-    pack: Int64s
-    slot: Int64s
-
-    @classmethod
-    def empty(cls) -> Runs:
-        """No runs: a volume of zeros."""
-        none = np.zeros(0, np.int64)
-        return cls(none, none, none, none)
-
-    def __len__(self) -> int:
-        return int(self.start.size)
-
-    @property
-    def blocks(self) -> int:
-        """Number of blocks that the runs name."""
-        return int(self.length.sum())
-
-    def intervals(self) -> Int64s:
-        """Blocks as int64[n, 2] of start and stop."""
-        return np.stack([self.start, self.start + self.length], axis=1)
-
-    def locate(self, blocks: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-        """Which of `blocks` are named (indices into it), and for each of those its row and offset there."""
-        if not len(self):
-            none = np.zeros(0, np.int64)
-            return none, none, none
-        row = np.searchsorted(self.start, blocks, side="right") - 1
-        offset = blocks - self.start[row]
-        named = np.flatnonzero((row >= 0) & (offset < self.length[row]))
-        return named, row[named], offset[named]
-
-    def take(self, rows: Int64s, offset: Int64s, length: Int64s) -> Runs:
-        """Pieces of runs: of row `rows[i]`, `length[i]` blocks from `offset[i]` on."""
-        start, slot = self.start[rows] + offset, self.slot[rows] + offset
-        return Runs(start, length, self.pack[rows], slot)
-
-    def within(self, keep: Int64s) -> Runs:
-        """The pieces of runs that lie in `keep`, int64[n, 2], sorted and disjoint."""
-        return self.take(*clip_rows(self.start, self.length, keep))
-
-    def among(self, slots: Int64s) -> Runs:
-        """The pieces of runs, which hold pack keys, whose slots are in `slots`, as intervals of slot keys."""
-        keys = slot_intervals(self.pack, self.slot, self.length)
-        return self.take(*clip_rows(keys[:, 0], self.length, slots))
-
-
-@dataclass(frozen=True, slots=True)
 class Manifest:
     """One snapshot, whole. `created` is in nanoseconds since 1970 UTC; `volume_size` in bytes.
 
@@ -165,40 +109,14 @@ class Manifest:
         return slot_intervals(keys[self.runs.pack], self.runs.slot, self.runs.length)
 
 
-def merge(parent: Runs, replaced: Int64s, fresh: Runs) -> Runs:
-    """`parent` with the blocks in `replaced` taken out and `fresh` put in.
-
-    Both hold pack keys; `replaced` is int64[n, 2] of block intervals; `fresh` lies within it. Neighbours
-    that continue one another are joined.
-    """
-    ends = parent.intervals()
-    kept = parent.within(subtract_intervals(ends, replaced)) if len(parent) else parent
-    start = np.concatenate([kept.start, fresh.start])
-    order = np.argsort(start, kind="stable")
-    columns_ = (
-        np.concatenate([getattr(kept, name), getattr(fresh, name)])[order]
-        for name in ("start", "length", "pack", "slot")
-    )
-    return _joined(Runs(*columns_))
-
-
-def _joined(runs: Runs) -> Runs:
-    """`runs` with neighbours joined where block and slot both go on in the same pack."""
-    if not len(runs):
-        return runs
-    ends, slot_ends = runs.start + runs.length, runs.slot + runs.length
-    goes_on = (runs.start[1:] == ends[:-1]) & (runs.slot[1:] == slot_ends[:-1])
-    goes_on &= runs.pack[1:] == runs.pack[:-1]
-    first = np.flatnonzero(np.append(True, ~goes_on))
-    last = np.append(first[1:], len(runs)) - 1
-    return Runs(runs.start[first], ends[last] - runs.start[first], runs.pack[first], runs.slot[first])
-
-
 def tabulate(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tuple[PackTable, Runs]:
     """A pack table in order of first use, and `runs` (which hold pack keys) as indices into it."""
-    keys, first, inverse = np.unique(runs.pack, return_index=True, return_inverse=True)
+    keys = distinct(runs.pack)
+    index = np.searchsorted(keys, runs.pack).astype(np.int32)
+    first = np.empty(keys.size, np.int64)
+    first[index[::-1]] = np.arange(len(runs) - 1, -1, -1)  # of equal indices, the last assignment holds
     order = np.argsort(first)
-    rank = np.empty(order.size, np.int64)
+    rank = np.empty(order.size, np.int32)
     rank[order] = np.arange(order.size)
     keys = keys[order]
     owners, owner = np.unique(keys >> PACK_BITS, return_inverse=True)
@@ -209,29 +127,36 @@ def tabulate(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tuple[PackTa
         snapshot=owner.astype(np.int64),
         number=keys & MAX_PACK_NUMBER,
     )
-    return table, replace(runs, pack=rank[inverse])
+    return table, replace(runs, pack=rank[index])
 
 
 def encode(name: str, manifest: Manifest) -> tuple[bytes, bytes]:
     """The manifest as object `name`: its bytes and its checksum."""
-    table, runs = manifest.packs, manifest.runs
-    newest = np.zeros(len(runs), np.int64)  # packs are numbered by first use: each new one is max + 1
-    if len(runs):
-        newest[1:] = np.maximum.accumulate(runs.pack)[:-1] + 1
-    ends = np.append(0, (runs.start + runs.length)[:-1]) if len(runs) else runs.start
-    values = {
-        _PACK_LINEAGE: table.lineage,
-        _PACK_SNAPSHOT: table.snapshot,
-        _PACK_NUMBER: columns.zigzag(table.number - columns.grouped_ends(table.snapshot, table.number + 1)),
-        _RUN_GAP: runs.start - ends,
-        _RUN_LENGTH: runs.length - 1,
-        _RUN_PACK: newest - runs.pack,
-        _RUN_SLOT: columns.zigzag(runs.slot - columns.grouped_ends(runs.pack, runs.slot + runs.length)),
-    }
     sections = [Section(_META, [json_bytes(_meta(manifest))])]
-    sections += [Section(kind, [columns.encode(column)]) for kind, column in values.items()]
+    sections += [Section(kind, [columns.encode(column)]) for kind, column in _columns(manifest)]
     parts, checksum = seal(Kind.MANIFEST, name, sections)
     return b"".join(parts), checksum
+
+
+def _columns(manifest: Manifest) -> Iterator[tuple[int, Int64s]]:
+    """The columns as they are stored; one at a time, because each is as large as the runs are many."""
+    table, runs = manifest.packs, manifest.runs
+    yield _PACK_LINEAGE, table.lineage
+    yield _PACK_SNAPSHOT, table.snapshot
+    numbers = table.number - columns.grouped_ends(table.snapshot, table.number + 1)
+    yield _PACK_NUMBER, columns.zigzag(numbers)
+    gap = runs.start.copy()
+    gap[1:] -= runs.start[:-1] + runs.length[:-1]
+    yield _RUN_GAP, gap
+    del gap
+    yield _RUN_LENGTH, runs.length - 1
+    newest = np.full(len(runs), -1, np.int64)
+    np.maximum.accumulate(runs.pack[:-1], out=newest[1:], dtype=np.int64)
+    newest += 1  # packs are numbered by first use: each new one is the highest so far and 1
+    newest -= runs.pack
+    yield _RUN_PACK, newest
+    del newest
+    yield _RUN_SLOT, columns.zigzag(runs.slot - columns.grouped_ends(runs.pack, runs.slot + runs.length))
 
 
 def _meta(manifest: Manifest) -> dict[str, Any]:
@@ -307,15 +232,40 @@ def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
             snapshot, columns.unzigzag(column(_PACK_NUMBER, packs)), np.ones(packs, np.int64)
         ),
     )
-    gap, length = column(_RUN_GAP, rows), column(_RUN_LENGTH, rows)
-    if float(gap.sum(dtype=float) + length.sum(dtype=float)) + rows > header.blocks:
-        raise DamagedObjectError(f"manifest {name} names blocks past the volume's end")
-    back, slot = column(_RUN_PACK, rows), columns.unzigzag(column(_RUN_SLOT, rows))
-    length += 1
-    pack = np.cumsum(back == 0) - (back == 0) - back
-    runs = Runs(np.cumsum(gap + length) - length, length, pack, columns.undo_grouped(pack, slot, length))
+    runs = _decode_runs(name, column, rows, header.blocks)
     _check(name, table, runs)
     return replace(header, packs=table, runs=runs), frame.checksum
+
+
+def _decode_runs(name: str, column: Callable[[int, int], Int64s], rows: int, blocks: int) -> Runs:
+    """The runs in the sections that `column(kind, rows)` decodes, of a volume of so many `blocks`.
+
+    What is large is worked on in place, and narrowed as soon as it is known to fit.
+    """
+    start, length = column(_RUN_GAP, rows), column(_RUN_LENGTH, rows)
+    if float(start.sum(dtype=float) + length.sum(dtype=float)) + rows > blocks:
+        raise DamagedObjectError(f"manifest {name} names blocks past the volume's end")
+    length += 1
+    start += length
+    np.cumsum(start, out=start)
+    start -= length
+    back = column(_RUN_PACK, rows)
+    newest = np.cumsum(back == 0)
+    newest -= back == 0
+    newest -= back
+    pack = _int32(name, newest)
+    del back, newest
+    lengths = _int32(name, length)
+    del length
+    slot = columns.undo_grouped(pack, columns.unzigzag(column(_RUN_SLOT, rows)), lengths)
+    return Runs(start, lengths, pack, _int32(name, slot))
+
+
+def _int32(name: str, values: Int64s) -> NDArray[np.int32]:
+    """The same as int32; DamagedObjectError if that cannot hold it: no run of a manifest is so large."""
+    if values.size and not -(1 << 31) <= int(values.min()) <= int(values.max()) < 1 << 31:
+        raise DamagedObjectError(f"manifest {name} points outside its packs")
+    return values.astype(np.int32)
 
 
 def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:

@@ -21,10 +21,11 @@ from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, DamagedObjectError, NotFoundError, RefusedError
 from island_fast.host.imagelock import ImageLock
 from island_fast.lineage import Lineage
-from island_fast.manifest import Manifest, Runs
+from island_fast.manifest import Manifest
 from island_fast.pack import Index, digest_blocks
 from island_fast.pipeline import BATCH
 from island_fast.progress import Progress
+from island_fast.runs import Runs
 from island_fast.source import Backing, Qcow2Source, View
 
 __all__ = ["Compared", "compare"]

@@ -27,7 +27,6 @@ from island_fast.errors import (
     ObjectMissingError,
 )
 from island_fast.lineage import Lineage
-from island_fast.manifest import Runs
 from island_fast.pack import (
     Index,
     front_size,
@@ -35,6 +34,7 @@ from island_fast.pack import (
     read_front,
     stored_ranges,
 )
+from island_fast.runs import Runs
 from island_fast.stores.base import Range, Store
 from island_fast.stores.checked import get_checked
 

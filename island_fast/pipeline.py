@@ -24,7 +24,6 @@ from island_fast import _diff
 from island_fast.catalog import pack_name
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
-from island_fast.manifest import Runs
 from island_fast.pack import (
     MAX_SLOTS,
     PACK_SIZE,
@@ -38,6 +37,7 @@ from island_fast.pack import (
 )
 from island_fast.packreader import KnownDigests, PackReader
 from island_fast.progress import Progress
+from island_fast.runs import Runs
 from island_fast.stores.base import Store
 
 __all__ = [
@@ -225,7 +225,7 @@ class PackSink:
         for _ in range(store.uploads + 1):  # kept and reused: what threads allocate and free stays fragmented
             self._buffers.put(np.empty(PACK_SIZE, np.uint8))
         self._open = _Open(self._buffers.get())
-        self._blocks: list[Int64s] = []  # of each pack, in slot order
+        self._runs: list[Runs] = []  # of each pack; not its blocks, which would grow with the volume
         self._uploads: deque[Future[PackRow]] = deque()
         self._pool = ThreadPoolExecutor(store.uploads, thread_name_prefix="island-upload")
 
@@ -264,29 +264,18 @@ class PackSink:
 
     def runs(self) -> Runs:
         """Where each block went: runs over blocks, slots and pack numbers."""
-        if not self._blocks:
-            return Runs.empty()
-        sizes = [blocks.size for blocks in self._blocks]
-        blocks = np.concatenate(self._blocks)
-        order = np.argsort(blocks, kind="stable")
-        blocks = blocks[order]
-        pack = np.repeat(np.arange(len(sizes)) + self._header.number, sizes)[order]
-        slot = np.concatenate([np.arange(size) for size in sizes])[order]
-        first = np.append(True, (np.diff(blocks) != 1) | (np.diff(pack) != 0))
-        at = np.flatnonzero(first)
-        length = np.diff(np.append(at, blocks.size))
-        return Runs(blocks[at], length, pack[at].astype(np.int64), slot[at].astype(np.int64))
+        return Runs.together(self._runs)
 
     def _seal(self) -> None:
         """Send the open pack on its way, when it holds anything, and open the next."""
         pack = self._open
         if not pack.slots:
             return
-        number = self._header.number + len(self._blocks)
+        number = self._header.number + len(self._runs)
         blocks = np.concatenate(pack.blocks)
         order = np.argsort(blocks, kind="stable")
         blocks = blocks[order]
-        self._blocks.append(blocks)
+        self._runs.append(_in_pack(number, blocks))
         self._wait(self._store.uploads - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
         self._open = _Open(self._buffers.get())
@@ -313,6 +302,13 @@ class PackSink:
         row = PackRow(number, self._attempt, name, size, pack.slots)
         self._stored(row, blocks, b"".join(parts[:-1]))
         return row
+
+
+def _in_pack(number: int, blocks: Int64s) -> Runs:
+    """Runs of a pack that holds `blocks`, ascending, in its slots from 0 on."""
+    slot = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
+    length = np.diff(np.append(slot, blocks.size))
+    return Runs.narrow(blocks[slot], length, np.full(slot.size, number, np.int32), slot)
 
 
 def _ordered(pack: _Open, order: Int64s) -> list[memoryview]:
@@ -362,7 +358,9 @@ def receive(
 def by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:
     """Each pack that `runs` name, once, with its runs; in the volume's order, which disks like."""
     order = np.argsort(runs.pack, kind="stable")
-    keys, first = np.unique(runs.pack[order], return_index=True)
+    packs = runs.pack[order]
+    first = np.flatnonzero(np.append(packs.size > 0, packs[1:] != packs[:-1]))
+    keys = packs[first]
     bounds = np.append(first, len(runs))
     for at in np.argsort(runs.start[order[first]], kind="stable").tolist():
         rows = order[bounds[at] : bounds[at + 1]]

@@ -20,10 +20,10 @@ from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, ObjectMissingError
 from island_fast.lineage import Lineage
 from island_fast.local import Registration, SentPack
-from island_fast.manifest import Runs, merge
 from island_fast.pack import Index
 from island_fast.packreader import KnownDigests, PackReader, Place
 from island_fast.pipeline import PackRow
+from island_fast.runs import Runs, merge
 from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, SLOT_BITS, pack_keys, slot_intervals
 
 __all__ = ["KeptPacks", "find_interrupted", "forget_used", "note_sent"]

@@ -18,12 +18,13 @@ from island_fast.dirtymap import subtract_intervals
 from island_fast.errors import ConflictError, DamagedError
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs, encode, merge
+from island_fast.manifest import Manifest, encode
 from island_fast.pack import PackHeader
 from island_fast.packreader import KnownDigests, PackReader
 from island_fast.pipeline import Known, PackRow, PackSink, Sent
 from island_fast.resuming import KeptPacks, note_sent
-from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, pack_keys, slot_intervals
+from island_fast.runs import Runs, merge
+from island_fast.slots import MAX_PACK_NUMBER, PACK_BITS, pack_keys
 
 __all__ = ["Stored", "Storing"]
 
@@ -95,11 +96,12 @@ class Storing:
         return Stored(runs, fresh, *self._own_packs(sent, own))
 
     def _check_inherited(self, runs: Runs, parent: Runs) -> None:
-        """Every slot must be this snapshot's own, or one that the parent names."""
-        foreign = np.flatnonzero(runs.pack >> PACK_BITS != self._owner)
-        named = slot_intervals(runs.pack[foreign], runs.slot[foreign], runs.length[foreign])
-        if subtract_intervals(named, slot_intervals(parent.pack, parent.slot, parent.length)).size:
-            raise DamagedError("the new manifest names blocks that its parent lacks; nothing was stored")
+        """Every slot must be this snapshot's own, or one that the parent names for blocks there."""
+        for part in runs.windows():
+            near = parent.around(int(part.start[0]), int(part.start[-1] + part.length[-1]))
+            named = part.slots()[part.pack >> PACK_BITS != self._owner]
+            if subtract_intervals(named, near.slots()).size:
+                raise DamagedError("the new manifest names blocks that its parent lacks; nothing was stored")
 
     def _own_packs(self, sent: Sent, own: Runs) -> tuple[Packs, Int64s]:
         """Rows of the packs written, and of those kept; and the slots in these that are born dead."""

@@ -20,16 +20,17 @@ from island_fast import __version__
 from island_fast.answer import SnapshotTaken
 from island_fast.catalog import Record
 from island_fast.choosing import Request, Start, choose, keyed
-from island_fast.dirtymap import intersect_intervals, subtract_intervals, total
+from island_fast.dirtymap import intersect_intervals, subtract_intervals
 from island_fast.errors import IslandError
 from island_fast.health import resent
 from island_fast.lineage import Lineage
 from island_fast.local import Registration
-from island_fast.manifest import Manifest, Runs, tabulate
+from island_fast.manifest import Manifest, tabulate
 from island_fast.pipeline import send
 from island_fast.progress import Progress
 from island_fast.qcow2 import InternalSnapshot, PinnedBase
 from island_fast.resuming import find_interrupted
+from island_fast.runs import Runs
 from island_fast.source import Change, Source, View, pin_name
 from island_fast.storing import Stored, Storing
 
@@ -228,6 +229,7 @@ class _Taking:
 
 def _changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int:
     """How many of the volume's blocks differ from the parent's; `replaced` are those not inherited."""
-    within = np.array([[0, blocks]], np.int64)
-    lost = intersect_intervals(intersect_intervals(parent.intervals(), replaced), within)
-    return stored.fresh.blocks + total(subtract_intervals(lost, stored.fresh.intervals()))
+    gone = subtract_intervals(
+        intersect_intervals(replaced, np.array([[0, blocks]])), stored.fresh.intervals()
+    )
+    return stored.fresh.blocks + sum(part.within(gone).blocks for part in parent.windows())

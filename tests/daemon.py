@@ -127,9 +127,8 @@ class StorageDaemon:
         process, self._process = self._process, None
         status = 0
         if process is not None:
-            process.send_signal(number)
             try:
-                status = process.wait(_PATIENCE)
+                status = _signalled(process, number)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -143,6 +142,18 @@ class StorageDaemon:
 
     def __exit__(self, *_: object) -> None:
         self.stop()
+
+
+def _signalled(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
+    """Send a signal until the process is gone: a qemu that is about to wait just then sleeps over one."""
+    deadline = time.monotonic() + _PATIENCE
+    while True:
+        process.send_signal(number)
+        try:
+            return process.wait(1)
+        except subprocess.TimeoutExpired:
+            if time.monotonic() > deadline:
+                raise
 
 
 def wait_for_socket(process: subprocess.Popen[bytes], path: Path) -> None:

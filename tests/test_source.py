@@ -43,7 +43,7 @@ LAYERS = [
     ["local"],
     ["catalog"],
     ["manifest"],
-    ["pack"],
+    ["pack", "runs"],
     ["columns", "frame", "slots"],
     ["source"],
     ["host"],

@@ -352,7 +352,7 @@ class Volumes:
             return self._unpin(volume, orphans=False)
         except RefusedError:
             if not snapshot_under_way(self.records.image(volume)):
-                raise
+                return self._unpin(volume, orphans=False)  # one has just ended; or this tells what else it is
             if give_up and volume not in self._given_up:
                 self._given_up.add(volume)
                 _LOG.warning(

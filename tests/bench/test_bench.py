@@ -142,3 +142,10 @@ def test_without_matplotlib_only_the_picture_is_missing(tmp_path: Path) -> None:
     done = bench("--quick", "--plot", tmp_path / "found.png", PYTHONPATH=place)
     assert (done.returncode, done.stdout) == (2, "")
     assert "--plot needs matplotlib; pip install 'island-fast[bench]'" in done.stderr
+
+
+def test_the_page_has_the_numbers_of_the_baseline() -> None:
+    root = Path(__file__).parents[2]
+    script = root / "scripts" / "benchmarks.py"
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.comparing import compare
-from island_fast.manifest import Manifest, Runs, merge, tabulate
+from island_fast.manifest import Manifest, tabulate
 from island_fast.qcow2.snapshots import PinnedBase
+from island_fast.runs import Runs, merge
 from island_fast.slots import SnapshotNumbers, pack_keys
 
 BLOCK = 65536

@@ -13,7 +13,7 @@ from island_fast import columns
 from island_fast.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
 from island_fast.errors import DamagedError, IslandError, UnsupportedObjectError, UsageError
 from island_fast.frame import HEADER_SIZE, Kind, Section, open_frame, seal
-from island_fast.manifest import Manifest, Runs, decode, encode, merge, tabulate
+from island_fast.manifest import Manifest, decode, encode, tabulate
 from island_fast.pack import (
     ABSENT,
     PackHeader,
@@ -27,6 +27,7 @@ from island_fast.pack import (
     unpack_blocks,
 )
 from island_fast.qcow2 import PinnedBase
+from island_fast.runs import Runs, merge
 from island_fast.slots import SnapshotNumbers, pack_keys
 
 A, B = "a" * 32, "b" * 32

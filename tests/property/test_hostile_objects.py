@@ -21,12 +21,13 @@ from island_fast.errors import (
 )
 from island_fast.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.local import LocalState
-from island_fast.manifest import Manifest, Runs, decode, encode, tabulate
+from island_fast.manifest import Manifest, decode, encode, tabulate
 from island_fast.progress import silent
 from island_fast.qcow2 import PinnedBase
 from island_fast.reclaim import plan_sweep
 from island_fast.repository import Repository
 from island_fast.restoring import Target, restore
+from island_fast.runs import Runs
 from island_fast.slots import SnapshotNumbers
 from tests import qemu
 from tests.memory_store import MemoryStore, Stored

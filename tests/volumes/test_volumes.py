@@ -16,6 +16,7 @@ from island_fast.host.exports import State
 from island_fast.host.imagelock import ImageLock
 from island_fast.repository import Repository
 from island_fast.volumes import Origin, Record
+from island_fast.volumes.volumes import snapshot_under_way
 from tests import qemu
 from tests.volumes.conftest import MIB, Host, new_id, read, write
 
@@ -328,6 +329,23 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(
             third.result()
     assert host.volumes.drop_pins(volume, give_up=True) == 1
     assert [row["label"] for row in own.listed(volume)] == ["one", "two"]
+
+
+def test_pins_are_dropped_though_a_snapshot_ended_just_now(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = made(host, b"content")
+    host.volumes.snapshot(volume, "one")
+    lock = ImageLock(host.volumes.records.image(volume))
+    lock.__enter__()
+
+    def ended(image: Path) -> bool:
+        if lock.fd >= 0:
+            lock.__exit__(None, None, None)
+        return snapshot_under_way(image)
+
+    monkeypatch.setattr("island_fast.volumes.volumes.snapshot_under_way", ended)
+    assert host.volumes.drop_pins(volume, give_up=False) == 1
 
 
 def test_a_volume_goes_on_under_another_name(host: Host) -> None:

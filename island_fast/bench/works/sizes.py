@@ -13,8 +13,9 @@ from island_fast.bench.context import GIB, MIB, Context, Work
 from island_fast.bench.results import Counter, Row
 from island_fast.catalog import Packs, Record, SnapshotRow, catalog_name, encode_record, manifest_name
 from island_fast.dirtymap import merge_intervals
-from island_fast.manifest import Manifest, Runs, encode, merge, tabulate
+from island_fast.manifest import Manifest, encode, tabulate
 from island_fast.qcow2 import PinnedBase
+from island_fast.runs import Runs, merge
 from island_fast.slots import SnapshotNumbers, pack_keys
 
 __all__ = ["WORKS", "beside_the_data"]
