@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo test quick check fuzz machine mutants bench kernels pause wheels clean
+.PHONY: demo test quick check fuzz machine mutants bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, in a minute
 	@scripts/need qemu mkfs
@@ -47,6 +47,13 @@ wheels: $(VENV)/.wheels  ## an sdist and a manylinux wheel in dist/, tested with
 	@scripts/need qemu daemon
 	@$(BIN)/python scripts/wheels.py $(PYTHONS)
 
+docs: $(VENV)/.documented  ## the site, in build/docs; a broken link or anchor fails it
+	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
+	@echo 'open build/docs/index.html'
+
+pages: $(VENV)/.installed  ## man pages, docs/commands.md and docs/reference.md, from help texts and docstrings
+	$(BIN)/python -m scripts.pages
+
 clean:  ## remove what was built
 	rm -rf $(VENV) build dist *.egg-info island_fast/_diff.c island_fast/_diff*.so
 
@@ -57,6 +64,11 @@ $(VENV)/bin/python:
 $(VENV)/.installed: $(VENV)/bin/python $(SOURCES)
 	@echo 'building island and fetching what it needs, into $(VENV)'
 	@$(INSTALL) -e . $(LOGGED)
+	@touch $@
+
+$(VENV)/.documented: $(VENV)/bin/python pyproject.toml
+	@echo 'fetching what the site needs, into $(VENV)'
+	@$(INSTALL) -e '.[docs]' $(LOGGED)
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/bin/python $(SOURCES)

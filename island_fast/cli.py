@@ -16,7 +16,7 @@ from island_fast import __version__, show
 from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.elsewhere import copy
 from island_fast.looking import info, map_
-from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
+from island_fast.options import NAMING, common, image_format_option, opened, seconds, snapshots_known, text
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
 from island_fast.weighing import diff, retain, usage
@@ -29,6 +29,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
 
     def work(run: Run) -> None:
+        if asked := os.environ.get("_ISLAND_COMPLETE"):
+            from island_fast.completing import complete
+
+            complete(island, run, asked)
+            return
         with island.make_context("island", words or ["--help"], obj=run) as context:
             island.invoke(context)
 
@@ -203,7 +208,7 @@ def list_(run: Run, volume: str | None) -> None:
 
 
 @island.command("show", epilog=NAMING)
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=snapshots_known)
 @common
 @click.pass_obj
 def show_(run: Run, snapshot: str) -> None:
@@ -219,7 +224,7 @@ def show_(run: Run, snapshot: str) -> None:
 
 
 @island.command(epilog=NAMING)
-@click.argument("snapshot")
+@click.argument("snapshot", shell_complete=snapshots_known)
 @click.argument("target", type=click.Path(path_type=Path))
 @image_format_option("Format of TARGET.")
 @click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
@@ -251,7 +256,7 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bo
 
 
 @island.command(epilog=NAMING)
-@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True)
+@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, shell_complete=snapshots_known)
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
 @common
 @click.pass_obj
@@ -351,5 +356,27 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
     run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
 
 
-for verb in (copy, retain, diff, usage, verify, info, map_):
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common
+@click.pass_obj
+def completion(run: Run, shell: str) -> None:
+    """Print the script that has SHELL complete verbs, options, files and names of snapshots.
+
+    Names of snapshots come from a repository in a directory; one in Swift is not asked. bash must be 4.4 or
+    newer.
+
+    \b
+    Example:
+      eval "$(island completion bash)"           # in ~/.bashrc
+      eval "$(island completion zsh)"            # in ~/.zshrc, after compinit
+      island completion fish | source            # in ~/.config/fish/config.fish
+    """  # noqa: D301
+    from island_fast.completing import script
+
+    written = script(shell, island)
+    run.answer({"shell": shell, "script": written}, written.rstrip("\n"), written.rstrip("\n"))
+
+
+for verb in (copy, retain, diff, usage, verify, info, map_, completion):
     island.add_command(verb)

@@ -9,7 +9,7 @@ import click
 
 from island_fast import show
 from island_fast.errors import UsageError
-from island_fast.options import NAMING, common, opened, other_opened
+from island_fast.options import NAMING, common, directories, opened, other_opened, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -19,10 +19,10 @@ __all__ = ["copy"]
 
 
 @click.command(epilog=NAMING)
-@click.argument("snapshots", metavar="[SNAPSHOT]...", nargs=-1)
+@click.argument("snapshots", metavar="[SNAPSHOT]...", nargs=-1, shell_complete=snapshots_known)
 @click.option("--volume", metavar="NAME", help="Copy all snapshots of this volume.")
 @click.option("--all", "every", is_flag=True, help="Copy all snapshots of all volumes.")
-@click.option("--to", metavar="WHERE", required=True,
+@click.option("--to", metavar="WHERE", required=True, shell_complete=directories,
               help="The repository to copy to: a directory's path, or swift://CONTAINER/PREFIX.")  # fmt: skip
 @common
 @click.pass_obj

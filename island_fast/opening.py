@@ -53,7 +53,7 @@ class OpenRepository:
 
     `state` is this host's local state. With `create`, a repository that is not there is made by the first
     snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes passed over
-    some of them.
+    some of them: one IslandError for each, empty if none was.
     """
 
     def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
@@ -74,24 +74,40 @@ class OpenRepository:
 
     @classmethod
     def open(
-        cls, url: str, *, state: LocalState | None = None, create: bool = False, variables: str = ""
+        cls,
+        url: str | os.PathLike[str],
+        *,
+        state: LocalState | None = None,
+        create: bool = False,
+        variables: str = "",
     ) -> Self:
-        """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX.
+        """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
-        Swift's credentials are in the usual variables, with `variables` in front of their names.
+        With `create` one that is not there yet is made by the first snapshot, or copy to it: in an empty or
+        new directory, or an empty place in a container. `state` is this host's local state (default: that of
+        the command, see ISLAND_STATE). Swift's credentials are in the usual variables (ST_*, OS_*, OS_CLOUD),
+        with `variables` in front of their names. No configuration file is read.
+
+        NotFoundError if there is no repository, or no container; UsageError if `url` can be none; StoreError
+        if the store cannot be reached, or does not accept the credentials; DamagedError if the object
+        `repository` is missing or damaged; UnsupportedObjectError if a newer version made it.
         """
-        store = open_store(url, create_ok=create, variables=variables)
+        store = open_store(os.fspath(url), create_ok=create, variables=variables)
         try:
             return cls(store, state or LocalState(), create=create)
         except BaseException:
             store.close()
             raise
 
+    def close(self) -> None:
+        """Release what the store holds, such as connections. Nothing else may follow."""
+        self.store.close()
+
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.store.close()
+        self.close()
 
     @property
     def id(self) -> str:

@@ -14,9 +14,22 @@ from island_fast.errors import UsageError
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
+
     from island_fast.repository import Repository
 
-__all__ = ["NAMING", "common", "fraction", "image_format_option", "opened", "other_opened", "seconds", "text"]
+__all__ = [
+    "NAMING",
+    "common",
+    "directories",
+    "fraction",
+    "image_format_option",
+    "opened",
+    "other_opened",
+    "seconds",
+    "snapshots_known",
+    "text",
+]
 
 
 NAMING = (
@@ -27,6 +40,24 @@ NAMING = (
 
 _OTHER = "ISLAND_TO_"
 """Before the names of variables with credentials of a second repository."""
+
+
+def snapshots_known(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """Names of snapshots for a shell that completes `incomplete`."""
+    from island_fast.completing import snapshot_names  # here: nobody else needs it
+
+    return snapshot_names(context, incomplete)
+
+
+def directories(
+    context: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem[str]]:
+    """For a shell that completes `incomplete`: it is to offer directories."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="dir")]
 
 
 def opened(run: Run, *, create: bool = False) -> Repository:
@@ -83,7 +114,7 @@ def common(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "-r", "--repository", metavar="WHERE", expose_value=False, callback=_remember("location"),
-            envvar="ISLAND_REPOSITORY", show_envvar=True,
+            envvar="ISLAND_REPOSITORY", show_envvar=True, shell_complete=directories,
             help="A directory's path, or swift://CONTAINER/PREFIX.",
         ),
     ):  # fmt: skip

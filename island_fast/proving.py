@@ -10,7 +10,7 @@ import click
 
 from island_fast import show
 from island_fast.errors import DamagedError, UsageError
-from island_fast.options import common, fraction, opened, seconds
+from island_fast.options import common, fraction, opened, seconds, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ _EXTENTS = 4  # of each snapshot
 
 
 @click.command()
-@click.argument("snapshot", required=False)
+@click.argument("snapshot", required=False, shell_complete=snapshots_known)
 @click.option("--all", "every", is_flag=True, help="All snapshots of all volumes.")
 @click.option("--sample", metavar="SHARE", callback=fraction,
               help="Read a share of all bytes, such as 5% or 100%; first what this host has not read for "

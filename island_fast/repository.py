@@ -21,7 +21,7 @@ from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
-from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, RawSource, Source, pinned_lineage
+from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, Source, held, pinned_lineage
 from island_fast.taking import take
 
 if TYPE_CHECKING:
@@ -49,7 +49,17 @@ _LOG = logging.getLogger(__name__)
 class Repository(OpenRepository):
     """The verbs on a repository: the Python API.
 
-    Opened by `Repository.open(url)`; a context manager. Not thread-safe.
+    Opened by `Repository.open(url)`; a context manager. Not thread-safe. Processes and hosts may work on one
+    repository at the same time: docs/reliability.md.
+
+    A `reference` names a snapshot as on the command line: an id, an unambiguous beginning of it, VOLUME@ID or
+    VOLUME@latest; NotFoundError if there is none, UsageError if it could be several. Sizes are in bytes,
+    times in seconds. What verbs answer is in `island_fast.results`.
+
+    Beside what each verb tells, all of them raise StoreError if the store cannot be reached, DamagedError if
+    what they need is damaged, RefusedError if going on could lose or mix data, and OSError where the system
+    refuses something, such as space. After an error earlier snapshots are as they were. `progress` is called
+    from worker threads, too; what it raises ends the work, as an error would.
     """
 
     def snapshot(
@@ -70,29 +80,30 @@ class Repository(OpenRepository):
     ) -> SnapshotTaken:
         """Take a snapshot of `image`, a "qcow2" file or a "raw" one or block device; it is never probed.
 
+        It is in the repository when this returns. An error makes none, and what was sent is kept for the next
+        try; only after a StoreError in "commit" (see `progress`) it may exist: this host's next call settles
+        that. The first one makes a repository that was opened with `create`.
+
         `volume` names the lineage (default: that of the image's pin, else what this host remembers of the
         file, else the file's stem). `qmp` is the monitor socket of the process that has the image open.
         Without `pin` the image is left untouched and scanned in full; `at` stores an existing internal
         snapshot; `full` scans in full although a table diff would be sound. `backing` lists the image's
         backing files, nearest first, as "qcow2:FILE" or "raw:FILE"; what is stored is the volume as a guest
-        sees it, through all of them. `compression` of what is sent is "zstd" or "none".
+        sees it, through all of them. `compression` of what is sent is "zstd" or "none". `properties` are
+        texts to keep in its manifest.
+
+        UsageError for what does not go together or cannot be a name; NotFoundError without the image, or the
+        internal snapshot `at`; ImageInUseError if another process has it open for writing and `qmp` is not
+        given; UnsupportedImageError and DamagedImageError for images that are not read; ConflictError if the
+        volume belongs to another host; RefusedError if it is known as that of another image, or if a snapshot
+        of this image is being taken.
         """
         if compression not in ("zstd", "none"):
             raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
-        path = Path(os.path.realpath(image))
-        held: Source
-        files = [Backing.parse(text) for text in backing]
-        if image_format == "raw":
-            if files:
-                raise UsageError("a raw image has no backing files; leave out --backing")
-            held = RawSource(path)
-        else:
-            held = Qcow2Source(
-                path, Path(qmp) if qmp else None, as_it_is=not pin and at is None, backing=files
-            )
-        with held as source:
+        monitor, as_it_is = Path(qmp) if qmp else None, not pin and at is None
+        with held(image, image_format, qmp=monitor, as_it_is=as_it_is, backing=backing) as source:
             if at is not None:
                 source.named(at)  # before anything is made
             lineage = self._lineage_for(source, volume)
@@ -138,7 +149,11 @@ class Repository(OpenRepository):
     def outlook(
         self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
     ) -> ImageInfo:
-        """What a qcow2 image is, and how the next snapshot of it would find the change, and why."""
+        """What a qcow2 image is, and how the next snapshot of it would find the change, and why.
+
+        Nothing is changed. A snapshot that would be refused is no error here: `next_reason` tells why.
+        NotFoundError without the image; UnsupportedImageError and DamagedImageError if it cannot be read.
+        """
         from island_fast.inspecting import image_info
 
         path = Path(os.path.realpath(image))
@@ -172,7 +187,12 @@ class Repository(OpenRepository):
     ) -> Restored:
         """Write a snapshot's volume to `target`, which must not exist, as "qcow2" or "raw".
 
-        A qcow2 without `pin` is as one that was never snapshotted: for a volume of another name.
+        It gets its name when it is whole and on disk; nothing is left after an error. A qcow2 holds the
+        snapshot's pin, so that its next snapshot is incremental; without `pin` it is as one that was never
+        snapshotted: for a volume of another name. Every block is checked against its digest.
+
+        RefusedError if `target` exists; IslandError if it cannot be made; DamagedObjectError, which names the
+        object, if a block is lost.
         """
         from island_fast.packreader import deletion_told
         from island_fast.restoring import Target, restore
@@ -184,7 +204,11 @@ class Repository(OpenRepository):
         return restore(found.lineage, found.row, manifest, make, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
-        """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one."""
+        """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one.
+
+        NotFoundError if `volume` has none. Of all, volumes that cannot be read are passed over: see
+        `left_out`.
+        """
         from island_fast.deleting import describe
 
         return [
@@ -192,13 +216,18 @@ class Repository(OpenRepository):
         ]
 
     def show(self, reference: str) -> SnapshotShown:
-        """One snapshot, and what deleting it would free."""
+        """One snapshot, and what deleting it would free. Nothing is changed."""
         from island_fast.deleting import show
 
         return show(self.find(reference))
 
     def delete(self, references: Sequence[str], *, dry_run: bool = False) -> list[Deleted]:
-        """Take snapshots out of the catalog, in the order given; all are found before the first goes."""
+        """Take snapshots out of the catalog, in the order given; all are found before the first goes.
+
+        All others stay whole; the space is freed by the next `sweep`. With `dry_run` nothing is changed.
+        ConflictError if the volume belongs to another host; RefusedError if a snapshot or copy that is under
+        way is based on one.
+        """
         from island_fast.deleting import delete
 
         return delete([self.find(one) for one in references], self.state.writer, dry_run)
@@ -238,7 +267,9 @@ class Repository(OpenRepository):
     ) -> list[Swept]:
         """Remove what no snapshot needs from every lineage that this host owns.
 
-        One that cannot be swept is passed over: see `left_out`.
+        What is younger than `grace` seconds, by the store's clock, stays (default: 24 hours in Swift, 0 in a
+        directory); less than the default is safe only if nothing else uses the repository now. With `dry_run`
+        nothing is changed. A lineage that cannot be swept is passed over: see `left_out`.
         """
         from island_fast.sweeping import sweep
 
@@ -265,6 +296,9 @@ class Repository(OpenRepository):
         They keep their ids, and their parents as far as those are there; what is there already is not sent
         again. This host must own the volumes there. A snapshot that cannot be copied is passed over, and when
         all volumes are meant a volume, too: see `left_out`.
+
+        ConflictError if another host owns a volume there; RefusedError if `to` is this repository, or has a
+        volume of that name that is another one.
         """
         from island_fast.copying import copy
 
@@ -315,16 +349,24 @@ class Repository(OpenRepository):
         longest comes first. `against` is an image that holds the snapshot's pin, with its `backing` files:
         the two are compared. With `heal`, what is damaged is mended where the same bytes are still to be had.
         Volumes that this version cannot read are passed over: see `left_out`.
+
+        UsageError for `against` without a `reference`, or a `sample` that is no fraction; NotFoundError if
+        the image does not hold the pin.
         """
         from island_fast import verifying
 
+        if sample is not None and not 0 < sample <= 1:
+            raise UsageError(f"{sample} is no share; give a fraction above 0, and at most 1")
         files = [Backing.parse(text) for text in backing]
         image = Path(os.path.realpath(against)) if against is not None else None
         request = verifying.Request(self.state.writer, sample, since, image, files, heal)
         return verifying.verify(self, reference, request, progress)
 
     def diff(self, since: str, reference: str) -> Difference:
-        """What may differ in the snapshot `reference` from the snapshot `since` of the same volume."""
+        """What may differ in the snapshot `reference` from the snapshot `since` of the same volume.
+
+        Either may be the older one. Told from manifests: no data is read. UsageError for two volumes.
+        """
         from island_fast.comparing import compare
 
         before, after = self.find(since), self.find(reference)
@@ -339,7 +381,8 @@ class Repository(OpenRepository):
     def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
         """What the snapshots take: of `volume`, or of each that a listing shows, and in all.
 
-        A volume whose manifests cannot be read is passed over: see `left_out`.
+        Told from catalogs and manifests: no data is read. A volume whose manifests cannot be read is passed
+        over, when all are meant: see `left_out`.
         """
         from island_fast.measuring import measure, summed
 
@@ -354,7 +397,10 @@ class Repository(OpenRepository):
         return summed(volumes)
 
     def adopt(self, volume: str) -> Adopted:
-        """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image."""
+        """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image.
+
+        Its former owner's next record fails (ConflictError there). NotFoundError if there is no such volume.
+        """
         from island_fast.results import Adopted
 
         lineage = self._existing(volume)

@@ -16,7 +16,7 @@ from pathlib import Path
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.durable import link_new, reserve, sync_folder
-from island_fast.errors import IslandError, RefusedError
+from island_fast.errors import IslandError, RefusedError, UsageError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
 from island_fast.packreader import PackReader, deletion_told
@@ -32,12 +32,16 @@ __all__ = ["Target", "restore"]
 class Target:
     """The file to make: where, as "qcow2" or "raw", and whether a qcow2 holds the pinned base.
 
-    With it, the next snapshot of that lineage is incremental.
+    With it, the next snapshot of that lineage is incremental. UsageError for any other format.
     """
 
     path: Path
     image_format: str
     pin: bool
+
+    def __post_init__(self) -> None:
+        if self.image_format not in ("qcow2", "raw"):
+            raise UsageError(f"{self.image_format!r} is no format that is known; use qcow2 or raw")
 
 
 def restore(

@@ -9,7 +9,7 @@ import click
 
 from island_fast import show
 from island_fast.configuration import KEEP_RULES
-from island_fast.options import common, opened
+from island_fast.options import common, opened, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -76,8 +76,8 @@ def retain(run: Run, /, volume: str | None, dry_run: bool, **keeps: int) -> None
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", shell_complete=snapshots_known)
+@click.argument("b", shell_complete=snapshots_known)
 @common
 @click.pass_obj
 def diff(run: Run, a: str, b: str) -> None:

@@ -1,4 +1,4 @@
-"""The README's examples, run: `python scripts/readme.py` checks them, `--write` puts the real output in.
+"""Examples of README and quickstart, run: `python scripts/readme.py` checks them, `--write` puts output in.
 
 Each ```console block is a part of one session: lines that start with "$ " are typed, what follows is the
 output. The session runs in an empty folder with a local state of its own: nothing of the user's is touched.
@@ -14,13 +14,14 @@ import tempfile
 from itertools import zip_longest
 from pathlib import Path
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs/quickstart.md")
 _BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 _MARK = "::end of command::"
 
 
 def commands(text: str) -> list[str]:
-    """Every command of the README, in order."""
+    """Every command of a page, in order."""
     return [
         line[2:] for block in _BLOCK.findall(text) for line in block.splitlines() if line.startswith("$ ")
     ]
@@ -46,12 +47,12 @@ def run(typed: list[str]) -> list[str]:
             check=False,
         )
         if done.returncode:
-            raise SystemExit(f"the README's commands fail:\n{done.stdout}")
+            raise SystemExit(f"the page's commands fail:\n{done.stdout}")
         return [part.removeprefix("\n") for part in done.stdout.split(f"{_MARK}\n")[:-1]]
 
 
 def with_output(text: str, outputs: list[str]) -> str:
-    """The README with each command followed by its output."""
+    """The page with each command followed by its output."""
     left = iter(outputs)
 
     def filled(match: re.Match[str]) -> str:
@@ -74,18 +75,22 @@ def alike(one: str, other: str) -> bool:
 
 
 def differences(text: str, real: str) -> list[str]:
-    """Lines of the README that are not what a run gives."""
+    """Lines of a page that are not what a run gives."""
     pairs = zip_longest(text.splitlines(), real.splitlines(), fillvalue="")
     return [f"- {a}\n+ {b}" for a, b in pairs if not alike(a, b)]
 
 
 def main() -> None:
-    """Check the README, or write it."""
-    text = README.read_text()
-    real = with_output(text, run(commands(text)))
-    if "--write" in sys.argv:
-        README.write_text(real)
-    elif found := differences(text, real):
+    """Check the pages, or write them."""
+    found = []
+    for page in PAGES:
+        text = page.read_text()
+        real = with_output(text, run(commands(text)))
+        if "--write" in sys.argv:
+            page.write_text(real)
+        else:
+            found += differences(text, real)
+    if found:
         raise SystemExit("\n".join(found))
 
 

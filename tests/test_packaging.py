@@ -20,6 +20,7 @@ from island_fast._diff import HASH_KERNEL
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "island_fast.egg-info/")
+MAN_PAGES = [*(ROOT / "man").glob("*.1")]
 SLOW = {"CPPFLAGS": "-DISLAND_FAST_PYTHON_XXHASH"}  # what a build is without xxhash.h
 
 
@@ -106,7 +107,9 @@ def test_the_wheel_holds_the_package_and_its_licences(wheel: Path) -> None:
     package = {name for name in tree() if name.startswith("island_fast/")}
     package -= {name for name in package if name.endswith((".pyx", ".pxi"))}
     (kernel,) = (name for name in inside if name.endswith(".so"))
-    assert {name for name in inside if not name.startswith(about)} == package | {kernel}
+    pages = {f"{about.removesuffix('dist-info/')}data/data/share/man/man1/{page.name}" for page in MAN_PAGES}
+    assert pages
+    assert {name for name in inside if not name.startswith(about)} == package | pages | {kernel}
     assert {f"{about}licenses/LICENSE", f"{about}licenses/licenses/xxHash.txt"} <= inside
     assert metadata["Version"] == __version__
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

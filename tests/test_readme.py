@@ -1,19 +1,24 @@
-"""What the README shows is what happens."""
+"""What the README and the quickstart show is what happens."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
 
 from scripts import readme
 
 
-def test_the_examples_output_is_real() -> None:
-    text = readme.README.read_text()
+@pytest.mark.parametrize("page", readme.PAGES, ids=lambda page: page.name)
+def test_the_examples_output_is_real(page: Path) -> None:
+    text = page.read_text()
     typed = readme.commands(text)
     assert any(line.startswith("island restore") for line in typed)
     assert not readme.differences(text, readme.with_output(text, readme.run(typed)))
 
 
 def test_a_difference_would_be_seen() -> None:
-    text = readme.README.read_text()
+    text = readme.PAGES[0].read_text()
     assert readme.differences(text, text.replace("table-diff", "full-scan"))
     assert not readme.alike("12.5 KiB sent", "16.5 KiB sent")
     assert readme.alike(

@@ -256,6 +256,7 @@ def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
         "verify",
         "info",
         "map",
+        "completion",
     ]
     assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
     assert island.text("-h") == island.text() == text

@@ -1,0 +1,370 @@
+"""The pages that are made from the code: `python scripts/pages.py` writes those that are not up to date.
+
+docs/commands.md and man/*.1 come from the help texts, docs/reference.md from the docstrings of the Python
+API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails on one
+that is stale. The man pages are written here and not by click-man, which lets roff take a line that begins
+with a quote for a command, fills lines of tables and examples, and leaves out what stands below the options.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "island_fast"
+COMMON = ("--repository", "--json-progress", "--json", "--quiet")
+
+Part = tuple[bool, list[str]]
+"""A paragraph of a help text: whether its lines stay as they are, and those lines."""
+
+
+# Help texts.
+
+
+def parts(text: str) -> Iterator[Part]:
+    """The paragraphs of a help text; those that click keeps as they are begin with a backspace."""
+    for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
+        kept = paragraph.startswith("\b")
+        lines = paragraph.removeprefix("\b").strip("\n").splitlines()
+        yield (True, lines) if kept else (False, [" ".join(line.strip() for line in lines)])
+
+
+def groups(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
+    """What a kept paragraph is made of: each line at the margin, and the indented lines below it."""
+    title, below = "", []
+    for line in lines:
+        if line.startswith(" "):
+            below.append(line.removeprefix("  "))
+        else:
+            if title or below:
+                yield title, below
+            title, below = line, []
+    yield title, below
+
+
+def verbs(group: click.Group) -> list[tuple[str, click.Command, click.Context]]:
+    """Each verb: its name, it, and a context of it."""
+    above = click.Context(group, info_name="island")
+    named = [(name, group.commands[name]) for name in group.list_commands(above)]
+    return [(name, verb, click.Context(verb, info_name=name, parent=above)) for name, verb in named]
+
+
+def options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
+    """The options of a command as its help shows them: names with a metavariable, and what is told."""
+    records = [
+        one.get_help_record(context) for one in command.get_params(context) if isinstance(one, click.Option)
+    ]
+    return [(names, told) for names, told in filter(None, records) if "--help" not in names]
+
+
+def own(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Options that not every verb has."""
+    return [row for row in rows if not set(re.findall(r"--[\w-]+", row[0])) & set(COMMON)]
+
+
+def usage(command: click.Command, context: click.Context) -> str:
+    """How a command is written."""
+    return " ".join([context.command_path, *command.collect_usage_pieces(context)])
+
+
+def summary(command: click.Command) -> str:
+    """The first sentence of the help, without its period."""
+    first = next(parts(command.help or ""))[1][0]
+    return re.split(r"\.(?:\s|$)", first)[0]
+
+
+# Markdown.
+
+
+def plain(text: str) -> str:
+    """Text in which nothing is markup but `code`."""
+    pieces = re.split(r"(`[^`]*`)", text)
+    return "".join(p if p.startswith("`") else re.sub(r"([\\*<])", r"\\\1", p) for p in pieces)
+
+
+def fenced(lines: Iterable[str], language: str = "text") -> str:
+    """Lines as they are."""
+    return "\n".join([f"```{language}", *lines, "```"])
+
+
+def markdown(text: str) -> Iterator[str]:
+    """Paragraphs of a help text in Markdown."""
+    for kept, lines in parts(text):
+        for title, below in groups(lines) if kept else [(lines[0], [])]:
+            if title:
+                yield plain(title)
+            if below:
+                yield fenced(below, "sh" if title.startswith("Example") else "text")
+
+
+def listed(rows: Iterable[tuple[str, str]]) -> str:
+    """Options as a list."""
+    return "\n".join(f"- `{names}`: {plain(' '.join(told.split()))}" for names, told in rows)
+
+
+def slug(heading: str) -> str:
+    """The anchor of a heading, as GitHub makes it."""
+    return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+
+
+MADE = "<!-- Made by scripts/pages.py from {}; change that, and run it. -->"
+
+
+def commands(group: click.Group) -> str:
+    """docs/commands.md."""
+    context = click.Context(group, info_name="island")
+    every = [row for row in options(group, context) if row not in own([row])]
+    blocks = [
+        MADE.format("the help texts"),
+        "# The command `island`",
+        "`island VERB --help` shows the same, and so do the man pages: `man island-snapshot`. What programs "
+        "read (`--json`) has the names of [the Python API's answers](reference.md#answers).",
+        "\n".join(
+            f"- [{name}](#{slug(f'island {name}')}): {plain(summary(verb))}."
+            for name, verb, _ in verbs(group)
+        ),
+        "## island",
+        fenced([usage(group, context)]),
+        *markdown(group.help or ""),
+        *markdown(group.epilog or ""),
+        "### Options of every verb",
+        "They may stand before the verb, too.",
+        listed(every),
+        "### Options without a verb",
+        listed(own(options(group, context))),
+    ]
+    for name, verb, own_context in verbs(group):
+        blocks += [f"## island {name}", fenced([usage(verb, own_context)])]
+        blocks += [*markdown(verb.help or ""), *markdown(verb.epilog or "")]
+        if rows := own(options(verb, own_context)):
+            blocks += ["Options, beside [those of every verb](#options-of-every-verb):", listed(rows)]
+    return "\n\n".join(blocks) + "\n"
+
+
+# Man pages.
+
+_SECTIONS = {"Example:": "EXAMPLES", "Environment:": "ENVIRONMENT", "Exit codes:": "EXIT STATUS"}
+
+
+def roff(text: str) -> str:
+    """A line in which nothing is markup."""
+    for plain_text, written in (
+        ("\\", "\\e"),
+        ("-", "\\-"),
+        ("'", "\\(aq"),
+        ("`", "\\(ga"),
+        ("~", "\\(ti"),
+        ("^", "\\(ha"),
+    ):
+        text = text.replace(plain_text, written)
+    return f"\\&{text}" if text.startswith(".") else text
+
+
+def as_it_is(lines: Iterable[str]) -> list[str]:
+    """Lines that are not filled."""
+    return [".EX", *(roff(line) or ".sp" for line in lines), ".EE"]
+
+
+def body(text: str) -> tuple[list[str], list[str]]:
+    """A help text: what belongs to DESCRIPTION, and the sections of their own."""
+    description, sections = [], []
+    for kept, lines in parts(text):
+        if kept and (name := _SECTIONS.get(lines[0])):
+            sections += [f".SH {name}", *as_it_is(line.removeprefix("  ") for line in lines[1:])]
+        elif kept:
+            description += [".PP", *as_it_is(lines)]
+        else:
+            description += [".PP", roff(lines[0])]
+    return description[1:], sections
+
+
+def tagged(rows: Iterable[tuple[str, str]]) -> list[str]:
+    """Options: names bold, metavariables in italics."""
+    lines = []
+    for names, told in rows:
+        shown = ", ".join(
+            re.sub(
+                r"^(\S+)(?: (.*))?$",
+                lambda m: f"\\fB{m[1]}\\fR" + (f" \\fI{m[2]}\\fR" if m[2] else ""),
+                roff(one),
+            )
+            for one in names.split(", ")
+        )
+        lines += [".TP", shown, roff(" ".join(told.split()))]
+    return lines
+
+
+def man_page(name: str, command: click.Command, context: click.Context, version: str, more: list[str]) -> str:
+    """One man page; `more` are lines for its end."""
+    description, sections = body(command.help or "")
+    told, _ = body(command.epilog or "") if command.epilog else ([], [])
+    first = summary(command)
+    written = usage(command, context).removeprefix(context.command_path).strip()
+    lines = [
+        '.\\" Made by scripts/pages.py from the help texts; change those, and run it.',
+        f'.TH {roff(name.upper())} 1 "" "island {version}" "User Commands"',
+        ".SH NAME",
+        f"{roff(name)} \\- {roff(first[0].lower() + first[1:])}",
+        ".SH SYNOPSIS",
+        f"\\fB{roff(context.command_path)}\\fR {roff(written)}",
+        ".SH DESCRIPTION",
+        *description,
+        *([".PP", *told] if told else []),
+        ".SH OPTIONS",
+        *tagged(options(command, context)),
+        *sections,
+        *more,
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def man_pages(group: click.Group, version: str) -> Iterator[tuple[str, str]]:
+    """Each man page: its name, such as island-list.1, and its text."""
+    listing = [".SH COMMANDS"]
+    for name, verb, _ in verbs(group):
+        listing += [".TP", f"\\fBisland\\-{name}\\fR(1)", roff(f"{summary(verb)}.")]
+    yield "island.1", man_page("island", group, click.Context(group, info_name="island"), version, listing)
+    see = [".SH SEE ALSO", "\\fBisland\\fR(1)"]
+    for name, verb, context in verbs(group):
+        yield f"island-{name}.1", man_page(f"island-{name}", verb, context, version, see)
+
+
+# The Python API.
+
+_METHODS_BEFORE = ("open", "close", "id")  # of the class that Repository is made from
+
+
+def parsed(name: str) -> ast.Module:
+    """A module of the package, which is not imported."""
+    return ast.parse((PACKAGE / f"{name}.py").read_text())
+
+
+def classes(name: str) -> dict[str, ast.ClassDef]:
+    """The public classes of a module, by name."""
+    found = [node for node in parsed(name).body if isinstance(node, ast.ClassDef)]
+    return {node.name: node for node in found if not node.name.startswith("_")}
+
+
+def documented(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
+    """The paragraphs of a docstring."""
+    text = ast.get_docstring(node) or ""
+    told = [plain(" ".join(paragraph.split())) for paragraph in re.split(r"\n\s*\n", text) if paragraph]
+    return [re.sub(r"docs/(\w+\.md)", r"[\1](\1)", paragraph) for paragraph in told]
+
+
+def signature(method: ast.FunctionDef) -> str:
+    """How a method is called, an argument to a line if they are many."""
+    arguments = ast.unparse(method.args)
+    arguments = re.sub(r"^(self|cls)(, )?", "", arguments).replace("=", " = ")
+    decorators = {ast.unparse(one) for one in method.decorator_list}
+    if "property" in decorators:
+        return f"{method.name}: {ast.unparse(method.returns)}" if method.returns else method.name
+    answer = f" -> {ast.unparse(method.returns)}" if method.returns else ""
+    line = f"{method.name}({arguments}){answer}"
+    if len(line) <= 100:
+        return line
+    inner = re.sub(r", (?![^\[(]*[\])])", ",\n    ", arguments)
+    return f"{method.name}(\n    {inner},\n){answer}"
+
+
+def methods(node: ast.ClassDef, names: Iterable[str] | None = None) -> Iterator[str]:
+    """Public methods and properties of a class: those of `names`, or all."""
+    found = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
+    for name in names or [name for name in found if not name.startswith("_")]:
+        yield f"### Repository.{name}" if names or node.name == "Repository" else f"### {node.name}.{name}"
+        yield fenced([signature(found[name])], "python")
+        yield from documented(found[name])
+
+
+def fields(node: ast.ClassDef) -> str:
+    """The fields of a dataclass, in Python."""
+    rows = [ast.unparse(one) for one in node.body if isinstance(one, ast.AnnAssign)]
+    return fenced(
+        [f"class {node.name}({', '.join(map(ast.unparse, node.bases))}):", *(f"    {row}" for row in rows)],
+        "python",
+    )
+
+
+def reference() -> str:
+    """docs/reference.md."""
+    repository, opening = classes("repository")["Repository"], classes("opening")["OpenRepository"]
+    progress = parsed("progress").body
+    told = next(
+        one.value.value
+        for one in progress[3:]
+        if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
+    )
+    keep = classes("retention")["Keep"]
+    blocks = [
+        MADE.format("the docstrings"),
+        "# Reference of the Python API",
+        "How it is used, with examples: [api.md](api.md). Only what stands here is kept stable.",
+        "## Repository",
+        "`from island_fast import Repository`",
+        *documented(repository),
+        *documented(opening)[1:],
+        *methods(opening, _METHODS_BEFORE),
+        *methods(repository),
+        "## Keep",
+        "`from island_fast import Keep`",
+        *documented(keep),
+        fields(keep).replace("class Keep():", "class Keep:"),
+        *methods(keep),
+        "## Progress",
+        "`from island_fast.progress import Progress`",
+        fenced(["Progress = Callable[[str, int, int], None]"], "python"),
+        *(plain(" ".join(paragraph.split())) for paragraph in told.split("\n\n")),
+        "## Answers",
+        "`from island_fast.results import Restored`, and so on. `as_json()` gives one as plain types, which "
+        "is what `--json` prints. Sizes are in bytes, `seconds` is how long the work took, and `created` is "
+        "ISO 8601 in UTC, such as 2026-01-31T12:00:00Z. A `lineage` is named by its volume.",
+    ]
+    for name, node in {**classes("answer"), **classes("results")}.items():
+        if name != "Answer":
+            blocks += [f"### {name}", *documented(node), fields(node)]
+    blocks += [
+        "## Errors",
+        "`from island_fast.errors import NotFoundError`, and so on. The message is one sentence, with the "
+        "cause and the way out. `exit_code` is that of the command.",
+    ]
+    for name, node in classes("errors").items():
+        blocks += [f"### {name}", f"A kind of `{ast.unparse(node.bases[0])}`.", *documented(node)]
+    return "\n\n".join(blocks) + "\n"
+
+
+def pages() -> dict[Path, str]:
+    """What each page that is made should be."""
+    from island_fast import __version__
+    from island_fast.cli import island
+
+    made = {ROOT / "docs/commands.md": commands(island), ROOT / "docs/reference.md": reference()}
+    return made | {ROOT / "man" / name: text for name, text in man_pages(island, __version__)}
+
+
+def stale() -> list[Path]:
+    """Pages that are not as they should be, and man pages of verbs that are no more."""
+    wanted = pages()
+    wrong = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
+    return wrong + [path for path in (ROOT / "man").glob("*.1") if path not in wanted]
+
+
+def main() -> None:
+    """Write what is stale."""
+    wanted = pages()
+    for path in stale():
+        print(path.relative_to(ROOT))
+        if path in wanted:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(wanted[path])
+        else:
+            path.unlink()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""The pages that are made from the code are up to date, and can be read."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from island_fast.cli import island
+from scripts import pages
+
+MAN = shutil.which("man")
+"""Of some systems that were made small it only says that there are no pages."""
+REAL = MAN and "man" in subprocess.run([MAN, "--version"], capture_output=True, text=True).stdout.split()
+
+
+def test_no_page_is_stale() -> None:
+    stale = [str(path.relative_to(pages.ROOT)) for path in pages.stale()]
+    assert not stale, "run 'make pages'"
+
+
+def test_every_verb_and_option_is_on_the_page_and_in_its_man_page() -> None:
+    text = (pages.ROOT / "docs/commands.md").read_text()
+    for name, verb, context in pages.verbs(island):
+        page = (pages.ROOT / f"man/island-{name}.1").read_text().replace("\\-", "-")
+        part = text.partition(f"\n## island {name}\n")[2].partition("\n## ")[0]
+        rows = pages.options(verb, context)
+        assert len(rows) >= len(pages.COMMON)
+        for names, _ in rows:
+            assert all(name in page for name in re.findall(r"--[\w-]+", names))
+        for names, _ in pages.own(rows):
+            assert f"- `{names}`: " in part
+
+
+def test_what_is_markup_in_a_man_page_is_escaped() -> None:
+    assert pages.roff(".x -y 'z' \\") == "\\&.x \\-y \\(aqz\\(aq \\e"
+    description, sections = pages.body("One.\n\n\b\nExample:\n  a --b\n\n'Two'.")
+    assert description == ["One.", ".PP", "\\(aqTwo\\(aq."]
+    assert sections == [".SH EXAMPLES", ".EX", "a \\-\\-b", ".EE"]
+
+
+@pytest.mark.skipif(not REAL, reason="man is not installed")
+@pytest.mark.parametrize("page", sorted((pages.ROOT / "man").glob("*.1")), ids=lambda page: page.name)
+def test_man_shows_it_without_a_complaint(page: pages.Path) -> None:
+    command = [str(MAN), "--warnings=w", "-E", "ascii", "-l", str(page)]
+    environment = os.environ | {"MANWIDTH": "100", "LC_ALL": "C", "MAN_KEEP_FORMATTING": ""}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert {"NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "EXAMPLES"} <= set(done.stdout.splitlines())
+    assert f"{page.stem} - " in " ".join(done.stdout.split())
