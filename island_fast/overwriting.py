@@ -100,7 +100,7 @@ def _half_written_told(target: Existing) -> Iterator[None]:
     try:
         yield
     except (IslandError, OSError):
-        _LOG.warning("%s is partly what it was and partly the snapshot; run the same again", target.path)
+        _LOG.warning("%s may be partly what it was and partly the snapshot; run the same again", target.path)
         raise
 
 

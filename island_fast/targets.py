@@ -45,7 +45,6 @@ _ZEROED_AT_ONCE = 4096  # blocks: 256 MiB
 _ZEROS = memoryview(bytes(1 << 20))
 _BLKZEROOUT = 0x127F  # linux/fs.h
 _RANGE = struct.Struct("QQ")
-_IN_USE = "{path} is open in another process; stop that process first"
 
 
 def open_existing(path: Path, image_format: str, volume_size: int, *, look_only: bool) -> Existing:
@@ -127,24 +126,26 @@ class _Qcow2(Existing):
         with ExitStack() as stack:
             self._image = stack.enter_context(Image.open(path))
             lock = stack.enter_context(ImageLock(path))
-            _refuse_another(path, lock.fd, self._image.fd)
             if writer_present(lock.fd):
-                raise ImageInUseError(_IN_USE.format(path=path))
-            header = self._image.header
-            self.size = header.size
-            _refuse_smaller(path, self.size, volume_size)
-            if header.corrupt:
-                raise RefusedError(f"{path} is marked corrupt; repair it with 'qemu-img check -r all' first")
+                raise ImageInUseError(f"{path} is open in another process; stop that process first")
+            self._look(volume_size)
             if look_only:
                 hold_off_everyone(lock.fd, str(path))
             else:
+                header = self._image.header
                 self._disk = stack.enter_context(writing(path, header.size, header.cluster_size))
-                if self._disk.size != header.size:
-                    raise IslandError(f"qemu takes {path} for {self._disk.size} bytes; update qemu-utils")
-            self._image.reload()  # qemu may have repaired it
+            _refuse_replaced(path, lock.fd, self._image.fd)
+            self._look(volume_size)  # again, now that nobody can change it; qemu may have repaired it
             self._point = self._image.active()
             self.view = PointView(self._image, self._point, None)
             self._stack = stack.pop_all()
+
+    def _look(self, volume_size: int) -> None:
+        self._image.reload()
+        self.size = self._image.header.size
+        _refuse_smaller(self.path, self.size, volume_size)
+        if self._image.header.corrupt:
+            raise RefusedError(f"{self.path} is marked corrupt; repair it with 'qemu-img check -r all' first")
 
     def data(self, progress: Progress) -> DirtyMap:
         """See Existing.data."""
@@ -178,7 +179,7 @@ class _Raw(Existing):
                 raise ImageInUseError(f"{path} is in use by {loops[0]}; detach that first")
             self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
-            _refuse_another(path, lock.fd, self._fd)
+            _refuse_replaced(path, lock.fd, self._fd)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
             if self.size > MAX_VOLUME_SIZE:
@@ -224,8 +225,9 @@ def _opened(path: Path, flags: int, device: bool) -> int:
         raise IslandError(f"{path} cannot be opened for writing: {error.strerror}") from error
 
 
-def _refuse_another(path: Path, locked: int, opened: int) -> None:
-    if not os.path.samestat(os.fstat(locked), os.fstat(opened)):
+def _refuse_replaced(path: Path, *descriptors: int) -> None:
+    """RefusedError unless the path, by which it was opened several times, leads to one file."""
+    if not all(os.path.samestat(os.fstat(fd), os.stat(path)) for fd in descriptors):
         raise RefusedError(f"{path} was replaced by another file just now; try again")
 
 
