@@ -26,6 +26,7 @@ from island_fast.targets import Existing
 
 __all__ = ["overwrite"]
 
+_WINDOW = 1 << 13  # words of a map, 64 blocks each
 _LOG = logging.getLogger(__name__)
 
 
@@ -76,10 +77,25 @@ def _compare(found: Found, runs: Runs, packs: PackReader, target: Existing, prog
     if unknown:
         raise DamagedObjectError(f"the manifest of snapshot {found.row.id} names slots that no pack has")
     named = DirtyMap.from_runs(held.blocks, runs.intervals())
-    zero = differing - named
-    differing |= named - held
-    differing &= named
-    return _Plan(differing, zero)
+    return _planned(differing, named, held)
+
+
+def _planned(differing: DirtyMap, named: DirtyMap, held: DirtyMap) -> _Plan:
+    """Data: what is named and differs or is not held. Zeros: what differs and is not named.
+
+    A window at a time: whole maps have 32 MiB each for 16 TiB, and only what is set in them takes memory.
+    """
+    plan = _Plan(DirtyMap(held.blocks), DirtyMap(held.blocks))
+    for at in range(0, held.words.size, _WINDOW):
+        part = slice(at, at + _WINDOW)
+        other, name = differing.words[part], named.words[part]
+        for found, words in (
+            (plan.data, name & (other | ~held.words[part])),
+            (plan.zero, other & ~name),
+        ):
+            if words.any():
+                found.words[part] = words
+    return plan
 
 
 def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> None:

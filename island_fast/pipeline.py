@@ -335,11 +335,12 @@ def receive(
 ) -> None:
     """Fetch every block that `runs` (with pack keys) name, check it, and `write(blocks, rows)` it.
 
-    With `wanted`, only blocks in it; it has all of them. Each pack is fetched once: whole when next to all of
-    its slots are wanted, else by ranges merged over gaps of at most `gap` bytes. Blocks come in no particular
-    order, from several threads.
+    With `wanted`, only these of them. Each pack is fetched once: whole when next to all of its slots are
+    wanted, else by ranges merged over gaps of at most `gap` bytes. Blocks come in no particular order, from
+    several threads.
     """
-    lock, done, total = threading.Lock(), 0, _named(runs, wanted) * BLOCK_SIZE
+    lock, done = threading.Lock(), 0
+    total = (runs.blocks if wanted is None else wanted.count()) * BLOCK_SIZE
     at_once = packs.store.downloads
 
     def told(blocks: int) -> None:
@@ -359,13 +360,6 @@ def receive(
             waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told, buffers, wanted))
         while waiting:
             waiting.popleft().result()
-
-
-def _named(runs: Runs, wanted: DirtyMap | None) -> int:
-    """How many blocks `runs` name, of those in `wanted` if it is given."""
-    if wanted is None:
-        return runs.blocks
-    return (DirtyMap.from_runs(wanted.blocks, runs.intervals()) & wanted).count()
 
 
 def by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:
