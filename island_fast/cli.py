@@ -17,7 +17,7 @@ from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.elsewhere import copy
 from island_fast.errors import UsageError
 from island_fast.looking import info, map_
-from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
+from island_fast.options import NAMING, common, image_format_option, limits, opened, seconds, text
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
 from island_fast.weighing import diff, retain, usage
@@ -81,6 +81,8 @@ def island(context: click.Context) -> None:
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
       ISLAND_COMPRESSION      compression of what is sent: zstd or none
+      ISLAND_LIMIT_UPLOAD     rates of --limit-upload and --limit-download,
+      ISLAND_LIMIT_DOWNLOAD   such as 10M
       ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'
       ISLAND_CONFIG           the configuration file, for what is not set here either
                               [default: ~/.config/island/config.toml]
@@ -124,6 +126,7 @@ def island(context: click.Context) -> None:
               help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
 @click.option("--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
               envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@limits
 @common
 @click.pass_obj
 def snapshot(
@@ -227,6 +230,7 @@ def show_(run: Run, snapshot: str) -> None:
 @click.option("--onto", metavar="IMAGE", type=click.Path(path_type=Path),
               help="Write to this file or block device, which is there, the blocks that differ.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="With --onto: write nothing, and tell what would be written.")
+@limits
 @common
 @click.pass_obj
 def restore(
@@ -326,6 +330,7 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
               "Less than the default is safe only if nothing else uses the repository now.  "
               "[default: 24h in Swift, 0 in a directory]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
+@limits
 @common
 @click.pass_obj
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:

@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from island_fast.catalog import SnapshotRow
 from island_fast.errors import (
@@ -32,6 +32,9 @@ from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.stores import Store, open_store
 from island_fast.stores.checked import get_checked
+
+if TYPE_CHECKING:
+    from island_fast.stores.metering import Meters
 
 __all__ = ["Found", "OpenRepository"]
 
@@ -74,13 +77,24 @@ class OpenRepository:
 
     @classmethod
     def open(
-        cls, url: str, *, state: LocalState | None = None, create: bool = False, variables: str = ""
+        cls,
+        url: str,
+        *,
+        state: LocalState | None = None,
+        create: bool = False,
+        variables: str = "",
+        meters: Meters | None = None,
     ) -> Self:
         """Open the repository at `url`: a path, or swift://CONTAINER/PREFIX.
 
-        Swift's credentials are in the usual variables, with `variables` in front of their names.
+        Swift's credentials are in the usual variables, with `variables` in front of their names. `meters`
+        limit how fast objects go and come; repositories that share them share the rates.
         """
         store = open_store(url, create_ok=create, variables=variables)
+        if meters is not None:
+            from island_fast.stores.metering import MeteredStore
+
+            store = MeteredStore(store, meters)
         try:
             return cls(store, state or LocalState(), create=create)
         except BaseException:

@@ -1,7 +1,7 @@
 """How fast bytes may go to stores and come from them, on the whole: by one meter for each direction.
 
 A meter is shared by all threads, and by all stores of a verb. An object goes at the speed of the wire, for a
-server may take a body that trickles for a dead one; the next one waits until the rate is kept again.
+server may take a body that trickles for a dead one; those after it wait until the rate is kept again.
 """
 
 from __future__ import annotations
@@ -9,10 +9,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views, views
 
-__all__ = ["Meter", "MeteredStore"]
+__all__ = ["Meter", "MeteredStore", "Meters"]
 
 
 class Meter:
@@ -57,13 +58,21 @@ class Meter:
             return begin - now
 
 
-class MeteredStore(Store):
-    """A store whose objects pass `up` and `down`. Owns `store`; what is asked beside objects is not metered."""
+@dataclass(frozen=True, slots=True)
+class Meters:
+    """What passes to stores, and what comes from them."""
 
-    def __init__(self, store: Store, up: Meter, down: Meter) -> None:
+    up: Meter
+    down: Meter
+
+
+class MeteredStore(Store):
+    """A store whose objects pass `meters`. Owns `store`; what is asked beside objects is not metered."""
+
+    def __init__(self, store: Store, meters: Meters) -> None:
         self._store = store
-        self._up = up
-        self._down = down
+        self._up = meters.up
+        self._down = meters.down
         self.location = store.location
         self.grace = store.grace
         self.range_gap = store.range_gap
