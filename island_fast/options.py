@@ -141,8 +141,8 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
             setattr(context.ensure_object(Run), parameter.name or "", limit)
 
     for direction, told in (
-        ("download", "Bytes that come from the store in a second, on the whole."),
-        ("upload", "Bytes that go to the store in a second, on the whole, such as 10M (of 1024)."),
+        ("download", "The same for what is fetched."),
+        ("upload", "Send no more than this in a second on average, such as 500K, 10M or 1G (KiB, MiB, GiB)."),
     ):
         command = click.option(
             f"--limit-{direction}", metavar="RATE", expose_value=False, callback=remember,

@@ -141,11 +141,14 @@ def _started(image: Path, node: object, where: Path, said: Path) -> Iterator[sub
     except UnicodeEncodeError as error:
         raise UsageError(f"the path {str(image)!r} is not UTF-8, so qemu cannot be told of it") from error
     command = ["setpriv", "--pdeathsig", "TERM", "qemu-nbd", "-k", str(where), "json:" + json.dumps(node)]
-    with said.open("wb") as complaints:
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints,
-            start_new_session=True,
-        )  # fmt: skip
+    try:
+        with said.open("wb") as complaints:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints,
+                env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
+            )  # fmt: skip
+    except FileNotFoundError as error:
+        raise _missing(image) from error
     try:
         yield process
     except BaseException:
@@ -182,12 +185,19 @@ def _connected(image: Path, process: subprocess.Popen[bytes], where: Path, said:
     raise _failure(image, said)
 
 
+def _missing(image: Path) -> IslandError:
+    return IslandError(
+        f"qemu-nbd, which would write to {image}, or setpriv before it is missing; install qemu-utils and "
+        "util-linux"
+    )
+
+
 def _failure(image: Path, said: Path) -> IslandError:
     """What qemu-nbd complained of."""
     text = said.read_text(errors="backslashreplace")
     if 'Failed to get "' in text and '" lock' in text:
         return ImageInUseError(f"{image} is open in another process; stop that process first")
     if "failed to execute qemu-nbd" in text:
-        return IslandError(f"qemu-nbd, which would write to {image}, is missing; install qemu-utils")
+        return _missing(image)
     words = said_by(text.partition("': ")[2] or text)
     return IslandError(f"qemu-nbd could not open {image}, or close it: {words}")

@@ -216,6 +216,30 @@ def test_the_next_snapshot_where_the_newest_was_deleted(
     check(repository, third.snapshot, truth, tmp_path)
 
 
+def test_the_next_snapshot_of_a_mix(
+    repository: Repository, store: MemoryStore, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A snapshot of what a restore has left half written is of that, and the restore can still go on."""
+    first = repository.snapshot(image)
+    truth = qemu.content(image)
+    qemu.noise(image, 0, 30 * BLOCK, 2)
+    second = repository.snapshot(image)
+    latest = qemu.content(image)
+    store.downloads = 1
+    with monkeypatch.context() as patch:
+        fail_after(1, patch, StoreError("the store is away"))
+        with pytest.raises(StoreError):
+            repository.restore_onto(first.snapshot, image)
+    mix = qemu.content(image)
+    assert mix not in (truth, latest)
+    third = repository.snapshot(image)
+    assert (third.rule, third.parent) == ("table-diff", second.snapshot)
+    check(repository, third.snapshot, mix, tmp_path)
+    check(repository, second.snapshot, latest, tmp_path)
+    repository.restore_onto(first.snapshot, image)
+    check(repository, repository.snapshot(image).snapshot, truth, tmp_path)
+
+
 def test_the_next_snapshot_of_another_volumes_content(
     repository: Repository, image: Path, tmp_path: Path
 ) -> None:
