@@ -29,6 +29,7 @@ from island_fast.host.imagelock import ImageLock, hold_off_everyone, writer_pres
 from island_fast.host.qemu_nbd import writing
 from island_fast.progress import Progress
 from island_fast.qcow2 import MAX_VOLUME_SIZE, Image, allocated
+from island_fast.qcow2.header import MAGIC
 from island_fast.qcow2.vectored import transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.source import View
@@ -122,7 +123,7 @@ class _Qcow2(Existing):
     def __init__(self, path: Path, volume_size: int, look_only: bool) -> None:
         super().__init__(path)
         if path.is_block_device():
-            raise RefusedError(f"{path} is a block device; add --format raw")
+            raise RefusedError(f"{path} is a block device, which holds the volume itself with --format raw")
         with ExitStack() as stack:
             self._image = stack.enter_context(Image.open(path))
             lock = stack.enter_context(ImageLock(path))
@@ -182,6 +183,8 @@ class _Raw(Existing):
             _refuse_replaced(path, lock.fd, self._fd)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
+            if os.pread(self._fd, len(MAGIC), 0) == MAGIC:  # all of its snapshots would be lost
+                raise RefusedError(f"{path} is a qcow2; give --format qcow2, or clear its first bytes")
             if self.size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self.size} bytes, over the limit of 64 TiB")
             self.view = RawView(path, self._fd, self.size)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_without_qemu_nbd(island: Island, disk: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("PATH", "/nowhere")
     assert "qemu-utils" in island.fails(1, "restore", "disk@latest", "--onto", disk)
     assert island.json("restore", "disk@latest", "--onto", disk, "--dry-run")["bytes_written"] == 0
+
+
+def test_a_disk_that_gets_full(island: Island, disk: Path, small_disk: Callable[[str, int], Path]) -> None:
+    qemu.noise(disk, 0, 24 * MIB)
+    island.json("snapshot", disk)
+    target = qemu.create(small_disk("full", 8 * MIB) / "target.qcow2", 64 * MIB)
+    done = island("restore", "disk@latest", "--onto", target)
+    assert (done.code, done.out) == (1, "")
+    warning, sentence = done.err.splitlines()
+    assert warning.endswith(f"{target} may be partly what it was and partly the snapshot; run the same again")
+    assert "No space left on device" in sentence
+    assert "free space" in sentence
+    small_disk("full", 64 * MIB)
+    qemu.check(target)
+    assert island.json("restore", "disk@latest", "--onto", target)["bytes_written"] > 0
+    qemu.compare(disk, target, other_format="qcow2")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

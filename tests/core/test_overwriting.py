@@ -421,6 +421,9 @@ def test_a_raw_target_that_is_none(
     small.write_bytes(bytes(SIZE - 1))
     refused(repository, small, RefusedError, "make it larger", "raw")
     refused(repository, tmp_path, RefusedError, "not a regular file", "raw")
+    large = qemu.create(tmp_path / "large.qcow2", SIZE)
+    os.truncate(large, SIZE)
+    refused(repository, large, RefusedError, "is a qcow2", "raw")
     raw.write_bytes(os.urandom(SIZE))
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", raw], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -434,7 +437,7 @@ def test_a_raw_target_that_is_none(
         holder.stdin.close()
     device = loop(raw)
     refused(repository, raw, ImageInUseError, "detach that first", "raw")
-    refused(repository, device, RefusedError, "add --format raw", "qcow2")
+    refused(repository, device, RefusedError, "with --format raw", "qcow2")
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         refused(repository, device, ImageInUseError, "unmount it first", "raw")
