@@ -169,14 +169,17 @@ def _code(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _connected(image: Path, process: subprocess.Popen[bytes], where: Path, said: Path) -> Client:
-    """The only client, as soon as qemu-nbd has opened the image; one that needs repair takes a while."""
+    """The only client, as soon as qemu-nbd has opened the image; one that needs repair takes a while.
+
+    It listens before it opens the image, and hangs up if that fails.
+    """
     deadline = time.monotonic() + TIMEOUT
     while process.poll() is None and time.monotonic() < deadline:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
         try:
             connection.connect(str(where))
             return shake_hands(connection, "")
-        except (FileNotFoundError, ConnectionRefusedError):
+        except (FileNotFoundError, ConnectionError):
             connection.close()
             time.sleep(_STEP)
         except BaseException:
