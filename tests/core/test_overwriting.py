@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -314,6 +315,47 @@ def test_what_ends_early_goes_on(
     assert 0 < left.bytes_written < all_of_it.bytes_written
     qemu.compare(target, image, one_format=kind, other_format="qcow2")
     assert qemu.content(image) == truth
+
+
+def test_a_qemu_that_is_killed_in_the_middle(
+    repository: Repository, store: MemoryStore, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = repository.snapshot(image)
+    target = qemu.create(image.with_name("target.qcow2"), SIZE, lazy_refcounts="on")
+    qemu.noise(target, BLOCK, 40 * BLOCK, 6)
+    store.downloads = 1
+    started: list[subprocess.Popen[bytes]] = []
+    start, write = subprocess.Popen, targets.Existing.write
+
+    def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
+        started.append(start(*arguments, **options))
+        return started[-1]
+
+    def write_and_kill(self: targets.Existing, blocks: Any, rows: Any) -> None:
+        write(self, blocks, rows)
+        started[0].kill()
+        started[0].wait()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "Popen", popen)
+        patch.setattr(targets.Existing, "write", write_and_kill)
+        with pytest.raises(IslandError, match=f"{target} cannot be written by qemu-nbd"):
+            repository.restore_onto(taken.snapshot, target)
+    repository.restore_onto(taken.snapshot, target)
+    qemu.check(target)
+    qemu.compare(target, image, other_format="qcow2")
+
+
+def test_a_file_system_without_holes(
+    repository: Repository, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = repository.snapshot(image)
+    raw = image.with_name("full.raw")
+    raw.write_bytes(os.urandom(SIZE + 1000))
+    monkeypatch.setattr(targets, "punch", lambda *_: False)
+    done = both(repository, taken.snapshot, raw, "raw")
+    assert done.bytes_zeroed == SIZE + 1000 - 2 * PACK * BLOCK
+    assert raw.read_bytes() == qemu.content(image) + bytes(1000)
 
 
 KILLED = r"""
