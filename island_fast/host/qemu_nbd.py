@@ -35,6 +35,7 @@ _WRITE, _DISCONNECT, _FLUSH, _ZERO = 1, 2, 3, 6
 _READ_ONLY, _CAN_FLUSH, _CAN_ZERO = 1 << 1, 1 << 2, 1 << 6  # transmission flags
 _IN_FLIGHT = 16  # requests, as many as qemu-nbd works on at once
 _STEP = 0.005  # seconds
+_LONGEST = 70  # bytes of a folder's path; a socket's has 107 at most
 _CLOSING = 60.0  # seconds that qemu-nbd gets to close an image after a failure
 
 
@@ -119,7 +120,8 @@ def writing(image: Path, size: int, cluster: int) -> Iterator[Disk]:
     returns normally all that was written is on disk; when the body raises the image is closed all the
     same, and whole as a qcow2. It is, too, when this process is killed.
     """
-    with tempfile.TemporaryDirectory(prefix="island-nbd-") as folder:
+    usual = len(tempfile.gettempdir()) <= _LONGEST
+    with tempfile.TemporaryDirectory(prefix="island-nbd-", dir=None if usual else "/tmp") as folder:
         where, said = Path(folder, "socket"), Path(folder, "said")
         node = {**qcow2_node(size, cluster, False), "file": file_node(image, False)}
         with _started(image, node, where, said) as process:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -66,6 +67,14 @@ def loop(tmp_path: Path) -> Iterator[Callable[[Path], Path]]:
     yield attach
     for device in made:
         subprocess.run(["losetup", "--detach", device], check=False)
+
+
+@pytest.fixture
+def left_behind(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What killed processes leave in the folder for temporary files goes afterwards."""
+    with tempfile.TemporaryDirectory(prefix="i-") as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        yield
 
 
 def both(repository: Repository, snapshot: str, target: Path, image_format: str) -> RestoredOnto:
@@ -134,6 +143,22 @@ def test_a_target_that_differs_at_random(
     if kind == "qcow2":
         qemu.check(target)
         assert qemu.content(target, "kept") == there, "its internal snapshots stay as they were"
+
+
+@pytest.mark.parametrize("kind", ["qcow2", "raw"])
+def test_the_last_block_ends_where_the_target_does(repository: Repository, tmp_path: Path, kind: str) -> None:
+    volume = qemu.create(tmp_path / "vol.qcow2", SIZE - 3 * 512)
+    qemu.noise(volume, SIZE - 2 * BLOCK, 2 * BLOCK - 3 * 512)
+    taken = repository.snapshot(volume)
+    for more in (0, 512):
+        target = tmp_path / f"target{more}"
+        if kind == "qcow2":
+            qemu.create(target, SIZE - 3 * 512 + more, cluster_size=512)
+        else:
+            target.write_bytes(b"x" * (SIZE - 3 * 512 + more))
+        done = both(repository, taken.snapshot, target, kind)
+        assert done.bytes_written == 2 * BLOCK - 3 * 512 + more
+    qemu.compare(tmp_path / "target0", volume, one_format=kind, other_format="qcow2")
 
 
 def test_only_what_differs_is_fetched_and_each_pack_once(
@@ -378,7 +403,7 @@ with Repository.open(url) as repository:
 
 @pytest.mark.parametrize("kind", ["qcow2", "raw"])
 def test_what_was_killed_in_the_middle_goes_on(
-    image: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+    image: Path, tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch, left_behind: None
 ) -> None:
     """A process that dies leaves no qemu-nbd behind, a qcow2 that is sound, and the rest to be written."""
     monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "state"))
@@ -407,6 +432,39 @@ def test_what_was_killed_in_the_middle_goes_on(
     assert 0 < left.bytes_written < all_of_it.bytes_written
     assert left.bytes_zeroed == 0
     qemu.compare(target, image, one_format=kind, other_format="qcow2")
+
+
+EARLY = r"""
+import os, signal, sys, time
+from island_fast.host import qemu_nbd
+from island_fast.repository import Repository
+def die(image, process, where, said):
+    while not where.exists() or not said.exists():
+        time.sleep(0.001)
+    time.sleep(0.2)  # it opens the image
+    os.kill(os.getpid(), signal.SIGKILL)
+qemu_nbd._connected = die
+with Repository.open(sys.argv[1]) as repository:
+    repository.restore_onto("vol@latest", sys.argv[2])
+"""
+
+
+def test_what_was_killed_before_it_could_write(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left_behind: None
+) -> None:
+    """A qemu-nbd that nobody has connected to yet ends with the process that has started it."""
+    monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "state"))
+    url = str(tmp_path / "repository")
+    with Repository.open(url, create=True) as repository:
+        repository.snapshot(image)
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, url, image], cwd=ROOT, capture_output=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    deadline = time.monotonic() + 30
+    while _in_use(image):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def _in_use(path: Path) -> bool:
