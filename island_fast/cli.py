@@ -15,8 +15,18 @@ import click
 from island_fast import __version__, show
 from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.elsewhere import copy
+from island_fast.errors import UsageError
 from island_fast.looking import info, map_
-from island_fast.options import NAMING, common, image_format_option, opened, seconds, snapshots_known, text
+from island_fast.options import (
+    NAMING,
+    common,
+    image_format_option,
+    limits,
+    opened,
+    seconds,
+    snapshots_known,
+    text,
+)
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
 from island_fast.weighing import diff, retain, usage
@@ -85,6 +95,8 @@ def island(context: click.Context) -> None:
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
       ISLAND_COMPRESSION      compression of what is sent: zstd or none
+      ISLAND_LIMIT_UPLOAD     rates of --limit-upload and --limit-download,
+      ISLAND_LIMIT_DOWNLOAD   such as 10M
       ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'
       ISLAND_CONFIG           the configuration file, for what is not set here either
                               [default: ~/.config/island/config.toml]
@@ -128,6 +140,7 @@ def island(context: click.Context) -> None:
               help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
 @click.option("--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
               envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@limits
 @common
 @click.pass_obj
 def snapshot(
@@ -225,23 +238,52 @@ def show_(run: Run, snapshot: str) -> None:
 
 @island.command(epilog=NAMING)
 @click.argument("snapshot", shell_complete=snapshots_known)
-@click.argument("target", type=click.Path(path_type=Path))
-@image_format_option("Format of TARGET.")
+@click.argument("target", type=click.Path(path_type=Path), required=False)
+@image_format_option("Format of TARGET or IMAGE.")
 @click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
+@click.option("--onto", metavar="IMAGE", type=click.Path(path_type=Path),
+              help="Write to this file or block device, which is there, the blocks that differ.")  # fmt: skip
+@click.option("--dry-run", is_flag=True, help="With --onto: write nothing, and tell what would be written.")
+@limits
 @common
 @click.pass_obj
-def restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
-    """Write the volume as of SNAPSHOT to the new file TARGET.
+def restore(
+    run: Run,
+    snapshot: str,
+    target: Path | None,
+    image_format: str,
+    no_pin: bool,
+    onto: Path | None,
+    dry_run: bool,
+) -> None:
+    """Write the volume as of SNAPSHOT to the new file TARGET, or onto IMAGE.
 
     TARGET must not exist; it gets its name when it is whole and on disk. A qcow2 holds a pin, so its next
     snapshot is incremental; a raw file is sparse.
+
+    IMAGE is there, and nobody may have it open. All of it is read and compared by digests first; then only
+    blocks that differ are fetched and written. What it has behind the volume's end becomes zero; a smaller
+    one is refused. Internal snapshots and pins in it stay as they are. After an interruption IMAGE is partly
+    what it was: the same command goes on.
 
     \b
     Example:
       island -r /srv/snapshots restore disk@latest restored.qcow2
       island -r swift://volumes/host7 restore 6f0c2a91b3d4 disk.raw --format raw
+      island -r /srv/snapshots restore disk@81d0 --onto disk.qcow2 --dry-run
+      island -r /srv/snapshots restore disk@81d0 --onto /dev/vg0/disk --format raw
     """  # noqa: D301
+    if (target is None) == (onto is None):
+        raise UsageError("name a TARGET to be made, or an image that is there with --onto")
+    if onto is not None:
+        _restore_onto(run, snapshot, onto, image_format, no_pin, dry_run)
+    elif target is not None:
+        if dry_run:
+            raise UsageError("--dry-run goes with --onto; a new TARGET is written in full")
+        _restore(run, snapshot, target, image_format, no_pin)
 
+
+def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
     def if_interrupted() -> str:
         if os.path.lexists(target):
             return f"{target} is whole, if this command made it"
@@ -253,6 +295,25 @@ def restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bo
             snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
         )
     run.answer(restored.as_json(), show.restored(restored))
+
+
+def _restore_onto(
+    run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool, dry_run: bool
+) -> None:
+    if no_pin:
+        raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
+
+    def if_interrupted() -> str:
+        if run.phase in ("zero", "restore"):
+            return f"{target} is partly what it was and partly the snapshot; run the same again"
+        return "nothing was changed"
+
+    run.if_interrupted = if_interrupted
+    with opened(run) as repository, run.progress() as progress:
+        restored = repository.restore_onto(
+            snapshot, target, image_format=image_format, dry_run=dry_run, progress=progress
+        )
+    run.answer(restored.as_json(), show.restored_onto(restored, dry_run))
 
 
 @island.command(epilog=NAMING)
@@ -283,6 +344,7 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
               "Less than the default is safe only if nothing else uses the repository now.  "
               "[default: 24h in Swift, 0 in a directory]")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
+@limits
 @common
 @click.pass_obj
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:

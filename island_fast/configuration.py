@@ -8,6 +8,7 @@ default: click looks them up in this order. Only the command reads it; the Pytho
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 
 import click
 
-__all__ = ["COMPRESSIONS", "KEEP_RULES", "configured"]
+__all__ = ["COMPRESSIONS", "KEEP_RULES", "configured", "rate"]
 
 COMPRESSIONS = ("zstd", "none")
 """What --compression, ISLAND_COMPRESSION and the key compression may be; the first is the default."""
@@ -23,12 +24,22 @@ COMPRESSIONS = ("zstd", "none")
 KEEP_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 """The rules of a retention policy: options --keep-..., variables ISLAND_KEEP_..., keys of [retain]."""
 
-_Wanted = type | tuple[str, ...]  # a type, or some texts
+_RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMG])")
+_BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
+_METERED = ("snapshot", "restore", "copy", "verify", "sweep")  # the verbs that move data
+
+_Wanted = type | tuple[str, ...] | re.Pattern[str]  # a type, or some texts, or a rate
 _TABLES: Mapping[str, Mapping[str, _Wanted]] = {
-    "": {"repository": str, "compression": COMPRESSIONS},
+    "": {"repository": str, "compression": COMPRESSIONS, "limit-upload": _RATE, "limit-download": _RATE},
     "retain": {f"keep-{rule}": int for rule in KEEP_RULES},
 }
 _NAMES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
+
+
+def rate(text: str) -> float | None:
+    """Bytes in a second, more than 0, from a text such as 500K, 10M or 1.5G (of 1024 each); else None."""
+    match = _RATE.fullmatch(text)
+    return (float(match[1]) * _BYTES[match[2]] or None) if match else None
 
 
 def configured() -> dict[str, Any]:
@@ -80,11 +91,16 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         _refuse(path, name)
     if "compression" in values:
         values["snapshot"] = {"compression": values.pop("compression")}
+    limits = {name: values.pop(name) for name in ("limit_upload", "limit_download") if name in values}
+    for verb in _METERED if limits else ():
+        values[verb] = values.get(verb, {}) | limits
     return values
 
 
 def _check(path: Path, name: str, value: object, wanted: _Wanted) -> None:
-    if isinstance(wanted, tuple):
+    if isinstance(wanted, re.Pattern):
+        right, told = isinstance(value, str) and rate(value) is not None, 'a rate in quotes, such as "10M"'
+    elif isinstance(wanted, tuple):
         right, told = value in wanted, " or ".join(f'"{text}"' for text in wanted)
     else:
         right, told = type(value) is wanted and not (isinstance(value, int) and value < 0), _NAMES[wanted]

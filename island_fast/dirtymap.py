@@ -174,6 +174,11 @@ class DirtyMap:
             return False
         return bool(int(self._words[block >> 6]) >> (block & 63) & 1)
 
+    def holds(self, blocks: Int64s) -> NDArray[np.bool_]:
+        """Which of `blocks`, int64[n], each in [0, self.blocks), are set."""
+        bits = self._words[blocks >> 6] >> (blocks & 63).astype(np.uint64)
+        return np.asarray(bits & np.uint64(1), np.bool_)
+
     def __bool__(self) -> bool:
         return bool(self._words.any())
 

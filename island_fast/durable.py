@@ -9,7 +9,7 @@ import os
 import stat
 from collections.abc import Iterator
 
-__all__ = ["link_new", "make_folder", "opened", "reserve", "sync_folder", "write_scratch"]
+__all__ = ["link_new", "make_folder", "opened", "punch", "reserve", "sync_folder", "write_scratch"]
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
 
@@ -17,6 +17,7 @@ _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _AT_FDCWD = -100  # fcntl.h
 _RENAME_NOREPLACE = 1  # linux/fs.h
+_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 @contextlib.contextmanager
@@ -68,6 +69,18 @@ def reserve(fd: int) -> None:
         call = ctypes.CDLL(None).fallocate
         call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
         call(fd, 0, 0, size)
+
+
+def punch(fd: int, offset: int, length: int) -> bool:
+    """Make a range of a file a hole, which is zeros; False, and nothing changed, where there are none."""
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if call(fd, _PUNCH_HOLE, offset, length) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code not in (errno.EOPNOTSUPP, errno.ENOSYS):
+        raise OSError(code, os.strerror(code))
+    return False
 
 
 def link_new(scratch: str, target: str) -> bool:

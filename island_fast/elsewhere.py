@@ -9,7 +9,7 @@ import click
 
 from island_fast import show
 from island_fast.errors import UsageError
-from island_fast.options import NAMING, common, directories, opened, other_opened, snapshots_known
+from island_fast.options import NAMING, common, directories, limits, opened, other_opened, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ __all__ = ["copy"]
 @click.option("--all", "every", is_flag=True, help="Copy all snapshots of all volumes.")
 @click.option("--to", metavar="WHERE", required=True, shell_complete=directories,
               help="The repository to copy to: a directory's path, or swift://CONTAINER/PREFIX.")  # fmt: skip
+@limits
 @common
 @click.pass_obj
 def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, to: str) -> None:
@@ -45,7 +46,7 @@ def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, 
     if bool(snapshots) + bool(volume) + every != 1:
         raise UsageError("name snapshots, or give --volume NAME, or --all")
     run.if_interrupted = lambda: "what was copied is whole there; the next copy goes on"
-    with opened(run) as repository, other_opened(to) as other, run.progress() as progress:
+    with opened(run) as repository, other_opened(run, to) as other, run.progress() as progress:
         copied = repository.copy(other, snapshots or None, volume=volume, progress=progress)
         if not copied and not run.quiet and not repository.left_out:
             run.note(f"there are no snapshots in {repository.store.location}")

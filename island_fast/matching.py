@@ -1,14 +1,17 @@
-"""Comparing a snapshot with the pinned base that it was taken from, on the host, without its stored blocks.
+"""Comparing blocks on the host with what a snapshot should hold, without its stored blocks.
 
-Every allocated block of the internal snapshot is read and hashed, and its digest compared with the one that
-the pack indexes give; a block that the manifest does not name must be zero. What differs then is what the
-snapshot's own scan, or table diff, missed.
+Every block that may hold data is read and hashed, and its digest compared with the one that the pack indexes
+give; a block that the manifest does not name must be zero. What differs in the pinned base that a snapshot
+was taken from is what the snapshot's own scan, or table diff, missed.
 """
 
 from __future__ import annotations
 
 import os
+import threading
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,18 +26,19 @@ from island_fast.host.imagelock import ImageLock
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
 from island_fast.pack import Index, digest_blocks
-from island_fast.pipeline import BATCH
+from island_fast.pipeline import BATCH, workers
 from island_fast.progress import Progress
 from island_fast.runs import Runs
 from island_fast.source import Backing, Qcow2Source, View
 
-__all__ = ["Compared", "compare"]
+__all__ = ["Compared", "Expected", "compare", "differences"]
 
 Int64s = NDArray[np.int64]
 Bytes2D = NDArray[np.uint8]
 Bools = NDArray[np.bool_]
 
 _BACKING = "backing.identity"
+_READING = 6  # batches that are being compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,19 +86,25 @@ def compare(
                 f"snapshot {manifest.snapshot} states another volume size than its pin in {path} has"
             )
         data = source.change(view, None, "", progress).data
-        found = _compare(view, data, _Expected(keyed(lineage, manifest), index), lineage.seed, progress)
+        runs = keyed(lineage, manifest)
+        looked_at = data | DirtyMap.from_runs(view.blocks, runs.intervals())
+        found = differences(view, looked_at, Expected(runs, index), lineage.seed, progress)
         source.image.reload()
         if source.find(manifest.pin) is None:
             raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
-        return found
+        return Compared(found[0].runs(), found[1].runs(), view.bytes_read)
 
 
-class _Expected:
-    """What blocks should be, by the pack indexes."""
+class Expected:
+    """What blocks should be, by the pack indexes; `runs` hold pack keys. Thread-safe.
+
+    `index(key)` gives the index of a pack, None if it cannot be read; it is called by one thread at a time.
+    """
 
     def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
         self.runs = runs
         self._index = index
+        self._lock = threading.Lock()
 
     def of(self, blocks: Int64s) -> tuple[Bytes2D, Bools, Bools]:
         """Digests of `blocks`, uint8[n, 16]; which have one; and which have one that cannot be read."""
@@ -104,7 +114,8 @@ class _Expected:
         keys, slots = self.runs.pack[row], self.runs.slot[row] + offset
         for key in np.unique(keys).tolist():
             mine = keys == key
-            index = self._index(key)
+            with self._lock:
+                index = self._index(key)
             if index is None or int(slots[mine].max()) >= len(index.rows):
                 unknown[named[mine]] = True
             else:
@@ -113,20 +124,46 @@ class _Expected:
         return digests, known, unknown
 
 
-def _compare(view: View, data: DirtyMap, expected: _Expected, seed: int, progress: Progress) -> Compared:
-    """Read every block that is allocated or named, and see what is not as it should be."""
-    looked_at = data | DirtyMap.from_runs(view.blocks, expected.runs.intervals())
+def differences(
+    view: View, looked_at: DirtyMap, expected: Expected, seed: int, progress: Progress
+) -> tuple[DirtyMap, DirtyMap]:
+    """Read the blocks in `looked_at`, and see which are not as they should be, and which cannot be compared.
+
+    A block of which nothing is expected should be zero. They are read and hashed by several workers, in
+    bounded memory; progress is told in the calling thread.
+    """
     differing, unknown = DirtyMap(view.blocks), DirtyMap(view.blocks)
-    rows, done, total = np.empty((BATCH, BLOCK_SIZE), np.uint8), 0, looked_at.count()
-    for blocks in looked_at.batches(BATCH):
-        part = rows[: blocks.size]
-        view.read(blocks, part)
-        zero = np.empty(blocks.size, np.uint8)
-        _diff.zero_blocks(part.reshape(-1), BLOCK_SIZE, zero)
-        digests, known, unread = expected.of(blocks)
-        equal = (digest_blocks(part, seed) == digests).all(axis=1)
-        differing.set_indices(blocks[np.where(known, ~equal, zero == 0) & ~unread])
-        unknown.set_indices(blocks[unread])
-        done += blocks.size
+    waiting: deque[Future[tuple[Int64s, Int64s, int]]] = deque()
+    buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_READING))
+    done, total = 0, looked_at.count()
+
+    def take() -> None:
+        nonlocal done
+        other, unread, read = waiting.popleft().result()
+        differing.set_indices(other)
+        unknown.set_indices(unread)
+        done += read
         progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
-    return Compared(differing.runs(), unknown.runs(), view.bytes_read)
+
+    with workers(min(os.cpu_count() or 1, _READING), "compare") as pool:
+        for blocks in looked_at.batches(BATCH):
+            if len(waiting) == _READING:
+                take()
+            rows = buffers[0][: blocks.size]  # of the batch that was taken just now
+            buffers.rotate(-1)
+            waiting.append(pool.submit(_compared, view, blocks, rows, expected, seed))
+        while waiting:
+            take()
+    return differing, unknown
+
+
+def _compared(
+    view: View, blocks: Int64s, rows: Bytes2D, expected: Expected, seed: int
+) -> tuple[Int64s, Int64s, int]:
+    """Of some blocks, those that differ, those that cannot be compared, and how many were read."""
+    view.read(blocks, rows)
+    zero = np.empty(blocks.size, np.uint8)
+    _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
+    digests, known, unread = expected.of(blocks)
+    equal = (digest_blocks(rows, seed) == digests).all(axis=1)
+    return blocks[np.where(known, ~equal, zero == 0) & ~unread], blocks[unread], blocks.size

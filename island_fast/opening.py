@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from island_fast.catalog import SnapshotRow
 from island_fast.errors import (
@@ -32,6 +32,9 @@ from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.stores import Store, open_store
 from island_fast.stores.checked import get_checked
+
+if TYPE_CHECKING:
+    from island_fast.stores.metering import Meters
 
 __all__ = ["Found", "OpenRepository"]
 
@@ -80,19 +83,25 @@ class OpenRepository:
         state: LocalState | None = None,
         create: bool = False,
         variables: str = "",
+        meters: Meters | None = None,
     ) -> Self:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
         With `create` one that is not there yet is made by the first snapshot, or copy to it: in an empty or
         new directory, or an empty place in a container. `state` is this host's local state (default: that of
         the command, see ISLAND_STATE). Swift's credentials are in the usual variables (ST_*, OS_*, OS_CLOUD),
-        with `variables` in front of their names. No configuration file is read.
+        with `variables` in front of their names. `meters` limit how fast objects go and come; repositories
+        that share them share the rates. No configuration file is read.
 
         NotFoundError if there is no repository, or no container; UsageError if `url` can be none; StoreError
         if the store cannot be reached, or does not accept the credentials; DamagedError if the object
         `repository` is missing or damaged; UnsupportedObjectError if a newer version made it.
         """
         store = open_store(os.fspath(url), create_ok=create, variables=variables)
+        if meters is not None:
+            from island_fast.stores.metering import MeteredStore
+
+            store = MeteredStore(store, meters)
         try:
             return cls(store, state or LocalState(), create=create)
         except BaseException:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
+from island_fast.configuration import rate
 from island_fast.errors import UsageError
 from island_fast.outcome import Run
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from island_fast.repository import Repository
+    from island_fast.stores.metering import Meters
 
 __all__ = [
     "NAMING",
@@ -24,6 +27,7 @@ __all__ = [
     "directories",
     "fraction",
     "image_format_option",
+    "limits",
     "opened",
     "other_opened",
     "seconds",
@@ -37,6 +41,8 @@ NAMING = (
     "volume alone), or by VOLUME@latest."
 )
 """What the help of verbs on snapshots ends with."""
+
+_STEP = 0.1  # seconds
 
 _OTHER = "ISLAND_TO_"
 """Before the names of variables with credentials of a second repository."""
@@ -68,18 +74,34 @@ def opened(run: Run, *, create: bool = False) -> Repository:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(run.location, create=create)
+    return Repository.open(run.location, create=create, meters=_meters(run))
 
 
-def other_opened(location: str) -> Repository:
-    """The repository that snapshots go to; one that is yet to be is made.
+def other_opened(run: Run, location: str) -> Repository:
+    """The repository that snapshots go to; one that is yet to be is made. It shares the limits of the first.
 
     Credentials are in variables that begin with ISLAND_TO_, if there are any, else in the usual ones.
     """
     from island_fast.repository import Repository  # here: it takes a good part of a second
 
     own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
-    return Repository.open(location, create=True, variables=_OTHER if own else "")
+    return Repository.open(location, create=True, variables=_OTHER if own else "", meters=_meters(run))
+
+
+def _meters(run: Run) -> Meters | None:
+    """The run's meters, if a limit is asked for; a signal ends what waits for its turn."""
+    if run.meters is None and (run.limit_upload or run.limit_download):
+        from island_fast.stores.metering import Meter, Meters
+
+        def wait(span: float) -> None:
+            end = time.monotonic() + span
+            while (left := end - time.monotonic()) > 0:
+                run.signals.check()
+                time.sleep(min(left, _STEP))
+
+        up, down = (Meter(limit, wait=wait) for limit in (run.limit_upload, run.limit_download))
+        run.meters = Meters(up, down)
+    return run.meters
 
 
 def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], None]:
@@ -128,6 +150,27 @@ def image_format_option(told: str) -> Callable[[Callable[..., Any]], Callable[..
         "--format", "image_format", type=click.Choice(["qcow2", "raw"]), default="qcow2", show_default=True,
         help=told,
     )  # fmt: skip
+
+
+def limits(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options that limit how fast a verb moves data."""
+
+    def remember(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
+        if value is not None:
+            limit = rate(value)
+            if limit is None:
+                raise click.BadParameter(f"{value!r} is no rate; write one such as 500K, 10M or 1G")
+            setattr(context.ensure_object(Run), parameter.name or "", limit)
+
+    for direction, told in (
+        ("download", "The same for what is fetched."),
+        ("upload", "Send no more than this in a second on average, such as 500K, 10M or 1G (KiB, MiB, GiB)."),
+    ):
+        command = click.option(
+            f"--limit-{direction}", metavar="RATE", expose_value=False, callback=remember,
+            envvar=f"ISLAND_LIMIT_{direction.upper()}", show_envvar=True, help=told,
+        )(command)  # fmt: skip
+    return command
 
 
 _SPAN = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")

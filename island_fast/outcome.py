@@ -29,6 +29,7 @@ from island_fast.errors import IslandError, UsageError
 
 if TYPE_CHECKING:
     from island_fast.progress import Progress
+    from island_fast.stores.metering import Meters
 
 __all__ = ["Interrupted", "Run", "Signals", "conclude"]
 
@@ -143,7 +144,8 @@ class Run:
 
     `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
     it. `phase` is the one that progress was last told of, "" before the first. An error may follow an answer
-    (`answered`) that is not complete. With `json_progress` progress is told as lines of JSON.
+    (`answered`) that is not complete. With `json_progress` progress is told as lines of JSON. The limits are
+    bytes in a second, and `meters` what keeps them, for all stores of the run.
     """
 
     signals: Signals
@@ -151,6 +153,9 @@ class Run:
     json: bool = False
     quiet: bool = False
     json_progress: bool = False
+    limit_upload: float | None = None
+    limit_download: float | None = None
+    meters: Meters | None = None
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
     answered: bool = False

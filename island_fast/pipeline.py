@@ -327,13 +327,16 @@ def receive(
     write: Callable[[Int64s, Bytes2D], None],
     gap: int,
     progress: Progress,
+    wanted: DirtyMap | None = None,
 ) -> None:
     """Fetch every block that `runs` (with pack keys) name, check it, and `write(blocks, rows)` it.
 
-    Each pack is fetched once: whole when next to all of its slots are wanted, else by ranges merged over
-    gaps of at most `gap` bytes. Blocks come in no particular order, from several threads.
+    With `wanted`, only these of them. Each pack is fetched once: whole when next to all of its slots are
+    wanted, else by ranges merged over gaps of at most `gap` bytes. Blocks come in no particular order, from
+    several threads.
     """
-    lock, done, total = threading.Lock(), 0, runs.blocks * BLOCK_SIZE
+    lock, done = threading.Lock(), 0
+    total = (runs.blocks if wanted is None else wanted.count()) * BLOCK_SIZE
     at_once = packs.store.downloads
 
     def told(blocks: int) -> None:
@@ -350,7 +353,7 @@ def receive(
         for key, rows in by_pack(runs):
             if len(waiting) == 2 * at_once:
                 waiting.popleft().result()
-            waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told, buffers))
+            waiting.append(pool.submit(_unpack, packs, key, rows, write, gap, told, buffers, wanted))
         while waiting:
             waiting.popleft().result()
 
@@ -375,9 +378,13 @@ def _unpack(
     gap: int,
     told: Callable[[int], None],
     buffers: SimpleQueue[Bytes2D],
+    wanted: DirtyMap | None,
 ) -> None:
     """Fetch, check and write the blocks that one pack holds, through one of `buffers`."""
     blocks, slots = expand(runs)
+    if wanted is not None:
+        mine = wanted.holds(blocks)
+        blocks, slots = blocks[mine], slots[mine]
     buffer = buffers.get()
     try:
         for batch in unpacked(packs, key, slots, gap, buffer):

@@ -10,8 +10,9 @@ Progress = Callable[[str, int, int], None]
 """Called as progress(phase, done, total), in bytes, also from workers; an exception of it ends the work.
 
 Phases are "scan", "send", "commit" (once, with 0 of 0: from here on the snapshot may exist), "restore",
-"sweep", "copy", "retain" (bytes that the snapshots which go had written), "usage" (bytes of manifests), and
-of a verification "look", "verify", "compare" and "mend".
+"compare" and "zero" (before "restore", where that is onto an image; from "zero" on it is changed), "sweep",
+"copy", "retain" (bytes that the snapshots which go had written), "usage" (bytes of manifests), and of a
+verification "look", "verify", "compare" and "mend".
 """
 
 

@@ -10,7 +10,7 @@ import click
 
 from island_fast import show
 from island_fast.errors import DamagedError, UsageError
-from island_fast.options import common, fraction, opened, seconds, snapshots_known
+from island_fast.options import common, fraction, limits, opened, seconds, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _EXTENTS = 4  # of each snapshot
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True,
               help="A backing file of IMAGE, as for 'island snapshot'.")  # fmt: skip
 @click.option("--heal", is_flag=True, help="Mend what is damaged, where the same bytes are still to be had.")
+@limits
 @common
 @click.pass_obj
 def verify(

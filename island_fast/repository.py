@@ -32,6 +32,7 @@ if TYPE_CHECKING:
         Difference,
         ImageInfo,
         Restored,
+        RestoredOnto,
         Retained,
         Snapshot,
         SnapshotShown,
@@ -202,6 +203,32 @@ class Repository(OpenRepository):
             manifest = found.lineage.manifest(found.row)
         make = Target(Path(target), image_format, pin)
         return restore(found.lineage, found.row, manifest, make, progress)
+
+    def restore_onto(
+        self,
+        reference: str,
+        target: str | Path,
+        *,
+        image_format: str = "qcow2",
+        dry_run: bool = False,
+        progress: Progress = silent,
+    ) -> RestoredOnto:
+        """Make `target`, a "qcow2" or "raw" image or a block device that is there, a snapshot's volume.
+
+        Only blocks that differ, by their digests, are fetched and written. What the target has behind the
+        volume's end becomes zero; a smaller one, or one in use, is a RefusedError. Internal snapshots in it
+        stay as they are. If it ends early the target is partly what it was: the same call goes on.
+        """
+        from island_fast.overwriting import overwrite
+        from island_fast.packreader import deletion_told
+        from island_fast.targets import open_existing
+
+        found = self.find(reference)
+        with deletion_told(found.lineage, found.row, "restored"):
+            manifest = found.lineage.manifest(found.row)
+        path = Path(os.path.realpath(target))
+        with open_existing(path, image_format, manifest.volume_size, look_only=dry_run) as existing:
+            return overwrite(found, manifest, existing, dry_run, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one.

@@ -28,6 +28,7 @@ __all__ = [
     "ImageInfo",
     "InternalInfo",
     "Restored",
+    "RestoredOnto",
     "Retained",
     "Snapshot",
     "SnapshotShown",
@@ -80,6 +81,28 @@ class Restored(Answer):
     volume_size: int
     bytes_read: int
     bytes_written: int
+    objects_read: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RestoredOnto(Answer):
+    """A target that is now a snapshot's volume, by writing what differed; or what that would write.
+
+    `bytes_compared` are data that were read from the target. `bytes_written` were data in the snapshot, and
+    `bytes_zeroed` zeros; what the target has behind the volume's end counts as zeros. `bytes_read` came from
+    the store.
+    """
+
+    snapshot: str
+    target: str
+    format: str
+    volume_size: int
+    target_size: int
+    bytes_compared: int
+    bytes_written: int
+    bytes_zeroed: int
+    bytes_read: int
     objects_read: int
     seconds: float
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         Adopted,
         Deleted,
         Restored,
+        RestoredOnto,
         Snapshot,
         SnapshotShown,
         SnapshotTaken,
@@ -39,6 +40,7 @@ __all__ = [
     "pace",
     "printable",
     "restored",
+    "restored_onto",
     "shown",
     "size",
     "swept",
@@ -54,6 +56,7 @@ _PHASES = {
     "scan": "Scanning",
     "send": "Sending",
     "commit": "Committing",
+    "zero": "Zeroing",
     "restore": "Restoring",
     "sweep": "Sweeping",
     "copy": "Copying",
@@ -206,6 +209,24 @@ def restored(answer: Restored) -> str:
             ("volume", size(answer.volume_size)),
             ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
             ("written", size(answer.bytes_written)),
+            ("time", duration(answer.seconds)),
+        ]
+    )
+
+
+def restored_onto(answer: RestoredOnto, dry_run: bool) -> str:
+    """An image just written onto, or what that would write."""
+    written = size(answer.bytes_written)
+    if answer.bytes_zeroed:
+        written += f", and {size(answer.bytes_zeroed)} of zeros"
+    return sheet(
+        [
+            ("target", f"{printable(answer.target)}, {answer.format}, {size(answer.target_size)}"),
+            ("snapshot", answer.snapshot),
+            ("volume", size(answer.volume_size)),
+            ("compared", size(answer.bytes_compared)),
+            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
+            ("differs" if dry_run else "written", written),
             ("time", duration(answer.seconds)),
         ]
     )

@@ -16,7 +16,7 @@ from island_fast.errors import ImageInUseError, IslandError
 from island_fast.host.execute import Execute, succeed
 from island_fast.host.mounts import mounted_devices
 
-__all__ = ["LoopDevices", "check_node", "in_use", "is_mounted", "read_value"]
+__all__ = ["LoopDevices", "check_node", "in_use", "is_mounted", "loops_over", "read_value"]
 
 _SYSFS = Path("/sys/block")
 _NAME = re.compile(r"/dev/(loop\d+)")
@@ -145,6 +145,12 @@ def is_mounted(device: Path) -> bool:
     """Tell whether the device, or another on top of it, is mounted as this process sees it."""
     entry = _SYSFS / device.name
     return read_value(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
+
+
+def loops_over(file: Path) -> list[str]:
+    """Names of all loop devices that stand on a file, which is to be given without symbolic links."""
+    found = sorted(_SYSFS.glob("loop*/loop/backing_file"))
+    return [str(Path("/dev", entry.parts[-3])) for entry in found if read_value(entry) == str(file)]
 
 
 def check_node(device: Path) -> None:

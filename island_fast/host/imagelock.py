@@ -17,7 +17,7 @@ from typing import Self
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
 
-__all__ = ["ImageLock", "hold_off_writers", "open_image", "writer_present"]
+__all__ = ["ImageLock", "hold_off_everyone", "hold_off_writers", "open_image", "writer_present"]
 
 _WRITE_USED = 101
 _WRITE_UNSHARED = 201
@@ -144,6 +144,23 @@ def hold_off_writers(fd: int, path: str) -> None:
             f"image {path!r} is open for writing in another process; "
             f"stop that process, or name its QMP socket"
         )
+
+
+def hold_off_everyone(fd: int, path: str) -> None:
+    """Tell qemu's that the file is written to, as long as `fd` is open; ImageInUseError if one has it open.
+
+    That is, one that writes to it, or one that reads and wants nobody to write.
+    """
+    try:
+        for byte in (_WRITE_USED, _WRITE_UNSHARED):
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _flock(fcntl.F_RDLCK, byte))
+        in_use = _byte_is_locked(fd, _WRITE_USED) or _byte_is_locked(fd, _WRITE_UNSHARED)
+    except BlockingIOError:
+        in_use = True
+    except OSError as error:
+        raise _cannot_lock(path, error) from error
+    if in_use:
+        raise ImageInUseError(f"{path} is open in another process; stop that process first")
 
 
 def _byte_is_locked(fd: int, byte: int) -> bool:

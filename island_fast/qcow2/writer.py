@@ -24,7 +24,7 @@ from island_fast.qcow2.layout import REFCOUNT_BITS, Layout, plan_layout
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, pack_snapshot
 from island_fast.qcow2.vectored import transfers, write_all
 
-__all__ = ["Qcow2Writer", "RawWriter"]
+__all__ = ["Qcow2Writer", "RawWriter", "write_rows"]
 
 _BATCH = 4 << 20
 _FLUSH_EVERY = 16 << 20
@@ -57,7 +57,7 @@ class RawWriter:
         if len(blocks) and (blocks.min() < 0 or blocks.max() << BLOCK_BITS >= self._volume_size):
             raise ValueError("a block outside the volume")
         offsets = blocks << BLOCK_BITS
-        _write_rows(self._fd, offsets, blocks, data, self._volume_size)
+        write_rows(self._fd, offsets, blocks, data, self._volume_size)
         self._flushing.wrote(offsets)
 
     def finish(self) -> None:
@@ -108,7 +108,7 @@ class Qcow2Writer:
         """
         _check_rows(blocks, data)
         offsets = self._layout.offsets(blocks)
-        _write_rows(self._fd, offsets, blocks, data, self._volume_size)
+        write_rows(self._fd, offsets, blocks, data, self._volume_size)
         self._flushing.wrote(offsets)
 
     def finish(self) -> None:
@@ -261,7 +261,7 @@ def _check_rows(blocks: _Ints, data: _Bytes) -> None:
         raise ValueError("write wants int64[n] and contiguous uint8[n, 65536]")
 
 
-def _write_rows(fd: int, offsets: _Ints, blocks: _Ints, data: _Bytes, volume_size: int) -> None:
+def write_rows(fd: int, offsets: _Ints, blocks: _Ints, data: _Bytes, volume_size: int) -> None:
     """Write each row at its offset, the row that reaches past the volume only up to its end."""
     whole = (blocks + 1) << BLOCK_BITS <= volume_size
     rows = np.flatnonzero(whole)

@@ -48,12 +48,12 @@ from island_fast.source.chain import Backing, Chain, Layer, refuse_mismatch, wit
 if TYPE_CHECKING:
     from island_fast.host.qmp import Qmp
 
-__all__ = ["Qcow2Source"]
+__all__ = ["PointView", "Qcow2Source"]
 
 _BACKING = "backing.identity"
 
 
-class _PointView(View):
+class PointView(View):
     """A point of a qcow2 image."""
 
     def __init__(self, image: Image, point: Point, below: Layer | None) -> None:
@@ -64,9 +64,11 @@ class _PointView(View):
 
     @property
     def bytes_read(self) -> int:
+        """See View.bytes_read."""
         return self._reader.bytes_read + (self._below.bytes_read if self._below else 0)
 
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
+        """See View.read."""
         self._reader.read(blocks, out)
 
 
@@ -194,11 +196,11 @@ class Qcow2Source(Source):
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
         point = self.image.at(internal) if internal else self.image.active()
-        return _PointView(self.image, point, self._chain.top)
+        return PointView(self.image, point, self._chain.top)
 
     def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         """See Source.change."""
-        if not isinstance(view, _PointView):
+        if not isinstance(view, PointView):
             raise TypeError("a view of another source")
         if base is None:
             return self._scanned(view.point, why_not, progress)

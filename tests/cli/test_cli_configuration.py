@@ -97,12 +97,15 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "text, told",
     [
-        ('repositry = "/srv"', "repositry is unknown; known are repository, compression, retain.keep-last, "),
+        ('repositry = "/srv"', "repositry is unknown; known are repository, compression, limit-upload, "),
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
         ("[snapshot]\nfull = true", "snapshot is unknown; known are "),
         ("repository = 7", "repository must be a text in quotes"),
         ('compression = "zlib"', 'compression must be "zstd" or "none"'),
         ("compression = true", 'compression must be "zstd" or "none"'),
+        ("limit-upload = 10", 'limit-upload must be a rate in quotes, such as "10M"'),
+        ('limit-download = "0M"', 'limit-download must be a rate in quotes, such as "10M"'),
+        ('limit-download = "10"', 'limit-download must be a rate in quotes, such as "10M"'),
         ("retain = 7", "retain must be a table"),
         ('[retain]\nkeep-daily = "7"', "retain.keep-daily must be a whole number, 0 or more"),
         ("[retain]\nkeep-daily = true", "retain.keep-daily must be a whole number, 0 or more"),

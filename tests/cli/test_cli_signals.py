@@ -98,6 +98,18 @@ def test_an_interrupted_increment_keeps_the_pin_it_had(island: Island, tmp_path:
     assert (again["rule"], again["parent"]) == ("table-diff", first)
 
 
+def test_what_waits_for_its_turn_ends_at_once(island: Island, large: Path) -> None:
+    """At 1 KiB a second the second pack would wait for hours."""
+    process = island.start("snapshot", large, "--limit-upload", "1K")
+    wait_until(lambda: packs(island), process)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (1, b"")
+    assert one_sentence(err.decode()).startswith("interrupted; no snapshot was made")
+    assert packs(island) == 1
+    assert pins(large) == []
+
+
 def test_more_signals_while_it_cleans_up(island: Island, large: Path) -> None:
     sentence = interrupted_snapshot(
         island, large, signal.SIGINT, signal.SIGINT, signal.SIGTERM, signal.SIGHUP

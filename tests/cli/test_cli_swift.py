@@ -29,6 +29,12 @@ def test_the_whole_round(
     assert [one["snapshot"] for one in island.json("list")] == [first["snapshot"], second["snapshot"]]
     island("restore", "disk@latest", tmp_path / "out")
     qemu.compare(disk, tmp_path / "out", other_format="qcow2")
+    for block in range(16, 40, 3):
+        qemu.noise(tmp_path / "out", block << 16, 1, 5)
+    onto = island.json("restore", "disk@latest", "--onto", tmp_path / "out")
+    assert onto["bytes_written"] == 8 << 16
+    assert onto["bytes_read"] < 10 << 16, "ranges of a pack"
+    qemu.compare(disk, tmp_path / "out", other_format="qcow2")
     island("delete", first["snapshot"])
     assert island.json("sweep")[0]["objects_removed"] == 0, "what is young stays"
     assert island.json("sweep", "--grace", "0")[0]["objects_removed"] > 0

@@ -30,6 +30,10 @@ KEYS = {
         *["snapshot", "target", "format", "volume_size"],
         *["bytes_read", "bytes_written", "objects_read", "seconds"],
     ],
+    "restore --onto": [
+        *["snapshot", "target", "format", "volume_size", "target_size", "bytes_compared"],
+        *["bytes_written", "bytes_zeroed", "bytes_read", "objects_read", "seconds"],
+    ],
     "delete": ["snapshot", "volume", "bytes_unreferenced", "bytes_freed"],
     "sweep": [
         *["volume", "objects_removed", "packs_repacked"],
@@ -55,6 +59,7 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     listed = island.json("list")
     shown = island.json("show", "disk@latest")
     restored = island.json("restore", "disk@latest", tmp_path / "out.qcow2")
+    onto = island.json("restore", "disk@latest", "--onto", tmp_path / "out.qcow2")
     copied = island.json("copy", "--all", "--to", tmp_path / "far")
     retained = island.json("retain", "--keep-last", 1)
     diff = island.json("diff", "disk@latest", "disk@latest")
@@ -63,7 +68,7 @@ def test_the_keys_of_every_answer_are_those_promised(island: Island, disk: Path,
     swept = island.json("sweep")
     adopted = island.json("adopt", "disk")
     unpinned = island.json("unpin", disk)
-    found = [taken, *listed, shown, restored, *deleted, *swept, *copied]
+    found = [taken, *listed, shown, restored, onto, *deleted, *swept, *copied]
     found += [*retained, diff, usage, adopted, unpinned]
     assert [list(one) for one in found] == list(KEYS.values())
     assert listed == [{key: shown[key] for key in ROW}]

@@ -1,4 +1,4 @@
-"""What every store keeps to; run on memory, on a directory and on a real Swift."""
+"""What every store keeps to; run on memory, on a directory and on a real Swift, and behind meters."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.stores.base import ObjectInfo, Store
+from island_fast.stores.metering import Meter, MeteredStore, Meters
 from tests.memory_store import MemoryStore
 
-KINDS = ("memory", "directory", "swift")
+KINDS = ("memory", "metered", "directory", "swift")
 THREADS = 8
 
 
@@ -28,6 +29,8 @@ THREADS = 8
 def store(request: pytest.FixtureRequest) -> Store:
     if request.param == "memory":
         return MemoryStore()
+    if request.param == "metered":
+        return MeteredStore(MemoryStore(), Meters(Meter(1e12), Meter(None)))
     made = request.getfixturevalue(f"{request.param}_store")
     return made() if request.param == "swift" else made
 

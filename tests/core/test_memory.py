@@ -13,6 +13,7 @@ import pytest
 from tests import qemu
 
 TIB = 1 << 40
+BLOCK = 65536
 LIMIT = 150 << 20
 LIMIT_OF_COPIES = 190 << 20  # they hold packs that come, and packs that go
 
@@ -27,6 +28,8 @@ with Repository.open(url, create=True) as repository:
     elif verb == "copy":
         with Repository.open(names[0], create=True) as far:
             told = repository.copy(far, ["copy@latest"])[0]
+    elif verb == "onto":
+        told = repository.restore_onto(names[0], names[1])
     else:
         told = repository.restore(names[0], names[1])
 most = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())  # ru_maxrss counts the parent's
@@ -78,6 +81,8 @@ def test_a_sparse_volume_stays_within_150_mib(
     assert peak(size, url, "restore", "copy@latest", target) < LIMIT
     qemu.check(target)
     qemu.run("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", volume, target)
+    qemu.io(target, qemu.write(5 * TIB, BLOCK, 7))
+    assert peak(size, url, "onto", "copy@latest", target) < LIMIT
     if kind == "swift":
         assert peak(size, url, "copy", tmp_path / "far") < LIMIT_OF_COPIES
     for path in (volume, target):

@@ -123,6 +123,12 @@ class AgainstSets(RuleBasedStateMachine):
         wanted = sorted(m for m in self.members if start <= m < stop)
         assert self.map.indices(start, stop).tolist() == wanted
 
+    @rule(data=st.data())
+    def ask_for_many(self, data):
+        asked = data.draw(st.lists(st.integers(0, self.blocks - 1), max_size=9)) if self.blocks else []
+        held = self.map.holds(np.array(asked, np.int64))
+        assert held.tolist() == [block in self.members for block in asked]
+
     @invariant()
     def same(self):
         if not self.blocks:

@@ -1,0 +1,78 @@
+"""--limit-upload and --limit-download: which rates reach which stores."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from island_fast.stores import metering
+from tests import qemu
+from tests.cli.conftest import MIB, Island
+
+pytestmark = qemu.needs_qemu
+
+Rates = list[tuple[float | None, float | None]]
+
+
+@pytest.fixture
+def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
+    """The rates, up and down, of each store that was metered."""
+    made: dict[int, float | None] = {}
+    found: Rates = []
+
+    class Meter(metering.Meter):
+        def __init__(self, rate: float | None, wait: Callable[[float], None]) -> None:
+            made[id(self)] = rate
+            super().__init__(None, wait=wait)
+
+    class MeteredStore(metering.MeteredStore):
+        def __init__(self, store: metering.Store, meters: metering.Meters) -> None:
+            found.append((made[id(meters.up)], made[id(meters.down)]))
+            shared.add(id(meters))
+            super().__init__(store, meters)
+
+    shared: set[int] = set()
+    monkeypatch.setattr(metering, "Meter", Meter)
+    monkeypatch.setattr(metering, "MeteredStore", MeteredStore)
+    return found
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    return qemu.create(tmp_path / "small.qcow2", MIB)
+
+
+def test_each_verb_that_moves_data(island: Island, small: Path, tmp_path: Path, rates: Rates) -> None:
+    limits = ("--limit-upload", "1.5M", "--limit-download", "500K")
+    for words, stores in {
+        ("snapshot", small): 1,
+        ("restore", "small@latest", tmp_path / "new"): 1,
+        ("restore", "small@latest", "--onto", small): 1,
+        ("copy", "--all", "--to", tmp_path / "far"): 2,
+        ("verify", "--all"): 1,
+        ("sweep",): 1,
+    }.items():
+        rates.clear()
+        island.json(*words, *limits)
+        assert rates == [(1.5 * MIB, 500 * 1024.0)] * stores, words
+    rates.clear()
+    island.json("snapshot", small)
+    assert rates == [], "without a limit nothing stands before the store"
+    assert "no such option" in island.fails(2, "list", *limits)
+
+
+def test_option_variable_and_file(
+    island: Island, small: Path, rates: Rates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    island.configuration.parent.mkdir(parents=True)
+    island.configuration.write_text('compression = "none"\nlimit-upload = "1G"\n')
+    island.json("snapshot", small)
+    monkeypatch.setenv("ISLAND_LIMIT_UPLOAD", "2K")
+    monkeypatch.setenv("ISLAND_LIMIT_DOWNLOAD", "3K")
+    island.json("snapshot", small)
+    island.json("sweep", "--limit-upload", "4K")
+    assert rates == [(1 << 30, None), (2048, 3072), (4096, 3072)]
+    monkeypatch.setenv("ISLAND_LIMIT_UPLOAD", "fast")
+    assert "'fast' is no rate" in island.fails(2, "sweep")
