@@ -19,6 +19,7 @@ from island_fast.looking import info, map_
 from island_fast.options import NAMING, common, image_format_option, opened, seconds, text
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
+from island_fast.running import Guest, domain_options, refuse_mixture, snapshot_domain
 from island_fast.weighing import diff, retain, usage
 
 __all__ = ["main"]
@@ -105,7 +106,7 @@ def island(context: click.Context) -> None:
 
 
 @island.command()
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path), required=False)
 @click.option("--volume", metavar="NAME",
               help="The volume's name: at most 128 of A-Z a-z 0-9 . _ -  "
               "[default: the one known for IMAGE, else its file name without the last suffix]")  # fmt: skip
@@ -113,6 +114,7 @@ def island(context: click.Context) -> None:
               help="A text to keep with the snapshot.")  # fmt: skip
 @click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
+@domain_options
 @click.option("--no-pin", is_flag=True, help="Leave IMAGE untouched, and scan it in full.")
 @click.option(
     "--at", metavar="INTERNAL_SNAPSHOT", help="Store this internal snapshot of IMAGE, not its present."
@@ -127,7 +129,8 @@ def island(context: click.Context) -> None:
 @click.pass_obj
 def snapshot(
     run: Run,
-    image: Path,
+    image: Path | None,
+    guest: Guest | None,
     volume: str | None,
     label: str,
     qmp: Path | None,
@@ -142,22 +145,23 @@ def snapshot(
 
     An internal snapshot, the pin, stays in IMAGE: the next run compares tables with it and reads only what
     changed. The first snapshot of a volume, and every one with --no-pin or --full, reads all allocated blocks
-    and stores those that differ. An image that another process has open for writing needs --qmp.
+    and stores those that differ. An image that another process has open for writing needs --qmp, or
+    --domain for those of a running libvirt guest: its disks are taken at one moment, each as its own volume.
     The repository is made if WHERE is an empty or new directory, or an empty place in a container.
 
     \b
     Example:
       island -r /srv/snapshots snapshot disk.qcow2 --label "before the upgrade"
       island -r /srv/snapshots snapshot vm.qcow2 --qmp /run/vm.qmp
+      island -r /srv/snapshots snapshot --domain web1
     """  # noqa: D301
-
-    def if_interrupted() -> str:
-        if run.phase == "commit":
-            return "the snapshot was about to be finished; 'island list' shows whether it is there"
-        kept = "; what was sent is kept for the next one" if run.phase == "send" else ""
-        return "no snapshot was made, earlier ones are as they were" + kept
-
-    run.if_interrupted = if_interrupted
+    if guest is not None:
+        refuse_mixture(image, qmp=qmp, no_pin=no_pin, at=at, format=image_format != "qcow2", backing=backing)
+        snapshot_domain(run, guest, volume, label, full, compression)
+        return
+    if image is None:
+        raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
+    run.if_interrupted = lambda: _left_of_a_snapshot(run.phase)
     with opened(run, create=True) as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
@@ -175,6 +179,14 @@ def snapshot(
     for note in taken.notes:
         run.note(note)
     run.answer(taken.as_json(), show.taken(taken), taken.snapshot)
+
+
+def _left_of_a_snapshot(phase: str) -> str:
+    """What an interruption in this phase leaves."""
+    if phase == "commit":
+        return "the snapshot was about to be finished; 'island list' shows whether it is there"
+    kept = "; what was sent is kept for the next one" if phase == "send" else ""
+    return "no snapshot was made, earlier ones are as they were" + kept
 
 
 @island.command("list")

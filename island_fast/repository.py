@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Copied,
         Deleted,
         Difference,
+        DomainTaken,
         ImageInfo,
         Restored,
         Retained,
@@ -104,6 +105,34 @@ class Repository(OpenRepository):
 
                 mend_known(lineage, source, self.state.writer, progress)
             return take(lineage, source, request, progress)
+
+    def snapshot_domain(
+        self,
+        domain: str,
+        *,
+        disks: Sequence[str] = (),
+        freeze: str = "auto",
+        connect: str | None = None,
+        volume: str | None = None,
+        label: str = "",
+        full: bool = False,
+        compression: str = "zstd",
+        progress: Progress = silent,
+    ) -> DomainTaken:
+        """Take snapshots of the disks of a running libvirt guest at one moment, each of its own volume.
+
+        `disks` are their names in libvirt, such as "vda"; without, all that the guest may write to, which
+        must be qcow2 files. `freeze`: "auto" freezes the guest's file systems if its agent answers, "require"
+        fails where that is impossible, "never" does not ask. `connect` is libvirt's URI, of this host. The
+        rest is as in `snapshot`; `volume` only for one disk. If some disks cannot be stored, the others are,
+        and the error tells which.
+        """
+        from island_fast.domains import Wish, take_domain
+
+        if compression not in ("zstd", "none"):
+            raise UsageError(f"{compression!r} is no compression; use zstd or none")
+        wish = Wish(domain, disks, freeze, connect, volume, label, full, compression == "zstd")
+        return take_domain(self, self._lineage_for, wish, progress)
 
     def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
         """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
