@@ -50,8 +50,8 @@ def domain_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--freeze", type=click.Choice(("auto", "require", "never")),
-            help="Freeze the guest's file systems meanwhile: if its agent answers, or fail, or never.  "
-            "[default: auto]",
+            help="Freeze the guest's file systems meanwhile: if its agent answers (auto), else fail "
+            "(require), or do not ask it (never).  [default: auto]",
         ),
         click.option(
             "--disk", metavar="NAME", multiple=True,

@@ -98,8 +98,8 @@ class Domain(Monitor):
         message = json.dumps({"execute": name, "arguments": arguments or {}})
         with self._asked(f"pass on {name}"):
             answer = json.loads(self._libvirt_qemu.qemuMonitorCommand(self._domain, message, 0))
-        if "return" not in answer:
-            raise self.refused(name, answer.get("error"))
+        if not isinstance(answer, dict) or "return" not in answer:
+            raise self.refused(name, answer.get("error") if isinstance(answer, dict) else answer)
         return answer["return"]
 
     def locate(self, name: str) -> str:

@@ -15,7 +15,7 @@ __all__ = ["island"]
 NUMBERS = itertools.count(1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def libvirt() -> Iterator[Libvirt]:
     if reason := missing():
         pytest.skip(reason)

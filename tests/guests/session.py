@@ -28,7 +28,7 @@ SETTINGS = 'security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n
 
 
 PLACES = {"RUNTIME_DIR": "run", "CONFIG_HOME": "config", "CACHE_HOME": "cache", "DATA_HOME": "data"}
-DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>96</memory>
+DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory>
 <os><type arch='x86_64' machine='q35'>hvm</type>{more}
 <emulator>{emulator}</emulator>{devices}
 <controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"""
@@ -66,7 +66,7 @@ class Libvirt:
         for place in ("run", "config/libvirt", "cache", "data", "images"):
             (self.folder / place).mkdir(parents=True)
         (self.folder / "config/libvirt/qemu.conf").write_text(SETTINGS)
-        self._give(self.folder)
+        self.give(self.folder)
         places = {f"XDG_{name}": f"{self.folder}/{place}" for name, place in PLACES.items()}
         as_nobody = ["setpriv", f"--reuid={USER}", f"--regid={USER}", "--clear-groups"]
         words = [*(as_nobody if os.geteuid() == 0 else []), LIBVIRTD, "--config", "/dev/null"]
@@ -110,7 +110,7 @@ class Libvirt:
             self._process.wait(30)
         shutil.rmtree(self.folder)
 
-    def _give(self, top: Path) -> None:
+    def give(self, top: Path) -> None:
         """Let the user that runs libvirtd have a file or folder."""
         if os.geteuid() == 0:
             for path in (top, *top.rglob("*")):
@@ -119,7 +119,7 @@ class Libvirt:
 
     def image(self, name: str, size: int = SIZE, **options: object) -> Path:
         path = create_qcow2(self.images / f"{name}.qcow2", size, **options)
-        self._give(path)
+        self.give(path)
         return path
 
     def make(self, name: str, disks: Mapping[str, str], more: str = NO_MORE, start: bool = True) -> Guest:
