@@ -111,7 +111,7 @@ class Qcow2Source(Source):
             if not self._monitor and writer_present(self.image.fd):
                 raise ImageInUseError(
                     f"{path} is open for writing in another process; name that process's QMP socket "
-                    "with --qmp, or stop it first"
+                    "with --qmp, snapshot a libvirt guest with --domain, or stop it first"
                 )
             self.image.reload()
             self._stack = stack.pop_all()

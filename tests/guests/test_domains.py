@@ -79,6 +79,7 @@ def test_the_disks_of_a_guest_that_writes_on(island: Island, guest: Guest) -> No
     content_is(restored(island, f"{guest.name}-a@latest"), [(0, K64, 7), (K64, K64, 9)])
     content_is(restored(island, f"{guest.name}-b@latest"), [(0, 2 * K64, 8), (MIB, K64, 3)])
     content_is(restored(island, a["snapshot"]), [(0, 2 * K64, 7)])
+    assert "libvirt guest with --domain" in island.fails(4, "snapshot", image(guest, "a"))
     guest.stop()
     for part in "ab":
         qemu.check(image(guest, part))
