@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -200,6 +201,29 @@ def test_an_interruption_leaves_what_is_stored_and_no_other_pin(
     assert "'island list' shows which are stored" in done.err
     assert [one["volume"] for one in island.json("list")] == [f"{guest.name}-a"]
     assert [len(pins(image(guest, part))) for part in "ab"] == [1, 0]
+
+
+def test_a_guest_that_ends_while_it_is_stored(
+    island: Island, guest: Guest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def send(*words: object, **options: object) -> object:
+        if guest in guest.libvirt.guests:
+            guest.stop()
+        return real(*words, **options)
+
+    island.json(*words(guest))
+    guest.write(1, MIB, K64, 3)
+    real = taking.send
+    monkeypatch.setattr(taking, "send", send)
+    done: Done = island(*words(guest), "--json")
+    assert [one["blocks_changed"] for one in json.loads(done.out)["snapshots"]] == [0, 1]
+    for disk, told in zip(("vda", "vdb"), done.err.splitlines(), strict=True):
+        assert told.startswith(f"island: disk {disk}: the old pin island-")
+        assert " stays until the next snapshot: libvirt could not, for domain " in told
+    for part in "ab":
+        assert len(pins(image(guest, part))) == 2
+        assert island.json("snapshot", image(guest, part))["rule"] == "table-diff"
+        assert len(pins(image(guest, part))) == 1
 
 
 # --- images of other kinds ---
