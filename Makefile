@@ -13,8 +13,8 @@ demo: $(VENV)/.installed  ## the whole point of the project, on a real volume, i
 	@$(BIN)/python scripts/demo.py
 
 test: $(VENV)/.tested  ## all tests, linting, types and layers; a real qemu and a real Swift included
-	@scripts/need qemu daemon vm mkfs fuse rabbit systemd fio peers
-	@scripts/need guest || echo 'the tests of NBD devices are left out'
+	@scripts/need qemu daemon vm mkfs fuse rabbit systemd fio peers libvirt
+	@scripts/need guest || echo 'the tests of NBD devices and of frozen guests are left out'
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
 
 quick: $(VENV)/.tested  ## the tests that need neither Swift nor minutes
@@ -72,6 +72,7 @@ $(VENV)/.documented: $(VENV)/bin/python pyproject.toml
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/bin/python $(SOURCES)
+	@scripts/need libvirt-headers
 	@echo 'building island and fetching what its tests need, into $(VENV)'
 	@$(INSTALL) -e '.[test]' $(LOGGED)
 	@touch $@ $(VENV)/.installed

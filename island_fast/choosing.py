@@ -39,6 +39,7 @@ class Request:
     full: bool = False
     compress: bool = True
     properties: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

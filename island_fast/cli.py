@@ -15,7 +15,6 @@ import click
 from island_fast import __version__, show
 from island_fast.configuration import COMPRESSIONS, configured
 from island_fast.elsewhere import copy
-from island_fast.errors import UsageError
 from island_fast.looking import info, map_
 from island_fast.options import (
     NAMING,
@@ -29,6 +28,8 @@ from island_fast.options import (
 )
 from island_fast.outcome import Run, conclude
 from island_fast.proving import verify
+from island_fast.returning import restore
+from island_fast.running import Guest, domain_options, refuse_mixture, snapshot_domain
 from island_fast.weighing import diff, retain, usage
 
 __all__ = ["main"]
@@ -122,7 +123,7 @@ def island(context: click.Context) -> None:
 
 
 @island.command()
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=click.Path(path_type=Path), required=False)
 @click.option("--volume", metavar="NAME",
               help="The volume's name: at most 128 of A-Z a-z 0-9 . _ -  "
               "[default: the one known for IMAGE, else its file name without the last suffix]")  # fmt: skip
@@ -130,6 +131,7 @@ def island(context: click.Context) -> None:
               help="A text to keep with the snapshot.")  # fmt: skip
 @click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
+@domain_options
 @click.option("--no-pin", is_flag=True, help="Leave IMAGE untouched, and scan it in full.")
 @click.option(
     "--at", metavar="INTERNAL_SNAPSHOT", help="Store this internal snapshot of IMAGE, not its present."
@@ -145,7 +147,8 @@ def island(context: click.Context) -> None:
 @click.pass_obj
 def snapshot(
     run: Run,
-    image: Path,
+    image: Path | None,
+    guest: Guest | None,
     volume: str | None,
     label: str,
     qmp: Path | None,
@@ -160,22 +163,23 @@ def snapshot(
 
     An internal snapshot, the pin, stays in IMAGE: the next run compares tables with it and reads only what
     changed. The first snapshot of a volume, and every one with --no-pin or --full, reads all allocated blocks
-    and stores those that differ. An image that another process has open for writing needs --qmp.
+    and stores those that differ. An image that another process has open for writing needs --qmp, or
+    --domain for those of a running libvirt guest: its disks are taken at one moment, each as its own volume.
     The repository is made if WHERE is an empty or new directory, or an empty place in a container.
 
     \b
     Example:
       island -r /srv/snapshots snapshot disk.qcow2 --label "before the upgrade"
       island -r /srv/snapshots snapshot vm.qcow2 --qmp /run/vm.qmp
+      island -r /srv/snapshots snapshot --domain web1
     """  # noqa: D301
-
-    def if_interrupted() -> str:
-        if run.phase == "commit":
-            return "the snapshot was about to be finished; 'island list' shows whether it is there"
-        kept = "; what was sent is kept for the next one" if run.phase == "send" else ""
-        return "no snapshot was made, earlier ones are as they were" + kept
-
-    run.if_interrupted = if_interrupted
+    if guest is not None:
+        refuse_mixture(image, qmp=qmp, no_pin=no_pin, at=at, format=image_format != "qcow2", backing=backing)
+        snapshot_domain(run, guest, volume, label, full, compression)
+        return
+    if image is None:
+        raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
+    run.if_interrupted = lambda: _left_of_a_snapshot(run.phase)
     with opened(run, create=True) as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
@@ -193,6 +197,14 @@ def snapshot(
     for note in taken.notes:
         run.note(note)
     run.answer(taken.as_json(), show.taken(taken), taken.snapshot)
+
+
+def _left_of_a_snapshot(phase: str) -> str:
+    """What an interruption in this phase leaves."""
+    if phase == "commit":
+        return "the snapshot was about to be finished; 'island list' shows whether it is there"
+    kept = "; what was sent is kept for the next one" if phase == "send" else ""
+    return "no snapshot was made, earlier ones are as they were" + kept
 
 
 @island.command("list")
@@ -236,84 +248,7 @@ def show_(run: Run, snapshot: str) -> None:
     run.answer(found.as_json(), show.shown(found), found.snapshot)
 
 
-@island.command(epilog=NAMING)
-@click.argument("snapshot", shell_complete=snapshots_known)
-@click.argument("target", type=click.Path(path_type=Path), required=False)
-@image_format_option("Format of TARGET or IMAGE.")
-@click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
-@click.option("--onto", metavar="IMAGE", type=click.Path(path_type=Path),
-              help="Write to this file or block device, which is there, the blocks that differ.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="With --onto: write nothing, and tell what would be written.")
-@limits
-@common
-@click.pass_obj
-def restore(
-    run: Run,
-    snapshot: str,
-    target: Path | None,
-    image_format: str,
-    no_pin: bool,
-    onto: Path | None,
-    dry_run: bool,
-) -> None:
-    """Write the volume as of SNAPSHOT to the new file TARGET, or onto IMAGE.
-
-    TARGET must not exist; it gets its name when it is whole and on disk. A qcow2 holds a pin, so its next
-    snapshot is incremental; a raw file is sparse.
-
-    IMAGE is there, and nobody may have it open. All of it is read and compared by digests first; then only
-    blocks that differ are fetched and written. What it has behind the volume's end becomes zero; a smaller
-    one is refused. Internal snapshots and pins in it stay as they are. After an interruption IMAGE is partly
-    what it was: the same command goes on.
-
-    \b
-    Example:
-      island -r /srv/snapshots restore disk@latest restored.qcow2
-      island -r swift://volumes/host7 restore 6f0c2a91b3d4 disk.raw --format raw
-      island -r /srv/snapshots restore disk@81d0 --onto disk.qcow2 --dry-run
-      island -r /srv/snapshots restore disk@81d0 --onto /dev/vg0/disk --format raw
-    """  # noqa: D301
-    if (target is None) == (onto is None):
-        raise UsageError("name a TARGET to be made, or an image that is there with --onto")
-    if onto is not None:
-        _restore_onto(run, snapshot, onto, image_format, no_pin, dry_run)
-    elif target is not None:
-        if dry_run:
-            raise UsageError("--dry-run goes with --onto; a new TARGET is written in full")
-        _restore(run, snapshot, target, image_format, no_pin)
-
-
-def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
-    def if_interrupted() -> str:
-        if os.path.lexists(target):
-            return f"{target} is whole, if this command made it"
-        return f"{target} was not made"
-
-    run.if_interrupted = if_interrupted
-    with opened(run) as repository, run.progress() as progress:
-        restored = repository.restore(
-            snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
-        )
-    run.answer(restored.as_json(), show.restored(restored))
-
-
-def _restore_onto(
-    run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool, dry_run: bool
-) -> None:
-    if no_pin:
-        raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
-
-    def if_interrupted() -> str:
-        if run.phase in ("zero", "restore"):
-            return f"{target} is partly what it was and partly the snapshot; run the same again"
-        return "nothing was changed"
-
-    run.if_interrupted = if_interrupted
-    with opened(run) as repository, run.progress() as progress:
-        restored = repository.restore_onto(
-            snapshot, target, image_format=image_format, dry_run=dry_run, progress=progress
-        )
-    run.answer(restored.as_json(), show.restored_onto(restored, dry_run))
+island.add_command(restore)  # here, for the help lists verbs in this order
 
 
 @island.command(epilog=NAMING)

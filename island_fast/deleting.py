@@ -39,10 +39,20 @@ def show(found: Found) -> SnapshotShown:
     shown = asdict(describe(found.lineage, found.row))
     try:
         deletion = planned(found.lineage, found.row)
+        manifest = found.lineage.manifest(found.row)
     except DamagedError as error:
         _LOG.warning("what deleting it would free cannot be told: %s", error)
         return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
-    return SnapshotShown(**shown, bytes_unreferenced=deletion.unreferenced, bytes_freed=deletion.freed)
+    facts = manifest.properties
+    return SnapshotShown(
+        **shown,
+        bytes_unreferenced=deletion.unreferenced,
+        bytes_freed=deletion.freed,
+        consistency=facts.get("consistency"),
+        domain=facts.get("libvirt.domain"),
+        disk=facts.get("libvirt.disk"),
+        group=manifest.group,
+    )
 
 
 def delete(found: Sequence[Found], writer: str, dry_run: bool) -> list[Deleted]:

@@ -30,6 +30,7 @@ from island_fast.frame import Kind, Section, json_bytes, open_frame, read_json, 
 from island_fast.lineage import Lineage
 from island_fast.local import LocalState
 from island_fast.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.source import Source, pinned_lineage
 from island_fast.stores import Store, open_store
 from island_fast.stores.checked import get_checked
 
@@ -207,6 +208,39 @@ class OpenRepository:
             )
         return lineage
 
+    def lineage_for(self, source: Source, volume: str | None) -> Lineage:
+        """The lineage that a snapshot of `source` goes to, refreshed; RefusedError if it is another image's.
+
+        It is that of `volume` if that is given, else of the image's pin, else of what this host remembers.
+        """
+        name = volume
+        if name is None and self._id is not None:
+            if pinned := self._pinned_lineage(source):
+                return pinned
+            name = self.state.lineage_of(self.id, source.path)
+        lineage = self.lineage(name or source.path.stem)
+        self._refresh(lineage)
+        if lineage.exists:
+            lineage.require_owner(self.state.writer)
+            known = lineage.files.image() in (None, str(source.path))
+            if not known and not _holds_pin(source, lineage):
+                raise RefusedError(
+                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} neither "
+                    f"has its pin nor is it known as its image; give another name with --volume, or run "
+                    f"'island adopt {lineage.name}' if it is that volume"
+                )
+        return lineage
+
+    def _pinned_lineage(self, source: Source) -> Lineage | None:
+        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
+        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
+        for name in dict.fromkeys(filter(None, pinned)):
+            lineage = self.lineage(name)
+            self._refresh(lineage)
+            if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
+                return lineage
+        return None
+
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
         if lineage.files.pending():
@@ -235,3 +269,12 @@ class OpenRepository:
                 f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
             )
         return found[0]
+
+
+def _holds_pin(source: Source, lineage: Lineage) -> bool:
+    """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
+    pins = [row.pin for row in lineage.state.live.values()]
+    for retired in lineage.files.retired():
+        manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
+        pins += [manifest.pin] if manifest else []
+    return any(source.find(pin) for pin in pins)

@@ -21,7 +21,7 @@ from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
 from island_fast.progress import Progress, silent
-from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, Source, held, pinned_lineage
+from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, held
 from island_fast.taking import take
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         Copied,
         Deleted,
         Difference,
+        DomainTaken,
         ImageInfo,
         Restored,
         RestoredOnto,
@@ -107,7 +108,7 @@ class Repository(OpenRepository):
         with held(image, image_format, qmp=monitor, as_it_is=as_it_is, backing=backing) as source:
             if at is not None:
                 source.named(at)  # before anything is made
-            lineage = self._lineage_for(source, volume)
+            lineage = self.lineage_for(source, volume)
             compress = compression == "zstd"
             facts = dict(properties or {})
             request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
@@ -117,35 +118,33 @@ class Repository(OpenRepository):
                 mend_known(lineage, source, self.state.writer, progress)
             return take(lineage, source, request, progress)
 
-    def _lineage_for(self, source: Source, volume: str | None) -> Lineage:
-        """The lineage that a snapshot of `source` goes to, refreshed; refused if it is another image's."""
-        name = volume
-        if name is None and self._id is not None:
-            if pinned := self._pinned_lineage(source):
-                return pinned
-            name = self.state.lineage_of(self.id, source.path)
-        lineage = self.lineage(name or source.path.stem)
-        self._refresh(lineage)
-        if lineage.exists:
-            lineage.require_owner(self.state.writer)
-            known = lineage.files.image() in (None, str(source.path))
-            if not known and not _holds_pin(source, lineage):
-                raise RefusedError(
-                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} neither "
-                    f"has its pin nor is it known as its image; give another name with --volume, or run "
-                    f"'island adopt {lineage.name}' if it is that volume"
-                )
-        return lineage
+    def snapshot_domain(
+        self,
+        domain: str,
+        *,
+        disks: Sequence[str] = (),
+        freeze: str = "auto",
+        connect: str | None = None,
+        volume: str | None = None,
+        label: str = "",
+        full: bool = False,
+        compression: str = "zstd",
+        progress: Progress = silent,
+    ) -> DomainTaken:
+        """Take snapshots of the disks of a running libvirt guest at one moment, each of its own volume.
 
-    def _pinned_lineage(self, source: Source) -> Lineage | None:
-        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
-        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
-        for name in dict.fromkeys(filter(None, pinned)):
-            lineage = self.lineage(name)
-            self._refresh(lineage)
-            if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
-                return lineage
-        return None
+        `disks` are their names in libvirt, such as "vda"; without, all that the guest may write to, which
+        must be qcow2 files. `freeze`: "auto" freezes the guest's file systems if its agent answers, "require"
+        fails where that is impossible, "never" does not ask. `connect` is libvirt's URI, of this host. The
+        rest is as in `snapshot`; `volume` only for one disk. If some disks cannot be stored, the others are,
+        and the error tells which.
+        """
+        from island_fast.domains import Wish, take_domain
+
+        if compression not in ("zstd", "none"):
+            raise UsageError(f"{compression!r} is no compression; use zstd or none")
+        wish = Wish(domain, disks, freeze, connect, volume, label, full, compression == "zstd")
+        return take_domain(self, self.lineage_for, wish, progress)
 
     def outlook(
         self, image: str | Path, *, volume: str | None = None, backing: Sequence[str] = ()
@@ -165,7 +164,7 @@ class Repository(OpenRepository):
         files = [Backing.parse(text) for text in backing]
         try:
             with Qcow2Source(path, look_only=True, backing=files) as source:
-                lineage = self._lineage_for(source, volume)
+                lineage = self.lineage_for(source, volume)
                 start = choose(lineage, source, Request(self.id, writer=""))
         except RefusedError as error:  # so would the next snapshot be
             return replace(info, next_reason=str(error))
@@ -435,12 +434,3 @@ class Repository(OpenRepository):
             lineage.adopt(self.state.writer)
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
-
-
-def _holds_pin(source: Source, lineage: Lineage) -> bool:
-    """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
-    pins = [row.pin for row in lineage.state.live.values()]
-    for retired in lineage.files.retired():
-        manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
-        pins += [manifest.pin] if manifest else []
-    return any(source.find(pin) for pin in pins)

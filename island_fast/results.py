@@ -25,6 +25,8 @@ __all__ = [
     "Decided",
     "Deleted",
     "Difference",
+    "DiskTaken",
+    "DomainTaken",
     "ImageInfo",
     "InternalInfo",
     "Restored",
@@ -65,10 +67,40 @@ class Snapshot(Answer):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotShown(Snapshot):
-    """A snapshot, and what deleting it would free: see `Deleted`; None if damage hides it."""
+    """A snapshot, and what deleting it would free: see `Deleted`; None if damage hides it.
+
+    `consistency`, and of a running guest `domain`, `disk` and `group`, are as in `DomainTaken`.
+    """
 
     bytes_unreferenced: int | None
     bytes_freed: int | None
+    consistency: str | None = None
+    domain: str | None = None
+    disk: str | None = None
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DiskTaken(SnapshotTaken):
+    """A snapshot just made of the disk that a guest's host calls `disk`, whose file is `image`."""
+
+    disk: str
+    image: str
+
+
+@dataclass(frozen=True, slots=True)
+class DomainTaken(Answer):
+    """Snapshots just made of a running guest's disks at one moment; `group` is theirs if they are several.
+
+    `consistency` is "filesystem" if the guest's file systems were frozen then, else "crash", as after a
+    power cut; `reason` tells why.
+    """
+
+    domain: str
+    group: str | None
+    consistency: str
+    reason: str
+    snapshots: tuple[DiskTaken, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from island_fast.results import (
         Adopted,
         Deleted,
+        DomainTaken,
         Restored,
         RestoredOnto,
         Snapshot,
@@ -35,6 +36,7 @@ __all__ = [
     "Lines",
     "adopted",
     "deleted",
+    "domain_taken",
     "duration",
     "listed",
     "pace",
@@ -154,6 +156,17 @@ def taken(answer: SnapshotTaken) -> str:
     )
 
 
+def domain_taken(answer: DomainTaken) -> str:
+    """Snapshots just made of a guest's disks, and how the guest was."""
+    guest = [
+        ("domain", printable(answer.domain)),
+        ("group", answer.group or ""),
+        ("consistency", f"{answer.consistency}: {printable(answer.reason)}"),
+    ]
+    disks = [f"disk      {one.disk}, {printable(one.image)}\n{taken(one)}" for one in answer.snapshots]
+    return "\n\n".join([sheet(guest), *disks])
+
+
 def _kept(answer: SnapshotTaken) -> str:
     if not answer.attempt:
         return ""
@@ -187,10 +200,18 @@ def shown(answer: SnapshotShown) -> str:
             ("parent", answer.parent or "none"),
             ("label", printable(answer.label)),
             ("created", answer.created),
+            ("guest", _guest(answer)),
+            ("group", printable(answer.group or "")),
             ("stored", size(answer.bytes_stored)),
             ("deleting", _would_free(answer)),
         ]
     )
+
+
+def _guest(answer: SnapshotShown) -> str:
+    if answer.domain is None:
+        return ""
+    return printable(f"domain {answer.domain}, disk {answer.disk}; consistency: {answer.consistency}")
 
 
 def _would_free(answer: SnapshotShown) -> str:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +35,7 @@ from island_fast.runs import Runs
 from island_fast.source import Change, Source, View, pin_name
 from island_fast.storing import Stored, Storing
 
-__all__ = ["Request", "take"]
+__all__ = ["Member", "Request", "take", "take_together"]
 
 Int64s = NDArray[np.int64]
 
@@ -51,6 +52,43 @@ def take(
     On an error nothing is visible in the repository, and the image keeps the pins that it had.
     """
     return _Taking(lineage, source, request, progress).run()
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One of several volumes that are snapshotted at one moment: see `take`. Its image can be pinned."""
+
+    lineage: Lineage
+    source: Source
+    request: Request
+
+
+Pins = Callable[[Sequence[str]], Mapping[str, str]]
+"""Takes the pins of these names, one for each member, and returns properties of that moment."""
+
+
+def take_together(
+    members: Sequence[Member], pin: Pins, progress: Progress
+) -> list[SnapshotTaken | IslandError | OSError]:
+    """Take snapshots of several volumes at the moment when `pin` takes their pins, then store one by one.
+
+    Each is as whole as if it were alone: one that fails takes its pin with it, is an error in the answer, and
+    keeps none of the others from being stored. What `pin` raises, and interruptions, undo all that are not
+    stored yet.
+    """
+    takings = [_Taking(one.lineage, one.source, one.request, progress) for one in members]
+    answers: list[SnapshotTaken | IslandError | OSError] = []
+    with ExitStack() as all_of_them:
+        stacks = [all_of_them.enter_context(ExitStack()) for _ in takings]
+        names = [taking.begin(stack) for taking, stack in zip(takings, stacks, strict=True)]
+        created = time.time_ns()
+        facts = pin(names)
+        for taking, stack, name in zip(takings, stacks, names, strict=True):
+            try:
+                answers.append(taking.end(stack, name, created, facts))
+            except (IslandError, OSError) as error:
+                answers.append(error)
+    return answers
 
 
 def new_id() -> str:
@@ -88,20 +126,42 @@ class _Taking:
         with ExitStack() as stack:
             self._begin(stack)
             internal = self._internal(stack)
-            view = self._source.view(internal)
-            change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
-            parent, storing = self._parent_runs(), self._storing
-            change, whole = resent(self._lineage, change, parent)
-            sent = send(
-                view.read, change.data, storing.known(whole), storing.sink(), self._progress,
-                compress=self._request.compress,
-            )  # fmt: skip
-            stored = storing.stored(sent, parent, change.replaced)
-            replaced = subtract_intervals(change.replaced, sent.same.runs())
-            pin = internal.identity if internal else self._would_be_pin(created, view)
-            manifest = self._manifest(change, stored.runs, pin, view, created)
-            row = storing.commit(manifest, stored.packs, stored.dead, self._last_word)
+            taken = self._store(internal, created)
         notes = self._drop_old_pins(internal)
+        return replace(taken, seconds=time.monotonic() - began, notes=notes)
+
+    # The same in two steps, with the pin taken between them by the caller.
+
+    def begin(self, stack: ExitStack) -> str:
+        """Do all that comes before the pin, and return its name; `stack` undoes it."""
+        self._begin(stack)
+        return self._expect_pin(stack)
+
+    def end(self, stack: ExitStack, name: str, created: int, facts: Mapping[str, str]) -> SnapshotTaken:
+        """Store the pin `name`; `facts` are more properties. Leaves `stack`."""
+        began = time.monotonic()
+        self._request = replace(self._request, properties=dict(self._request.properties) | dict(facts))
+        with stack:
+            internal = self._source.named(name)
+            taken = self._store(internal, created)
+        notes = self._drop_old_pins(internal)
+        return replace(taken, seconds=time.monotonic() - began, notes=notes)
+
+    def _store(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
+        """Find the change, send it and commit."""
+        view = self._source.view(internal)
+        change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
+        parent, storing = self._parent_runs(), self._storing
+        change, whole = resent(self._lineage, change, parent)
+        sent = send(
+            view.read, change.data, storing.known(whole), storing.sink(), self._progress,
+            compress=self._request.compress,
+        )  # fmt: skip
+        stored = storing.stored(sent, parent, change.replaced)
+        replaced = subtract_intervals(change.replaced, sent.same.runs())
+        pin = internal.identity if internal else self._would_be_pin(created, view)
+        manifest = self._manifest(change, stored.runs, pin, view, created)
+        row = storing.commit(manifest, stored.packs, stored.dead, self._last_word)
         return SnapshotTaken(
             snapshot=row.id,
             lineage=self._lineage.name,
@@ -118,8 +178,7 @@ class _Taking:
             bytes_stored=row.stored + row.manifest_size,
             objects_written=self._storing.objects,
             attempt=row.attempt,
-            seconds=time.monotonic() - began,
-            notes=notes,
+            seconds=0.0,
         )
 
     # From what.
@@ -150,11 +209,15 @@ class _Taking:
             return self._source.named(self._request.at)
         if not self._request.pin or self._source.unpinnable:
             return None
+        return self._source.pin(self._expect_pin(stack))
+
+    def _expect_pin(self, stack: ExitStack) -> str:
+        """Make way for the pin, and have it dropped on an error; returns its name."""
         name = self._pin_name
         if self._registration.attempt:
             self._source.discard(name)  # the one of the attempt that was interrupted
         stack.enter_context(self._unpinned_on_error(name))
-        return self._source.pin(name)
+        return name
 
     @property
     def _pin_name(self) -> str:
@@ -209,6 +272,7 @@ class _Taking:
             snapshot=self._id,
             attempt=self._registration.attempt,
             parent=self._registration.parent,
+            group=self._request.group,
             volume_size=view.volume_size,
             created=created,
             label=self._request.label,

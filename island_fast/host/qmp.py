@@ -1,4 +1,4 @@
-"""A qemu process that has images open, over its QMP socket; internal snapshots are taken there.
+"""A qemu process that has images open, over its QMP socket.
 
 QMP is JSON, one message to a line: a greeting, then commands and their replies, with events between them
 (qemu's docs/interop/qmp-spec.rst; the commands are in qapi/block-core.json). Answers are bounded in size
@@ -12,11 +12,11 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from collections.abc import Mapping
+from typing import Any
 
-from island_fast.errors import IslandError, NotFoundError, RefusedError
-from island_fast.host.imagelock import open_image, writer_present
+from island_fast.errors import IslandError, NotFoundError
+from island_fast.host.monitor import Monitor
 
 __all__ = ["Qmp"]
 
@@ -24,12 +24,11 @@ TIMEOUT = 1800.0  # seconds for one command: with small caches, scattered tables
 _HANDSHAKE_TIMEOUT = 10.0  # seconds; nothing but another client of the monitor delays a greeting
 _QUEUE_STEP = 0.02  # seconds
 _MAX_MESSAGE = 16 << 20
-_MAX_SAID = 300  # characters of qemu's own words in a message
 _READ_SIZE = 65536
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
-class Qmp:
+class Qmp(Monitor):
     """A connection to one qemu process (a virtual machine or a qemu-storage-daemon). A context manager.
 
     Made, it is connected and has been greeted: NotFoundError if there is no such socket, IslandError if
@@ -41,6 +40,8 @@ class Qmp:
 
     def __init__(self, socket_path: str | os.PathLike[str], timeout: float = TIMEOUT) -> None:
         self.socket_path = os.fspath(socket_path)
+        self.who = f"the process behind {self.socket_path!r}"
+        self.otherwise = "name the QMP socket of the process that does"
         self._timeout = timeout
         self._sent = 0
         self._received = bytearray()
@@ -51,18 +52,12 @@ class Qmp:
             self.close()
             raise
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the connection; the process and its images stay as they are."""
         self._socket.close()
 
     def command(self, name: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Give one command and return qemu's answer to it."""
+        """See Monitor.command."""
         return self._execute(name, arguments or {})
 
     def peer(self) -> int:
@@ -71,54 +66,9 @@ class Qmp:
         pid: int = _PEER.unpack(peer)[0]
         return pid
 
-    def find_node(self, path: str | os.PathLike[str]) -> str:
-        """Return the name of the qcow2 node whose file is the very inode of `path`.
-
-        Where a daemon of ours has a filter in front of that node (`daemon.py` says why), it is the filter's
-        name: qemu takes internal snapshots through it, and refuses to take them below it.
-
-        Other nodes over the same file (its protocol node, a raw view, filters) do not count.
-        RefusedError if the process has no such node, or several, or if nobody has the file open for
-        writing: qemu tells the name that it opened, which may lead to another file by now.
-        """
-        shown = os.fspath(path)
-        fd = open_image(shown)
-        try:
-            wanted, written = os.fstat(fd), writer_present(fd)
-        finally:
-            os.close(fd)
-        nodes = self._execute("query-named-block-nodes", {"flat": True})
-        names = [name for name, file in _qcow2_nodes(nodes) if self._is_file(file, wanted)]
-        if not names:
-            raise RefusedError(
-                f"the process behind {self.socket_path!r} does not hold image {shown!r}; "
-                f"name the QMP socket of the process that does"
-            )
-        if len(names) > 1:
-            raise RefusedError(
-                f"the process behind {self.socket_path!r} has image {shown!r} open {len(names)} times "
-                f"(nodes {', '.join(map(repr, names))}); close all but one"
-            )
-        if not written:
-            raise RefusedError(
-                f"the process behind {self.socket_path!r} names image {shown!r}, but nobody has that file "
-                f"open for writing; see whether it was replaced while in use, or is open read-only"
-            )
-        fronts = [name for name, file in _fronts(nodes) if self._is_file(file, wanted)]
-        return fronts[0] if len(fronts) == 1 else names[0]
-
-    def snapshot_create(self, node: str, name: str) -> None:
-        """Take an internal snapshot of the node's image; on return it is in the file.
-
-        The guest's writes wait meanwhile; what it has not written yet is not in the snapshot, as
-        after a power cut. The node must be a root: one under a filter or an overlay is refused by qemu, as
-        is a name that is in the table already.
-        """
-        self._execute("blockdev-snapshot-internal-sync", {"device": node, "name": name})
-
-    def snapshot_delete(self, node: str, id: str, name: str) -> None:
-        """Delete the internal snapshot that has this id and this name; NotFoundError if there is none."""
-        self._execute("blockdev-snapshot-delete-internal-sync", {"device": node, "id": id, "name": name})
+    def locate(self, name: str) -> str:
+        """See Monitor.locate: a relative name is one from that process's own working directory."""
+        return name if os.path.isabs(name) else f"/proc/{self.peer()}/cwd/{name}"
 
     def _shake_hands(self) -> None:
         deadline = time.monotonic() + min(self._timeout, _HANDSHAKE_TIMEOUT)
@@ -141,7 +91,7 @@ class Qmp:
                 return reply["return"]
             # an error without an id is about a message that could not be understood at all
             if "error" in reply and reply.get("id", self._sent) == self._sent:
-                raise self._failure(command, reply["error"])
+                raise self.refused(command, reply["error"])
 
     def _send(self, message: bytes, deadline: float, command: str) -> None:
         try:
@@ -179,42 +129,17 @@ class Qmp:
             raise self._nonsense("does not speak QMP")
         return message
 
-    def _is_file(self, name: str, wanted: os.stat_result) -> bool:
-        """Tell whether `name`, as that process reports it, is the inode `wanted` seen from here.
-
-        A relative name is one from that process's own working directory.
-        """
-        try:
-            if not os.path.isabs(name):
-                name = f"/proc/{self.peer()}/cwd/{name}"
-            return os.path.samestat(os.stat(name), wanted)
-        except (OSError, ValueError):
-            return False
-
-    def _failure(self, command: str, error: object) -> IslandError:
-        said = str(error.get("desc")) if isinstance(error, dict) else str(error)
-        said = "".join(c if c.isprintable() else "?" for c in said).rstrip(".")[:_MAX_SAID]
-        sentence = f"the process behind {self.socket_path!r} refused {command}: {said}"
-        if "does not exist on" in said:
-            return NotFoundError(sentence)
-        return IslandError(sentence)
-
     def _silence(self, awaited: str) -> IslandError:
         return IslandError(
-            f"the process behind {self.socket_path!r} did not answer in time ({awaited}); "
+            f"{self.who} did not answer in time ({awaited}); "
             f"see whether it hangs, or whether another client holds this socket"
         )
 
     def _hung_up(self, awaited: str) -> IslandError:
-        return IslandError(
-            f"the process behind {self.socket_path!r} ended the connection ({awaited}); "
-            f"see whether it still runs"
-        )
+        return IslandError(f"{self.who} ended the connection ({awaited}); see whether it still runs")
 
     def _nonsense(self, what: str) -> IslandError:
-        return IslandError(
-            f"the process behind {self.socket_path!r} {what}; name the QMP socket of a qemu process"
-        )
+        return IslandError(f"{self.who} {what}; name the QMP socket of a qemu process")
 
 
 def _connect(path: str) -> socket.socket:
@@ -259,50 +184,3 @@ def _left(deadline: float) -> float:
     if left <= 0:
         raise TimeoutError
     return left
-
-
-def _qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
-    """Yield node name and file name of every qcow2 node in an answer of query-named-block-nodes."""
-    for node in nodes if isinstance(nodes, list) else ():
-        if not isinstance(node, dict) or node.get("drv") != "qcow2":
-            continue
-        name, file = node.get("node-name"), node.get("file")
-        if isinstance(name, str) and isinstance(file, str):
-            yield name, _protocol_file(file)
-
-
-def _fronts(nodes: object) -> Iterator[tuple[str, str]]:
-    """Yield node name and file name of every blkdebug filter that stands on a qcow2 node."""
-    for node in nodes if isinstance(nodes, list) else ():
-        if not isinstance(node, dict) or node.get("drv") != "blkdebug":
-            continue
-        name, file = node.get("node-name"), node.get("file")
-        if isinstance(name, str) and isinstance(file, str):
-            below = _options(file).get("image")
-            if isinstance(below, dict) and below.get("driver") == "qcow2":
-                yield name, _bottom(below)
-
-
-def _protocol_file(name: str) -> str:
-    """Return the name of the file at the bottom of a node; "" where it is no file.
-
-    qemu reports a plain name where that says all, else the node's options as JSON, each node's child
-    under "file".
-    """
-    return _bottom(_options(name)) if name.startswith("json:") else name
-
-
-def _options(name: str) -> dict[str, object]:
-    """Return a node's options, where qemu reports it by them."""
-    try:
-        node = json.loads(name.removeprefix("json:"))
-    except (ValueError, RecursionError):
-        return {}
-    return node if isinstance(node, dict) else {}
-
-
-def _bottom(node: object) -> str:
-    while isinstance(node, dict) and "filename" not in node:
-        node = node.get("file")
-    file = node.get("filename") if isinstance(node, dict) else None
-    return file if isinstance(file, str) else ""

@@ -46,7 +46,7 @@ from island_fast.source.base import (
 from island_fast.source.chain import Backing, Chain, Layer, refuse_mismatch, with_below
 
 if TYPE_CHECKING:
-    from island_fast.host.qmp import Qmp
+    from island_fast.host.monitor import Monitor
 
 __all__ = ["PointView", "Qcow2Source"]
 
@@ -75,11 +75,12 @@ class PointView(View):
 class Qcow2Source(Source):
     """An image held for one snapshot; a context manager.
 
-    With `qmp`, the process behind that socket owns the image and takes the internal snapshots; otherwise
-    nobody may have it open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be
-    pinned, writers are kept out as long as the source is open, for a scan of the active table. With
-    `look_only` nothing is locked: such a source may be asked what it would do, and do nothing. `backing` are
-    the image's backing files, nearest first; without them an image that has one is refused.
+    With `qmp`, the process behind that socket owns the image and takes the internal snapshots; so does the
+    one behind `monitor`, which stays the caller's; it calls the image `node`. Without, nobody may have it
+    open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be pinned, writers are
+    kept out as long as the source is open, for a scan of the active table. With `look_only` nothing is
+    locked: such a source may be asked what it would do, and do nothing. `backing` are the image's backing
+    files, nearest first; without them an image that has one is refused.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Qcow2Source(Source):
         path: Path,
         qmp: Path | None = None,
         *,
+        monitor: Monitor | None = None,
         as_it_is: bool = False,
         look_only: bool = False,
         backing: Sequence[Backing] = (),
@@ -96,25 +98,29 @@ class Qcow2Source(Source):
             self.image = stack.enter_context(Image.open(path, backed=bool(backing)))
             refuse_mismatch(self.image, bool(backing))
             self._chain = stack.enter_context(closing(Chain(backing, self.image.header.backing_name)))
-            self._monitor: Qmp | None = None
+            self._monitor: Monitor | None = None
             if look_only:
                 self._stack = stack.pop_all()
                 return
-            if qmp and (why := self.unpinnable):
+            if (qmp or monitor) and (why := self.unpinnable):
                 raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
             hold = as_it_is or self.unpinnable is not None
             lock = stack.enter_context(ImageLock(path, hold_off_writers=hold))
             if not os.path.samestat(os.fstat(lock.fd), os.fstat(self.image.fd)):
                 raise RefusedError(f"{path} was replaced by another file just now; try again")
-            self._monitor = stack.enter_context(_connected(qmp)) if qmp else None
-            self._node = self._monitor.find_node(path) if self._monitor else ""
+            self._monitor = stack.enter_context(_connected(qmp)) if qmp else monitor
+            self.node = self._monitor.find_node(path) if self._monitor else ""
             if not self._monitor and writer_present(self.image.fd):
                 raise ImageInUseError(
                     f"{path} is open for writing in another process; name that process's QMP socket "
-                    "with --qmp, or stop it first"
+                    "with --qmp, snapshot a libvirt guest with --domain, or stop it first"
                 )
             self.image.reload()
             self._stack = stack.pop_all()
+
+    def reload(self) -> None:
+        """Read the snapshot table anew, after somebody else took or dropped an internal snapshot."""
+        self.image.reload()
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -146,7 +152,7 @@ class Qcow2Source(Source):
     def pin(self, name: str) -> InternalSnapshot:
         """Take an internal snapshot; it is on disk when this returns."""
         if self._monitor:
-            self._monitor.snapshot_create(self._node, name)
+            self._monitor.snapshot_create(self.node, name)
         else:
             QemuImg().snapshot_create(self.path, name)
         self.image.reload()
@@ -155,7 +161,7 @@ class Qcow2Source(Source):
     def unpin(self, internal: InternalSnapshot) -> None:
         """Drop an internal snapshot of ours."""
         if self._monitor:
-            self._monitor.snapshot_delete(self._node, internal.id, internal.name)
+            self._monitor.snapshot_delete(self.node, internal.id, internal.name)
         elif self.named(internal.name).identity == internal.identity:  # qemu-img knows names only
             QemuImg().snapshot_delete(self.path, internal.name)
         self.image.reload()
@@ -218,10 +224,10 @@ class Qcow2Source(Source):
         return scanned(with_below(own, self._chain.top, progress), why)
 
 
-def _connected(monitor: Path) -> Qmp:
+def _connected(socket: Path) -> Monitor:
     from island_fast.host.qmp import Qmp  # with sockets, which only images in use need
 
-    return Qmp(monitor)
+    return Qmp(socket)
 
 
 def _compared(base: Base) -> str:

@@ -176,7 +176,7 @@ def test_a_name_that_another_image_has(island: Island, disk: Path, tmp_path: Pat
 def test_usage(island: Island, disk: Path) -> None:
     for words, hint in {
         ("frob",): "no such command",
-        ("snapshot",): "missing argument 'IMAGE'; see 'island snapshot --help'",
+        ("snapshot",): "missing argument 'IMAGE', or --domain for a running libvirt guest; see 'island snap",
         ("snapshot", str(disk), "--frob"): "no such option",
         ("snapshot", str(disk), "extra"): "unexpected extra argument",
         ("snapshot", str(disk), "--volume", "a/b"): "cannot name a volume",

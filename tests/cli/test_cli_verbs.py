@@ -25,7 +25,7 @@ KEYS = {
         *["objects_written", "attempt", "seconds", "notes"],
     ],
     "list": ROW,
-    "show": [*ROW, "bytes_unreferenced", "bytes_freed"],
+    "show": [*ROW, "bytes_unreferenced", "bytes_freed", "consistency", "domain", "disk", "group"],
     "restore": [
         *["snapshot", "target", "format", "volume_size"],
         *["bytes_read", "bytes_written", "objects_read", "seconds"],

@@ -114,15 +114,15 @@ def command(ramdisk: Path, socket: Path) -> list[object]:
     return ["qemu-system-x86_64", *machine, *memory, *console, *boot, *share]
 
 
-def make_ramdisk(folder: Path, job: str) -> Path:
+def make_ramdisk(folder: Path, job: str, init: str = INIT, modules: str = MODULES) -> Path:
     top = folder / "ramdisk"
     for place in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root"):
         (top / place).mkdir(parents=True)
     shutil.copy(GUEST / "bin/busybox", top / "bin")
     for module in GUEST.rglob("*.ko"):
-        if module.stem in MODULES.split():
+        if module.stem in modules.split():
             shutil.copy(module, top / "modules")
-    (top / "init").write_text(INIT)
+    (top / "init").write_text(init)
     (top / "init").chmod(0o755)
     (top / "job").write_text(job)
     made = folder / "ramdisk.cpio"
