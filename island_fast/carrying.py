@@ -59,7 +59,7 @@ def carry(
             done += batch.read * BLOCK_SIZE
         progress("copy", done, total)
 
-    with workers(_FETCHING, "copy") as pool, sink:
+    with workers(min(packs.store.downloads, _FETCHING), "copy") as pool, sink:
         for key, named in by_pack(runs):
             if len(waiting) == _FETCHING:
                 take()

@@ -96,6 +96,7 @@ def island(context: click.Context) -> None:
     Environment:
       ISLAND_REPOSITORY       the repository, where -r does not name one
       ISLAND_COMPRESSION      compression of what is sent: zstd or none
+      ISLAND_WORKERS          the most threads that work on blocks at a time
       ISLAND_LIMIT_UPLOAD     rates of --limit-upload and --limit-download,
       ISLAND_LIMIT_DOWNLOAD   such as 10M
       ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'

@@ -30,7 +30,13 @@ _METERED = ("snapshot", "restore", "copy", "verify", "sweep")  # the verbs that 
 
 _Wanted = type | tuple[str, ...] | re.Pattern[str]  # a type, or some texts, or a rate
 _TABLES: Mapping[str, Mapping[str, _Wanted]] = {
-    "": {"repository": str, "compression": COMPRESSIONS, "limit-upload": _RATE, "limit-download": _RATE},
+    "": {
+        "repository": str,
+        "compression": COMPRESSIONS,
+        "workers": int,
+        "limit-upload": _RATE,
+        "limit-download": _RATE,
+    },
     "retain": {f"keep-{rule}": int for rule in KEEP_RULES},
 }
 _NAMES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
@@ -91,7 +97,9 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         _refuse(path, name)
     if "compression" in values:
         values["snapshot"] = {"compression": values.pop("compression")}
-    limits = {name: values.pop(name) for name in ("limit_upload", "limit_download") if name in values}
+    limits = {
+        name: values.pop(name) for name in ("workers", "limit_upload", "limit_download") if name in values
+    }
     for verb in _METERED if limits else ():
         values[verb] = values.get(verb, {}) | limits
     return values

@@ -88,7 +88,7 @@ def compare(
         data = source.change(view, None, "", progress).data
         runs = keyed(lineage, manifest)
         looked_at = data | DirtyMap.from_runs(view.blocks, runs.intervals())
-        found = differences(view, looked_at, Expected(runs, index), lineage.seed, progress)
+        found = differences(view, looked_at, Expected(runs, index), lineage, progress)
         source.image.reload()
         if source.find(manifest.pin) is None:
             raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
@@ -125,7 +125,7 @@ class Expected:
 
 
 def differences(
-    view: View, looked_at: DirtyMap, expected: Expected, seed: int, progress: Progress
+    view: View, looked_at: DirtyMap, expected: Expected, lineage: Lineage, progress: Progress
 ) -> tuple[DirtyMap, DirtyMap]:
     """Read the blocks in `looked_at`, and see which are not as they should be, and which cannot be compared.
 
@@ -145,13 +145,13 @@ def differences(
         done += read
         progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
 
-    with workers(min(os.cpu_count() or 1, _READING), "compare") as pool:
+    with workers(min(lineage.store.readers, _READING), "compare") as pool:
         for blocks in looked_at.batches(BATCH):
             if len(waiting) == _READING:
                 take()
             rows = buffers[0][: blocks.size]  # of the batch that was taken just now
             buffers.rotate(-1)
-            waiting.append(pool.submit(_compared, view, blocks, rows, expected, seed))
+            waiting.append(pool.submit(_compared, view, blocks, rows, expected, lineage.seed))
         while waiting:
             take()
     return differing, unknown

@@ -84,6 +84,7 @@ class OpenRepository:
         state: LocalState | None = None,
         create: bool = False,
         variables: str = "",
+        workers: int | None = None,
         meters: Meters | None = None,
     ) -> Self:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
@@ -91,14 +92,17 @@ class OpenRepository:
         With `create` one that is not there yet is made by the first snapshot, or copy to it: in an empty or
         new directory, or an empty place in a container. `state` is this host's local state (default: that of
         the command, see ISLAND_STATE). Swift's credentials are in the usual variables (ST_*, OS_*, OS_CLOUD),
-        with `variables` in front of their names. `meters` limit how fast objects go and come; repositories
-        that share them share the rates. No configuration file is read.
+        with `variables` in front of their names. `workers` is the most threads that work on blocks at a time
+        (default: as many as help); `meters` limit how fast objects go and come, and repositories that share
+        them share the rates. No configuration file is read.
 
         NotFoundError if there is no repository, or no container; UsageError if `url` can be none; StoreError
         if the store cannot be reached, or does not accept the credentials; DamagedError if the object
         `repository` is missing or damaged; UnsupportedObjectError if a newer version made it.
         """
         store = open_store(os.fspath(url), create_ok=create, variables=variables)
+        if workers is not None:
+            store.use_workers(workers)
         if meters is not None:
             from island_fast.stores.metering import MeteredStore
 

@@ -74,7 +74,7 @@ def opened(run: Run, *, create: bool = False) -> Repository:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(run.location, create=create, meters=_meters(run))
+    return Repository.open(run.location, create=create, workers=run.workers, meters=_meters(run))
 
 
 def other_opened(run: Run, location: str) -> Repository:
@@ -85,7 +85,9 @@ def other_opened(run: Run, location: str) -> Repository:
     from island_fast.repository import Repository  # here: it takes a good part of a second
 
     own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
-    return Repository.open(location, create=True, variables=_OTHER if own else "", meters=_meters(run))
+    return Repository.open(
+        location, create=True, variables=_OTHER if own else "", workers=run.workers, meters=_meters(run)
+    )
 
 
 def _meters(run: Run) -> Meters | None:
@@ -153,7 +155,10 @@ def image_format_option(told: str) -> Callable[[Callable[..., Any]], Callable[..
 
 
 def limits(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that limit how fast a verb moves data."""
+    """Add the options that limit how fast a verb moves data, and by how many threads."""
+
+    def remember_workers(context: click.Context, parameter: click.Parameter, value: int | None) -> None:
+        context.ensure_object(Run).workers = value
 
     def remember(context: click.Context, parameter: click.Parameter, value: str | None) -> None:
         if value is not None:
@@ -170,7 +175,11 @@ def limits(command: Callable[..., Any]) -> Callable[..., Any]:
             f"--limit-{direction}", metavar="RATE", expose_value=False, callback=remember,
             envvar=f"ISLAND_LIMIT_{direction.upper()}", show_envvar=True, help=told,
         )(command)  # fmt: skip
-    return command
+    return click.option(
+        "--workers", metavar="N", type=click.IntRange(min=1), expose_value=False, callback=remember_workers,
+        envvar="ISLAND_WORKERS", show_envvar=True,
+        help="Let at most N threads work on blocks at a time. [default: as many as help]",
+    )(command)  # fmt: skip
 
 
 _SPAN = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smhd])")

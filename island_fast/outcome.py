@@ -153,6 +153,7 @@ class Run:
     json: bool = False
     quiet: bool = False
     json_progress: bool = False
+    workers: int | None = None
     limit_upload: float | None = None
     limit_download: float | None = None
     meters: Meters | None = None

@@ -74,7 +74,7 @@ def _compare(found: Found, runs: Runs, packs: PackReader, target: Existing, prog
     """What differs. Of blocks that the target does not hold, no digest is asked for: they are zero."""
     held = target.data(progress)
     expected = Expected(runs, packs.index)
-    differing, unknown = differences(target.view, held, expected, found.lineage.seed, progress)
+    differing, unknown = differences(target.view, held, expected, found.lineage, progress)
     if unknown:
         raise DamagedObjectError(f"the manifest of snapshot {found.row.id} names slots that no pack has")
     named = DirtyMap.from_runs(held.blocks, runs.intervals())

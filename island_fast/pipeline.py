@@ -8,7 +8,6 @@ place. The first error ends the stream and is raised in the calling thread.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -143,7 +142,7 @@ def send(
         done += batch.read
         progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
 
-    with workers(min(os.cpu_count() or 1, _READING), "read") as pool, sink:
+    with workers(min(sink.readers, _READING), "read") as pool, sink:
         for blocks in data.batches(BATCH):
             if len(waiting) == _READING:
                 take()
@@ -216,6 +215,7 @@ class PackSink:
         stored: Callable[[PackRow, Int64s, bytes], None],
     ) -> None:
         self.seed = header.seed
+        self.readers = store.readers
         self.written: list[PackRow] = []
         self._store = store
         self._header = header

@@ -20,7 +20,7 @@ class Counting(Store):
         self.location = store.location
         self.grace = store.grace
         self.range_gap = store.range_gap
-        self.uploads, self.downloads = store.uploads, store.downloads
+        self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
         self.ranges_at_once = store.ranges_at_once
         self._store = store
         self._late = late

@@ -6,6 +6,7 @@ object is written once and never changed; listings may be late or partial and pr
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
@@ -127,6 +128,15 @@ class Store(ABC):
 
     downloads: int = 3
     """The same for those that are fetched."""
+
+    readers: int = os.cpu_count() or 1
+    """How many threads at the same time hash and compress what is sent here, or compare what is here."""
+
+    def use_workers(self, most: int) -> None:
+        """Work with no more threads of each kind than `most`, at least 1: those that read, send and fetch."""
+        self.readers, self.uploads, self.downloads = (
+            min(most, count) for count in (self.readers, self.uploads, self.downloads)
+        )
 
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:

@@ -79,6 +79,7 @@ class MeteredStore(Store):
         self.ranges_at_once = store.ranges_at_once
         self.uploads = store.uploads
         self.downloads = store.downloads
+        self.readers = store.readers
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""

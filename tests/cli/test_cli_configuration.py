@@ -97,7 +97,10 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "text, told",
     [
-        ('repositry = "/srv"', "repositry is unknown; known are repository, compression, limit-upload, "),
+        (
+            'repositry = "/srv"',
+            "repositry is unknown; known are repository, compression, workers, limit-upload, ",
+        ),
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
         ("[snapshot]\nfull = true", "snapshot is unknown; known are "),
         ("repository = 7", "repository must be a text in quotes"),

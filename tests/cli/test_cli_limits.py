@@ -1,4 +1,4 @@
-"""--limit-upload and --limit-download: which rates reach which stores."""
+"""--limit-upload, --limit-download, --workers: which rates reach which stores, how many threads work."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast import pipeline
 from island_fast.stores import metering
 from tests import qemu
 from tests.cli.conftest import MIB, Island
@@ -61,6 +62,42 @@ def test_each_verb_that_moves_data(island: Island, small: Path, tmp_path: Path, 
     island.json("snapshot", small)
     assert rates == [], "without a limit nothing stands before the store"
     assert "no such option" in island.fails(2, "list", *limits)
+
+
+def test_workers(island: Island, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts: list[int] = []
+
+    class Pool(pipeline.ThreadPoolExecutor):
+        def __init__(self, count: int, **more: str) -> None:
+            counts.append(count)
+            super().__init__(count, **more)
+
+    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Pool)
+    for words in (
+        ("snapshot", small, "--full"),
+        ("restore", "small@latest", tmp_path / "new"),
+        ("restore", "small@latest", "--onto", small),
+        ("verify", "small@latest", "--against", small),
+        ("copy", "--all", "--to", tmp_path / "far"),
+    ):
+        counts.clear()
+        island.json(*words, "--workers", 1)
+        assert counts, words
+        assert set(counts) == {1}, words
+    counts.clear()
+    island.json("snapshot", small, "--full")
+    assert max(counts) > 1
+    monkeypatch.setenv("ISLAND_WORKERS", "1")
+    counts.clear()
+    island.json("snapshot", small, "--full")
+    assert set(counts) == {1}
+    monkeypatch.delenv("ISLAND_WORKERS")
+    island.configuration.parent.mkdir(parents=True)
+    island.configuration.write_text("workers = 1\n")
+    counts.clear()
+    island.json("snapshot", small, "--full")
+    assert set(counts) == {1}
+    assert "--workers" in island.fails(2, "snapshot", small, "--workers", 0)
 
 
 def test_option_variable_and_file(
