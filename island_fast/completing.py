@@ -71,9 +71,14 @@ add_completion_class(_Bash)
 
 def complete(command: click.Command, run: Run, instruction: str) -> None:
     """Print what a shell asks for by `instruction`, such as bash_complete or zsh_source."""
-    logging.getLogger("island_fast").setLevel(logging.CRITICAL)  # it would stand in the line being typed
-    if shell_complete(command, {"obj": run}, "island", VARIABLE, instruction):
-        raise click.UsageError(f"{VARIABLE} is {instruction!r}, which asks for nothing; leave it unset")
+    logger = logging.getLogger("island_fast")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)  # a warning would stand in the line that is being typed
+    try:
+        if shell_complete(command, {"obj": run}, "island", VARIABLE, instruction):
+            raise click.UsageError(f"{VARIABLE} is {instruction!r}, which asks for nothing; leave it unset")
+    finally:
+        logger.setLevel(level)
 
 
 def script(shell: str, command: click.Command) -> str:
