@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from island_fast import catalog, lineage, pipeline
-from island_fast import repository as repository_module
+from island_fast import source as source_module
 from island_fast.errors import RefusedError, StoreError
 from island_fast.lineage import Lineage
 from island_fast.local import LocalState
@@ -83,7 +83,7 @@ class Life:
         self.images: dict[str, MemoryImage] = {}
         self.contents: dict[str, Content] = {}
         self.clock = 0
-        patch.setattr(repository_module, "Qcow2Source", self._source)
+        patch.setattr(source_module, "Qcow2Source", self._source)
         patch.setattr(os, "urandom", random.Random(seed).randbytes)  # a seed is one life
         hours = random.Random(seed)
         patch.setattr(time, "time_ns", lambda: hours.randrange(10**18))  # nothing is decided by it alone

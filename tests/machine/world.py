@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from island_fast import local, pipeline
-from island_fast import repository as repository_module
+from island_fast import source as source_module
 from island_fast.errors import DamagedError, IslandError, StoreError
 from island_fast.lineage import Lineage
 from island_fast.local import LocalState
@@ -156,7 +156,7 @@ class World:
 
         replaced(wire, "client", SimpleNamespace(Connection=connection))
         replaced(wire, "persist", persist)
-        replaced(repository_module, "Qcow2Source", source)
+        replaced(source_module, "Qcow2Source", source)
         replaced(pipeline, "MAX_SLOTS", MAX_SLOTS)
         replaced(pipeline, "BATCH", BATCH)
         replaced(pipeline, "PACK_SIZE", 1 << 20)
