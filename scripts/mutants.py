@@ -89,7 +89,11 @@ MISTAKES: dict[str, list[Edit]] = {
         ("sweeping.py", "if self._lineage.epoch != epoch:", "if False:"),
     ],
     "slots that die during a repack come back to life": [
-        ("sweeping.py", "dead=now.dead - plan.repacked.dead)", "dead=np.zeros_like(now.dead))"),
+        (
+            "sweeping.py",
+            "dead=lineage.state.packs.dead[at] - before.dead)",
+            "dead=before.dead - before.dead)",
+        ),
     ],
     "a sweep takes objects of running snapshots for garbage": [
         ("reclaim.py", "and snapshot not in running ", ""),
@@ -134,7 +138,11 @@ MISTAKES: dict[str, list[Edit]] = {
         ("reclaim.py", "        keep[first:stop] = False\n", "        keep[: stop - first] = False\n"),
     ],
     "a repacked pack keeps its count of dead bytes": [
-        ("sweeping.py", "dead=now.dead - plan.repacked.dead)", "dead=now.dead)"),
+        (
+            "sweeping.py",
+            "dead=lineage.state.packs.dead[at] - before.dead)",
+            "dead=lineage.state.packs.dead[at])",
+        ),
     ],
     "a wholly dead pack is not seen": [
         ("reclaim.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from scripts import mutants
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "island_fast"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -159,3 +161,9 @@ def test_the_format_is_ruffs() -> None:
 
 def test_mypy_strict_has_nothing_to_say() -> None:
     tool("mypy")
+
+
+def test_every_mistake_that_can_be_planted_has_its_place() -> None:
+    for name, edits in mutants.MISTAKES.items():
+        for file, text, _ in edits:
+            assert (PACKAGE / file).read_text().count(text) == 1, f"{name}: {file}"
