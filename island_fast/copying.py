@@ -42,6 +42,7 @@ __all__ = ["copy"]
 
 Int64s = NDArray[np.int64]
 _WHOLE = np.array([[0, END]], np.int64)
+_SENDING = 2  # packs at a time, for those that come are in memory, too
 _RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one before
 
 
@@ -126,8 +127,8 @@ class _Copying:
             manifest = near.manifest(row)
             plan = self._plan(row, registration.parent)
             sent = carry(
-                plan.data, self._packs, near.store.range_gap, storing.known(plan.compared), storing.sink(),
-                manifest.blocks, self._told,
+                plan.data, self._packs, near.store.range_gap, storing.known(plan.compared),
+                storing.sink(_SENDING), manifest.blocks, self._told,
             )  # fmt: skip
             stored = storing.stored(sent, plan.parent, plan.replaced)
             made = self._manifest(manifest, registration, stored.runs)

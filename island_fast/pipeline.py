@@ -200,7 +200,7 @@ class _Open:
 
 
 class PackSink:
-    """Fills packs in the order of `add` and uploads them, at most `store.uploads` at a time.
+    """Fills packs in the order of `add` and uploads them, at most `store.uploads` or `at_once` at a time.
 
     A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
     by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
@@ -213,6 +213,7 @@ class PackSink:
         header: PackHeader,
         attempt: int,
         stored: Callable[[PackRow, Int64s, bytes], None],
+        at_once: int | None = None,
     ) -> None:
         self.seed = header.seed
         self.readers = store.readers
@@ -222,12 +223,13 @@ class PackSink:
         self._attempt = attempt
         self._stored = stored
         self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-        for _ in range(store.uploads + 1):  # kept and reused: what threads allocate and free stays fragmented
+        self._at_once = min(store.uploads, at_once or store.uploads)
+        for _ in range(self._at_once + 1):  # kept and reused: what threads allocate and free stays fragmented
             self._buffers.put(np.empty(PACK_SIZE, np.uint8))
         self._open = _Open(self._buffers.get())
         self._runs: list[Runs] = []  # of each pack; not its blocks, which would grow with the volume
         self._uploads: deque[Future[PackRow]] = deque()
-        self._pool = ThreadPoolExecutor(store.uploads, thread_name_prefix="island-upload")
+        self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="island-upload")
 
     def __enter__(self) -> PackSink:
         return self
@@ -276,7 +278,7 @@ class PackSink:
         order = np.argsort(blocks, kind="stable")
         blocks = blocks[order]
         self._runs.append(_in_pack(number, blocks))
-        self._wait(self._store.uploads - 1)
+        self._wait(self._at_once - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
         self._open = _Open(self._buffers.get())
 

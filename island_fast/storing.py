@@ -67,15 +67,18 @@ class Storing:
         """The digests of blocks that need not be sent: those of `parent` (with pack keys), and kept ones."""
         return Known(KnownDigests(parent, self.packs.index), self._kept.digests)
 
-    def sink(self) -> PackSink:
-        """Where blocks go: packs of this snapshot, each noted as soon as the store has acknowledged it."""
+    def sink(self, at_once: int | None = None) -> PackSink:
+        """Where blocks go: packs of this snapshot, each noted as soon as the store has acknowledged it.
+
+        At most `at_once` are sent at a time, if the store takes as many.
+        """
         lineage, snapshot = self._lineage, self._registration.snapshot
         header = PackHeader(lineage.name, snapshot, self._next_number(), lineage.seed)
 
         def stored(row: PackRow, blocks: Int64s, front: bytes) -> None:
             note_sent(lineage, snapshot, row, blocks, front)
 
-        return PackSink(lineage.store, header, self._registration.attempt, stored)
+        return PackSink(lineage.store, header, self._registration.attempt, stored, at_once)
 
     def _next_number(self) -> int:
         """Behind the packs of earlier attempts, and those that a deleted copy of the snapshot left in use."""
