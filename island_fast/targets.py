@@ -25,6 +25,7 @@ from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.durable import punch
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.host.device import loops_over
+from island_fast.host.holders import refuse_held
 from island_fast.host.imagelock import ImageLock, hold_off_everyone, writer_present
 from island_fast.host.qemu_nbd import writing
 from island_fast.progress import Progress
@@ -181,6 +182,7 @@ class _Raw(Existing):
             self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
             _refuse_replaced(path, lock.fd, self._fd)
+            refuse_held(path, self._fd, readers=self._device)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
             if os.pread(self._fd, len(MAGIC), 0) == MAGIC:  # all of its snapshots would be lost

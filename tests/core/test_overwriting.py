@@ -7,11 +7,13 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -543,6 +545,61 @@ def test_a_raw_target_that_is_none(
         refused(repository, device, ImageInUseError, "unmount it first", "raw")
     finally:
         os.close(held)
+
+
+HOLDER = "import os, sys; os.open(sys.argv[1], int(sys.argv[2])); print(flush=True); sys.stdin.read()"
+
+
+@contextmanager
+def held_open(path: Path, flags: int) -> Iterator[int]:
+    """Another process has the file open; its id."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path, str(flags)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdin
+        assert holder.stdout
+        holder.stdout.readline()
+        yield holder.pid
+        holder.stdin.close()
+
+
+def test_a_device_that_is_open_by_another_node(
+    repository: Repository, image: Path, tmp_path: Path, loop: Callable[[Path], Path]
+) -> None:
+    """As by a qemu of libvirt's, whose /dev is its own: no lock on the node tells of it."""
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    device = loop(raw)
+    number = os.stat(device).st_rdev
+    other = tmp_path / "other"
+    os.mknod(other, 0o600 | stat.S_IFBLK, number)
+    try:
+        os.close(os.open(other, os.O_RDONLY))
+    except PermissionError:
+        pytest.skip("the file system of temporary files is mounted with nodev")
+    before = device.read_bytes()
+    with held_open(other, os.O_RDWR) as pid:
+        refused(repository, device, ImageInUseError, f"open in process {pid}", "raw")
+        with pytest.raises(ImageInUseError, match=f"open in process {pid}"):
+            repository.snapshot(device, image_format="raw")
+    with held_open(other, os.O_RDONLY) as pid:
+        refused(repository, device, ImageInUseError, f"open in process {pid}", "raw")
+        assert device.read_bytes() == before
+        repository.snapshot(device, image_format="raw")
+    both(repository, "vol@latest", device, "raw")
+
+
+def test_a_raw_file_that_another_program_writes_to(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    with held_open(raw, os.O_WRONLY) as pid:
+        refused(repository, raw, ImageInUseError, f"open in process {pid}", "raw")
+    with held_open(raw, os.O_RDONLY):
+        both(repository, "vol@latest", raw, "raw")
 
 
 def test_damage_in_an_index_is_found_before_anything_is_written(
