@@ -539,6 +539,11 @@ def test_a_raw_target_that_is_none(
         holder.stdin.close()
     device = loop(raw)
     refused(repository, raw, ImageInUseError, "detach that first", "raw")
+    link = tmp_path / "link"
+    link.hardlink_to(raw)
+    refused(repository, link, ImageInUseError, "detach that first", "raw")
+    raw.unlink()
+    refused(repository, link, ImageInUseError, "detach that first", "raw")
     refused(repository, device, RefusedError, "with --format raw", "qcow2")
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
