@@ -226,7 +226,10 @@ class Repository(OpenRepository):
         with deletion_told(found.lineage, found.row, "restored"):
             manifest = found.lineage.manifest(found.row)
         path = Path(os.path.realpath(target))
-        with open_existing(path, image_format, manifest.volume_size, look_only=dry_run) as existing:
+        was_raw = manifest.properties.get("format") == "raw"
+        with open_existing(
+            path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
+        ) as existing:
             return overwrite(found, manifest, existing, dry_run, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:

@@ -49,14 +49,17 @@ _BLKZEROOUT = 0x127F  # linux/fs.h
 _RANGE = struct.Struct("QQ")
 
 
-def open_existing(path: Path, image_format: str, volume_size: int, *, look_only: bool) -> Existing:
+def open_existing(
+    path: Path, image_format: str, volume_size: int, *, look_only: bool, was_raw: bool = False
+) -> Existing:
     """The target at `path`, "qcow2" or "raw", for a volume of so many bytes.
 
-    With `look_only` it is compared and cannot be written. RefusedError if it is smaller or may not be written
-    onto, ImageInUseError if somebody has it open, NotFoundError if it is not there.
+    With `look_only` it is compared and cannot be written. If the volume `was_raw`, its own first bytes may be
+    those of a qcow2; a raw target that begins so is refused otherwise. RefusedError if it is smaller or may
+    not be written onto, ImageInUseError if somebody has it open, NotFoundError if it is not there.
     """
     if image_format == "raw":
-        return _Raw(path, volume_size, look_only)
+        return _Raw(path, volume_size, look_only, was_raw)
     return _Qcow2(path, volume_size, look_only)
 
 
@@ -171,7 +174,7 @@ class _Raw(Existing):
 
     image_format = "raw"
 
-    def __init__(self, path: Path, volume_size: int, look_only: bool) -> None:
+    def __init__(self, path: Path, volume_size: int, look_only: bool, was_raw: bool) -> None:
         super().__init__(path)
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, devices=True))
@@ -185,8 +188,12 @@ class _Raw(Existing):
             refuse_held(path, self._fd, readers=self._device)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
-            if os.pread(self._fd, len(MAGIC), 0) == MAGIC:  # all of its snapshots would be lost
-                raise RefusedError(f"{path} is a qcow2; give --format qcow2, or clear its first bytes")
+            if not was_raw and os.pread(self._fd, len(MAGIC), 0) == MAGIC:
+                # All of its snapshots would be lost. What a guest wrote to a raw volume is only its data.
+                raise RefusedError(
+                    f"{path} begins as a qcow2, and the snapshot is not of a raw volume; "
+                    f"give --format qcow2, or name another target"
+                )
             if self.size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self.size} bytes, over the limit of 64 TiB")
             self.view = RawView(path, self._fd, self.size)

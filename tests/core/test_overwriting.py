@@ -525,7 +525,7 @@ def test_a_raw_target_that_is_none(
     refused(repository, tmp_path, RefusedError, "not a regular file", "raw")
     large = qemu.create(tmp_path / "large.qcow2", SIZE)
     os.truncate(large, SIZE)
-    refused(repository, large, RefusedError, "is a qcow2", "raw")
+    refused(repository, large, RefusedError, "begins as a qcow2", "raw")
     raw.write_bytes(os.urandom(SIZE))
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", raw], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -550,6 +550,19 @@ def test_a_raw_target_that_is_none(
         refused(repository, device, ImageInUseError, "unmount it first", "raw")
     finally:
         os.close(held)
+
+
+def test_a_raw_volume_in_which_a_guest_wrote_a_qcow2(repository: Repository, tmp_path: Path) -> None:
+    """Its first bytes are data like any other, and an attempt after the first can go on."""
+    raw = tmp_path / "disk.raw"
+    inner = qemu.create(tmp_path / "inner.qcow2", SIZE).read_bytes()
+    raw.write_bytes(inner.ljust(SIZE, b"\0"))
+    taken = repository.snapshot(raw, image_format="raw")
+    truth = raw.read_bytes()
+    target = tmp_path / "target.raw"
+    target.write_bytes(os.urandom(SIZE))
+    both(repository, taken.snapshot, target, "raw")
+    assert target.read_bytes() == truth
 
 
 HOLDER = "import os, sys; os.open(sys.argv[1], int(sys.argv[2])); print(flush=True); sys.stdin.read()"
