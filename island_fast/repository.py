@@ -216,7 +216,8 @@ class Repository(OpenRepository):
 
         Only blocks that differ, by their digests, are fetched and written. What the target has behind the
         volume's end becomes zero; a smaller one, or one in use, is a RefusedError. Internal snapshots in it
-        stay as they are. If it ends early the target is partly what it was: the same call goes on.
+        stay as they are. If it ends early the target is partly what it was: the same call goes on,
+        by the snapshot's id, for "latest" may name another by then.
         """
         from island_fast.overwriting import overwrite
         from island_fast.packreader import deletion_told

@@ -105,7 +105,7 @@ class Existing(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Bring all that was written to the disk."""
+        """Bring all that was written to the disk, and close it."""
 
     def bytes_of(self, blocks: int, with_last: bool) -> int:
         """The bytes of so many of its blocks, the last of all perhaps partial."""
@@ -158,7 +158,7 @@ class _Qcow2(Existing):
 
     def finish(self) -> None:
         """See Existing.finish."""
-        self._disk.flush()
+        self._stack.close()  # which flushes, and tells what qemu says when it closes the image
 
     def _write(self, blocks: Int64s, rows: Bytes2D) -> None:
         flat = rows.reshape(-1).data
@@ -234,7 +234,11 @@ def _opened(path: Path, flags: int, device: bool) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise ImageInUseError(f"{path} is mounted or part of another device; unmount it first") from error
-        raise IslandError(f"{path} cannot be opened for writing: {error.strerror}") from error
+        what = "reading" if flags & os.O_ACCMODE == os.O_RDONLY else "writing"
+        raise IslandError(
+            f"{path} cannot be opened for {what}: {error.strerror}; run as a user who may do that, "
+            "and see that it is not read-only"
+        ) from error
 
 
 def _refuse_replaced(path: Path, *descriptors: int) -> None:

@@ -28,6 +28,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
+from island_fast.host import qemu_nbd
 from island_fast.host.imagelock import ImageLock
 from island_fast.local import LocalState
 from island_fast.repository import Repository
@@ -334,7 +335,8 @@ def test_what_ends_early_goes_on(
         fail_after(1, patch, error)
         with pytest.raises(type(error)):
             repository.restore_onto(taken.snapshot, target, image_format=kind)
-    assert ("run the same again" in caplog.text) == isinstance(error, IslandError)
+    command = f"run 'island restore {taken.snapshot} --onto {target}{' --format raw' * (kind == 'raw')}'"
+    assert (command in caplog.text) == isinstance(error, IslandError)
     if kind == "qcow2":
         qemu.check(target)  # which also shows that nobody holds it any more
     left = repository.restore_onto(taken.snapshot, target, image_format=kind)
@@ -441,7 +443,7 @@ import os, signal, sys, time
 from island_fast.host import qemu_nbd
 from island_fast.repository import Repository
 def die(image, process, where, said):
-    while not where.exists() or not said.exists():
+    while not where.exists():
         time.sleep(0.001)
     time.sleep(0.2)  # it opens the image
     os.kill(os.getpid(), signal.SIGKILL)
@@ -475,6 +477,55 @@ def _in_use(path: Path) -> bool:
         return targets.writer_present(fd)
     finally:
         os.close(fd)
+
+
+def stand_in(folder: Path, patch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a shell script run as qemu-nbd."""
+    folder.mkdir()
+    program = folder / "qemu-nbd"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_qemu_that_fails_when_it_closes_the_image(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    taken = repository.snapshot(image)
+    target = qemu.create(tmp_path / "target.qcow2", SIZE)
+    real = shutil.which("qemu-nbd")
+    stand_in(tmp_path / "bin", monkeypatch, f'{real} "$@"; echo "qemu-nbd: the disk is gone" >&2; exit 1')
+    with pytest.raises(IslandError, match=r"could not close .* may be half written: .*the disk is gone"):
+        repository.restore_onto(taken.snapshot, target)
+    assert f"run 'island restore {taken.snapshot} --onto {target}'" in caplog.text
+
+
+def test_a_qemu_that_says_too_much_and_knows_no_credentials(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = repository.snapshot(image)
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("OS_PASSWORD", "secret")
+    stand_in(
+        tmp_path / "bin",
+        monkeypatch,
+        f"env >{seen}; echo first >&2; yes | head -c 3000000 >&2; echo the end >&2; exit 1",
+    )
+    texts = []
+    monkeypatch.setattr(qemu_nbd, "said_by", lambda text: texts.append(text) or text[-300:])
+    with pytest.raises(IslandError, match=r"(?s)could not open .* nothing was written: .*the end"):
+        repository.restore_onto(taken.snapshot, image)
+    assert texts[0].startswith("first\n")
+    assert len(texts[0]) <= 2 * 4096
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert names <= {"PATH", "TMPDIR", "LC_ALL", "LD_LIBRARY_PATH", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
+@pytest.mark.parametrize("flags, what", [(os.O_RDONLY, "reading"), (os.O_RDWR, "writing")])
+def test_a_target_that_cannot_be_opened_says_for_what(tmp_path: Path, flags: int, what: str) -> None:
+    with pytest.raises(IslandError, match=f"none cannot be opened for {what}: .*; run as a user"):
+        targets._opened(tmp_path / "none", flags, False)
 
 
 # What is refused.
