@@ -45,6 +45,7 @@ def overwrite(
         plan = _compare(found, runs, packs, target, progress)
         compared = target.view.bytes_read
         if not dry_run:
+            target.refuse_held()  # comparing may have taken hours
             with _half_written_told(target, found.row.id):
                 _write(plan, runs, packs, target, progress)
     return RestoredOnto(

@@ -90,6 +90,9 @@ class Existing(ABC):
     def data(self, progress: Progress) -> DirtyMap:
         """Its blocks that may hold data; all others are zero."""
 
+    def refuse_held(self) -> None:  # noqa: B027  # qemu's own locks do for a qcow2
+        """ImageInUseError if somebody has opened it while it was compared, whom no lock keeps away."""
+
     def write(self, blocks: Int64s, rows: Bytes2D) -> None:
         """Put row i of `rows` (uint8[n, BLOCK_SIZE]) at block `blocks[i]`, in any order. Thread-safe."""
         self._write(blocks, rows)
@@ -185,7 +188,7 @@ class _Raw(Existing):
             self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
             _refuse_replaced(path, lock.fd, self._fd)
-            refuse_held(path, self._fd, readers=self._device)
+            self.refuse_held()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
             if not was_raw and os.pread(self._fd, len(MAGIC), 0) == MAGIC:
@@ -198,6 +201,10 @@ class _Raw(Existing):
                 raise RefusedError(f"{path} has {self.size} bytes, over the limit of 64 TiB")
             self.view = RawView(path, self._fd, self.size)
             self._stack = stack.pop_all()
+
+    def refuse_held(self) -> None:
+        """See Existing.refuse_held."""
+        refuse_held(self.path, self._fd, readers=self._device)
 
     def data(self, progress: Progress) -> DirtyMap:
         """See Existing.data."""

@@ -13,13 +13,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from island_fast import targets
+from island_fast import overwriting, targets
 from island_fast.errors import (
     DamagedObjectError,
     ImageInUseError,
@@ -669,6 +669,27 @@ def test_a_raw_file_that_another_program_writes_to(
         refused(repository, raw, ImageInUseError, f"open in process {pid}", "raw")
     with held_open(raw, os.O_RDONLY):
         both(repository, "vol@latest", raw, "raw")
+
+
+def test_a_target_that_is_opened_while_it_is_compared(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    before = raw.read_bytes()
+    compare = overwriting._compare
+    with ExitStack() as stack:
+
+        def opened_meanwhile(*arguments: Any) -> Any:
+            plan = compare(*arguments)
+            stack.enter_context(held_open(raw, os.O_WRONLY))
+            return plan
+
+        monkeypatch.setattr(overwriting, "_compare", opened_meanwhile)
+        with pytest.raises(ImageInUseError, match="open in process"):
+            repository.restore_onto("vol@latest", raw, image_format="raw")
+    assert raw.read_bytes() == before
 
 
 def test_damage_in_an_index_is_found_before_anything_is_written(
