@@ -21,7 +21,7 @@ from island_fast.opening import Found
 from island_fast.packreader import PackReader, deletion_told
 from island_fast.pipeline import receive
 from island_fast.progress import Progress
-from island_fast.results import RestoredOnto
+from island_fast.results import RestoredOnto, again
 from island_fast.runs import Runs
 from island_fast.targets import Existing
 
@@ -45,7 +45,8 @@ def overwrite(
         plan = _compare(found, runs, packs, target, progress)
         compared = target.view.bytes_read
         if not dry_run:
-            with _half_written_told(target):
+            target.refuse_held()  # comparing may have taken hours
+            with _half_written_told(target, found.row.id):
                 _write(plan, runs, packs, target, progress)
     return RestoredOnto(
         snapshot=found.row.id,
@@ -100,7 +101,7 @@ def _planned(differing: DirtyMap, named: DirtyMap, held: DirtyMap) -> _Plan:
 
 
 def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> None:
-    """Write what differs, and bring it to the disk."""
+    """Write what differs, bring it to the disk, and close the target."""
     done, total = 0, plan.zero.count()
     progress("zero", 0, total * BLOCK_SIZE)
     for window in plan.zero.iter_runs():
@@ -113,11 +114,12 @@ def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progres
 
 
 @contextmanager
-def _half_written_told(target: Existing) -> Iterator[None]:
+def _half_written_told(target: Existing, snapshot: str) -> Iterator[None]:
     try:
         yield
     except (IslandError, OSError):
-        _LOG.warning("%s may be partly what it was and partly the snapshot; run the same again", target.path)
+        command = again(snapshot, target.path, target.image_format)
+        _LOG.warning("%s may be partly what it was and partly the snapshot; run '%s'", target.path, command)
         raise
 
 

@@ -216,7 +216,8 @@ class Repository(OpenRepository):
 
         Only blocks that differ, by their digests, are fetched and written. What the target has behind the
         volume's end becomes zero; a smaller one, or one in use, is a RefusedError. Internal snapshots in it
-        stay as they are. If it ends early the target is partly what it was: the same call goes on.
+        stay as they are. If it ends early the target is partly what it was: the same call goes on,
+        by the snapshot's id, for "latest" may name another by then.
         """
         from island_fast.overwriting import overwrite
         from island_fast.packreader import deletion_told
@@ -226,7 +227,10 @@ class Repository(OpenRepository):
         with deletion_told(found.lineage, found.row, "restored"):
             manifest = found.lineage.manifest(found.row)
         path = Path(os.path.realpath(target))
-        with open_existing(path, image_format, manifest.volume_size, look_only=dry_run) as existing:
+        was_raw = manifest.properties.get("format") == "raw"
+        with open_existing(
+            path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
+        ) as existing:
             return overwrite(found, manifest, existing, dry_run, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:

@@ -6,6 +6,7 @@ seconds; `created` is ISO 8601 in UTC.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -42,8 +43,15 @@ __all__ = [
     "Usage",
     "Verified",
     "VolumeUsage",
+    "again",
     "timestamp",
 ]
+
+
+def again(snapshot: str, target: object, image_format: str) -> str:
+    """The command that goes on with a restore onto `target`; by the id, for "latest" may change."""
+    more = "" if image_format == "qcow2" else f" --format {image_format}"
+    return f"island restore {snapshot} --onto {shlex.quote(str(target))}{more}"
 
 
 def timestamp(nanoseconds: int) -> str:

@@ -11,6 +11,7 @@ from island_fast import show
 from island_fast.errors import UsageError
 from island_fast.options import NAMING, common, image_format_option, limits, opened, snapshots_known
 from island_fast.outcome import Run
+from island_fast.results import again
 
 __all__ = ["restore"]
 
@@ -43,7 +44,7 @@ def restore(
     IMAGE is there, and nobody may have it open. All of it is read and compared by digests first; then only
     blocks that differ are fetched and written. What it has behind the volume's end becomes zero; a smaller
     one is refused. Internal snapshots and pins in it stay as they are. After an interruption IMAGE is partly
-    what it was: the same command goes on.
+    what it was: the same command goes on, given the id of the same SNAPSHOT (which is told), not "latest".
 
     \b
     Example:
@@ -82,14 +83,19 @@ def _restore_onto(
     if no_pin:
         raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
 
+    found = snapshot
+
     def if_interrupted() -> str:
         if run.phase in ("zero", "restore"):
-            return f"{target} is partly what it was and partly the snapshot; run the same again"
+            command = again(found, target, image_format)
+            return f"{target} is partly what it was and partly the snapshot; run '{command}'"
         return "nothing was changed"
 
     run.if_interrupted = if_interrupted
     with opened(run) as repository, run.progress() as progress:
+        found = repository.find(snapshot).row.id
+        volume, at, _ = snapshot.rpartition("@")
         restored = repository.restore_onto(
-            snapshot, target, image_format=image_format, dry_run=dry_run, progress=progress
+            f"{volume}{at}{found}", target, image_format=image_format, dry_run=dry_run, progress=progress
         )
     run.answer(restored.as_json(), show.restored_onto(restored, dry_run))

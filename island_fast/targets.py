@@ -25,6 +25,7 @@ from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.durable import punch
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.host.device import loops_over
+from island_fast.host.holders import refuse_held
 from island_fast.host.imagelock import ImageLock, hold_off_everyone, writer_present
 from island_fast.host.qemu_nbd import writing
 from island_fast.progress import Progress
@@ -48,14 +49,17 @@ _BLKZEROOUT = 0x127F  # linux/fs.h
 _RANGE = struct.Struct("QQ")
 
 
-def open_existing(path: Path, image_format: str, volume_size: int, *, look_only: bool) -> Existing:
+def open_existing(
+    path: Path, image_format: str, volume_size: int, *, look_only: bool, was_raw: bool = False
+) -> Existing:
     """The target at `path`, "qcow2" or "raw", for a volume of so many bytes.
 
-    With `look_only` it is compared and cannot be written. RefusedError if it is smaller or may not be written
-    onto, ImageInUseError if somebody has it open, NotFoundError if it is not there.
+    With `look_only` it is compared and cannot be written. If the volume `was_raw`, its own first bytes may be
+    those of a qcow2; a raw target that begins so is refused otherwise. RefusedError if it is smaller or may
+    not be written onto, ImageInUseError if somebody has it open, NotFoundError if it is not there.
     """
     if image_format == "raw":
-        return _Raw(path, volume_size, look_only)
+        return _Raw(path, volume_size, look_only, was_raw)
     return _Qcow2(path, volume_size, look_only)
 
 
@@ -86,6 +90,9 @@ class Existing(ABC):
     def data(self, progress: Progress) -> DirtyMap:
         """Its blocks that may hold data; all others are zero."""
 
+    def refuse_held(self) -> None:  # noqa: B027  # qemu's own locks do for a qcow2
+        """ImageInUseError if somebody has opened it while it was compared, whom no lock keeps away."""
+
     def write(self, blocks: Int64s, rows: Bytes2D) -> None:
         """Put row i of `rows` (uint8[n, BLOCK_SIZE]) at block `blocks[i]`, in any order. Thread-safe."""
         self._write(blocks, rows)
@@ -101,7 +108,7 @@ class Existing(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Bring all that was written to the disk."""
+        """Bring all that was written to the disk, and close it."""
 
     def bytes_of(self, blocks: int, with_last: bool) -> int:
         """The bytes of so many of its blocks, the last of all perhaps partial."""
@@ -154,7 +161,7 @@ class _Qcow2(Existing):
 
     def finish(self) -> None:
         """See Existing.finish."""
-        self._disk.flush()
+        self._stack.close()  # which flushes, and tells what qemu says when it closes the image
 
     def _write(self, blocks: Int64s, rows: Bytes2D) -> None:
         flat = rows.reshape(-1).data
@@ -170,7 +177,7 @@ class _Raw(Existing):
 
     image_format = "raw"
 
-    def __init__(self, path: Path, volume_size: int, look_only: bool) -> None:
+    def __init__(self, path: Path, volume_size: int, look_only: bool, was_raw: bool) -> None:
         super().__init__(path)
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, devices=True))
@@ -181,14 +188,23 @@ class _Raw(Existing):
             self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
             _refuse_replaced(path, lock.fd, self._fd)
+            self.refuse_held()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
-            if os.pread(self._fd, len(MAGIC), 0) == MAGIC:  # all of its snapshots would be lost
-                raise RefusedError(f"{path} is a qcow2; give --format qcow2, or clear its first bytes")
+            if not was_raw and os.pread(self._fd, len(MAGIC), 0) == MAGIC:
+                # All of its snapshots would be lost. What a guest wrote to a raw volume is only its data.
+                raise RefusedError(
+                    f"{path} begins as a qcow2, and the snapshot is not of a raw volume; "
+                    f"give --format qcow2, or name another target"
+                )
             if self.size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self.size} bytes, over the limit of 64 TiB")
             self.view = RawView(path, self._fd, self.size)
             self._stack = stack.pop_all()
+
+    def refuse_held(self) -> None:
+        """See Existing.refuse_held."""
+        refuse_held(self.path, self._fd, readers=self._device)
 
     def data(self, progress: Progress) -> DirtyMap:
         """See Existing.data."""
@@ -225,7 +241,11 @@ def _opened(path: Path, flags: int, device: bool) -> int:
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise ImageInUseError(f"{path} is mounted or part of another device; unmount it first") from error
-        raise IslandError(f"{path} cannot be opened for writing: {error.strerror}") from error
+        what = "reading" if flags & os.O_ACCMODE == os.O_RDONLY else "writing"
+        raise IslandError(
+            f"{path} cannot be opened for {what}: {error.strerror}; run as a user who may do that, "
+            "and see that it is not read-only"
+        ) from error
 
 
 def _refuse_replaced(path: Path, *descriptors: int) -> None:

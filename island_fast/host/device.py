@@ -6,9 +6,11 @@ the kernel gives it to whoever asks next. The other kind of device is in `nbd.py
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import stat
+import struct
 import time
 from pathlib import Path
 
@@ -23,6 +25,7 @@ _NAME = re.compile(r"/dev/(loop\d+)")
 _SECTOR = 512  # bytes, the unit of sysfs whatever the device's own
 _LETTING_GO = 3.0  # seconds; udev opens every device that changes, for a moment
 _STEP = 0.05
+_LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, 232  # linux/loop.h; bytes of struct loop_info64
 
 
 class LoopDevices:
@@ -148,9 +151,40 @@ def is_mounted(device: Path) -> bool:
 
 
 def loops_over(file: Path) -> list[str]:
-    """Names of all loop devices that stand on a file, which is to be given without symbolic links."""
+    """Names of all loop devices that stand on a file, by whatever name they were given it."""
+    wanted = os.stat(file)
     found = sorted(_SYSFS.glob("loop*/loop/backing_file"))
-    return [str(Path("/dev", entry.parts[-3])) for entry in found if read_value(entry) == str(file)]
+    return [
+        str(device)
+        for device, behind in ((Path("/dev", entry.parts[-3]), read_value(entry)) for entry in found)
+        if _is_file(behind, wanted) or _stands_on_inode(device, wanted)
+    ]
+
+
+def _is_file(path: str, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), wanted)
+    except (OSError, ValueError):
+        return False
+
+
+def _stands_on_inode(device: Path, wanted: os.stat_result) -> bool:
+    """Ask the device itself: the name may be gone, or one of another mount namespace. Takes root's rights."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        told = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO))
+    except OSError:  # detached meanwhile
+        return False
+    finally:
+        os.close(fd)
+    number, inode = struct.unpack_from("QQ", told)
+    minor = number & 0xFF | number >> 12 & 0xFFF00  # the kernel's huge_encode_dev
+    return (number >> 8 & 0xFFF, minor, inode) == (
+        os.major(wanted.st_dev), os.minor(wanted.st_dev), wanted.st_ino,
+    )  # fmt: skip
 
 
 def check_node(device: Path) -> None:

@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Self
 
 from island_fast.errors import ImageInUseError, IslandError, UsageError
 from island_fast.host.execute import TIMEOUT, said_by
@@ -33,10 +34,54 @@ _REQUEST, _ANSWER = struct.Struct(">IHHQQI"), struct.Struct(">IIQ")
 _REQUEST_MAGIC, _ANSWER_MAGIC = 0x25609513, 0x67446698
 _WRITE, _DISCONNECT, _FLUSH, _ZERO = 1, 2, 3, 6
 _READ_ONLY, _CAN_FLUSH, _CAN_ZERO = 1 << 1, 1 << 2, 1 << 6  # transmission flags
+_NEEDED = ("PATH", "TMPDIR", "LD_LIBRARY_PATH")
 _IN_FLIGHT = 16  # requests, as many as qemu-nbd works on at once
 _STEP = 0.005  # seconds
 _LONGEST = 70  # bytes of a folder's path; a socket's has 107 at most
+_KEPT = 4096  # bytes of its complaints: so many of the first, and of the last
+_SAYING = 5.0  # seconds until all is read that it said before it ended
 _CLOSING = 60.0  # seconds that qemu-nbd gets to close an image after a failure
+
+
+class _Complaints:
+    """What qemu-nbd says on standard error: the first and the last of it, however much it is."""
+
+    def __init__(self) -> None:
+        self._head = self._tail = b""
+        self._reader = threading.Thread(target=self._drain, name="qemu-nbd's complaints", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._fd, self.sink = os.pipe()
+        return self
+
+    def follow(self) -> None:
+        """The program has the sink; read until it ends."""
+        self._close_sink()
+        self._reader.start()
+
+    def __exit__(self, *error: object) -> None:
+        self._close_sink()
+        if self._reader.ident:
+            self._reader.join(_SAYING)
+        else:
+            os.close(self._fd)
+
+    def text(self) -> str:
+        """What it has said; all of it once it has ended."""
+        self._reader.join(_SAYING)
+        return (self._head + self._tail).decode(errors="backslashreplace")
+
+    def _drain(self) -> None:
+        with open(self._fd, "rb", buffering=0) as pipe:
+            while data := pipe.read(_KEPT):
+                room = _KEPT - len(self._head)
+                self._head += data[:room]
+                self._tail = (self._tail + data[room:])[-_KEPT:]
+
+    def _close_sink(self) -> None:
+        sink, self.sink = self.sink, -1
+        if sink >= 0:
+            os.close(sink)
 
 
 class Disk:
@@ -122,9 +167,9 @@ def writing(image: Path, size: int, cluster: int) -> Iterator[Disk]:
     """
     usual = len(tempfile.gettempdir()) <= _LONGEST
     with tempfile.TemporaryDirectory(prefix="island-nbd-", dir=None if usual else "/tmp") as folder:
-        where, said = Path(folder, "socket"), Path(folder, "said")
+        where = Path(folder, "socket")
         node = {**qcow2_node(size, cluster, False), "file": file_node(image, False)}
-        with _started(image, node, where, said) as process:
+        with _Complaints() as said, _started(image, node, where, said) as process:
             disk = Disk(image, _connected(image, process, where, said))
             try:
                 yield disk
@@ -132,11 +177,11 @@ def writing(image: Path, size: int, cluster: int) -> Iterator[Disk]:
             finally:
                 disk.close()
             if _code(process) != 0:
-                raise _failure(image, said)
+                raise _failure(image, said, closing=True)
 
 
 @contextlib.contextmanager
-def _started(image: Path, node: object, where: Path, said: Path) -> Iterator[subprocess.Popen[bytes]]:
+def _started(image: Path, node: object, where: Path, said: _Complaints) -> Iterator[subprocess.Popen[bytes]]:
     """qemu-nbd, which ends when its client goes, or when this process dies; gone afterwards."""
     try:
         str(image).encode()
@@ -144,14 +189,15 @@ def _started(image: Path, node: object, where: Path, said: Path) -> Iterator[sub
         raise UsageError(f"the path {str(image)!r} is not UTF-8, so qemu cannot be told of it") from error
     command = ["setpriv", "--pdeathsig", "TERM", "qemu-nbd", "-k", str(where), "json:" + json.dumps(node)]
     try:
-        with said.open("wb") as complaints:
-            process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=complaints,
-                env={**os.environ, "LC_ALL": "C"}, start_new_session=True,
-            )  # fmt: skip
+        # SIGPIPE stays ignored: it closes the image though nobody hears it any more.
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=said.sink,
+            env=_environment(), start_new_session=True, restore_signals=False,
+        )  # fmt: skip
     except FileNotFoundError as error:
         raise _missing(image) from error
     try:
+        said.follow()
         yield process
     except BaseException:
         process.terminate()  # it closes the image before it ends
@@ -163,6 +209,11 @@ def _started(image: Path, node: object, where: Path, said: Path) -> Iterator[sub
         process.wait()
 
 
+def _environment() -> dict[str, str]:
+    """What qemu-nbd needs of ours; credentials are none of its business."""
+    return {name: os.environ[name] for name in _NEEDED if name in os.environ} | {"LC_ALL": "C"}
+
+
 def _code(process: subprocess.Popen[bytes]) -> int | None:
     """How it ended; None if it has not."""
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -170,7 +221,7 @@ def _code(process: subprocess.Popen[bytes]) -> int | None:
     return process.returncode
 
 
-def _connected(image: Path, process: subprocess.Popen[bytes], where: Path, said: Path) -> Client:
+def _connected(image: Path, process: subprocess.Popen[bytes], where: Path, said: _Complaints) -> Client:
     """The only client, as soon as qemu-nbd has opened the image; one that needs repair takes a while.
 
     It listens before it opens the image, and hangs up if that fails.
@@ -197,12 +248,19 @@ def _missing(image: Path) -> IslandError:
     )
 
 
-def _failure(image: Path, said: Path) -> IslandError:
-    """What qemu-nbd complained of."""
-    text = said.read_text(errors="backslashreplace")
+def _failure(image: Path, said: _Complaints, *, closing: bool = False) -> IslandError:
+    """What qemu-nbd complained of, when it opened the image, or when it closed it."""
+    text = said.text()
     if 'Failed to get "' in text and '" lock' in text:
         return ImageInUseError(f"{image} is open in another process; stop that process first")
     if "failed to execute qemu-nbd" in text:
         return _missing(image)
     words = said_by(text.partition("': ")[2] or text)
-    return IslandError(f"qemu-nbd could not open {image}, or close it: {words}")
+    if closing:
+        return IslandError(
+            f"qemu-nbd could not close {image}, which may be half written: {words}; check the disk, then run "
+            "the restore of that snapshot again"
+        )
+    return IslandError(
+        f"qemu-nbd could not open {image}, and nothing was written: {words}; mend that, then run it again"
+    )

@@ -17,6 +17,7 @@ import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
+from island_fast.host.holders import refuse_held
 from island_fast.host.imagelock import ImageLock, open_image
 from island_fast.progress import Progress
 from island_fast.qcow2 import MAX_VOLUME_SIZE, InternalSnapshot, PinnedBase
@@ -68,6 +69,8 @@ class RawSource(Source):
             lock = stack.enter_context(ImageLock(path, hold_off_writers=True, devices=True))
             self._fd = lock.fd
             _refuse_mounted(path)
+            if path.is_block_device():
+                refuse_held(path, self._fd, readers=False)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self._size} bytes, over the limit of 64 TiB")

@@ -66,12 +66,15 @@ def test_without_qemu_nbd(island: Island, disk: Path, monkeypatch: pytest.Monkey
 
 def test_a_disk_that_gets_full(island: Island, disk: Path, small_disk: Callable[[str, int], Path]) -> None:
     qemu.noise(disk, 0, 24 * MIB)
-    island.json("snapshot", disk)
+    taken = island.json("snapshot", disk)["snapshot"]
     target = qemu.create(small_disk("full", 8 * MIB) / "target.qcow2", 64 * MIB)
     done = island("restore", "disk@latest", "--onto", target)
     assert (done.code, done.out) == (1, "")
     warning, sentence = done.err.splitlines()
-    assert warning.endswith(f"{target} may be partly what it was and partly the snapshot; run the same again")
+    assert warning.endswith(
+        f"{target} may be partly what it was and partly the snapshot; "
+        f"run 'island restore {taken} --onto {target}'"
+    )
     assert "No space left on device" in sentence
     assert "free space" in sentence
     small_disk("full", 64 * MIB)
@@ -87,7 +90,7 @@ def test_an_interruption_tells_what_it_leaves(
     """Packs that come after the first few would wait for minutes."""
     large = qemu.create(tmp_path / "large.qcow2", 64 * MIB)
     qemu.noise(large, 0, 64 * MIB)
-    island.json("snapshot", large)
+    taken = island.json("snapshot", large)["snapshot"]
     target = qemu.create(tmp_path / "target.qcow2", 64 * MIB)
     before = qemu.info(target)["actual-size"]
     process = island.start("restore", "large@latest", "--onto", target, "--limit-download", "100K")
@@ -97,7 +100,8 @@ def test_an_interruption_tells_what_it_leaves(
     assert (process.returncode, out) == (1, b"")
     sentence = one_sentence(err.decode())
     assert sentence == (
-        f"interrupted; {target} is partly what it was and partly the snapshot; run the same again"
+        f"interrupted; {target} is partly what it was and partly the snapshot; "
+        f"run 'island restore {taken} --onto {target}'"
     )
     qemu.check(target)
     left = island.json("restore", "large@latest", "--onto", target)

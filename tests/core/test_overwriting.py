@@ -7,17 +7,19 @@ import os
 import random
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from island_fast import targets
+from island_fast import overwriting, targets
 from island_fast.errors import (
     DamagedObjectError,
     ImageInUseError,
@@ -26,6 +28,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
+from island_fast.host import qemu_nbd
 from island_fast.host.imagelock import ImageLock
 from island_fast.local import LocalState
 from island_fast.repository import Repository
@@ -332,7 +335,8 @@ def test_what_ends_early_goes_on(
         fail_after(1, patch, error)
         with pytest.raises(type(error)):
             repository.restore_onto(taken.snapshot, target, image_format=kind)
-    assert ("run the same again" in caplog.text) == isinstance(error, IslandError)
+    command = f"run 'island restore {taken.snapshot} --onto {target}{' --format raw' * (kind == 'raw')}'"
+    assert (command in caplog.text) == isinstance(error, IslandError)
     if kind == "qcow2":
         qemu.check(target)  # which also shows that nobody holds it any more
     left = repository.restore_onto(taken.snapshot, target, image_format=kind)
@@ -439,7 +443,7 @@ import os, signal, sys, time
 from island_fast.host import qemu_nbd
 from island_fast.repository import Repository
 def die(image, process, where, said):
-    while not where.exists() or not said.exists():
+    while not where.exists():
         time.sleep(0.001)
     time.sleep(0.2)  # it opens the image
     os.kill(os.getpid(), signal.SIGKILL)
@@ -473,6 +477,55 @@ def _in_use(path: Path) -> bool:
         return targets.writer_present(fd)
     finally:
         os.close(fd)
+
+
+def stand_in(folder: Path, patch: pytest.MonkeyPatch, script: str) -> None:
+    """Have a shell script run as qemu-nbd."""
+    folder.mkdir()
+    program = folder / "qemu-nbd"
+    program.write_text(f"#!/bin/sh\n{script}\n")
+    program.chmod(0o755)
+    patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+
+def test_a_qemu_that_fails_when_it_closes_the_image(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    taken = repository.snapshot(image)
+    target = qemu.create(tmp_path / "target.qcow2", SIZE)
+    real = shutil.which("qemu-nbd")
+    stand_in(tmp_path / "bin", monkeypatch, f'{real} "$@"; echo "qemu-nbd: the disk is gone" >&2; exit 1')
+    with pytest.raises(IslandError, match=r"could not close .* may be half written: .*the disk is gone"):
+        repository.restore_onto(taken.snapshot, target)
+    assert f"run 'island restore {taken.snapshot} --onto {target}'" in caplog.text
+
+
+def test_a_qemu_that_says_too_much_and_knows_no_credentials(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = repository.snapshot(image)
+    seen = tmp_path / "seen"
+    monkeypatch.setenv("OS_PASSWORD", "secret")
+    stand_in(
+        tmp_path / "bin",
+        monkeypatch,
+        f"env >{seen}; echo first >&2; yes | head -c 3000000 >&2; echo the end >&2; exit 1",
+    )
+    texts = []
+    monkeypatch.setattr(qemu_nbd, "said_by", lambda text: texts.append(text) or text[-300:])
+    with pytest.raises(IslandError, match=r"(?s)could not open .* nothing was written: .*the end"):
+        repository.restore_onto(taken.snapshot, image)
+    assert texts[0].startswith("first\n")
+    assert len(texts[0]) <= 2 * 4096
+    names = {line.partition("=")[0] for line in seen.read_text().splitlines()}
+    assert names <= {"PATH", "TMPDIR", "LC_ALL", "LD_LIBRARY_PATH", "PWD", "OLDPWD", "SHLVL", "_"}
+
+
+@pytest.mark.parametrize("flags, what", [(os.O_RDONLY, "reading"), (os.O_RDWR, "writing")])
+def test_a_target_that_cannot_be_opened_says_for_what(tmp_path: Path, flags: int, what: str) -> None:
+    with pytest.raises(IslandError, match=f"none cannot be opened for {what}: .*; run as a user"):
+        targets._opened(tmp_path / "none", flags, False)
 
 
 # What is refused.
@@ -523,7 +576,7 @@ def test_a_raw_target_that_is_none(
     refused(repository, tmp_path, RefusedError, "not a regular file", "raw")
     large = qemu.create(tmp_path / "large.qcow2", SIZE)
     os.truncate(large, SIZE)
-    refused(repository, large, RefusedError, "is a qcow2", "raw")
+    refused(repository, large, RefusedError, "begins as a qcow2", "raw")
     raw.write_bytes(os.urandom(SIZE))
     with subprocess.Popen(
         ["qemu-io", "-f", "raw", raw], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -537,12 +590,106 @@ def test_a_raw_target_that_is_none(
         holder.stdin.close()
     device = loop(raw)
     refused(repository, raw, ImageInUseError, "detach that first", "raw")
+    link = tmp_path / "link"
+    link.hardlink_to(raw)
+    refused(repository, link, ImageInUseError, "detach that first", "raw")
+    raw.unlink()
+    refused(repository, link, ImageInUseError, "detach that first", "raw")
     refused(repository, device, RefusedError, "with --format raw", "qcow2")
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         refused(repository, device, ImageInUseError, "unmount it first", "raw")
     finally:
         os.close(held)
+
+
+def test_a_raw_volume_in_which_a_guest_wrote_a_qcow2(repository: Repository, tmp_path: Path) -> None:
+    """Its first bytes are data like any other, and an attempt after the first can go on."""
+    raw = tmp_path / "disk.raw"
+    inner = qemu.create(tmp_path / "inner.qcow2", SIZE).read_bytes()
+    raw.write_bytes(inner.ljust(SIZE, b"\0"))
+    taken = repository.snapshot(raw, image_format="raw")
+    truth = raw.read_bytes()
+    target = tmp_path / "target.raw"
+    target.write_bytes(os.urandom(SIZE))
+    both(repository, taken.snapshot, target, "raw")
+    assert target.read_bytes() == truth
+
+
+HOLDER = "import os, sys; os.open(sys.argv[1], int(sys.argv[2])); print(flush=True); sys.stdin.read()"
+
+
+@contextmanager
+def held_open(path: Path, flags: int) -> Iterator[int]:
+    """Another process has the file open; its id."""
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, path, str(flags)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdin
+        assert holder.stdout
+        holder.stdout.readline()
+        yield holder.pid
+        holder.stdin.close()
+
+
+def test_a_device_that_is_open_by_another_node(
+    repository: Repository, image: Path, tmp_path: Path, loop: Callable[[Path], Path]
+) -> None:
+    """As by a qemu of libvirt's, whose /dev is its own: no lock on the node tells of it."""
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    device = loop(raw)
+    number = os.stat(device).st_rdev
+    other = tmp_path / "other"
+    os.mknod(other, 0o600 | stat.S_IFBLK, number)
+    try:
+        os.close(os.open(other, os.O_RDONLY))
+    except PermissionError:
+        pytest.skip("the file system of temporary files is mounted with nodev")
+    before = device.read_bytes()
+    with held_open(other, os.O_RDWR) as pid:
+        refused(repository, device, ImageInUseError, f"open in process {pid}", "raw")
+        with pytest.raises(ImageInUseError, match=f"open in process {pid}"):
+            repository.snapshot(device, image_format="raw")
+    with held_open(other, os.O_RDONLY) as pid:
+        refused(repository, device, ImageInUseError, f"open in process {pid}", "raw")
+        assert device.read_bytes() == before
+        repository.snapshot(device, image_format="raw")
+    both(repository, "vol@latest", device, "raw")
+
+
+def test_a_raw_file_that_another_program_writes_to(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    with held_open(raw, os.O_WRONLY) as pid:
+        refused(repository, raw, ImageInUseError, f"open in process {pid}", "raw")
+    with held_open(raw, os.O_RDONLY):
+        both(repository, "vol@latest", raw, "raw")
+
+
+def test_a_target_that_is_opened_while_it_is_compared(
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repository.snapshot(image)
+    raw = tmp_path / "raw"
+    raw.write_bytes(os.urandom(SIZE))
+    before = raw.read_bytes()
+    compare = overwriting._compare
+    with ExitStack() as stack:
+
+        def opened_meanwhile(*arguments: Any) -> Any:
+            plan = compare(*arguments)
+            stack.enter_context(held_open(raw, os.O_WRONLY))
+            return plan
+
+        monkeypatch.setattr(overwriting, "_compare", opened_meanwhile)
+        with pytest.raises(ImageInUseError, match="open in process"):
+            repository.restore_onto("vol@latest", raw, image_format="raw")
+    assert raw.read_bytes() == before
 
 
 def test_damage_in_an_index_is_found_before_anything_is_written(
