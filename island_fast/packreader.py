@@ -23,6 +23,7 @@ from island_fast.errors import (
     UNREADABLE,
     DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
 )
@@ -77,6 +78,7 @@ class PackReader:
         self._lineage = lineage
         self._lock = threading.Lock()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
+        self._told: set[int] = set()  # packs that are known not to be whole
 
     @property
     def store(self) -> Store:
@@ -92,12 +94,28 @@ class PackReader:
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
         can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack
-        is not whole any more, these blocks may be.
+        is not whole any more, these blocks may be: that is told.
         """
+        damage: IslandError | None = None
         if slots.size + self.slots(key) // _SPARED >= self.slots(key):
-            with contextlib.suppress(*UNREADABLE):
+            try:
                 return self.proved(key, slots)
-        return self.following(key, lambda place: self._blocks(place, slots, gap))
+            except UNREADABLE as error:
+                damage = error
+        found = self.following(key, lambda place: self._blocks(place, slots, gap))
+        if damage is not None:
+            self._tell(key, damage)
+        return found
+
+    def _tell(self, key: int, damage: IslandError) -> None:
+        """Warn of a pack that is not whole, once."""
+        with self._lock:
+            known = key in self._told
+            self._told.add(key)
+        if not known:
+            _LOG.warning(
+                "%s; its blocks are read singly, by their digests; run 'island verify --all --heal'", damage
+            )
 
     def proved(self, key: int, slots: Int64s, damaged: int = 0) -> tuple[Index, list[memoryview]]:
         """The same out of the whole pack, which its checksum proves; `damaged` reads were in vain before."""
