@@ -117,7 +117,8 @@ def island(context: click.Context) -> None:
       5  the store cannot be reached, or does not let you in
       6  damaged data
     """  # noqa: D301
-    values = configured()
+    # The script is made at every login, which a broken file is not to spoil.
+    values = {} if context.invoked_subcommand == "completion" else configured()
     run = context.ensure_object(Run)
     run.location = run.location or values.get("repository")
     context.default_map = values
@@ -351,7 +352,7 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
             answer = unpin(image, qmp, orphaned_in=repository)
     else:
         answer = unpin(image, qmp)
-    run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
+    run.answer(answer.as_json(), show.unpinned(answer, orphans), "\n".join(answer.pins))
 
 
 @click.command()

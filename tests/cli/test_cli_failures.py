@@ -9,8 +9,10 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
+from island_fast.outcome import Run, conclude
 from island_fast.repository import Repository
 from island_fast.show import printable
 from tests import qemu
@@ -176,6 +178,11 @@ def test_a_name_that_another_image_has(island: Island, disk: Path, tmp_path: Pat
 def test_usage(island: Island, disk: Path) -> None:
     for words, hint in {
         ("frob",): "no such command",
+        ("lst",): "no such command 'lst'",
+        (
+            "completion",
+        ): "missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish; see 'island compl",
+        ("retain", "--keep-last", "x"): "'x' is no whole number; see 'island retain --help'",
         ("snapshot",): "missing argument 'IMAGE', or --domain for a running libvirt guest; see 'island snap",
         ("snapshot", str(disk), "--frob"): "no such option",
         ("snapshot", str(disk), "extra"): "unexpected extra argument",
@@ -198,6 +205,15 @@ def test_usage(island: Island, disk: Path) -> None:
         assert hint in island.fails(2, *words), words
     assert not island.repository.exists()
     assert island("snapshot", disk, "--label", "--json").code == 0, "an option's value is no option"
+
+
+def test_a_suggestion_of_click_stays_a_question(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(run: Run) -> None:
+        raise click.UsageError("No such command 'lst'. Did you mean 'list'?")
+
+    assert conclude(work) == 2
+    told = one_sentence(capsys.readouterr().err)
+    assert told == "no such command 'lst'; did you mean 'list'? See 'island --help'"
 
 
 def test_at_a_snapshot_that_is_not_in_the_image(island: Island, disk: Path) -> None:
