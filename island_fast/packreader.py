@@ -78,7 +78,7 @@ class PackReader:
         self._lineage = lineage
         self._lock = threading.Lock()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
-        self._told: set[int] = set()  # packs that are known not to be whole
+        self._damaged: dict[int, IslandError | None] = {}  # packs that are not whole; None: it was told
 
     @property
     def store(self) -> Store:
@@ -94,25 +94,23 @@ class PackReader:
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
         can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack
-        is not whole any more, these blocks may be: that is told.
+        is not whole any more, these blocks may be: `tell_damage` when they are proved.
         """
-        damage: IslandError | None = None
         if slots.size + self.slots(key) // _SPARED >= self.slots(key):
             try:
                 return self.proved(key, slots)
             except UNREADABLE as error:
-                damage = error
-        found = self.following(key, lambda place: self._blocks(place, slots, gap))
-        if damage is not None:
-            self._tell(key, damage)
-        return found
+                with self._lock:
+                    self._damaged.setdefault(key, error)
+        return self.following(key, lambda place: self._blocks(place, slots, gap))
 
-    def _tell(self, key: int, damage: IslandError) -> None:
-        """Warn of a pack that is not whole, once."""
+    def tell_damage(self, key: int) -> None:
+        """Warn, once, that a pack was found not to be whole, although the blocks asked for are."""
         with self._lock:
-            known = key in self._told
-            self._told.add(key)
-        if not known:
+            damage = self._damaged.get(key)
+            if damage is not None:
+                self._damaged[key] = None
+        if damage is not None:
             _LOG.warning(
                 "%s; its blocks are read singly, by their digests; run 'island verify --all --heal'", damage
             )
