@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -104,7 +105,9 @@ def test_a_repository_that_is_none(island: Island, disk: Path, tmp_path: Path) -
 def test_no_repository_at_all(island: Island, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ISLAND_REPOSITORY")
     assert "no repository is named" in island.fails(2, "list")
-    assert "no repository is named" in island.fails(2, "-r", "", "snapshot", "disk.qcow2")
+    monkeypatch.setenv("ISLAND_REPOSITORY", "")
+    assert "no repository is named" in island.fails(2, "list"), "an empty variable is none"
+    assert "-r names no repository" in island.fails(2, "-r", "", "snapshot", "disk.qcow2")
 
 
 def test_damaged_objects(island: Island, disk: Path, tmp_path: Path) -> None:
@@ -125,12 +128,32 @@ def test_a_snapshot_that_is_not_there(island: Island, disk: Path, tmp_path: Path
     for name in (other, "disk@" + other, "latest", "disk@", taken + "0", "disk@../repository"):
         for verb in (["show", name], ["restore", name, tmp_path / "out"], ["delete", name]):
             assert "see 'island list'" in island.fails(3, *verb)
+    for verb in (["show", "disk"], ["restore", "disk", tmp_path / "out"], ["delete", "disk"]):
+        assert island.fails(3, *verb) == "disk is a volume; write disk@latest or disk@ID"
     assert "other has no snapshots" in island.fails(3, "show", "other@latest")
     assert "other has no snapshots" in island.fails(3, "list", "--volume", "other")
     assert "other has no snapshots" in island.fails(3, "adopt", "other")
     island.fails(3, "delete", taken, other)
     assert island.text("list", "-q").split() == [taken], "all are found before the first is deleted"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_may_not_be_read(island: Island, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as place:  # which anybody can enter, unlike tmp_path
+        folder = Path(place)
+        folder.chmod(0o755)
+        image = qemu.create(folder / "disk.qcow2", MIB)
+        monkeypatch.setenv("XDG_CONFIG_HOME", place)
+        island.text("map", image)  # imports what another user may not be able to
+        image.chmod(0)
+        user, access = os.geteuid(), os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode, effective_ids=True))
+        os.seteuid(user or 65534)
+        try:
+            told = island.fails(1, "map", image)
+        finally:
+            os.seteuid(user)
+        assert told == f"permission denied at '{image}'; run as a user who may read it"
 
 
 def test_an_ambiguous_beginning(island: Island, disk: Path) -> None:
@@ -200,6 +223,13 @@ def test_usage(island: Island, disk: Path) -> None:
         ("sweep", "--grace", "-1s"): "no time span",
         ("sweep", "--grace", ""): "no time span",
         ("list", "--volume"): "requires an argument",
+        ("list", "-r", ""): "-r names no repository",
+        ("--repository", "", "list"): "-r names no repository",
+        ("snapshot", ""): "name a file",
+        ("snapshot", str(disk), "--qmp", ""): "name a file",
+        ("restore", "disk@latest", ""): "name a file",
+        ("restore", "disk@latest", "--onto", ""): "name a file",
+        ("info", ""): "name a file",
         ("delete",): "missing argument",
     }.items():
         assert hint in island.fails(2, *words), words
