@@ -18,6 +18,7 @@ from island_fast.elsewhere import copy
 from island_fast.looking import info, map_
 from island_fast.options import (
     NAMING,
+    FileName,
     common,
     image_format_option,
     limits,
@@ -117,20 +118,21 @@ def island(context: click.Context) -> None:
       5  the store cannot be reached, or does not let you in
       6  damaged data
     """  # noqa: D301
-    values = configured()
+    # The script is made at every login, which a broken file is not to spoil.
+    values = {} if context.invoked_subcommand == "completion" else configured()
     run = context.ensure_object(Run)
     run.location = run.location or values.get("repository")
     context.default_map = values
 
 
 @island.command()
-@click.argument("image", type=click.Path(path_type=Path), required=False)
+@click.argument("image", type=FileName(), required=False)
 @click.option("--volume", metavar="NAME",
               help="The volume's name: at most 128 of A-Z a-z 0-9 . _ -  "
               "[default: the one known for IMAGE, else its file name without the last suffix]")  # fmt: skip
 @click.option("--label", metavar="TEXT", default="", callback=text,
               help="A text to keep with the snapshot.")  # fmt: skip
-@click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
+@click.option("--qmp", metavar="SOCKET", type=FileName(),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
 @domain_options
 @click.option("--no-pin", is_flag=True, help="Leave IMAGE untouched, and scan it in full.")
@@ -325,8 +327,8 @@ def adopt(run: Run, volume: str) -> None:
 
 
 @island.command()
-@click.argument("image", type=click.Path(path_type=Path))
-@click.option("--qmp", metavar="SOCKET", type=click.Path(path_type=Path),
+@click.argument("image", type=FileName())
+@click.option("--qmp", metavar="SOCKET", type=FileName(),
               help="QMP socket of the process that has IMAGE open.")  # fmt: skip
 @click.option("--orphans", is_flag=True,
               help="Only those that interrupted snapshots left, by the repository's catalog.")  # fmt: skip
@@ -351,7 +353,7 @@ def unpin(run: Run, image: Path, qmp: Path | None, orphans: bool) -> None:
             answer = unpin(image, qmp, orphaned_in=repository)
     else:
         answer = unpin(image, qmp)
-    run.answer(answer.as_json(), show.unpinned(answer), "\n".join(answer.pins))
+    run.answer(answer.as_json(), show.unpinned(answer, orphans), "\n".join(answer.pins))
 
 
 @click.command()

@@ -92,6 +92,8 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
                 _refuse(path, name)
             _check(path, name, value, keys[key])
         options = {key.replace("-", "_"): value for key, value in held.items()}
+        if "repository" in options:
+            options["repository"] = _place(path, options["repository"])
         values |= {table: options} if table else options
     for name in found:
         _refuse(path, name)
@@ -103,6 +105,16 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     for verb in _METERED if limits else ():
         values[verb] = values.get(verb, {}) | limits
     return values
+
+
+def _place(path: Path, repository: str) -> str:
+    """A repository that is the same one in whatever folder the command is called; ~ is the user's home."""
+    place = os.path.expanduser(repository) if repository.startswith("~/") else repository
+    if not os.path.isabs(place) and "://" not in place:
+        raise click.UsageError(
+            f"in {path}, repository must be an absolute path, begin with ~/, or be swift://CONTAINER/PREFIX"
+        )
+    return place
 
 
 def _check(path: Path, name: str, value: object, wanted: _Wanted) -> None:

@@ -24,6 +24,7 @@ __all__ = [
     "UnsupportedImageError",
     "UnsupportedObjectError",
     "UsageError",
+    "refuse_one_text",
 ]
 
 
@@ -93,3 +94,9 @@ class DamagedImageError(DamagedError):
 
 UNREADABLE = (DamagedObjectError, UnsupportedObjectError)
 """What an object raises that does not come as it was written: a flipped bit may look like a newer version."""
+
+
+def refuse_one_text(values: object, such_as: str) -> None:
+    """UsageError for a str where a list of texts is meant: its letters would be taken one by one."""
+    if isinstance(values, str):
+        raise UsageError(f"give a list of {such_as}, not one text")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from island_fast import show
-from island_fast.options import common, image_format_option, opened
+from island_fast.options import FileName, common, image_format_option, opened
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ __all__ = ["info", "map_"]
 
 
 @click.command("map")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=FileName())
 @click.option("--snapshot", metavar="NAME", help="The volume at this internal snapshot, not as it is.")
 @click.option("--since", metavar="NAME", help="Tell what may have changed since this internal snapshot.")
 @image_format_option("Format of IMAGE.")
@@ -71,7 +71,7 @@ def _written(windows: Iterable[Extents], row: str, changed: Sequence[str], since
 
 
 @click.command("info")
-@click.argument("image", type=click.Path(path_type=Path))
+@click.argument("image", type=FileName())
 @click.option("--volume", metavar="NAME", help="The volume that IMAGE's next snapshot would go to.")
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True, help="As for 'island snapshot'.")
 @common

@@ -257,8 +257,9 @@ class OpenRepository:
         volume, at, wanted = reference.rpartition("@")
         if not at and not wanted:
             raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
-        found = []
+        found, volumes = [], set()
         for lineage in self.lineages(volume or None):
+            volumes.add(lineage.name)
             if at and wanted == "latest":
                 rows = [row for row in (lineage.state.newest(),) if row]
             else:
@@ -269,6 +270,8 @@ class OpenRepository:
         if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
             raise self.left_out[0]  # what is left out may hold it, or another that begins like it
         if not found:
+            if not at and wanted in volumes:
+                raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
             raise NotFoundError(
                 f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
             )

@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "NAMING",
+    "FileName",
     "common",
     "directories",
     "fraction",
@@ -46,6 +48,21 @@ _STEP = 0.1  # seconds
 
 _OTHER = "ISLAND_TO_"
 """Before the names of variables with credentials of a second repository."""
+
+
+class FileName(click.Path):
+    """A path, of which only verbs find out whether it is there and may be read."""
+
+    def __init__(self) -> None:
+        super().__init__(readable=False, path_type=Path)
+
+    def convert(
+        self, value: str | os.PathLike[str], param: click.Parameter | None, ctx: click.Context | None
+    ) -> str | bytes | os.PathLike[str]:
+        """See ParamType. An empty text, such as an unset variable of a script, is no path."""
+        if value == "":
+            self.fail("name a file", param, ctx)
+        return super().convert(value, param, ctx)
 
 
 def snapshots_known(
@@ -115,6 +132,8 @@ def _remember(field: str) -> Callable[[click.Context, click.Parameter, Any], Non
     def keep(context: click.Context, parameter: click.Parameter, value: object) -> None:
         run = context.ensure_object(Run)
         given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and value == "":
+            raise UsageError(f"{parameter.opts[0]} names no repository; leave it out, or name one")
         if value and (given or not getattr(run, field)):
             setattr(run, field, value)
 

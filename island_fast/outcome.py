@@ -295,10 +295,12 @@ def _kebab(error: IslandError) -> str:
 
 def _usage(error: click.ClickException) -> str:
     """Click's message as a sentence of ours."""
-    text = error.format_message().rstrip(".?")
+    text = " ".join(error.format_message().split()).rstrip(".").replace(". Did you", "; did you")
+    text = re.sub(r"is not a valid integer( range)?$", "is no whole number", text)
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "island"
-    return f"{text[:1].lower()}{text[1:]}; see '{command} --help'"
+    see = " See" if text.endswith("?") else "; see"
+    return f"{text[:1].lower()}{text[1:]}{see} '{command} --help'"
 
 
 def _system(error: OSError) -> str:

@@ -23,6 +23,7 @@ from island_fast.errors import (
     UNREADABLE,
     DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
 )
@@ -77,6 +78,7 @@ class PackReader:
         self._lineage = lineage
         self._lock = threading.Lock()
         self._indexes: OrderedDict[str, Index] = OrderedDict()
+        self._damaged: dict[int, IslandError | None] = {}  # packs that are not whole; None: it was told
 
     @property
     def store(self) -> Store:
@@ -92,12 +94,26 @@ class PackReader:
 
         That is the whole pack, checked, or ranges merged over gaps <= `gap`, which only the blocks' digests
         can prove; over more gaps, the smallest first, if the store takes fewer ranges at once. Where a pack
-        is not whole any more, these blocks may be.
+        is not whole any more, these blocks may be: `tell_damage` when they are proved.
         """
         if slots.size + self.slots(key) // _SPARED >= self.slots(key):
-            with contextlib.suppress(*UNREADABLE):
+            try:
                 return self.proved(key, slots)
+            except UNREADABLE as error:
+                with self._lock:
+                    self._damaged.setdefault(key, error)
         return self.following(key, lambda place: self._blocks(place, slots, gap))
+
+    def tell_damage(self, key: int) -> None:
+        """Warn, once, that a pack was found not to be whole, although the blocks asked for are."""
+        with self._lock:
+            damage = self._damaged.get(key)
+            if damage is not None:
+                self._damaged[key] = None
+        if damage is not None:
+            _LOG.warning(
+                "%s; its blocks are read singly, by their digests; run 'island verify --all --heal'", damage
+            )
 
     def proved(self, key: int, slots: Int64s, damaged: int = 0) -> tuple[Index, list[memoryview]]:
         """The same out of the whole pack, which its checksum proves; `damaged` reads were in vain before."""

@@ -429,6 +429,7 @@ def unpacked(
             index, stored = packs.proved(key, slots, damaged=1)
             unpack_blocks(index, slots[part], stored[part], rows)
         yield Unpacked(index, part, stored[part], rows)
+    packs.tell_damage(key)
 
 
 def expand(runs: Runs) -> tuple[Int64s, Int64s]:

@@ -10,7 +10,7 @@ import click
 
 from island_fast import show
 from island_fast.errors import DamagedError, UsageError
-from island_fast.options import common, fraction, limits, opened, seconds, snapshots_known
+from island_fast.options import FileName, common, fraction, limits, opened, seconds, snapshots_known
 from island_fast.outcome import Run
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _EXTENTS = 4  # of each snapshot
               "longest.")  # fmt: skip
 @click.option("--since", metavar="TIME", callback=seconds,
               help="Read whole what this host has not read for this long, such as 7d.")  # fmt: skip
-@click.option("--against", metavar="IMAGE", type=click.Path(path_type=Path),
+@click.option("--against", metavar="IMAGE", type=FileName(),
               help="Compare SNAPSHOT with its pin in this qcow2 file.")  # fmt: skip
 @click.option("--backing", metavar="FORMAT:FILE", multiple=True,
               help="A backing file of IMAGE, as for 'island snapshot'.")  # fmt: skip

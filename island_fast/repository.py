@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from island_fast.answer import SnapshotTaken
 from island_fast.choosing import Request, choose
-from island_fast.errors import DamagedError, RefusedError, UsageError
+from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
 from island_fast.opening import OpenRepository
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Repository"]
 
+_LIST = "snapshots, such as [reference]"
 _LOG = logging.getLogger(__name__)
 
 
@@ -143,6 +144,7 @@ class Repository(OpenRepository):
 
         if compression not in ("zstd", "none"):
             raise UsageError(f"{compression!r} is no compression; use zstd or none")
+        refuse_one_text(disks, 'disks, such as ["vda"]')
         wish = Wish(domain, disks, freeze, connect, volume, label, full, compression == "zstd")
         return take_domain(self, self.lineage_for, wish, progress)
 
@@ -161,7 +163,7 @@ class Repository(OpenRepository):
         if self._id is None:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
-        files = [Backing.parse(text) for text in backing]
+        files = Backing.parsed(backing)
         try:
             with Qcow2Source(path, look_only=True, backing=files) as source:
                 lineage = self.lineage_for(source, volume)
@@ -260,6 +262,7 @@ class Repository(OpenRepository):
         """
         from island_fast.deleting import delete
 
+        refuse_one_text(references, _LIST)
         return delete([self.find(one) for one in references], self.state.writer, dry_run)
 
     def retain(
@@ -332,6 +335,7 @@ class Repository(OpenRepository):
         """
         from island_fast.copying import copy
 
+        refuse_one_text(references, _LIST)
         chosen: dict[str, tuple[Lineage, set[str]]] = {}
         if references is None:
             chosen = {one.name: (one, set(one.state.live)) for one in self.lineages(volume)}
@@ -387,7 +391,7 @@ class Repository(OpenRepository):
 
         if sample is not None and not 0 < sample <= 1:
             raise UsageError(f"{sample} is no share; give a fraction above 0, and at most 1")
-        files = [Backing.parse(text) for text in backing]
+        files = Backing.parsed(backing)
         image = Path(os.path.realpath(against)) if against is not None else None
         request = verifying.Request(self.state.writer, sample, since, image, files, heal)
         return verifying.verify(self, reference, request, progress)

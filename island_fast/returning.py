@@ -9,7 +9,15 @@ import click
 
 from island_fast import show
 from island_fast.errors import UsageError
-from island_fast.options import NAMING, common, image_format_option, limits, opened, snapshots_known
+from island_fast.options import (
+    NAMING,
+    FileName,
+    common,
+    image_format_option,
+    limits,
+    opened,
+    snapshots_known,
+)
 from island_fast.outcome import Run
 from island_fast.results import again
 
@@ -18,10 +26,10 @@ __all__ = ["restore"]
 
 @click.command(epilog=NAMING)
 @click.argument("snapshot", shell_complete=snapshots_known)
-@click.argument("target", type=click.Path(path_type=Path), required=False)
+@click.argument("target", type=FileName(), required=False)
 @image_format_option("Format of TARGET or IMAGE.")
 @click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
-@click.option("--onto", metavar="IMAGE", type=click.Path(path_type=Path),
+@click.option("--onto", metavar="IMAGE", type=FileName(),
               help="Write to this file or block device, which is there, the blocks that differ.")  # fmt: skip
 @click.option("--dry-run", is_flag=True, help="With --onto: write nothing, and tell what would be written.")
 @limits

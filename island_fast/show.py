@@ -299,13 +299,16 @@ def adopted(answer: Adopted) -> str:
     )
 
 
-def unpinned(answer: Unpinned) -> str:
-    """A sentence on what was dropped."""
+def unpinned(answer: Unpinned, orphans: bool) -> str:
+    """A sentence on what was dropped: all pins, or only `orphans`."""
     if not answer.pins:
+        if orphans:
+            return f"No interrupted snapshot left a pin in {printable(answer.image)}; any other stays."
         return f"There is no pin in {printable(answer.image)}."
+    left = "every other pin stays" if orphans else "the next snapshot scans in full"
     return (
         f"Dropped {count(len(answer.pins), 'pin')} from {printable(answer.image)}: "
-        f"{size(answer.bytes_freed)} freed; the next snapshot scans in full."
+        f"{size(answer.bytes_freed)} freed; {left}."
     )
 
 

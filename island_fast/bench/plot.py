@@ -36,7 +36,9 @@ def check() -> None:
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
-        raise UsageError("--plot needs matplotlib; pip install 'island-fast[bench]'") from error
+        raise UsageError(
+            "--plot needs matplotlib; run 'pip install matplotlib' in the same environment"
+        ) from error
 
 
 def draw(report: Report, path: Path) -> None:

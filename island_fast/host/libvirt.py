@@ -170,7 +170,7 @@ def _modules() -> tuple[ModuleType, ModuleType]:
         import libvirt
         import libvirt_qemu
     except ImportError as error:
-        raise IslandError("--domain needs libvirt-python; run pip install 'island-fast[libvirt]'") from error
+        raise IslandError("--domain needs libvirt-python; pip install it in the same environment") from error
     libvirt.registerErrorHandler(_silent, None)  # else it writes what it raises to standard error, too
     return libvirt, libvirt_qemu
 

@@ -94,6 +94,8 @@ class Image:
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no image '{name}'; check the path") from error
+        except PermissionError as error:
+            raise IslandError(f"permission denied at '{name}'; run as a user who may read it") from error
         except OSError as error:
             raise IslandError(f"cannot open the image '{name}': {error.strerror}") from error
         try:

@@ -47,7 +47,7 @@ def held(
     UsageError for a format that is not known, and for what is no backing file or cannot have one.
     """
     path = Path(os.path.realpath(image))
-    files = [Backing.parse(text) for text in backing]
+    files = Backing.parsed(backing)
     if image_format == "qcow2":
         return Qcow2Source(path, qmp, as_it_is=as_it_is, backing=files)
     if image_format != "raw":

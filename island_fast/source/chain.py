@@ -18,7 +18,7 @@ from typing import Protocol
 import xxhash
 
 from island_fast.dirtymap import DirtyMap
-from island_fast.errors import RefusedError, UsageError
+from island_fast.errors import RefusedError, UsageError, refuse_one_text
 from island_fast.host.imagelock import hold_off_writers
 from island_fast.progress import Progress
 from island_fast.qcow2 import Image, PointReader, allocated
@@ -45,6 +45,12 @@ class Backing:
         if image_format not in ("qcow2", "raw") or not colon or not path:
             raise UsageError(f"{text!r} is no backing file; write qcow2:FILE or raw:FILE")
         return cls(image_format, Path(path))
+
+    @classmethod
+    def parsed(cls, texts: Sequence[str]) -> list[Backing]:
+        """From several of them; UsageError for a single text, too."""
+        refuse_one_text(texts, 'backing files, such as ["qcow2:base.qcow2"]')
+        return [cls.parse(text) for text in texts]
 
 
 class Layer(Protocol):

@@ -235,7 +235,8 @@ def _from_cloud(name: str) -> Keyring:
         from openstack.exceptions import ConfigException
     except ImportError:
         raise StoreError(
-            "OS_CLOUD needs openstacksdk to read clouds.yaml; run pip install 'island-fast[clouds]'"
+            "OS_CLOUD needs openstacksdk to read clouds.yaml; run 'pip install openstacksdk' in the same "
+            "environment"
         ) from None
     try:
         cloud = OpenStackConfig().get_one(cloud=name)

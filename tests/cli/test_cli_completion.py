@@ -138,3 +138,10 @@ def test_the_script_of_a_shell(island: Island, shell: str) -> None:
     assert island.json("completion", shell)["script"].rstrip("\n") == text.rstrip("\n")
     if program := shutil.which(shell):
         subprocess.run([program, "-n"], input=text, text=True, check=True)
+
+
+def test_the_script_comes_whatever_the_configuration_says(island: Island) -> None:
+    island.configuration.parent.mkdir(parents=True)
+    island.configuration.write_text("nonsense")
+    assert "_ISLAND_COMPLETE" in island.text("completion", "bash")
+    assert "is not TOML" in island.fails(2, "list")

@@ -104,6 +104,9 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
         ("[snapshot]\nfull = true", "snapshot is unknown; known are "),
         ("repository = 7", "repository must be a text in quotes"),
+        ('repository = "snapshots"', "repository must be an absolute path, begin with ~/, or be swift://"),
+        ('repository = ""', "repository must be an absolute path, begin with ~/, or be swift://"),
+        ('repository = "~other"', "repository must be an absolute path, begin with ~/, or be swift://"),
         ('compression = "zlib"', 'compression must be "zstd" or "none"'),
         ("compression = true", 'compression must be "zstd" or "none"'),
         ("limit-upload = 10", 'limit-upload must be a rate in quotes, such as "10M"'),
@@ -147,6 +150,8 @@ def test_the_usual_places(nowhere: Island, tmp_path: Path, monkeypatch: pytest.M
         assert where(nowhere) == "/no/home"
     monkeypatch.delenv("XDG_CONFIG_HOME")
     assert where(nowhere) == "/no/home"
+    home.write_text('repository = "~/no"')
+    assert where(nowhere) == str(tmp_path / "home/no")
 
 
 def test_a_file_that_anybody_may_write_to_decides_nothing(nowhere: Island) -> None:

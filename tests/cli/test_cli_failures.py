@@ -6,11 +6,14 @@ import contextlib
 import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 
+from island_fast.outcome import Run, conclude
 from island_fast.repository import Repository
 from island_fast.show import printable
 from tests import qemu
@@ -102,7 +105,9 @@ def test_a_repository_that_is_none(island: Island, disk: Path, tmp_path: Path) -
 def test_no_repository_at_all(island: Island, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("ISLAND_REPOSITORY")
     assert "no repository is named" in island.fails(2, "list")
-    assert "no repository is named" in island.fails(2, "-r", "", "snapshot", "disk.qcow2")
+    monkeypatch.setenv("ISLAND_REPOSITORY", "")
+    assert "no repository is named" in island.fails(2, "list"), "an empty variable is none"
+    assert "-r names no repository" in island.fails(2, "-r", "", "snapshot", "disk.qcow2")
 
 
 def test_damaged_objects(island: Island, disk: Path, tmp_path: Path) -> None:
@@ -123,12 +128,32 @@ def test_a_snapshot_that_is_not_there(island: Island, disk: Path, tmp_path: Path
     for name in (other, "disk@" + other, "latest", "disk@", taken + "0", "disk@../repository"):
         for verb in (["show", name], ["restore", name, tmp_path / "out"], ["delete", name]):
             assert "see 'island list'" in island.fails(3, *verb)
+    for verb in (["show", "disk"], ["restore", "disk", tmp_path / "out"], ["delete", "disk"]):
+        assert island.fails(3, *verb) == "disk is a volume; write disk@latest or disk@ID"
     assert "other has no snapshots" in island.fails(3, "show", "other@latest")
     assert "other has no snapshots" in island.fails(3, "list", "--volume", "other")
     assert "other has no snapshots" in island.fails(3, "adopt", "other")
     island.fails(3, "delete", taken, other)
     assert island.text("list", "-q").split() == [taken], "all are found before the first is deleted"
     assert not (tmp_path / "out").exists()
+
+
+def test_an_image_that_may_not_be_read(island: Island, monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryDirectory() as place:  # which anybody can enter, unlike tmp_path
+        folder = Path(place)
+        folder.chmod(0o755)
+        image = qemu.create(folder / "disk.qcow2", MIB)
+        monkeypatch.setenv("XDG_CONFIG_HOME", place)
+        island.text("map", image)  # imports what another user may not be able to
+        image.chmod(0)
+        user, access = os.geteuid(), os.access
+        monkeypatch.setattr(os, "access", lambda path, mode: access(path, mode, effective_ids=True))
+        os.seteuid(user or 65534)
+        try:
+            told = island.fails(1, "map", image)
+        finally:
+            os.seteuid(user)
+        assert told == f"permission denied at '{image}'; run as a user who may read it"
 
 
 def test_an_ambiguous_beginning(island: Island, disk: Path) -> None:
@@ -176,6 +201,11 @@ def test_a_name_that_another_image_has(island: Island, disk: Path, tmp_path: Pat
 def test_usage(island: Island, disk: Path) -> None:
     for words, hint in {
         ("frob",): "no such command",
+        ("lst",): "no such command 'lst'",
+        (
+            "completion",
+        ): "missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish; see 'island compl",
+        ("retain", "--keep-last", "x"): "'x' is no whole number; see 'island retain --help'",
         ("snapshot",): "missing argument 'IMAGE', or --domain for a running libvirt guest; see 'island snap",
         ("snapshot", str(disk), "--frob"): "no such option",
         ("snapshot", str(disk), "extra"): "unexpected extra argument",
@@ -193,11 +223,27 @@ def test_usage(island: Island, disk: Path) -> None:
         ("sweep", "--grace", "-1s"): "no time span",
         ("sweep", "--grace", ""): "no time span",
         ("list", "--volume"): "requires an argument",
+        ("list", "-r", ""): "-r names no repository",
+        ("--repository", "", "list"): "-r names no repository",
+        ("snapshot", ""): "name a file",
+        ("snapshot", str(disk), "--qmp", ""): "name a file",
+        ("restore", "disk@latest", ""): "name a file",
+        ("restore", "disk@latest", "--onto", ""): "name a file",
+        ("info", ""): "name a file",
         ("delete",): "missing argument",
     }.items():
         assert hint in island.fails(2, *words), words
     assert not island.repository.exists()
     assert island("snapshot", disk, "--label", "--json").code == 0, "an option's value is no option"
+
+
+def test_a_suggestion_of_click_stays_a_question(capsys: pytest.CaptureFixture[str]) -> None:
+    def work(run: Run) -> None:
+        raise click.UsageError("No such command 'lst'. Did you mean 'list'?")
+
+    assert conclude(work) == 2
+    told = one_sentence(capsys.readouterr().err)
+    assert told == "no such command 'lst'; did you mean 'list'? See 'island --help'"
 
 
 def test_at_a_snapshot_that_is_not_in_the_image(island: Island, disk: Path) -> None:

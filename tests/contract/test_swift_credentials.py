@@ -143,7 +143,7 @@ def test_clouds_yaml_without_openstacksdk(container: str, monkeypatch: pytest.Mo
     monkeypatch.delenv("ST_AUTH")
     monkeypatch.setenv("OS_CLOUD", "home")
     monkeypatch.setitem(sys.modules, "openstack.config", None)
-    with pytest.raises(StoreError, match=r"pip install 'island-fast\[clouds\]'"):
+    with pytest.raises(StoreError, match=r"run 'pip install openstacksdk'"):
         open_store(container)
 
 

@@ -204,6 +204,9 @@ def test_what_comes_damaged_is_read_again_and_told(
 
     if times == READS and kind == "/packs/":
         restored()  # by ranges: each block proves itself
+        (told,) = caplog.messages
+        assert spoilt[0] in told
+        assert "its blocks are read singly, by their digests; run 'island verify --all --heal'" in told
     elif times == READS:
         with pytest.raises(DamagedError):
             restored()

@@ -72,3 +72,25 @@ def test_names_of_the_package_are_imported_only_when_asked_for() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["['Keep',", "'Repository']", "False"]
+
+
+@qemu.needs_qemu
+def test_one_text_is_no_list(tmp_path: Path) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", MIB)
+    state = LocalState(tmp_path / "state")
+    with (
+        Repository.open(tmp_path / "repository", state=state, create=True) as ours,
+        Repository.open(tmp_path / "elsewhere", state=state, create=True) as other,
+    ):
+        taken = ours.snapshot(image)
+        for call in (lambda: ours.delete(taken.snapshot), lambda: ours.copy(other, taken.snapshot)):
+            with pytest.raises(UsageError, match=r"give a list of snapshots, such as \[reference\], not one"):
+                call()
+        assert [one.snapshot for one in ours.snapshots()] == [taken.snapshot]
+        with pytest.raises(UsageError, match="give a list of disks"):
+            ours.snapshot_domain("web1", disks="vda")
+        for asked in (ours.snapshot, ours.outlook):
+            with pytest.raises(UsageError, match="give a list of backing files"):
+                asked(image, backing="qcow2:base.qcow2")
+        with pytest.raises(UsageError, match="give a list of backing files"):
+            ours.verify(taken.snapshot, against=image, backing="qcow2:base.qcow2")

@@ -36,6 +36,6 @@ PEERS = {
     "borg": Known("apt-get install borgbackup", ("borg", "--version")),
     "qemu-img": Known("apt-get install qemu-utils", ("qemu-img", "--version")),
     "fio": Known("apt-get install fio", ("fio", "--version")),
-    "cinder": Known("pip install 'island-fast[bench]'", package="cinder"),
+    "cinder": Known("pip install 'cinder==29.*'", package="cinder"),
 }
 """By the names that --peers takes."""
