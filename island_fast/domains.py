@@ -47,7 +47,10 @@ class Wish:
 def take_domain(
     repository: OpenRepository, lineage_for: Choice, wish: Wish, progress: Progress
 ) -> DomainTaken:
-    """Take the snapshots. If some disks cannot be stored, the others are, and an error tells which."""
+    """Take the snapshots. If some disks cannot be stored, the others are, and an error tells which.
+
+    `repository.left_out` tells afterwards of a guest that may still be frozen.
+    """
     if wish.freeze not in FREEZES:
         raise UsageError(f"{wish.freeze!r} is no way to freeze; use auto, require or never")
     with ExitStack() as stack:
@@ -71,6 +74,7 @@ def take_domain(
                 mend_known(one.lineage, one.source, repository.state.writer, progress)
         pinning = _Pinning(guest, sources, wish.freeze)
         outcomes = take_together(members, pinning, progress)
+    repository.left_out = [IslandError(pinning.moment.stuck)] if pinning.moment.stuck else []
     return _answer(guest, group, pinning.moment, disks, outcomes)
 
 

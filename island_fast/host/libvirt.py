@@ -8,6 +8,7 @@ agent answers comes from inside the guest: it is bounded in time and believed in
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class Domain(Monitor):
         self.name = name
         self.who = f"domain {name!r}"
         self.otherwise = "see whether its disk was changed or moved just now"
+        self._connect = connect
         self._connection: Any = None
         self._domain: Any = None
         self._libvirt, self._libvirt_qemu = _modules()
@@ -61,6 +63,29 @@ class Domain(Monitor):
             self._check_kind()
             self._domain = self._found(name)
             stack.pop_all()
+
+    @property
+    def thaw_by_hand(self) -> str:
+        """The command that thaws the guest."""
+        return f"virsh -c {shlex.quote(self.uri)} domfsthaw {shlex.quote(self.name)}"
+
+    def renew(self) -> None:
+        """Connect again, and look the domain up again: libvirtd may have been restarted.
+
+        IslandError if libvirtd cannot be reached, NotFoundError if the domain is gone, RefusedError if it is
+        off; all stays as it was then.
+        """
+        old = self._connection
+        new: Any = self._connected(self._connect)
+        self._connection = new
+        try:
+            self._domain = self._found(self.name)
+        except BaseException:
+            self._connection, old = old, new
+            raise
+        finally:
+            with suppress(self._libvirt.libvirtError):
+                old.close()
 
     def close(self) -> None:
         """See Monitor.close."""
@@ -109,15 +134,29 @@ class Domain(Monitor):
     def agent(self, command: str, timeout: int) -> object:
         """Give the agent in the guest a command and return its answer; IslandError after `timeout` seconds.
 
-        It is one, too, if the guest has no agent, or the agent refuses, in half a sentence about the guest.
-        What the agent was told to do may be done even then.
+        It is one, too, if the guest has no agent, in half a sentence about the guest. What the agent was told
+        to do may be done even then; not so if the agent answers with an error, which is a RefusedError.
         """
         message = json.dumps({"execute": command})
         try:
             answer = json.loads(self._libvirt_qemu.qemuAgentCommand(self._domain, message, timeout, 0))
         except (self._libvirt.libvirtError, ValueError) as error:
+            if self._is_refusal(error, command):
+                raise RefusedError(f"its agent refused {command} ({_words(error)})") from error
             raise IslandError(f"its agent did not answer {command} ({_words(error)})") from error
         return answer.get("return") if isinstance(answer, dict) else None
+
+    def _is_refusal(self, error: Exception, command: str) -> bool:
+        """Whether libvirt passes on an error that the agent answered `command` with.
+
+        libvirt has no code for that: "internal error: unable to execute QEMU agent command 'COMMAND': ...",
+        perhaps translated. What it says of an agent that is silent or gone has other codes.
+        """
+        return (
+            isinstance(error, self._libvirt.libvirtError)
+            and error.get_error_code() == self._libvirt.VIR_ERR_INTERNAL_ERROR
+            and f"'{command}'" in str(error)
+        )
 
     def _connected(self, connect: str | None) -> object:
         try:
