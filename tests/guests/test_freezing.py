@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -58,8 +59,11 @@ def test_the_pin_is_taken_while_the_guest_is_frozen(
 ) -> None:
     seen = []
 
+    times = []
+
     def look() -> int:
         seen.append(held(booted))
+        times.append(time.time_ns())
         return 1
 
     agent.answers |= {FREEZE: look, THAW: look}
@@ -67,6 +71,7 @@ def test_the_pin_is_taken_while_the_guest_is_frozen(
         taken = island.json(*words, *freeze)
         assert (taken["consistency"], agent.said) == ("filesystem", [STATUS, FREEZE, THAW])
         (one,) = taken["snapshots"]
+        assert times[-2] < manifest(island, one["snapshot"]).created < times[-1]
         before, during = seen
         (new,) = set(during) - set(before)
         assert new.endswith(one["snapshot"])
