@@ -14,18 +14,18 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.host.monitor import Monitor, plain
 
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
-
 __all__ = ["Disk", "Domain"]
 
-_HERE = (None, "", "localhost")
+_HERE = (None, "", "localhost", "127.0.0.1", "::1")
+_NONSENSE = (ValueError, RecursionError, ParseError)
+"""What answers that are no JSON or XML raise, or that are nested without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +59,10 @@ class Domain(Monitor):
         with ExitStack() as stack:
             self._connection = self._connected(connect)
             stack.callback(self.close)
-            self.uri: str = self._connection.getURI()
-            self._check_kind()
+            with self._asked("tell where and what it is"):
+                self.uri: str = self._connection.getURI()
+                host, kind = urlsplit(self.uri).hostname, self._connection.getType()
+            self._check_kind(host, kind)
             self._domain = self._found(name)
             stack.pop_all()
 
@@ -98,10 +100,8 @@ class Domain(Monitor):
         NotFoundError for a name that no disk has, or if there is none at all. RefusedError if one is
         something else than a qcow2 file, which alone can be snapshotted while in use.
         """
-        from xml.etree import ElementTree
-
         with self._asked("tell its disks"):
-            root = ElementTree.fromstring(self._domain.XMLDesc(0))
+            root = fromstring(self._domain.XMLDesc(0))
         found = {_target(disk): disk for disk in root.iterfind("devices/disk") if _is_disk(disk)}
         if unknown := [name for name in names if name not in found]:
             raise NotFoundError(f"{self.who} has no disk {unknown[0]!r}; it has {', '.join(found) or 'none'}")
@@ -140,7 +140,7 @@ class Domain(Monitor):
         message = json.dumps({"execute": command})
         try:
             answer = json.loads(self._libvirt_qemu.qemuAgentCommand(self._domain, message, timeout, 0))
-        except (self._libvirt.libvirtError, ValueError) as error:
+        except (self._libvirt.libvirtError, *_NONSENSE) as error:
             if self._is_refusal(error, command):
                 raise RefusedError(f"its agent refused {command} ({_words(error)})") from error
             raise IslandError(f"its agent did not answer {command} ({_words(error)})") from error
@@ -168,11 +168,11 @@ class Domain(Monitor):
                 "see whether libvirtd runs, or name it with --connect"
             ) from error
 
-    def _check_kind(self) -> None:
+    def _check_kind(self, host: str | None, kind: str) -> None:
         """UsageError for images on another host, or guests that are no qemu's."""
-        if urlsplit(self.uri).hostname not in _HERE:
+        if host not in _HERE:
             raise UsageError(f"{self.uri} is on another host; run island there, where the images are")
-        if self._connection.getType() != "QEMU":
+        if kind != "QEMU":
             raise UsageError(f"{self.uri} has no guests of qemu's; name another with --connect")
 
     def _found(self, name: str) -> object:
@@ -198,7 +198,7 @@ class Domain(Monitor):
             yield
         except self._libvirt.libvirtError as error:
             raise IslandError(f"libvirt could not, for {self.who}, {what} ({_words(error)})") from error
-        except ValueError as error:
+        except _NONSENSE as error:
             raise IslandError(
                 f"libvirt could not, for {self.who}, {what} (no sense in the answer)"
             ) from error

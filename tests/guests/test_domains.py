@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from island_fast import taking
-from island_fast.errors import DamagedError, IslandError, NotFoundError
+from island_fast.errors import DamagedError, IslandError
 from island_fast.host.libvirt import Domain
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
@@ -39,16 +39,6 @@ def restored(island: Island, reference: str) -> Path:
     target.unlink(missing_ok=True)
     island.json("restore", reference, target)
     return target
-
-
-@pytest.fixture
-def guest(libvirt: Libvirt, name: str) -> Guest:
-    """A guest with two disks, NAME-a and NAME-b, the first 128 KiB of each written to."""
-    disks = {dev: file(libvirt.image(f"{name}-{part}")) for dev, part in (("vda", "a"), ("vdb", "b"))}
-    made = libvirt.make(name, disks)
-    made.write(0, 0, 2 * K64, 7)
-    made.write(1, 0, 2 * K64, 8)
-    return made
 
 
 def image(guest: Guest, part: str) -> Path:
@@ -134,23 +124,6 @@ def test_one_transaction_is_all_or_nothing(guest: Guest) -> None:
         assert (pins(image(guest, "a")), pins(image(guest, "b"))) == ([], ["there"])
         domain.snapshot_create_all([(node, "new") for node in nodes])
         assert (pins(image(guest, "a")), pins(image(guest, "b"))) == (["new"], ["there", "new"])
-
-
-def test_a_connection_is_renewed_or_kept(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
-    with Domain(guest.name, guest.libvirt.uri) as domain:
-        first = domain._connection
-        domain.renew()
-        assert domain._connection is not first
-        node = domain.find_node(image(guest, "a"))
-        for name, value, error in (
-            ("_connect", "qemu:///session?socket=/no", IslandError),
-            ("name", "x", NotFoundError),
-        ):
-            with monkeypatch.context() as patch:
-                patch.setattr(domain, name, value)
-                with pytest.raises(error):
-                    domain.renew()
-            assert domain.find_node(image(guest, "a")) == node
 
 
 def test_a_chosen_disk_goes_to_a_named_volume(island: Island, guest: Guest) -> None:
