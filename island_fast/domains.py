@@ -7,8 +7,9 @@ guest goes on, and the disks are stored one by one. What belongs together has on
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 from island_fast.answer import SnapshotTaken
@@ -22,7 +23,7 @@ from island_fast.opening import OpenRepository
 from island_fast.progress import Progress
 from island_fast.results import DiskTaken, DomainTaken
 from island_fast.source import Backing, Qcow2Source, Source
-from island_fast.taking import Member, Request, take_together
+from island_fast.taking import Member, Pinned, Request, take_together
 
 __all__ = ["Wish", "take_domain"]
 
@@ -44,10 +45,24 @@ class Wish:
     compress: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A disk that is held, and the lineage that its snapshot goes to."""
+
+    disk: Disk
+    source: Qcow2Source
+    lineage: Lineage
+
+
 def take_domain(
     repository: OpenRepository, lineage_for: Choice, wish: Wish, progress: Progress
 ) -> DomainTaken:
-    """Take the snapshots. If some disks cannot be stored, the others are, and an error tells which."""
+    """Take the snapshots. If some disks cannot be stored, the others are; an error only if none is.
+
+    `repository.left_out` tells afterwards which disks are missing and why, and of a guest that may still be
+    frozen.
+    """
+    repository.left_out = []
     if wish.freeze not in FREEZES:
         raise UsageError(f"{wish.freeze!r} is no way to freeze; use auto, require or never")
     with ExitStack() as stack:
@@ -58,20 +73,36 @@ def take_domain(
                 f"--volume names one volume, and {guest.who} has the disks {_names(disks)}; choose one "
                 "with --disk"
             )
-        sources = [_held(stack, guest, disk) for disk in disks]
-        lineages = [lineage_for(source, wish.volume) for source in sources]
-        _refuse_shared(disks, lineages)
+        failures = _Failures(guest, disks)
+        found: list[_Found] = []
+        for disk in disks:
+            with failures.of(disk):
+                found.append(_found(stack, guest, disk, lineage_for, wish.volume))
+        _refuse_shared(found)
+        failures.raise_if_all()
+        ready: list[_Found] = []
+        for one in found:
+            with failures.of(one.disk):
+                if knows_damage(one.lineage):
+                    mend_known(one.lineage, one.source, repository.state.writer, progress)
+                ready.append(one)
         group = os.urandom(16).hex() if len(disks) > 1 else None
         members = [
-            Member(lineage, source, _request(repository, wish, disk, disks, group))
-            for disk, source, lineage in zip(disks, sources, lineages, strict=True)
+            Member(one.lineage, one.source, _request(repository, wish, one.disk, disks, group))
+            for one in ready
         ]
-        for one in members:
-            if knows_damage(one.lineage):
-                mend_known(one.lineage, one.source, repository.state.writer, progress)
-        pinning = _Pinning(guest, sources, wish.freeze)
+        pinning = _Pinning(guest, [one.source for one in ready], wish.freeze)
         outcomes = take_together(members, pinning, progress)
-    return _answer(guest, group, pinning.moment, disks, outcomes)
+    taken: list[DiskTaken] = []
+    for one, outcome in zip(ready, outcomes, strict=True):
+        with failures.of(one.disk):
+            taken.append(_answer(one.disk, outcome))
+    failures.raise_if_all()
+    moment = pinning.moment
+    repository.left_out = failures.errors
+    if moment.stuck:
+        repository.left_out.append(IslandError(moment.stuck))  # last: the exit code is its
+    return DomainTaken(guest.name, group, moment.consistency, moment.reason, tuple(taken))
 
 
 class _Pinning:
@@ -83,13 +114,22 @@ class _Pinning:
         self._guest = guest
         self._sources = sources
         self._freeze = freeze
+        self._created = 0
 
-    def __call__(self, names: Sequence[str]) -> Mapping[str, str]:
-        pins = [(source.node, name) for source, name in zip(self._sources, names, strict=True)]
-        self.moment = at_one_moment(self._guest, self._freeze, lambda: self._guest.snapshot_create_all(pins))
-        for source in self._sources:
-            source.reload()
-        return {"consistency": self.moment.consistency}
+    def __call__(self, names: Sequence[str | None]) -> Pinned:
+        pins = [(source.node, name) for source, name in zip(self._sources, names, strict=True) if name]
+
+        def pin() -> None:
+            self._created = time.time_ns()  # a freeze may have taken a minute
+            self._guest.snapshot_create_all(pins)
+
+        self.moment = at_one_moment(self._guest, self._freeze, pin)
+        return Pinned(self._created, {"consistency": self.moment.consistency})
+
+
+def _found(stack: ExitStack, guest: Domain, disk: Disk, lineage_for: Choice, volume: str | None) -> _Found:
+    source = _held(stack, guest, disk)
+    return _Found(disk, source, lineage_for(source, volume))
 
 
 def _held(stack: ExitStack, guest: Domain, disk: Disk) -> Qcow2Source:
@@ -97,10 +137,11 @@ def _held(stack: ExitStack, guest: Domain, disk: Disk) -> Qcow2Source:
     return stack.enter_context(Qcow2Source(disk.image, monitor=guest, backing=backing))
 
 
-def _refuse_shared(disks: Sequence[Disk], lineages: Sequence[Lineage]) -> None:
+def _refuse_shared(found: Sequence[_Found]) -> None:
     """Two new images of one name, in two folders, would go to one volume."""
     seen: dict[str, Disk] = {}
-    for disk, lineage in zip(disks, lineages, strict=True):
+    for one in found:
+        disk, lineage = one.disk, one.lineage
         other = seen.setdefault(lineage.name, disk)
         if other is not disk:
             raise RefusedError(
@@ -127,34 +168,44 @@ def _request(
     )
 
 
-def _answer(
-    guest: Domain,
-    group: str | None,
-    moment: Moment,
-    disks: Sequence[Disk],
-    outcomes: Sequence[SnapshotTaken | IslandError | OSError],
-) -> DomainTaken:
-    taken, failed = [], []
-    for disk, outcome in zip(disks, outcomes, strict=True):
-        if isinstance(outcome, SnapshotTaken):
-            taken.append(DiskTaken(**asdict(outcome), disk=disk.name, image=str(disk.image)))
-        else:
-            failed.append((disk, outcome))
-    if failed:
-        raise _failure(guest, [one.disk for one in taken], failed)
-    return DomainTaken(guest.name, group, moment.consistency, moment.reason, tuple(taken))
+def _answer(disk: Disk, outcome: SnapshotTaken | IslandError | OSError) -> DiskTaken:
+    if isinstance(outcome, SnapshotTaken):
+        return DiskTaken(**asdict(outcome), disk=disk.name, image=str(disk.image))
+    raise outcome
 
 
-def _failure(
-    guest: Domain, stored: Sequence[str], failed: Sequence[tuple[Disk, IslandError | OSError]]
-) -> IslandError:
-    """The first error, of its kind, with which disks were stored in front of it."""
-    error = failed[0][1]
-    said = str(error) if isinstance(error, IslandError) else (error.strerror or str(error))
-    missing = _names([disk for disk, _ in failed])
-    kind = type(error) if isinstance(error, IslandError) else IslandError
-    there = f"{', '.join(stored)} stored, " if stored else ""
-    return kind(f"of the disks of {guest.who}, {there}{missing} not stored: {said}")
+class _Failures:
+    """Why some disks of a guest are not stored; `errors`, each named after its disk."""
+
+    def __init__(self, guest: Domain, disks: Sequence[Disk]) -> None:
+        self._guest = guest
+        self._disks = disks
+        self.errors: list[IslandError] = []
+
+    @contextmanager
+    def of(self, disk: Disk) -> Iterator[None]:
+        """Note what fails in the body, and go on behind it."""
+        try:
+            yield
+        except (IslandError, OSError) as error:
+            kind = type(error) if isinstance(error, IslandError) else IslandError
+            made = kind(f"disk {disk.name} of {self._guest.who} is not stored: {self._said(disk, error)}")
+            made.__cause__ = error
+            self.errors.append(made)
+
+    def raise_if_all(self) -> None:
+        """One error, of the last one's kind, that says what all say, if no disk is left."""
+        if len(self.errors) == len(self._disks):
+            raise type(self.errors[-1])("; ".join(map(str, self.errors))) from self.errors[-1]
+
+    def _said(self, disk: Disk, error: IslandError | OSError) -> str:
+        said = str(error)
+        if isinstance(error, OSError) and error.strerror:
+            said = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+        if "--volume" in said and len(self._disks) > 1:
+            others = " ".join(f"--disk {one.name}" for one in self._disks if one is not disk)
+            said += f"; --volume needs --disk {disk.name} alone, or leave it out with {others}"
+        return said
 
 
 def _names(disks: Sequence[Disk]) -> str:

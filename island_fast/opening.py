@@ -56,8 +56,8 @@ class OpenRepository:
     """An open repository, and what is found in it. Owns its store; a context manager. Not thread-safe.
 
     `state` is this host's local state. With `create`, a repository that is not there is made by the first
-    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes passed over
-    some of them: one IslandError for each, empty if none was.
+    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes, or all disks
+    of a guest, passed over some of them: one IslandError for each, empty if none was.
     """
 
     def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:

@@ -137,8 +137,8 @@ class Repository(OpenRepository):
         `disks` are their names in libvirt, such as "vda"; without, all that the guest may write to, which
         must be qcow2 files. `freeze`: "auto" freezes the guest's file systems if its agent answers, "require"
         fails where that is impossible, "never" does not ask. `connect` is libvirt's URI, of this host. The
-        rest is as in `snapshot`; `volume` only for one disk. If some disks cannot be stored, the others are,
-        and the error tells which.
+        rest is as in `snapshot`; `volume` only for one disk. If some disks cannot be stored, the others are:
+        see `left_out`, which tells of a guest that may still be frozen, too. If none can, it is an error.
         """
         from island_fast.domains import Wish, take_domain
 

@@ -87,6 +87,7 @@ def snapshot_domain(
             run.note(f"disk {one.disk}: {note}")
     ids = "\n".join(one.snapshot for one in taken.snapshots)
     run.answer(taken.as_json(), show.domain_taken(taken), ids)
+    run.left_out(repository.left_out)
 
 
 def refuse_mixture(image: object, **others: object) -> None:

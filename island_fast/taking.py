@@ -35,7 +35,7 @@ from island_fast.runs import Runs
 from island_fast.source import Change, Source, View, pin_name
 from island_fast.storing import Stored, Storing
 
-__all__ = ["Member", "Request", "take", "take_together"]
+__all__ = ["Member", "Pinned", "Request", "take", "take_together"]
 
 Int64s = NDArray[np.int64]
 
@@ -63,8 +63,16 @@ class Member:
     request: Request
 
 
-Pins = Callable[[Sequence[str]], Mapping[str, str]]
-"""Takes the pins of these names, one for each member, and returns properties of that moment."""
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """The moment when pins were taken: nanoseconds since 1970, and what properties tell of it."""
+
+    created: int
+    facts: Mapping[str, str]
+
+
+Pins = Callable[[Sequence[str | None]], Pinned]
+"""Takes the pins of these names, one for each member; None for one that is left out."""
 
 
 def take_together(
@@ -73,22 +81,40 @@ def take_together(
     """Take snapshots of several volumes at the moment when `pin` takes their pins, then store one by one.
 
     Each is as whole as if it were alone: one that fails takes its pin with it, is an error in the answer, and
-    keeps none of the others from being stored. What `pin` raises, and interruptions, undo all that are not
-    stored yet.
+    keeps none of the others from being stored. One that fails before gets no pin; `pin` is not called if
+    none is left. What `pin` raises, and interruptions, undo all that are not stored yet.
     """
-    takings = [_Taking(one.lineage, one.source, one.request, progress) for one in members]
-    answers: list[SnapshotTaken | IslandError | OSError] = []
     with ExitStack() as all_of_them:
-        stacks = [all_of_them.enter_context(ExitStack()) for _ in takings]
-        names = [taking.begin(stack) for taking, stack in zip(takings, stacks, strict=True)]
-        created = time.time_ns()
-        facts = pin(names)
-        for taking, stack, name in zip(takings, stacks, names, strict=True):
-            try:
-                answers.append(taking.end(stack, name, created, facts))
-            except (IslandError, OSError) as error:
-                answers.append(error)
-    return answers
+        begun = [_begun(one, all_of_them, progress) for one in members]
+        names = [one.name if isinstance(one, _Begun) else None for one in begun]
+        moment = pin(names) if any(names) else Pinned(0, {})
+        return [_ended(one, moment) if isinstance(one, _Begun) else one for one in begun]
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """One that waits for its pin `name`; `stack` undoes it."""
+
+    taking: _Taking
+    stack: ExitStack
+    name: str
+
+
+def _begun(member: Member, all_of_them: ExitStack, progress: Progress) -> _Begun | IslandError | OSError:
+    taking = _Taking(member.lineage, member.source, member.request, progress)
+    try:
+        with ExitStack() as stack:
+            name = taking.begin(stack)
+            return _Begun(taking, all_of_them.enter_context(stack.pop_all()), name)
+    except (IslandError, OSError) as error:
+        return error
+
+
+def _ended(one: _Begun, moment: Pinned) -> SnapshotTaken | IslandError | OSError:
+    try:
+        return one.taking.end(one.stack, one.name, moment)
+    except (IslandError, OSError) as error:
+        return error
 
 
 def new_id() -> str:
@@ -137,13 +163,15 @@ class _Taking:
         self._begin(stack)
         return self._expect_pin(stack)
 
-    def end(self, stack: ExitStack, name: str, created: int, facts: Mapping[str, str]) -> SnapshotTaken:
-        """Store the pin `name`; `facts` are more properties. Leaves `stack`."""
+    def end(self, stack: ExitStack, name: str, moment: Pinned) -> SnapshotTaken:
+        """Store the pin `name`, which somebody else took. Leaves `stack`."""
         began = time.monotonic()
-        self._request = replace(self._request, properties=dict(self._request.properties) | dict(facts))
+        properties = dict(self._request.properties) | dict(moment.facts)
+        self._request = replace(self._request, properties=properties)
         with stack:
+            self._source.reload()
             internal = self._source.named(name)
-            taken = self._store(internal, created)
+            taken = self._store(internal, moment.created)
         notes = self._drop_old_pins(internal)
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
 

@@ -8,23 +8,24 @@ agent answers comes from inside the guest: it is bounded in time and believed in
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
+from xml.etree.ElementTree import Element, ParseError, fromstring
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.host.monitor import Monitor, plain
 
-if TYPE_CHECKING:
-    from xml.etree.ElementTree import Element
-
 __all__ = ["Disk", "Domain"]
 
-_HERE = (None, "", "localhost")
+_HERE = (None, "", "localhost", "127.0.0.1", "::1")
+_NONSENSE = (ValueError, RecursionError, ParseError)
+"""What answers that are no JSON or XML raise, or that are nested without end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,16 +52,42 @@ class Domain(Monitor):
         self.name = name
         self.who = f"domain {name!r}"
         self.otherwise = "see whether its disk was changed or moved just now"
+        self._connect = connect
         self._connection: Any = None
         self._domain: Any = None
         self._libvirt, self._libvirt_qemu = _modules()
         with ExitStack() as stack:
             self._connection = self._connected(connect)
             stack.callback(self.close)
-            self.uri: str = self._connection.getURI()
-            self._check_kind()
+            with self._asked("tell where and what it is"):
+                self.uri: str = self._connection.getURI()
+                host, kind = urlsplit(self.uri).hostname, self._connection.getType()
+            self._check_kind(host, kind)
             self._domain = self._found(name)
             stack.pop_all()
+
+    @property
+    def thaw_by_hand(self) -> str:
+        """The command that thaws the guest."""
+        return f"virsh -c {shlex.quote(self.uri)} domfsthaw {shlex.quote(self.name)}"
+
+    def renew(self) -> None:
+        """Connect again, and look the domain up again: libvirtd may have been restarted.
+
+        IslandError if libvirtd cannot be reached, NotFoundError if the domain is gone, RefusedError if it is
+        off; all stays as it was then.
+        """
+        old = self._connection
+        new: Any = self._connected(self._connect)
+        self._connection = new
+        try:
+            self._domain = self._found(self.name)
+        except BaseException:
+            self._connection, old = old, new
+            raise
+        finally:
+            with suppress(self._libvirt.libvirtError):
+                old.close()
 
     def close(self) -> None:
         """See Monitor.close."""
@@ -73,10 +100,8 @@ class Domain(Monitor):
         NotFoundError for a name that no disk has, or if there is none at all. RefusedError if one is
         something else than a qcow2 file, which alone can be snapshotted while in use.
         """
-        from xml.etree import ElementTree
-
         with self._asked("tell its disks"):
-            root = ElementTree.fromstring(self._domain.XMLDesc(0))
+            root = fromstring(self._domain.XMLDesc(0))
         found = {_target(disk): disk for disk in root.iterfind("devices/disk") if _is_disk(disk)}
         if unknown := [name for name in names if name not in found]:
             raise NotFoundError(f"{self.who} has no disk {unknown[0]!r}; it has {', '.join(found) or 'none'}")
@@ -109,15 +134,29 @@ class Domain(Monitor):
     def agent(self, command: str, timeout: int) -> object:
         """Give the agent in the guest a command and return its answer; IslandError after `timeout` seconds.
 
-        It is one, too, if the guest has no agent, or the agent refuses, in half a sentence about the guest.
-        What the agent was told to do may be done even then.
+        It is one, too, if the guest has no agent, in half a sentence about the guest. What the agent was told
+        to do may be done even then; not so if the agent answers with an error, which is a RefusedError.
         """
         message = json.dumps({"execute": command})
         try:
             answer = json.loads(self._libvirt_qemu.qemuAgentCommand(self._domain, message, timeout, 0))
-        except (self._libvirt.libvirtError, ValueError) as error:
+        except (self._libvirt.libvirtError, *_NONSENSE) as error:
+            if self._is_refusal(error, command):
+                raise RefusedError(f"its agent refused {command} ({_words(error)})") from error
             raise IslandError(f"its agent did not answer {command} ({_words(error)})") from error
         return answer.get("return") if isinstance(answer, dict) else None
+
+    def _is_refusal(self, error: Exception, command: str) -> bool:
+        """Whether libvirt passes on an error that the agent answered `command` with.
+
+        libvirt has no code for that: "internal error: unable to execute QEMU agent command 'COMMAND': ...",
+        perhaps translated. What it says of an agent that is silent or gone has other codes.
+        """
+        return (
+            isinstance(error, self._libvirt.libvirtError)
+            and error.get_error_code() == self._libvirt.VIR_ERR_INTERNAL_ERROR
+            and f"'{command}'" in str(error)
+        )
 
     def _connected(self, connect: str | None) -> object:
         try:
@@ -129,11 +168,11 @@ class Domain(Monitor):
                 "see whether libvirtd runs, or name it with --connect"
             ) from error
 
-    def _check_kind(self) -> None:
+    def _check_kind(self, host: str | None, kind: str) -> None:
         """UsageError for images on another host, or guests that are no qemu's."""
-        if urlsplit(self.uri).hostname not in _HERE:
+        if host not in _HERE:
             raise UsageError(f"{self.uri} is on another host; run island there, where the images are")
-        if self._connection.getType() != "QEMU":
+        if kind != "QEMU":
             raise UsageError(f"{self.uri} has no guests of qemu's; name another with --connect")
 
     def _found(self, name: str) -> object:
@@ -159,7 +198,7 @@ class Domain(Monitor):
             yield
         except self._libvirt.libvirtError as error:
             raise IslandError(f"libvirt could not, for {self.who}, {what} ({_words(error)})") from error
-        except ValueError as error:
+        except _NONSENSE as error:
             raise IslandError(
                 f"libvirt could not, for {self.who}, {what} (no sense in the answer)"
             ) from error

@@ -175,6 +175,10 @@ class Source(ABC):
     def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         """What may have changed at `view`: since `base` by table diff, or in all, for `why_not`."""
 
+    def reload(self) -> None:
+        """Read the internal snapshots anew, after somebody else took or dropped one; for images with any."""
+        raise NotImplementedError
+
     def pins(self, repository: str, lineage: str) -> list[InternalSnapshot]:
         """Internal snapshots that pin `lineage` of this repository."""
         return [s for s in self.internals if pinned_lineage(repository, s.name) == lineage]

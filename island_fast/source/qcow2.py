@@ -119,7 +119,7 @@ class Qcow2Source(Source):
             self._stack = stack.pop_all()
 
     def reload(self) -> None:
-        """Read the snapshot table anew, after somebody else took or dropped an internal snapshot."""
+        """See Source.reload."""
         self.image.reload()
 
     @property

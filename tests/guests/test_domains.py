@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 
 from island_fast import taking
-from island_fast.errors import IslandError
+from island_fast.errors import DamagedError, IslandError
 from island_fast.host.libvirt import Domain
+from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
 from island_fast.repository import Repository
 from tests import qemu
-from tests.cli.conftest import Done, Island
+from tests.cli.conftest import Done, Island, one_sentence
 from tests.cli.test_cli_verbs import KEYS
 from tests.daemon import wait_for_socket
 from tests.guests.session import SIZE, Guest, Libvirt, content_is, file, pins
@@ -38,16 +39,6 @@ def restored(island: Island, reference: str) -> Path:
     target.unlink(missing_ok=True)
     island.json("restore", reference, target)
     return target
-
-
-@pytest.fixture
-def guest(libvirt: Libvirt, name: str) -> Guest:
-    """A guest with two disks, NAME-a and NAME-b, the first 128 KiB of each written to."""
-    disks = {dev: file(libvirt.image(f"{name}-{part}")) for dev, part in (("vda", "a"), ("vdb", "b"))}
-    made = libvirt.make(name, disks)
-    made.write(0, 0, 2 * K64, 7)
-    made.write(1, 0, 2 * K64, 8)
-    return made
 
 
 def image(guest: Guest, part: str) -> Path:
@@ -160,9 +151,12 @@ def test_the_other_disk_is_stored_and_told(
 ) -> None:
     island.json("snapshot", libvirt.image(f"{guest.name}-other"))  # makes the repository
     packs = block(island, f"{guest.name}-{broken}")
-    done: Done = island(*words(guest))
-    assert done.code != 0
-    assert f"of the disks of domain '{guest.name}', {stored} stored, vd{broken} not stored: " in done.err
+    done: Done = island(*words(guest), "--json")
+    assert done.code == 4
+    assert f"disk vd{broken} of domain '{guest.name}' is not stored: " in done.err.splitlines()[-1]
+    told = json.loads(done.out)
+    assert list(told) == ["domain", "group", "consistency", "reason", "snapshots"]
+    assert [one["disk"] for one in told["snapshots"]] == [stored]
     whole = "b" if broken == "a" else "a"
     volumes = [one["volume"] for one in island.json("list")]
     assert volumes == [f"{guest.name}-{whole}", f"{guest.name}-other"]
@@ -174,12 +168,47 @@ def test_the_other_disk_is_stored_and_told(
     assert [len(pins(image(guest, part))) for part in "ab"] == [1, 1]
 
 
+def test_a_disk_that_is_another_volume_s_is_left_out(island: Island, guest: Guest, libvirt: Libvirt) -> None:
+    other = libvirt.image(f"{guest.name}-other")
+    island.json("snapshot", other, "--volume", f"{guest.name}-a")
+    done: Done = island(*words(guest), "--json")
+    assert done.code == 4
+    assert [one["disk"] for one in json.loads(done.out)["snapshots"]] == ["vdb"]
+    told = one_sentence(done.err)
+    assert told.startswith(f"disk vda of domain '{guest.name}' is not stored: ")
+    assert told.endswith("; --volume needs --disk vda alone, or leave it out with --disk vdb")
+    assert [len(pins(image(guest, part))) for part in "ab"] == [0, 1]
+    alone = island.fails(4, *words(guest, "--disk", "vda"))
+    assert "leave it out" not in alone
+
+
+@pytest.mark.parametrize("broken, left", [("a", "vdb"), ("b", "vda")])
+def test_a_disk_that_fails_before_its_pin_gets_none(
+    island: Island, guest: Guest, monkeypatch: pytest.MonkeyPatch, broken: str, left: str
+) -> None:
+    def interrupted(lineage: Lineage) -> object:
+        if lineage.name == f"{guest.name}-{broken}":
+            raise DamagedError("its registration cannot be read")
+        return real(lineage)
+
+    real = taking.find_interrupted
+    monkeypatch.setattr(taking, "find_interrupted", interrupted)
+    done: Done = island(*words(guest), "--json")
+    assert done.code == 6
+    assert [one["disk"] for one in json.loads(done.out)["snapshots"]] == [left]
+    assert f"disk vd{broken} of domain '{guest.name}' is not stored: its registration" in done.err
+    assert [len(pins(image(guest, part))) for part in "ab"] == [part != broken for part in "ab"]
+    monkeypatch.setattr(taking, "find_interrupted", real)
+    assert len(island.json(*words(guest))["snapshots"]) == 2
+
+
 def test_no_disk_is_stored(island: Island, guest: Guest, libvirt: Libvirt) -> None:
     island.json("snapshot", libvirt.image(f"{guest.name}-other"))
     for part in "ab":
         block(island, f"{guest.name}-{part}")
     done: Done = island(*words(guest))
-    assert f"of the disks of domain '{guest.name}', vda, vdb not stored: " in done.err
+    for disk in ("vda", "vdb"):
+        assert f"disk {disk} of domain '{guest.name}' is not stored: " in done.err
     assert [pins(image(guest, part)) for part in "ab"] == [[], []]
 
 

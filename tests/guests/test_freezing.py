@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -58,8 +59,11 @@ def test_the_pin_is_taken_while_the_guest_is_frozen(
 ) -> None:
     seen = []
 
+    times = []
+
     def look() -> int:
         seen.append(held(booted))
+        times.append(time.time_ns())
         return 1
 
     agent.answers |= {FREEZE: look, THAW: look}
@@ -67,6 +71,7 @@ def test_the_pin_is_taken_while_the_guest_is_frozen(
         taken = island.json(*words, *freeze)
         assert (taken["consistency"], agent.said) == ("filesystem", [STATUS, FREEZE, THAW])
         (one,) = taken["snapshots"]
+        assert times[-2] < manifest(island, one["snapshot"]).created < times[-1]
         before, during = seen
         (new,) = set(during) - set(before)
         assert new.endswith(one["snapshot"])
@@ -77,23 +82,47 @@ def test_the_pin_is_taken_while_the_guest_is_frozen(
     assert agent.said == []
 
 
-@pytest.mark.parametrize("answer", [Exception("fsfreeze hook has failed"), None, 0])
+@pytest.mark.parametrize(
+    "answer, said",
+    [
+        (Exception("Command guest-fsfreeze-freeze has been disabled"), [STATUS, FREEZE]),
+        (None, [STATUS, FREEZE, THAW]),
+        (0, [STATUS, FREEZE, THAW]),
+    ],
+)
 def test_a_freeze_that_fails(
     island: Island, booted: tuple[Guest, Agent], agent: Agent, words: tuple[object, ...],
-    monkeypatch: pytest.MonkeyPatch, answer: object,
+    monkeypatch: pytest.MonkeyPatch, answer: object, said: list[str],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(freezing, "_FREEZE", 1)
     agent.answers[FREEZE] = answer
     before = held(booted)
     sentence = island.fails(4, *words, "--freeze", "require")
     assert sentence.startswith("domain 'frozen' was not frozen: its agent ")
-    assert agent.said == [STATUS, FREEZE, THAW] * 2
+    assert agent.said == said * 2
     assert held(booted) == before
     assert listed(island) == []
     agent.said.clear()
     taken = island.json(*words)
-    assert (taken["consistency"], agent.said) == ("crash", [STATUS, FREEZE, THAW])
+    assert (taken["consistency"], agent.said) == ("crash", said)
     assert taken["reason"] in sentence
+
+
+def test_a_guest_that_may_still_be_frozen_is_stored_and_told(
+    island: Island, booted: tuple[Guest, Agent], agent: Agent, words: tuple[object, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(freezing, "_PATIENCE", 1)
+    agent.answers[THAW] = Exception("no")
+    done = island(*words, "--json")
+    assert done.code == 1
+    (one,) = json.loads(done.out)["snapshots"]
+    assert held(booted)[-1].endswith(one["snapshot"])
+    guest = booted[0]
+    by_hand = f"virsh -c '{guest.libvirt.uri}' domfsthaw {guest.name}"
+    assert f"may still be frozen (its agent refused {THAW} (" in done.err.splitlines()[-1]
+    assert by_hand in done.err
+    assert agent.said == [STATUS, FREEZE, THAW, THAW]
 
 
 def test_a_thaw_that_finds_nothing_frozen_takes_the_pin_back(

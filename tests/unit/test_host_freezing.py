@@ -8,24 +8,38 @@ from collections.abc import Mapping
 
 import pytest
 
-from island_fast.errors import IslandError, RefusedError
-from island_fast.host.freezing import FREEZES, Moment, at_one_moment
+from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.host.freezing import FREEZES, Clock, Moment, at_one_moment
 
 STATUS, FREEZE, THAW = (f"guest-fsfreeze-{verb}" for verb in ("status", "freeze", "thaw"))
 WELL: Mapping[str, list[object]] = {STATUS: ["thawed"], FREEZE: [2], THAW: [2]}
 NO = IslandError("its agent did not answer")
+REFUSED = RefusedError("its agent refused")
 
 
 class Agent:
     """Answers each command with the next of its answers, or raises it; the last one stays."""
 
-    name = "web1"
     who = "domain 'web1'"
+    thaw_by_hand = "virsh -c URI domfsthaw web1"
 
     def __init__(self, **others: list[object]) -> None:
         self.answers = {command: [*said] for command, said in WELL.items()}
         self.answers |= {f"guest-fsfreeze-{verb}": said for verb, said in others.items()}
         self.said: list[str] = []
+        self.waits: list[float] = []
+        self.time = 0.0
+        self.renewals: list[Exception | None] = [None]
+
+    def renew(self) -> None:
+        self.said.append("renewed")
+        said = self.renewals.pop(0) if len(self.renewals) > 1 else self.renewals[0]
+        if said is not None:
+            raise said
+
+    def sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        self.time += seconds
 
     def agent(self, command: str, timeout: int) -> object:
         assert 0 < timeout <= 60
@@ -37,7 +51,8 @@ class Agent:
         return answer
 
     def take(self, freeze: str) -> Moment:
-        return at_one_moment(self, freeze, lambda: self.said.append("pins"))
+        clock = Clock(lambda: self.time, self.sleep)
+        return at_one_moment(self, freeze, lambda: self.said.append("pins"), clock)
 
 
 @pytest.mark.parametrize("freeze", ["auto", "require"])
@@ -60,6 +75,7 @@ def test_never_asks_nothing() -> None:
         ({"status": ["frozen"]}, [STATUS]),
         ({"status": [{"hostile": True}]}, [STATUS]),
         ({"freeze": [NO]}, [STATUS, FREEZE, THAW]),
+        ({"freeze": [REFUSED], "thaw": [0]}, [STATUS, FREEZE]),
         ({"freeze": [0], "thaw": [0]}, [STATUS, FREEZE, THAW]),
         ({"freeze": ["many"]}, [STATUS, FREEZE, THAW]),
         ({"freeze": [None]}, [STATUS, FREEZE, THAW]),
@@ -89,20 +105,48 @@ def test_a_freeze_that_may_have_ended_early_is_none(thaw: list[object]) -> None:
         Agent(thaw=[*thaw]).take("require")
 
 
-def test_a_thaw_is_tried_again() -> None:
-    agent = Agent(thaw=[NO, NO, 2])
+def test_a_thaw_is_tried_again_through_a_new_connection() -> None:
+    agent = Agent(thaw=[NO, REFUSED, NO, 2])
+    agent.renewals = [IslandError("libvirt cannot be reached"), None]
     assert agent.take("auto").consistency == "filesystem"
-    assert agent.said == [STATUS, FREEZE, "pins", THAW, THAW, THAW]
+    assert agent.said == [STATUS, FREEZE, "pins", THAW, *["renewed", THAW] * 3]
+    assert agent.waits == [0.5, 1, 2]
 
 
-def test_a_guest_that_stays_frozen_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_freeze_without_an_answer_is_thawed_until_that_is_done() -> None:
+    agent = Agent(freeze=[NO], thaw=[*[NO] * 20, 1])
+    assert agent.take("auto") == Moment("crash", "its agent did not answer")
+    assert agent.said == [STATUS, FREEZE, THAW, *["renewed", THAW] * 20, "pins"]
+
+
+@pytest.mark.parametrize("freeze", [[2], [NO]])
+def test_a_guest_that_stays_frozen_is_told(caplog: pytest.LogCaptureFixture, freeze: list[object]) -> None:
+    agent = Agent(freeze=freeze, thaw=[NO])
     with caplog.at_level(logging.WARNING, "island_fast"):
-        Agent(thaw=[NO]).take("auto")
+        moment = agent.take("auto")
+    assert moment.consistency == "crash"
     (record,) = caplog.records
-    assert record.getMessage() == (
-        "domain 'web1' may still be frozen (its agent did not answer); run 'virsh domfsthaw web1', "
-        "or restart its agent"
+    assert (
+        moment.stuck
+        == record.getMessage()
+        == (
+            "domain 'web1' may still be frozen (its agent did not answer); run "
+            "'virsh -c URI domfsthaw web1', or restart its agent"
+        )
     )
+    assert agent.said.count("pins") == 1
+    assert 290 < sum(agent.waits) <= 300
+    assert max(agent.waits) == 5
+
+
+@pytest.mark.parametrize("gone", [NotFoundError("there is none"), RefusedError("it is not running")])
+def test_a_guest_that_ended_is_not_thawed_any_more(gone: IslandError) -> None:
+    agent = Agent(thaw=[NO])
+    agent.renewals = [gone]
+    moment = agent.take("auto")
+    assert (moment.consistency, moment.stuck) == ("crash", "")
+    assert moment.reason.startswith("it ended while it was frozen: ")
+    assert agent.said == [STATUS, FREEZE, "pins", THAW, "renewed"]
 
 
 @pytest.mark.parametrize("freeze", FREEZES)
