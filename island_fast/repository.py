@@ -19,7 +19,8 @@ from island_fast.choosing import Request, choose
 from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.health import knows_damage
 from island_fast.lineage import Lineage
-from island_fast.opening import OpenRepository
+from island_fast.manifest import Manifest
+from island_fast.opening import Found, OpenRepository
 from island_fast.progress import Progress, silent
 from island_fast.source import FULL_SCAN, TABLE_DIFF, Backing, Qcow2Source, held
 from island_fast.taking import take
@@ -196,12 +197,9 @@ class Repository(OpenRepository):
         RefusedError if `target` exists; IslandError if it cannot be made; DamagedObjectError, which names the
         object, if a block is lost.
         """
-        from island_fast.packreader import deletion_told
         from island_fast.restoring import Target, restore
 
-        found = self.find(reference)
-        with deletion_told(found.lineage, found.row, "restored"):
-            manifest = found.lineage.manifest(found.row)
+        found, manifest = self._to_restore(reference)
         make = Target(Path(target), image_format, pin)
         return restore(found.lineage, found.row, manifest, make, progress)
 
@@ -222,18 +220,23 @@ class Repository(OpenRepository):
         by the snapshot's id, for "latest" may name another by then.
         """
         from island_fast.overwriting import overwrite
-        from island_fast.packreader import deletion_told
         from island_fast.targets import open_existing
 
-        found = self.find(reference)
-        with deletion_told(found.lineage, found.row, "restored"):
-            manifest = found.lineage.manifest(found.row)
+        found, manifest = self._to_restore(reference)
         path = Path(os.path.realpath(target))
         was_raw = manifest.properties.get("format") == "raw"
         with open_existing(
             path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
         ) as existing:
             return overwrite(found, manifest, existing, dry_run, progress)
+
+    def _to_restore(self, reference: str) -> tuple[Found, Manifest]:
+        """A snapshot and its manifest."""
+        from island_fast.packreader import deletion_told
+
+        found = self.find(reference)
+        with deletion_told(found.lineage, found.row, "restored"):
+            return found, found.lineage.manifest(found.row)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """The live snapshots, oldest first within a volume; all volumes that a listing shows, or one.
