@@ -19,7 +19,6 @@ from island_fast.options import (
     snapshots_known,
 )
 from island_fast.outcome import Run
-from island_fast.results import again
 
 __all__ = ["restore"]
 
@@ -90,6 +89,8 @@ def _restore_onto(
 ) -> None:
     if no_pin:
         raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
+
+    from island_fast.results import again  # here: other verbs start without it
 
     found = snapshot
 
