@@ -126,22 +126,26 @@ def send(
     """Read the blocks in `data`, and send those that are neither zero nor known to `sink`.
 
     `read(blocks, rows)` fills uint8[n, BLOCK_SIZE], in several threads at once. Returns when every pack is
-    durable. Progress is told in the calling thread.
+    durable. Progress is told in the calling thread, of what is durable or need not be sent.
     """
     same, kept = DirtyMap(data.blocks), DirtyMap(data.blocks)
-    total, done = data.count(), 0
+    total, unsent = data.count(), 0
     waiting: deque[Future[Batch]] = deque()
     buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_READING))
 
+    def tell() -> None:
+        progress("send", (unsent + sink.durable) * BLOCK_SIZE, total * BLOCK_SIZE)
+
     def take() -> None:
-        nonlocal done
+        nonlocal unsent
         batch = waiting.popleft().result()
         same.set_indices(batch.same)
         kept.set_indices(batch.kept)
         sink.add(batch)
-        done += batch.read
-        progress("send", done * BLOCK_SIZE, total * BLOCK_SIZE)
+        unsent += batch.read - batch.blocks.size
+        tell()
 
+    sink.told = tell
     with workers(min(sink.readers, _READING), "read") as pool, sink:
         for blocks in data.batches(BATCH):
             if len(waiting) == _READING:
@@ -204,7 +208,8 @@ class PackSink:
 
     A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
     by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
-    front)` is called from workers as soon as a pack is durable. Packs are numbered from `header.number` on.
+    front)` is called from workers as soon as a pack is durable, `told()` by `add` and at the end when
+    `durable` counts its blocks. Packs are numbered from `header.number` on.
     """
 
     def __init__(
@@ -218,6 +223,8 @@ class PackSink:
         self.seed = header.seed
         self.readers = store.readers
         self.written: list[PackRow] = []
+        self.told: Callable[[], None] = lambda: None
+        self.durable = 0
         self._store = store
         self._header = header
         self._attempt = attempt
@@ -247,6 +254,7 @@ class PackSink:
 
         They may come in any order: slots ascend as their blocks do within each pack.
         """
+        self._wait(self._store.uploads)
         if not batch.blocks.size:
             return
         pack, size = self._open, int(batch.lengths.sum())
@@ -283,8 +291,10 @@ class PackSink:
         self._open = _Open(self._buffers.get())
 
     def _wait(self, most: int) -> None:
-        while len(self._uploads) > most:
+        while len(self._uploads) > most or (self._uploads and self._uploads[0].done()):
             self.written.append(self._uploads.popleft().result())
+            self.durable += self.written[-1].slots
+            self.told()
 
     def _upload(self, number: int, pack: _Open, blocks: Int64s, order: Int64s) -> PackRow:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)

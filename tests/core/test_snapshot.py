@@ -20,6 +20,7 @@ from island_fast.local import LocalState
 from island_fast.repository import Repository
 from island_fast.results import SnapshotTaken
 from tests import qemu
+from tests.core.conftest import PACK
 from tests.daemon import StorageDaemon
 from tests.memory_store import MemoryStore
 
@@ -368,3 +369,22 @@ def test_no_bitmap_of_the_volume_is_made_for_each_batch(
         assert repository.snapshot(image, full=True).blocks_changed == 0
         counts.append(len(made))
     assert counts[0] == counts[1]
+
+
+def test_progress_is_of_what_is_durable(
+    repository: Repository, store: MemoryStore, image: Path, small_packs: None
+) -> None:
+    """A store that is slow, or slowed down, is not told of as done."""
+    told: list[tuple[int, int]] = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "send":
+            packs = sum("/packs/" in name for name in store.objects)
+            assert done <= packs * PACK * 65536
+            told.append((done, total))
+
+    qemu.noise(image, 0, 5 * PACK * 65536)
+    repository.snapshot(image, progress=progress)
+    assert told == sorted(told)
+    assert told[-1][0] == told[-1][1] >= 5 * PACK * 65536
+    assert len({done for done, _ in told}) > 4
