@@ -422,10 +422,7 @@ class Unpacked:
 def unpacked(
     packs: PackReader, key: int, slots: Int64s, gap: int, buffer: Bytes2D | None = None
 ) -> Iterator[Unpacked]:
-    """The blocks in `slots` (ascending) of a pack, in batches; of damaged ranges, out of the whole pack.
-
-    They are decoded into `buffer`, uint8[BATCH, BLOCK_SIZE], or one made for it.
-    """
+    """The blocks in `slots` (ascending) of a pack, in batches that `buffer` holds, or one made for it."""
     if not slots.size:
         return
     index, stored = packs.stored(key, slots, gap)
