@@ -43,22 +43,27 @@ def carry(
     Of a pack little of which is wanted, ranges are fetched, merged over gaps of at most `gap` bytes. Blocks
     that are `known` on the other side are not fetched; both have digests of one seed. The volume has `blocks`
     blocks.
-    Returns when every pack is durable; DamagedObjectError names a pack that is not whole.
+    Returns when every pack is durable; DamagedObjectError names a pack that is not whole. Progress is told in
+    the calling thread, of what is durable or need not be sent.
     """
     same, kept = DirtyMap(blocks), DirtyMap(blocks)
-    total, done = runs.blocks * BLOCK_SIZE, 0
+    total, unsent = runs.blocks, 0
     waiting: deque[Future[list[Batch]]] = deque()
     fetch = _Fetch(packs, gap, known, sink.seed)
 
+    def tell() -> None:
+        progress("copy", (unsent + sink.durable) * BLOCK_SIZE, total * BLOCK_SIZE)
+
     def take() -> None:
-        nonlocal done
+        nonlocal unsent
         for batch in waiting.popleft().result():
             same.set_indices(batch.same)
             kept.set_indices(batch.kept)
             sink.add(batch)
-            done += batch.read * BLOCK_SIZE
-        progress("copy", done, total)
+            unsent += batch.read - batch.blocks.size
+        tell()
 
+    sink.told = tell
     with workers(min(packs.store.downloads, _FETCHING), "copy") as pool, sink:
         for key, named in by_pack(runs):
             if len(waiting) == _FETCHING:

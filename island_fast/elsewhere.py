@@ -45,6 +45,8 @@ def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, 
     """  # noqa: D301
     if bool(snapshots) + bool(volume) + every != 1:
         raise UsageError("name snapshots, or give --volume NAME, or --all")
+    if not to:
+        raise UsageError("--to names no repository; give a directory's path, or swift://CONTAINER/PREFIX")
     run.if_interrupted = lambda: "what was copied is whole there; the next copy goes on"
     with opened(run) as repository, other_opened(run, to) as other, run.progress() as progress:
         copied = repository.copy(other, snapshots or None, volume=volume, progress=progress)

@@ -16,7 +16,7 @@ from pathlib import Path
 from island_fast.catalog import SnapshotRow
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.durable import link_new, reserve, sync_folder
-from island_fast.errors import IslandError, RefusedError, UsageError
+from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.lineage import Lineage
 from island_fast.manifest import Manifest
 from island_fast.packreader import PackReader, deletion_told
@@ -98,6 +98,10 @@ def new_file(target: Path) -> Iterator[int]:
     try:  # from before the file is there: a signal may come between its making and the next line
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        except FileNotFoundError as error:
+            raise NotFoundError(
+                f"{target} cannot be made: there is no folder {target.parent}; make it or name another target"
+            ) from error
         except OSError as error:
             raise IslandError(f"{target} cannot be made: {error.strerror}") from error
         with _named(target):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from island_fast.dirtymap import DirtyMap
-from island_fast.errors import DamagedImageError, ImageInUseError, RefusedError
+from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError
 from island_fast.host.imagelock import ImageLock, writer_present
 from island_fast.host.qemu_img import QemuImg
 from island_fast.progress import Progress
@@ -150,9 +150,13 @@ class Qcow2Source(Source):
         return None
 
     def pin(self, name: str) -> InternalSnapshot:
-        """Take an internal snapshot; it is on disk when this returns."""
+        """Take an internal snapshot; on disk when this returns. IslandError if it may not be written."""
         if self._monitor:
             self._monitor.snapshot_create(self.node, name)
+        elif not os.access(self.path, os.W_OK):
+            raise IslandError(
+                f"{self.path} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+            )
         else:
             QemuImg().snapshot_create(self.path, name)
         self.image.reload()

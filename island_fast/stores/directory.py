@@ -128,7 +128,10 @@ class DirectoryStore(Store):
             self._clean_scratch()
         else:
             self._make(os.path.dirname(path))
-            make_folder(path)
+            if path == os.path.join(self._root, _SCRATCH):
+                _make_first(path)
+            else:
+                make_folder(path)
         self._made.add(path)
 
     def _make_root(self) -> None:
@@ -138,7 +141,7 @@ class DirectoryStore(Store):
             while not os.path.isdir(os.path.dirname(missing[-1])):
                 missing.append(os.path.dirname(missing[-1]))
             for folder in reversed(missing):
-                make_folder(folder)
+                _make_first(folder)
             self._identity = self._identify()
 
     def _identify(self) -> tuple[int, int] | None:
@@ -290,6 +293,16 @@ class DirectoryStore(Store):
                 "exchanged); remove it or use another directory"
             ) from error
         raise StoreError(_sentence(error, what, self.location)) from error
+
+
+def _make_first(folder: str) -> None:
+    """Make what a repository begins with; where that may not be, it is no repository yet."""
+    try:
+        make_folder(folder)
+    except PermissionError as error:
+        raise StoreError(
+            f"{os.path.dirname(folder)} cannot be written; name a directory that you may write to, with -r"
+        ) from error
 
 
 def _sentence(error: OSError, what: str, location: str) -> str:

@@ -26,7 +26,7 @@ BAD_IMAGES: dict[str, tuple[int, str]] = {
     "empty": (6, "the file is empty"),
     "cut in the header": (6, "ends inside the header"),
     "cut in the tables": (6, "restore it from a good copy"),
-    "text": (6, "not a qcow2 image"),
+    "text": (4, "not a qcow2 image"),
     "folder": (4, "not a regular file"),
     "pipe": (4, "not a regular file"),
     "below a file": (1, "Not a directory"),
@@ -179,7 +179,7 @@ def test_a_target_that_will_not_do(island: Island, disk: Path, tmp_path: Path, w
     else:
         target = Path(".")
     before = sorted(tmp_path.iterdir())
-    sentence = island.fails(1 if what == "nowhere" else 4, "restore", "disk@latest", target)
+    sentence = island.fails(3 if what == "nowhere" else 4, "restore", "disk@latest", target)
     assert ("exists already" in sentence) == (what != "nowhere")
     assert sorted(tmp_path.iterdir()) == before
     assert what != "file" or target.read_bytes() == b"precious"
@@ -377,3 +377,42 @@ def test_error_names_are_those_of_the_errors(island: Island, disk: Path) -> None
     assert name("-r", "swift://box/x", "list") == "store"
     disk.write_bytes(b"")
     assert name("snapshot", disk) == "damaged-image"
+
+
+def test_an_image_that_may_not_be_written(
+    island: Island, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write to all
+    told = island.fails(1, "snapshot", disk)
+    assert told == f"{disk} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+    assert pins(disk) == []
+    island.json("snapshot", disk, "--no-pin")
+
+
+def test_a_directory_that_may_not_be_written(
+    island: Island, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = island.repository.parent / "ro"
+    folder.mkdir()
+    make = os.mkdir
+
+    def mkdir(path: str, mode: int = 0o777) -> None:
+        if os.path.dirname(path) == str(folder):
+            raise PermissionError(13, "Permission denied", path)
+        make(path, mode)
+
+    monkeypatch.setattr(os, "mkdir", mkdir)
+    for place in (folder, folder / "new"):
+        told = island.fails(5, "-r", place, "snapshot", disk)
+        assert told == f"{folder} cannot be written; name a directory that you may write to, with -r"
+
+
+def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> None:
+    island.json("snapshot", disk)
+    told = island.fails(3, "restore", "disk@latest", tmp_path / "nodir/x.qcow2")
+    assert told.endswith(f"there is no folder {tmp_path / 'nodir'}; make it or name another target")
+
+
+def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:
+    island.json("snapshot", disk)
+    assert "--to names no repository" in island.fails(2, "copy", "--all", "--to", "")
