@@ -157,13 +157,11 @@ class _Fields:
 def header_span(data: bytes) -> int:
     """How many bytes of the file `parse_header` needs, from its first 24: one cluster.
 
-    Raises UnsupportedImageError: not a qcow2 file.
-    Raises DamagedImageError: an empty or cut file, or no possible cluster size.
+    Raises DamagedImageError: not a qcow2 file, or no possible cluster size.
     """
     if data[:4] != MAGIC:
         what = "is empty" if not data else "does not begin with the qcow2 magic"
-        kind = DamagedImageError if MAGIC.startswith(data) else UnsupportedImageError
-        raise kind(
+        raise DamagedImageError(
             f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is a raw one"
         )
     if len(data) < _V2_LENGTH:

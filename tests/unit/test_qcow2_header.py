@@ -70,7 +70,6 @@ def test_readable_flags():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        ({"magic": b"QFI\0"}, "not a qcow2 image"),
         ({"version": 1}, "version 1"),
         ({"version": 4}, "version 4"),
         ({"incompatible": 4}, "external data file"),
@@ -108,6 +107,7 @@ def test_backing_name_is_quoted_safely_and_shortly():
 @pytest.mark.parametrize(
     "fields, words",
     [
+        ({"magic": b"QFI\0"}, "not a qcow2 image"),
         ({"cluster_bits": 8}, "clusters of 2\\^8"),
         ({"cluster_bits": 22}, "clusters of 2\\^22"),
         ({"length": 96}, "96 bytes long"),
