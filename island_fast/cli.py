@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             complete(island, run, asked)
             return
+        run.help_asked = not {"-h", "--help"}.isdisjoint(words)
         with island.make_context("island", words or ["--help"], obj=run) as context:
             island.invoke(context)
 
@@ -119,8 +120,13 @@ def island(context: click.Context) -> None:
       6  damaged data
     """  # noqa: D301
     # The script is made at every login, which a broken file is not to spoil.
-    values = {} if context.invoked_subcommand == "completion" else configured()
     run = context.ensure_object(Run)
+    try:
+        values = {} if context.invoked_subcommand == "completion" else configured()
+    except click.UsageError:
+        if not run.help_asked:
+            raise
+        values = {}
     run.location = run.location or values.get("repository")
     context.default_map = values
 

@@ -144,13 +144,15 @@ class Run:
 
     `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
     it. `phase` is the one that progress was last told of, "" before the first. An error may follow an answer
-    (`answered`) that is not complete. With `json_progress` progress is told as lines of JSON. The limits are
+    (`answered`) that is not complete. `help_asked` says that --help
+    is among the words. With `json_progress` progress is told as lines of JSON. The limits are
     bytes in a second, and `meters` what keeps them, for all stores of the run.
     """
 
     signals: Signals
     location: str | None = None
     json: bool = False
+    help_asked: bool = False
     quiet: bool = False
     json_progress: bool = False
     workers: int | None = None

@@ -128,6 +128,7 @@ def test_what_would_have_no_effect_is_refused_by_name(island: Island, text: str,
     assert told in sentence
     assert str(island.configuration) in sentence
     assert island("--help").code == island("--version").code == 0
+    assert island("list", "--help").code == island("list", "-h").code == 0
 
 
 def test_the_file_that_is_named(island: Island, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
