@@ -150,7 +150,7 @@ class Qcow2Source(Source):
         return None
 
     def pin(self, name: str) -> InternalSnapshot:
-        """Take an internal snapshot; it is on disk when this returns. IslandError if it may not be written."""
+        """Take an internal snapshot; on disk when this returns. IslandError if it may not be written."""
         if self._monitor:
             self._monitor.snapshot_create(self.node, name)
         elif not os.access(self.path, os.W_OK):
