@@ -49,12 +49,15 @@ class Bash:
         os.write(self._ours, text.encode())
 
     def until(self, text: str) -> str:
-        """What is shown until `text` is."""
-        seen, deadline = "", time.monotonic() + 30
+        """What is shown until `text` is; a key that the shell lost is pressed again, as anyone would."""
+        seen, deadline = "", time.monotonic() + 60
         while text not in seen:
-            ready, _, _ = select.select([self._ours], [], [], deadline - time.monotonic())
-            assert ready, f"{text!r} did not come: {seen!r}"
-            seen += os.read(self._ours, 4096).decode(errors="replace")
+            ready, _, _ = select.select([self._ours], [], [], 10)
+            assert time.monotonic() < deadline, f"{text!r} did not come: {seen!r}"
+            if ready:
+                seen += os.read(self._ours, 4096).decode(errors="replace")
+            else:
+                self.type("\t")
         return seen
 
     def close(self) -> None:
