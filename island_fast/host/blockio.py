@@ -1,11 +1,10 @@
 """An open block device, and every way to change it that guests and file systems have.
 
-The numbers are those of linux/fs.h and linux/falloc.h.
+The numbers are those of linux/fs.h.
 """
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import mmap
@@ -14,10 +13,11 @@ import struct
 from pathlib import Path
 from typing import Self
 
+from island_fast.durable import punch
+
 __all__ = ["BlockDevice"]
 
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
-_PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 _RANGE = struct.Struct("QQ")
 _MOST = 1 << 20  # bytes of one direct request
 
@@ -99,13 +99,7 @@ class BlockDevice:
     def punch(self, begin: int, length: int) -> bool:
         """Make zeros that take no space, by fallocate; False, and nothing changed, if the device cannot."""
         self.flush()
-        call = ctypes.CDLL(None, use_errno=True).fallocate
-        if call(self._fd, _PUNCH_HOLE, ctypes.c_int64(begin), ctypes.c_int64(length)) == 0:
-            return True
-        code = ctypes.get_errno()
-        if code != errno.EOPNOTSUPP:
-            raise OSError(code, os.strerror(code))
-        return False
+        return punch(self._fd, begin, length)
 
     def flush(self) -> None:
         """Bring all that was written to the disk."""
