@@ -11,10 +11,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from island_fast.catalog import Packs, Record, State, catalog_name, decode_record, encode_record
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.manifest import Manifest, decode, encode, tabulate
-from island_fast.pack import (
+from island_fast.formats.catalog import Packs, Record, State, catalog_name, decode_record, encode_record
+from island_fast.formats.keys import SnapshotNumbers, pack_keys
+from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.pack import (
     PackHeader,
     compress_blocks,
     digest_blocks,
@@ -24,9 +25,8 @@ from island_fast.pack import (
     stored_ranges,
     unpack_blocks,
 )
-from island_fast.qcow2 import PinnedBase
-from island_fast.runs import Runs, merge
-from island_fast.slots import SnapshotNumbers, pack_keys
+from island_fast.formats.runs import Runs, merge
+from island_fast.qcow2.snapshots import PinnedBase
 
 BLOCKS = 128
 RUNS = 200_000

@@ -12,18 +12,18 @@ __all__ = ["Keep", "Repository", "__version__"]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from island_fast.repository import Repository
-    from island_fast.retention import Keep
+    from island_fast.api import Repository
+    from island_fast.operations.retention import Keep
 else:
 
     def __getattr__(name: str) -> object:
         """Import what is asked for only now: it takes a good part of a second."""
         if name == "Repository":
-            from island_fast.repository import Repository
+            from island_fast.api import Repository
 
             return Repository
         if name == "Keep":
-            from island_fast.retention import Keep
+            from island_fast.operations.retention import Keep
 
             return Keep
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -14,7 +14,7 @@ def main() -> int:
     gc.set_threshold(50_000)  # importing makes much and drops nothing: looking for garbage there is in vain
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts threads that nobody here needs
     try:
-        from island_fast.cli import main as island
+        from island_fast.cli.main import main as island
     except KeyboardInterrupt:  # importing takes a while, and signals are not yet taken care of
         print("island: interrupted; nothing was changed", file=sys.stderr)
         return 1

@@ -28,16 +28,17 @@ from oslo_service import loopingcall
 from oslo_utils import units
 
 from island_fast import __version__
-from island_fast.driver_database import hosts_of, names_awaiting
-from island_fast.driver_errors import referenced, translated
-from island_fast.driver_options import STORE_OPTIONS, VOLUME_OPTIONS, repositories
+from island_fast.cinder.attach.exports import Exports
+from island_fast.cinder.attach.selftest import choose_kind
+from island_fast.cinder.database import hosts_of, names_awaiting
+from island_fast.cinder.errors import referenced, translated
+from island_fast.cinder.manage import Manageable
+from island_fast.cinder.options import STORE_OPTIONS, VOLUME_OPTIONS, repositories
+from island_fast.cinder.records import Origin, Record, Records
+from island_fast.cinder.upkeep import Tending
+from island_fast.cinder.volumes import Volumes
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.host.execute import Finished, said_by
-from island_fast.host.exports import Exports
-from island_fast.host.selftest import choose_kind
-from island_fast.volumes import Origin, Record, Records, Volumes
-from island_fast.volumes.manageable import Manageable
-from island_fast.volumes.tending import Tending
+from island_fast.qemu.programs import Finished, said_by
 
 __all__ = ["IslandDriver"]
 

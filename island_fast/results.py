@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from island_fast.answer import Answer, SnapshotTaken
+from island_fast.results_base import Answer, SnapshotTaken
 
 if TYPE_CHECKING:
     import numpy as np

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from island_fast.bench.results import Counter, Report, Row, load
+from island_fast.bench.report import Counter, Report, Row, load
 from island_fast.bench.table import number, reach_text
 
 ROOT = Path(__file__).resolve().parent.parent

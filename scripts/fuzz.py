@@ -248,9 +248,11 @@ def image(data: bytes) -> None:
     """A whole image, read as a snapshot would, in a file of memory."""
     import numpy as np
 
-    from island_fast.qcow2 import Image, PointReader, allocated, changed, find_shared_copied
     from island_fast.qcow2.bitmaps import read_bitmaps
+    from island_fast.qcow2.block_reader import PointReader
+    from island_fast.qcow2.changes import allocated, changed, find_shared_copied
     from island_fast.qcow2.extents import extents
+    from island_fast.qcow2.image import Image
 
     fd = os.memfd_create("fuzz")
     try:

@@ -27,18 +27,26 @@ Edit = tuple[str, str, str]  # file below island_fast/, text, what takes its pla
 
 MISTAKES: dict[str, list[Edit]] = {
     "the record comes before the manifest": [
-        ("storing.py", "        lineage.store.put(name, [data])\n        row = ", "        row = "),
-        ("storing.py", "        self.objects += 2\n", "        lineage.store.put(name, [data])\n"),
+        (
+            "repository/snapshot_writer.py",
+            "        lineage.store.put(name, [data])\n        row = ",
+            "        row = ",
+        ),
+        (
+            "repository/snapshot_writer.py",
+            "        self.objects += 2\n",
+            "        lineage.store.put(name, [data])\n",
+        ),
     ],
     "the record comes before the packs": [
         (
-            "pipeline.py",
+            "repository/streams.py",
             "            self._store.put(name, parts)\n",
             "            unsent = self._store.__dict__.setdefault('unsent', [])\n"
             "            unsent.append((name, [bytes(part) for part in parts]))\n",
         ),
         (
-            "storing.py",
+            "repository/snapshot_writer.py",
             "        self.objects += 2\n",
             "        for unsent in lineage.store.__dict__.pop('unsent', []):\n"
             "            lineage.store.put(*unsent)\n",
@@ -53,129 +61,149 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "one child of a deleted snapshot is not looked at": [
         (
-            "reclaim.py",
+            "repository/liveness.py",
             "neighbours = state.children(row.id) + (",
             "neighbours = state.children(row.id)[1:] + (",
         ),
     ],
     "the parent of a deleted snapshot is not looked at": [
-        ("reclaim.py", "+ ([parent] if parent else [])", ""),
+        ("repository/liveness.py", "+ ([parent] if parent else [])", ""),
     ],
     "siblings of a deleted snapshot are not looked at": [
-        ("reclaim.py", "            if sibling.id != row.id:\n", "            if False:\n"),
+        ("repository/liveness.py", "            if sibling.id != row.id:\n", "            if False:\n"),
     ],
     "children of a deleted snapshot do not get its parent": [
-        ("catalog.py", "replace(child, parent=gone.parent)", "child"),
+        ("formats/catalog.py", "replace(child, parent=gone.parent)", "child"),
     ],
     "412 is success, and nothing is read back": [
         ("stores/swift.py", "if not self._holds(connection, name, content):\n", "if False:\n"),
-        ("lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
+        ("repository/lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
     ],
     "a record is not read back": [
-        ("lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
+        ("repository/lineage.py", "same = get_checked(self.store, name, check, newest=True)", "same = True"),
     ],
     "one look at a missing object is enough": [
         ("stores/swift.py", "_LOOKS = 3", "_LOOKS = 1"),
     ],
     "objects are deleted before the sweep's record": [
         (
-            "sweeping.py",
+            "operations/sweep.py",
             "        with self._lineage.locked():\n            if self._lineage.epoch",
             "        for name, _ in doomed:\n            self._lineage.store.delete(name)\n"
             "        with self._lineage.locked():\n            if self._lineage.epoch",
         ),
     ],
     "a sweep goes on in a later epoch": [
-        ("sweeping.py", "if self._lineage.epoch != epoch:", "if False:"),
+        ("operations/sweep.py", "if self._lineage.epoch != epoch:", "if False:"),
     ],
     "slots that die during a repack come back to life": [
         (
-            "sweeping.py",
+            "operations/sweep.py",
             "dead=lineage.state.packs.dead[at] - before.dead)",
             "dead=before.dead - before.dead)",
         ),
     ],
     "a sweep takes objects of running snapshots for garbage": [
-        ("reclaim.py", "and snapshot not in running ", ""),
+        ("repository/liveness.py", "and snapshot not in running ", ""),
     ],
     "the base of a running snapshot may be deleted": [
-        ("deleting.py", "if alive and registration.parent == snapshot:", "if False:"),
-        ("storing.py", "if parent is not None and parent not in lineage.state.live:", "if False:"),
+        ("operations/delete.py", "if alive and registration.parent == snapshot:", "if False:"),
+        (
+            "repository/snapshot_writer.py",
+            "if parent is not None and parent not in lineage.state.live:",
+            "if False:",
+        ),
     ],
     "a snapshot commits without its registration": [
-        ("storing.py", "if not lineage.files.registered(self._registration):", "if False:"),
+        (
+            "repository/snapshot_writer.py",
+            "if not lineage.files.registered(self._registration):",
+            "if False:",
+        ),
     ],
     "a snapshot commits into a later epoch": [
-        ("storing.py", "if lineage.epoch != self._registration.epoch:", "if False:"),
+        ("repository/snapshot_writer.py", "if lineage.epoch != self._registration.epoch:", "if False:"),
     ],
     "a writer does not look for the end of its epoch": [
         (
-            "lineage.py",
+            "repository/lineage.py",
             "        if self.store.head(stop_name(self.name, record.epoch)):\n",
             "        if False:\n",
         ),
     ],
     "an adopter does not read the epoch to its end": [
-        ("lineage.py", "        self._follow()\n        at = self._at\n", "        at = self._at\n"),
+        (
+            "repository/lineage.py",
+            "        self._follow()\n        at = self._at\n",
+            "        at = self._at\n",
+        ),
     ],
     "whoever wants to may write": [
-        ("lineage.py", "        if self.owner != writer:\n", "        if False:\n"),
+        ("repository/lineage.py", "        if self.owner != writer:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
-        ("lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),
+        ("repository/lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),
     ],
     "the end of the catalog is taken from a listing": [
         (
-            "lineage.py",
+            "repository/lineage.py",
             "if not known and self.store.head(name) is None:",
             "if not known and name not in [i.name for i in self.store.list(f'{self.name}/catalog/')]:",
         ),
     ],
     "a repack drops a slot too many": [
-        ("reclaim.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
+        ("repository/liveness.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
     ],
     "a repack moves slots": [
-        ("reclaim.py", "        keep[first:stop] = False\n", "        keep[: stop - first] = False\n"),
+        (
+            "repository/liveness.py",
+            "        keep[first:stop] = False\n",
+            "        keep[: stop - first] = False\n",
+        ),
     ],
     "a repacked pack keeps its count of dead bytes": [
         (
-            "sweeping.py",
+            "operations/sweep.py",
             "dead=lineage.state.packs.dead[at] - before.dead)",
             "dead=lineage.state.packs.dead[at])",
         ),
     ],
     "a wholly dead pack is not seen": [
-        ("reclaim.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
+        ("repository/liveness.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
     ],
     "what crashed snapshots registered is never given up": [
-        ("local.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
+        ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
     "a sweep does not heed the grace": [
-        ("reclaim.py", "info.age >= age:", "True:"),
+        ("repository/liveness.py", "info.age >= age:", "True:"),
     ],
     "an id that is used up is gone on with": [
-        ("resuming.py", "    forget_used(lineage)\n", ""),
-        ("catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
+        ("repository/resuming.py", "    forget_used(lineage)\n", ""),
+        ("formats/catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
     ],
     "what an interrupted attempt sent is not compared": [
         (
-            "pipeline.py",
+            "repository/streams.py",
             "known.kept.same(blocks, digests) & ~same",
             "np.isin(blocks, [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]) & ~same",
         ),
     ],
     "an attempt numbers its packs like the one before it": [
-        ("resuming.py", "max(self._sent, default=-1) + 1", "0"),
+        ("repository/resuming.py", "max(self._sent, default=-1) + 1", "0"),
     ],
     "slots that a later attempt has no use for are not dead": [
-        ("storing.py", "return kept.updated(written), dead\n", "return kept.updated(written), dead[:0]\n"),
+        (
+            "repository/snapshot_writer.py",
+            "return kept.updated(written), dead\n",
+            "return kept.updated(written), dead[:0]\n",
+        ),
     ],
     "garbage is never removed": [
-        ("reclaim.py", "info.age >= age:", "False:"),
+        ("repository/liveness.py", "info.age >= age:", "False:"),
     ],
     "what a deleted snapshot wrote is not compared": [
         (
-            "choosing.py",
+            "operations/parent.py",
             "differing(keyed(lineage, retired), keyed(lineage, lineage.manifest(ancestor)))",
             "_NONE",
         ),
@@ -185,31 +213,35 @@ MISTAKES: dict[str, list[Edit]] = {
 
 MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
     "a copy made again inherits what its first one left": [
-        ("copying.py", "[held.pack >> PACK_BITS == far.numbers.number(row.id)]", "[:0]"),
+        ("operations/copy.py", "[held.pack >> PACK_BITS == far.numbers.number(row.id)]", "[:0]"),
     ],
     "a copy made again numbers its packs from 0": [
-        ("storing.py", "max(self._kept.next_number, int(mine.max(initial=-1)) + 1)", "self._kept.next_number")
+        (
+            "repository/snapshot_writer.py",
+            "max(self._kept.next_number, int(mine.max(initial=-1)) + 1)",
+            "self._kept.next_number",
+        )
     ],
     "a copy made again has the names of its first one": [
-        ("copying.py", "int.from_bytes(os.urandom(6))", "0"),
+        ("operations/copy.py", "int.from_bytes(os.urandom(6))", "0"),
     ],
     "a copy made again is refused": [
-        ("copying.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
+        ("operations/copy.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
     ],
     "what differs between two copies is not looked at": [
-        ("copying.py", "np.concatenate([differing(runs, near_held), barred])", "barred"),
+        ("operations/copy.py", "np.concatenate([differing(runs, near_held), barred])", "barred"),
     ],
     "what a far parent has is believed without its digests": [
-        ("carrying.py", "same = self._known.parent.same(blocks, digests)", "same = ~none"),
+        ("repository/carrying.py", "same = self._known.parent.same(blocks, digests)", "same = ~none"),
     ],
     "a snapshot goes on with an interrupted copy": [
-        ("local.py", "if r.copied == (copied is not None) and copied", "if copied"),
+        ("repository/local_state.py", "if r.copied == (copied is not None) and copied", "if copied"),
     ],
     "the snapshot that was copied last is the newest": [
-        ("copying.py", "        later = self._next_there(row)\n", "        later = None\n"),
+        ("operations/copy.py", "        later = self._next_there(row)\n", "        later = None\n"),
     ],
     "copies stand by their times alone": [
-        ("copying.py", "        for one, place in zip(rows[first:], places[first:], strict=True):\n",
+        ("operations/copy.py", "        for one, place in zip(rows[first:], places[first:], strict=True):\n",
          "        for one, place in zip(rows, [None] * len(rows), strict=True):\n"),
     ],
 }  # fmt: skip

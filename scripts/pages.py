@@ -341,7 +341,7 @@ def reference() -> str:
 def pages() -> dict[Path, str]:
     """What each page that is made should be."""
     from island_fast import __version__
-    from island_fast.cli import island
+    from island_fast.cli.main import island
 
     made = {ROOT / "docs/commands.md": commands(island), ROOT / "docs/reference.md": reference()}
     return made | {ROOT / "man" / name: text for name, text in man_pages(island, __version__)}

@@ -45,8 +45,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from island_fast.host.qmp import Qmp  # noqa: E402 (found in the tree that this file is in)
-from island_fast.host.sizing import cache_sizes, cluster_size  # noqa: E402
+from island_fast.qemu.qmp import Qmp  # noqa: E402 (found in the tree that this file is in)
+from island_fast.qemu.sizing import cache_sizes, cluster_size  # noqa: E402
 
 BLOCK = 4096
 FLUSH_EVERY = 256

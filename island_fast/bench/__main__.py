@@ -8,9 +8,9 @@ from pathlib import Path
 
 import click
 
-from island_fast.bench.peers import PEERS
+from island_fast.bench.peers.versions import PEERS
+from island_fast.cli.run import Run, conclude
 from island_fast.errors import IslandError, UsageError
-from island_fast.outcome import Run, conclude
 
 __all__ = ["main"]
 
@@ -70,10 +70,10 @@ def bench(
     from rich.console import Console  # here: all of it takes a while, and --help needs none
 
     from island_fast.bench import plot, table
+    from island_fast.bench.cases.all_cases import ALL
     from island_fast.bench.compare import check_alike, worse
-    from island_fast.bench.results import load
-    from island_fast.bench.running import Plan, chosen, measure
-    from island_fast.bench.works import ALL
+    from island_fast.bench.report import load
+    from island_fast.bench.runner import Plan, chosen, measure
 
     baseline = load(baseline_file) if baseline_file else None
     if baseline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from island_fast.bench.results import Counter, Report, Row, Spread
+from island_fast.bench.report import Counter, Report, Row, Spread
 from island_fast.bench.table import number
 from island_fast.errors import UsageError
 

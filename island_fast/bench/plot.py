@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from island_fast.bench.results import Report, Row
+from island_fast.bench.report import Report, Row
 from island_fast.bench.table import number
 from island_fast.errors import UsageError
 

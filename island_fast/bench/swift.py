@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from island_fast.bench.ours import environment
+from island_fast.bench.island_command import environment
 from island_fast.bench.swift_process import KINDS
 from island_fast.errors import IslandError, NotFoundError
 

@@ -8,8 +8,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from island_fast import show
-from island_fast.bench.results import Counter, Report, Row, Spread
+from island_fast.bench.report import Counter, Report, Row, Spread
+from island_fast.cli import text as show
 
 __all__ = ["draw", "number", "reach_text"]
 

@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.bench import measuring, nbd
-from island_fast.bench.context import MIB, Size
+from island_fast.bench import nbd_client, timing
+from island_fast.bench.case import MIB, Size
 
 __all__ = ["Volume", "is_same"]
 
@@ -107,7 +107,7 @@ class Volume:
         runs = _runs(random, size)
         volume = cls(size, seed, folder / "disk.qcow2", folder / "disk.raw", [], runs)
         options = ["-q", "-f", "qcow2", "-o", "lazy_refcounts=on"]
-        measuring.run(["qemu-img", "create", *options, str(volume.image), str(size.volume)])
+        timing.run(["qemu-img", "create", *options, str(volume.image), str(size.volume)])
         with open(volume.raw, "wb") as raw:
             raw.truncate(size.volume)
         total = size.allocated // BLOCK
@@ -136,9 +136,9 @@ class Volume:
             os.fsync(fd)
             for image in (self.image, *self.copies):
                 where = image.with_suffix(".nbd")
-                with nbd.serving(image, where), nbd.Client(where) as client:
+                with nbd_client.serving(image, where), nbd_client.Client(where) as client:
                     client.write((start, os.pread(fd, length, start)) for start, length in pieces)
-                measuring.until_on_disk(image)
+                timing.until_on_disk(image)
         finally:
             os.close(fd)
 
@@ -166,6 +166,4 @@ def _runs(random: np.random.Generator, size: Size) -> Ranges:
 def is_same(one: Path, other: Path, formats: tuple[str, str] = ("qcow2", "raw")) -> bool:
     """Whether two images show a guest the same disk."""
     first, second = formats
-    return (
-        measuring.status(["qemu-img", "compare", "-q", "-f", first, "-F", second, str(one), str(other)]) == 0
-    )
+    return timing.status(["qemu-img", "compare", "-q", "-f", first, "-F", second, str(one), str(other)]) == 0

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from island_fast.errors import IslandError
+from island_fast.qcow2.image import Image
 from island_fast.qcow2.names import escape
-from island_fast.qcow2.reader import Image
 
 __all__ = ["Bitmap", "BitmapState", "Bitmaps", "read_bitmaps"]
 

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from island_fast import _diff
-from island_fast.qcow2.reader import L1_OFFSET_MASK, Image, Point
-from island_fast.qcow2.vectored import read_transfer, transfers
+from island_fast.qcow2.image import L1_OFFSET_MASK, Image, Point
+from island_fast.qcow2.vectored_io import read_transfer, transfers
 
 __all__ = ["DATA", "HOLE", "KINDS", "ZERO", "Extents", "extents"]
 

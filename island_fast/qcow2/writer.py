@@ -22,7 +22,7 @@ from island_fast.errors import IslandError
 from island_fast.qcow2.header import COPIED, MAGIC
 from island_fast.qcow2.layout import REFCOUNT_BITS, Layout, plan_layout
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, pack_snapshot
-from island_fast.qcow2.vectored import transfers, write_all
+from island_fast.qcow2.vectored_io import transfers, write_all
 
 __all__ = ["Qcow2Writer", "RawWriter", "write_rows"]
 

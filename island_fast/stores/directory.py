@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
-from island_fast.durable import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -26,6 +25,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
+from island_fast.files import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
 from island_fast.stores.base import (
     Buffer,
     ObjectInfo,

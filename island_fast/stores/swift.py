@@ -19,7 +19,7 @@ from island_fast.errors import (
     StoreError,
     UsageError,
 )
-from island_fast.stores import byteranges
+from island_fast.stores import swift_ranges
 from island_fast.stores.base import (
     Buffer,
     ObjectInfo,
@@ -33,10 +33,10 @@ from island_fast.stores.base import (
     is_name,
     views,
 )
-from island_fast.stores.credentials import Keyring, from_environment
-from island_fast.stores.paced import PacedBody
 from island_fast.stores.retry import Again, Patience
-from island_fast.stores.wire import Connection, Refusal, Wire, unless
+from island_fast.stores.swift_auth import Keyring, from_environment
+from island_fast.stores.swift_connection import Connection, Refusal, Wire, unless
+from island_fast.stores.swift_pace import PacedBody
 
 __all__ = ["SwiftStore"]
 
@@ -65,7 +65,7 @@ class SwiftStore(Store):
 
     grace = 86400.0
     range_gap = 64 << 10
-    ranges_at_once = byteranges.RANGES_PER_REQUEST
+    ranges_at_once = swift_ranges.RANGES_PER_REQUEST
     uploads = 2
     page_size: int | None = None
 
@@ -211,25 +211,25 @@ class SwiftStore(Store):
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges; one request for 49 ranges that do not touch each other."""
         check_ranges(ranges)
-        found: list[byteranges.Piece] = []
-        for few in byteranges.split_ranges(ranges):
+        found: list[swift_ranges.Piece] = []
+        for few in swift_ranges.split_ranges(ranges):
             whole, got = self._some(name, few)
             if whole:
                 found = got
                 break
             found += got
-        return byteranges.pick(found, ranges)
+        return swift_ranges.pick(found, ranges)
 
-    def _some(self, name: str, few: Sequence[Range]) -> tuple[bool, list[byteranges.Piece]]:
+    def _some(self, name: str, few: Sequence[Range]) -> tuple[bool, list[swift_ranges.Piece]]:
         """The pieces that hold `few` ranges, and whether they are the whole object.
 
         An answer that makes no sense may have been spoilt on its way: it is asked for again, twice.
         """
         for looks_left in reversed(range(_LOOKS)):
-            answer = self._fetch(name, byteranges.range_header(few), byteranges.room(few))
+            answer = self._fetch(name, swift_ranges.range_header(few), swift_ranges.room(few))
             try:
                 got = self._pieces(name, answer, sum(few[-1]))
-                byteranges.pick(got, few)
+                swift_ranges.pick(got, few)
             except ValueError as error:
                 if not looks_left:
                     raise StoreError(
@@ -240,16 +240,16 @@ class SwiftStore(Store):
                 break
         return answer.status == 200, got
 
-    def _pieces(self, name: str, answer: _Answer, needed: int) -> list[byteranges.Piece]:
+    def _pieces(self, name: str, answer: _Answer, needed: int) -> list[swift_ranges.Piece]:
         """An answer to a request for ranges, the last of which ends at `needed`; ValueError for nonsense."""
         if answer.status == 416:
             raise DamagedObjectError(
                 f"object {name} is shorter than the {needed} bytes that it should have; it is damaged"
             )
         if answer.status == 200:
-            found = [byteranges.Piece(0, answer.body, answer.body.nbytes)]
+            found = [swift_ranges.Piece(0, answer.body, answer.body.nbytes)]
         else:
-            found = byteranges.pieces(answer.headers, answer.body)
+            found = swift_ranges.pieces(answer.headers, answer.body)
         if found and found[0].total is not None:
             check_size(name, found[0].total, needed)
         return found

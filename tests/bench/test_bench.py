@@ -14,15 +14,15 @@ import pytest
 from rich.console import Console
 
 from island_fast.bench import plot, table
-from island_fast.bench.context import MIB, Context, Scale, Size, Work
-from island_fast.bench.peers import PEERS
-from island_fast.bench.results import Counter, LeftOut, Report
-from island_fast.bench.running import Plan, measure
-from island_fast.bench.works import increments, whole
+from island_fast.bench.case import MIB, Context, Scale, Size, Work
+from island_fast.bench.cases import full, increments
+from island_fast.bench.peers.versions import PEERS
+from island_fast.bench.report import Counter, LeftOut, Report
+from island_fast.bench.runner import Plan, measure
 from island_fast.errors import IslandError
 
 TINY = Scale(Size(16 * MIB, 8 * MIB, 1), None)
-WORKS = (increments.WORKS[0], *whole.WORKS)
+WORKS = (increments.WORKS[0], *full.WORKS)
 
 
 def bench(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:

@@ -9,8 +9,8 @@ from itertools import count
 import pytest
 
 from island_fast.bench.compare import check_alike, worse
-from island_fast.bench.measuring import pairs, row, run, spread
-from island_fast.bench.results import Counter, LeftOut, Report, Row, load
+from island_fast.bench.report import Counter, LeftOut, Report, Row, load
+from island_fast.bench.timing import pairs, row, run, spread
 from island_fast.errors import DamagedError, IslandError, NotFoundError, UsageError
 
 

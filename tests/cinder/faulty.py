@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from island_fast.volumes import Commands
+from island_fast.cinder.island_command import Commands
 from tests.cinder.cloud import Attached, Cloud
 from tests.cinder.disks import run
 from tests.cinder.programs import Program, free_ports, wait_for

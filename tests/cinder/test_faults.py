@@ -178,7 +178,7 @@ def test_swift_is_down_during_a_snapshot(host: FaultyHost, base: tuple[Disk, Any
     finally:
         host.swift.restart_server("proxy")
     [said] = [
-        line for line in host.service.text()[begun:].splitlines() if "island_fast.driver_errors" in line
+        line for line in host.service.text()[begun:].splitlines() if "island_fast.cinder.errors" in line
     ]
     assert f"snapshot {broken.id}: open swift://" in said
     assert "has not answered" in said

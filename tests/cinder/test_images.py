@@ -10,7 +10,7 @@ import pytest
 
 import tests.cinder.guest as guest
 import tests.qemu as qemu
-from island_fast.qcow2 import Image
+from island_fast.qcow2.image import Image
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, noise
 from tests.cinder.programs import wait_for

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tests.cinder.guest as guest
-from island_fast.qcow2 import Image
+from island_fast.qcow2.image import Image
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, SnapshotLine, Writer, check_ext4, image, make_ext4, mounted, noise
 from tests.cinder.leftovers import processes

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.host.selftest import VOLUME
+from island_fast.cinder.attach.selftest import VOLUME
 from tests.cinder import leftovers
 from tests.cinder.disks import small_disk
 from tests.cinder.programs import Program

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from island_fast.cli import main
-from island_fast.show import printable
+from island_fast.cli.main import main
+from island_fast.cli.text import printable
 from tests import qemu
 
 MIB = 1 << 20

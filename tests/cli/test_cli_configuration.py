@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.volumes.commands import Commands
+from island_fast.cinder.island_command import Commands
 from tests import qemu
 from tests.cli.conftest import MIB, Island
 

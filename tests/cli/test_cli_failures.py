@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import pytest
 
-from island_fast.outcome import Run, conclude
-from island_fast.repository import Repository
-from island_fast.show import printable
+from island_fast.api import Repository
+from island_fast.cli.run import Run, conclude
+from island_fast.cli.text import printable
 from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 

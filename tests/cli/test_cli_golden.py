@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from island_fast.cli import island as command
+from island_fast.cli.main import island as command
 from tests import qemu
 from tests.cli.conftest import MIB, Island
 

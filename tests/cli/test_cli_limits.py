@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import pipeline
-from island_fast.stores import metering
+from island_fast.repository import streams
+from island_fast.stores import rate_limit
 from tests import qemu
 from tests.cli.conftest import MIB, Island
 
@@ -23,20 +23,20 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
     made: dict[int, float | None] = {}
     found: Rates = []
 
-    class Meter(metering.Meter):
+    class Meter(rate_limit.Meter):
         def __init__(self, rate: float | None, wait: Callable[[float], None]) -> None:
             made[id(self)] = rate
             super().__init__(None, wait=wait)
 
-    class MeteredStore(metering.MeteredStore):
-        def __init__(self, store: metering.Store, meters: metering.Meters) -> None:
+    class MeteredStore(rate_limit.MeteredStore):
+        def __init__(self, store: rate_limit.Store, meters: rate_limit.Meters) -> None:
             found.append((made[id(meters.up)], made[id(meters.down)]))
             shared.add(id(meters))
             super().__init__(store, meters)
 
     shared: set[int] = set()
-    monkeypatch.setattr(metering, "Meter", Meter)
-    monkeypatch.setattr(metering, "MeteredStore", MeteredStore)
+    monkeypatch.setattr(rate_limit, "Meter", Meter)
+    monkeypatch.setattr(rate_limit, "MeteredStore", MeteredStore)
     return found
 
 
@@ -67,12 +67,12 @@ def test_each_verb_that_moves_data(island: Island, small: Path, tmp_path: Path, 
 def test_workers(island: Island, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
-    class Pool(pipeline.ThreadPoolExecutor):
+    class Pool(streams.ThreadPoolExecutor):
         def __init__(self, count: int, **more: str) -> None:
             counts.append(count)
             super().__init__(count, **more)
 
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(streams, "ThreadPoolExecutor", Pool)
     for words in (
         ("snapshot", small, "--full"),
         ("restore", "small@latest", tmp_path / "new"),

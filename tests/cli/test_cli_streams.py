@@ -14,14 +14,14 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import show
-from island_fast.outcome import Run, Signals
+from island_fast.cli import text as show
+from island_fast.cli.run import Run, Signals
 from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence
 
 pytestmark = qemu.needs_qemu
 
-HEAVY = ("numpy", "rich", "swiftclient", "xxhash", "zstandard", "island_fast.repository")
+HEAVY = ("numpy", "rich", "swiftclient", "xxhash", "zstandard", "island_fast.api")
 
 
 def imported(*words: object) -> set[str]:
@@ -38,7 +38,7 @@ def test_version_and_help_import_nothing_heavy() -> None:
 
 def test_a_pipe_gets_no_bars_and_no_rich(island: Island, disk: Path) -> None:
     found = imported("snapshot", disk)
-    assert {"numpy", "island_fast.repository"} <= found
+    assert {"numpy", "island_fast.api"} <= found
     assert not {"rich", "swiftclient"} & found
 
 

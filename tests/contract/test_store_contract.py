@@ -18,7 +18,7 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.stores.base import ObjectInfo, Store
-from island_fast.stores.metering import Meter, MeteredStore, Meters
+from island_fast.stores.rate_limit import Meter, MeteredStore, Meters
 from tests.memory_store import MemoryStore
 
 KINDS = ("memory", "metered", "directory", "swift")

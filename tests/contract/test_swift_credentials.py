@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import StoreError
-from island_fast.stores import open_store
-from island_fast.stores.credentials import Keyring, Ticket, from_environment
+from island_fast.stores.open import open_store
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
+from island_fast.stores.swift_auth import Keyring, Ticket, from_environment
 from tests.keystone_server import CREDENTIAL, PASSWORD, SECRET, KeystoneServer
 from tests.swift_server import SwiftServer
 

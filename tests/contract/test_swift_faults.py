@@ -18,7 +18,7 @@ from island_fast.errors import (
     StoreError,
     UsageError,
 )
-from island_fast.stores import open_store
+from island_fast.stores.open import open_store
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
 from tests.conftest import OpenSwift

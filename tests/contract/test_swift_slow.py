@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 
 from island_fast.errors import StoreError
-from island_fast.stores import wire
-from island_fast.stores.paced import Pace
+from island_fast.stores import swift_connection
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
+from island_fast.stores.swift_pace import Pace
 from tests.conftest import OpenSwift
 from tests.swift_faults import Fault
 from tests.swift_server import SwiftServer
@@ -77,7 +77,7 @@ def test_a_slow_body_that_keeps_up_is_left_in_peace(swift: SwiftServer, swift_st
 def test_a_server_that_stops_reading_is_left(
     swift: SwiftServer, swift_store: OpenSwift, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(wire, "TIMEOUT", 1.0)
+    monkeypatch.setattr(swift_connection, "TIMEOUT", 1.0)
     store = swift_store(patience=Patience(total=60.0, first=0.01, longest=0.1))
     swift.inject(Fault("delay", 200, method="PUT"))
     store.put("object", [BIG])

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import pipeline
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.repository import streams
+from island_fast.repository.local_state import LocalState
 from tests.memory_store import MemoryStore
 
 
@@ -34,8 +34,8 @@ def small_packs(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_small_packs(store: MemoryStore, patch: pytest.MonkeyPatch) -> None:
     """The same, for as long as `patch` lasts."""
-    patch.setattr(pipeline, "BATCH", PACK)
-    patch.setattr(pipeline, "MAX_SLOTS", PACK)
+    patch.setattr(streams, "BATCH", PACK)
+    patch.setattr(streams, "MAX_SLOTS", PACK)
     store.uploads = 1
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.errors import ImageInUseError, RefusedError, UnsupportedImageError, UsageError
-from island_fast.repository import Repository
 from island_fast.results import SnapshotTaken
 from tests import qemu
 from tests.daemon import StorageDaemon

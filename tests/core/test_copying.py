@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from island_fast import carrying
+from island_fast.api import Repository
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -17,11 +17,11 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.local import LocalState
-from island_fast.pack import read_front
-from island_fast.repository import Repository
+from island_fast.formats.pack import read_front
+from island_fast.repository import carrying
+from island_fast.repository.local_state import LocalState
+from island_fast.repository.snapshot_writer import Stored, Storing
 from island_fast.results import Copied
-from island_fast.storing import Stored, Storing
 from tests import qemu
 from tests.core.conftest import PACK, check
 from tests.memory_store import MemoryStore

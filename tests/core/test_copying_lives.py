@@ -16,13 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import catalog, lineage, pipeline
-from island_fast import source as source_module
+from island_fast.api import Repository
 from island_fast.errors import RefusedError, StoreError
-from island_fast.lineage import Lineage
-from island_fast.local import LocalState
-from island_fast.packreader import PackReader
-from island_fast.repository import Repository
+from island_fast.formats import catalog
+from island_fast.images import open as source_module
+from island_fast.repository import lineage, streams
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.local_state import LocalState
+from island_fast.repository.pack_reader import PackReader
 from tests.machine.books import accounted, is_content, volume_of
 from tests.machine.memory_image import CONTENTS, Content, MemoryImage, MemorySource
 from tests.machine.world import Inline
@@ -245,9 +246,9 @@ class Life:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Packs of four blocks, checkpoints at every fourth record, no threads, nothing flushed."""
-    monkeypatch.setattr(pipeline, "BATCH", 2)
-    monkeypatch.setattr(pipeline, "MAX_SLOTS", 4)
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(streams, "BATCH", 2)
+    monkeypatch.setattr(streams, "MAX_SLOTS", 4)
+    monkeypatch.setattr(streams, "ThreadPoolExecutor", Inline)
     for module in (catalog, lineage):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 4)
     monkeypatch.setattr(os, "fsync", lambda fd: None)

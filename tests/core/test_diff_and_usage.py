@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.errors import DamagedError, NotFoundError, UsageError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.repository.local_state import LocalState
 from island_fast.results import Difference
 from tests import qemu
 from tests.memory_store import MemoryStore

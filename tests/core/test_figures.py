@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from island_fast import pipeline
-from island_fast.manifest import decode
-from island_fast.pack import ABSENT, open_pack
-from island_fast.repository import Repository
-from island_fast.retention import Keep
+from island_fast.api import Repository
+from island_fast.formats.manifest import decode
+from island_fast.formats.pack import ABSENT, open_pack
+from island_fast.operations.retention import Keep
+from island_fast.repository import streams
 from tests import qemu
 from tests.memory_store import MemoryStore
 
@@ -25,8 +25,8 @@ MIB = 1 << 20
 @pytest.fixture
 def tree(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Nine snapshots: a trunk of five, two branches of two from its second and fourth; several packs each."""
-    monkeypatch.setattr(pipeline, "BATCH", 4)
-    monkeypatch.setattr(pipeline, "MAX_SLOTS", 8)
+    monkeypatch.setattr(streams, "BATCH", 4)
+    monkeypatch.setattr(streams, "MAX_SLOTS", 8)
     draw = random.Random(5)
     taken = []
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.errors import DamagedError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
 from tests import qemu
 from tests.core.conftest import PACK, in_small_packs

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import NotFoundError, RefusedError, UsageError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.images.qcow2_source import Qcow2Source
+from island_fast.images.source import Change
+from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
-from island_fast.source import Change, Qcow2Source
 from tests import qemu
 from tests.core.conftest import PACK
 from tests.daemon import StorageDaemon, needs_storage_daemon

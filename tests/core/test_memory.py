@@ -20,7 +20,7 @@ LIMIT_OF_COPIES = 190 << 20  # they hold packs that come, and packs that go
 PROGRAM = r"""
 import re, sys
 from pathlib import Path
-from island_fast.repository import Repository
+from island_fast.api import Repository
 url, verb, *names = sys.argv[1:]
 with Repository.open(url, create=True) as repository:
     if verb == "snapshot":

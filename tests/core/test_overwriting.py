@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from island_fast import overwriting, targets
+from island_fast.api import Repository
 from island_fast.errors import (
     DamagedObjectError,
     ImageInUseError,
@@ -28,10 +28,11 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.host import qemu_nbd
-from island_fast.host.imagelock import ImageLock
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.images import target as targets
+from island_fast.operations import overwriting
+from island_fast.qemu import qemu_nbd
+from island_fast.qemu.image_lock import ImageLock
+from island_fast.repository.local_state import LocalState
 from island_fast.results import RestoredOnto
 from tests import qemu
 from tests.core.conftest import PACK, check
@@ -389,10 +390,11 @@ def test_a_file_system_without_holes(
 
 KILLED = r"""
 import os, signal, sys
-from island_fast import pipeline, targets
-from island_fast.repository import Repository
+from island_fast.images import target as targets
+from island_fast.repository import streams
+from island_fast.api import Repository
 url, target, image_format = sys.argv[1:]
-pipeline.BATCH = 8
+streams.BATCH = 8
 real, left = targets.Existing.write, [3]
 def write(self, blocks, rows):
     left[0] -= 1
@@ -440,8 +442,8 @@ def test_what_was_killed_in_the_middle_goes_on(
 
 EARLY = r"""
 import os, signal, sys, time
-from island_fast.host import qemu_nbd
-from island_fast.repository import Repository
+from island_fast.qemu import qemu_nbd
+from island_fast.api import Repository
 def die(image, process, where, said):
     while not where.exists():
         time.sleep(0.001)

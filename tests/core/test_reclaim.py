@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.catalog import CHECKPOINT_EVERY
+from island_fast.api import Repository
 from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
-from island_fast.local import LocalState, Registration
+from island_fast.formats.catalog import CHECKPOINT_EVERY
+from island_fast.operations.restore import Target, restore
 from island_fast.progress import silent
-from island_fast.repository import Repository
-from island_fast.restoring import Target, restore
+from island_fast.repository.local_state import LocalState, Registration
 from tests import qemu
 from tests.core.conftest import check
 from tests.memory_store import MemoryStore

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.catalog import pack_full_name
+from island_fast.api import Repository
 from island_fast.errors import ConflictError, IslandError, StoreError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.formats.catalog import pack_full_name
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.core.conftest import PACK, check
 from tests.memory_store import MemoryStore

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.errors import ConflictError, DamagedError, NotFoundError, RefusedError, UsageError
-from island_fast.local import LocalState, Registration
-from island_fast.repository import Repository
+from island_fast.operations.retention import Keep
+from island_fast.repository.local_state import LocalState, Registration
 from island_fast.results import Retained
-from island_fast.retention import Keep
 from tests import qemu
 from tests.core.conftest import check
 from tests.memory_store import MemoryStore

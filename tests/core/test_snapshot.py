@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import (
     ConflictError,
@@ -16,8 +17,7 @@ from island_fast.errors import (
     StoreError,
     UsageError,
 )
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.repository.local_state import LocalState
 from island_fast.results import SnapshotTaken
 from tests import qemu
 from tests.core.conftest import PACK

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.local import LocalState
-from island_fast.qcow2 import Image
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.qcow2.image import Image
+from island_fast.repository.local_state import LocalState
 from island_fast.results import SnapshotTaken
 from tests import qemu
 from tests.memory_store import MemoryStore

@@ -14,10 +14,10 @@ from typing import IO
 
 import pytest
 
+from island_fast.api import Repository
 from island_fast.errors import ConflictError, DamagedError, NotFoundError, StoreError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
-from island_fast.stores.checked import READS
+from island_fast.repository.local_state import LocalState
+from island_fast.stores.checked_read import READS
 from tests import qemu
 from tests.core.conftest import check
 from tests.memory_store import MemoryStore, Stored
@@ -223,7 +223,7 @@ def test_whoever_waits_for_a_lock_says_for_which_process(
     repository.snapshot(image)
     held = tmp_path / "held"
     program = (
-        "import sys; from pathlib import Path; from island_fast.local import LineageFiles\n"
+        "import sys; from pathlib import Path; from island_fast.repository.local_state import LineageFiles\n"
         "files = LineageFiles(Path(sys.argv[1]))\n"
         f"with files.{lock}():\n"
         "    Path(sys.argv[2]).touch()\n"

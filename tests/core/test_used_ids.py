@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import taking
+from island_fast.api import Repository
 from island_fast.errors import DamagedObjectError, StoreError
-from island_fast.local import LineageFiles
-from island_fast.repository import Repository
+from island_fast.operations import snapshot as taking
+from island_fast.repository.local_state import LineageFiles
 from tests import qemu
 from tests.core.conftest import PACK, check
 from tests.memory_store import MemoryStore

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.catalog import CHECKPOINT_EVERY
+from island_fast.api import Repository
 from island_fast.errors import DamagedError, RefusedError
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.formats.catalog import CHECKPOINT_EVERY
+from island_fast.operations.verify import Item, share
+from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
 from island_fast.stores.base import ObjectInfo, Range, Views
-from island_fast.stores.checked import READS
-from island_fast.verifying import Item, share
+from island_fast.stores.checked_read import READS
 from tests.core.conftest import PACK, in_small_packs
 from tests.memory_store import MemoryStore, Stored
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.host.qmp import Qmp
-from island_fast.host.sizing import cluster_size, node_options
+from island_fast.qemu.qmp import Qmp
+from island_fast.qemu.sizing import cluster_size, node_options
 from tests.daemon import StorageDaemon, create_qcow2, needs_qemu, needs_storage_daemon, qemu_io
 
 pytestmark = [needs_qemu, needs_storage_daemon]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.bench.edited import EditedVolume
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from tests.memory_store import MemoryStore
 

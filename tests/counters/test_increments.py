@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from island_fast import _diff
-from island_fast.bench.edited import EditedVolume
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.repository.local_state import LocalState
 from tests.memory_store import MemoryStore
 
 BLOCK = 65536

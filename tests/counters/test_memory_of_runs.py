@@ -8,12 +8,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from island_fast.manifest import Manifest, decode, encode, tabulate
-from island_fast.pack import PackHeader
-from island_fast.pipeline import Batch, PackSink, by_pack
-from island_fast.qcow2 import PinnedBase
-from island_fast.runs import Runs, merge
-from island_fast.slots import SnapshotNumbers, pack_keys
+from island_fast.formats.keys import SnapshotNumbers, pack_keys
+from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.pack import PackHeader
+from island_fast.formats.runs import Runs, merge
+from island_fast.qcow2.snapshots import PinnedBase
+from island_fast.repository.streams import Batch, PackSink, by_pack
 from tests.memory_store import MemoryStore
 
 RUNS = 400_000

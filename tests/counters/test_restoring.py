@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from island_fast.local import LocalState
-from island_fast.packreader import _range_starts
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
+from island_fast.repository.pack_reader import _range_starts
 from island_fast.stores.base import Range, Views
 from island_fast.stores.directory import DirectoryStore
 from tests.conftest import OpenSwift

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from island_fast.bench.works.sizes import beside_the_data
+from island_fast.bench.cases.sizes import beside_the_data
 
 MIB, GIB = 1 << 20, 1 << 30
 

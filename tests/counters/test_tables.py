@@ -8,10 +8,11 @@ import os
 import numpy as np
 import pytest
 
-from island_fast.bench.mapped import MappedImage
-from island_fast.inspecting import image_map
-from island_fast.qcow2 import Image, allocated, changed
+from island_fast.bench.synthetic_image import MappedImage
+from island_fast.images.inspect import image_map
+from island_fast.qcow2.changes import allocated, changed
 from island_fast.qcow2.extents import DATA
+from island_fast.qcow2.image import Image
 from tests import qemu
 
 GIB = 1 << 30

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from island_fast.bench.context import Scale, Size
-from island_fast.bench.running import Plan, measure
-from island_fast.bench.works import depth, kernels, maps, sending
+from island_fast.bench.case import Scale, Size
+from island_fast.bench.cases import depth, kernels, maps, upload
+from island_fast.bench.runner import Plan, measure
 
 TINY = Scale(Size(64 << 20, 32 << 20, 1), None)
-WORKS = (*depth.WORKS, *kernels.WORKS, *maps.WORKS, *sending.WORKS)
+WORKS = (*depth.WORKS, *kernels.WORKS, *maps.WORKS, *upload.WORKS)
 
 
 @pytest.mark.parametrize("work", WORKS, ids=lambda work: work.name)

@@ -9,14 +9,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from island_fast.catalog import manifest_name, pack_full_name
+from island_fast.api import Repository
 from island_fast.errors import NotFoundError
-from island_fast.host.imagelock import writer_present
-from island_fast.lineage import Lineage
-from island_fast.local import LocalState
-from island_fast.repository import Repository
-from island_fast.source import pinned_lineage
-from island_fast.stores import DirectoryStore
+from island_fast.formats.catalog import manifest_name, pack_full_name
+from island_fast.images.source import pinned_lineage
+from island_fast.qemu.image_lock import writer_present
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.local_state import LocalState
+from island_fast.stores.directory import DirectoryStore
 from tests import qemu
 from tests.crash.processes import VOLUME, World, copy, set_back, wait_until
 from tests.crash.starts import LATER, registrations

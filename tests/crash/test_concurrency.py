@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import RefusedError
-from island_fast.host.imagelock import ImageLock
+from island_fast.qemu.image_lock import ImageLock
 from tests import qemu
 from tests.crash.actor import Hold
 from tests.crash.holding import (

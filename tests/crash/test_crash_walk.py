@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.local import LocalState
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.crash.holding import (
     image_is_whole,

@@ -18,8 +18,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from island_fast.stores import Buffer, ObjectInfo, Range, Store, directory
-from island_fast.stores.base import Views
+from island_fast.stores import directory
+from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views
 
 T = TypeVar("T")
 

@@ -12,7 +12,7 @@ import pytest
 
 from island_fast import Keep, Repository
 from island_fast.errors import UsageError
-from island_fast.local import LocalState
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/api.md"
@@ -66,7 +66,7 @@ def test_calls_that_the_command_would_not_let_through_are_refused(tmp_path: Path
 
 def test_names_of_the_package_are_imported_only_when_asked_for() -> None:
     program = (
-        "import sys, island_fast; assert not {'numpy', 'island_fast.repository'} & set(sys.modules); "
+        "import sys, island_fast; assert not {'numpy', 'island_fast.api'} & set(sys.modules); "
         "from island_fast import Keep, Repository; assert 'numpy' in sys.modules; "
         "print(sorted(set(island_fast.__all__) - set(dir(island_fast))), hasattr(island_fast, 'Nothing'))"
     )

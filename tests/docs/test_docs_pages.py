@@ -9,7 +9,7 @@ import subprocess
 
 import pytest
 
-from island_fast.cli import island
+from island_fast.cli.main import island
 from scripts import pages
 
 MAN = shutil.which("man")

@@ -17,8 +17,8 @@ import tempfile
 from pathlib import Path
 from unittest import mock
 
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 
 HERE = Path(__file__).parent
@@ -179,7 +179,7 @@ def make(repository: Path, expected: Path) -> None:
         folder = Path(name)
         # Small packs, so that a small snapshot has two; their size is no part of the format.
         with (
-            mock.patch("island_fast.pipeline.MAX_SLOTS", 32),
+            mock.patch("island_fast.repository.streams.MAX_SLOTS", 32),
             mock.patch("socket.gethostname", return_value="golden"),
         ):
             with Repository.open(str(repository), state=LocalState(folder / "host1"), create=True) as opened:

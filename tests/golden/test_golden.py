@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.golden import make, reader
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from island_fast.errors import IslandError, NotFoundError
-from island_fast.host.libvirt import Domain
+from island_fast.qemu.libvirt import Domain
 from tests.guests.session import Guest
 from tests.guests.test_domains import image
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import taking
+from island_fast.api import Repository
 from island_fast.errors import DamagedError, IslandError
-from island_fast.host.libvirt import Domain
-from island_fast.lineage import Lineage
-from island_fast.manifest import Manifest
-from island_fast.repository import Repository
+from island_fast.formats.manifest import Manifest
+from island_fast.operations import snapshot
+from island_fast.qemu.libvirt import Domain
+from island_fast.repository.lineage import Lineage
 from tests import qemu
 from tests.cli.conftest import Done, Island, one_sentence
 from tests.cli.test_cli_verbs import KEYS
@@ -191,14 +191,14 @@ def test_a_disk_that_fails_before_its_pin_gets_none(
             raise DamagedError("its registration cannot be read")
         return real(lineage)
 
-    real = taking.find_interrupted
-    monkeypatch.setattr(taking, "find_interrupted", interrupted)
+    real = snapshot.find_interrupted
+    monkeypatch.setattr(snapshot, "find_interrupted", interrupted)
     done: Done = island(*words(guest), "--json")
     assert done.code == 6
     assert [one["disk"] for one in json.loads(done.out)["snapshots"]] == [left]
     assert f"disk vd{broken} of domain '{guest.name}' is not stored: its registration" in done.err
     assert [len(pins(image(guest, part))) for part in "ab"] == [part != broken for part in "ab"]
-    monkeypatch.setattr(taking, "find_interrupted", real)
+    monkeypatch.setattr(snapshot, "find_interrupted", real)
     assert len(island.json(*words(guest))["snapshots"]) == 2
 
 
@@ -223,8 +223,8 @@ def test_an_interruption_leaves_what_is_stored_and_no_other_pin(
             raise KeyboardInterrupt
         return real(*words, **options)
 
-    real = taking.send
-    monkeypatch.setattr(taking, "send", send)
+    real = snapshot.send
+    monkeypatch.setattr(snapshot, "send", send)
     done: Done = island(*words(guest))
     assert done.code == 1
     assert "'island list' shows which are stored" in done.err
@@ -242,8 +242,8 @@ def test_a_guest_that_ends_while_it_is_stored(
 
     island.json(*words(guest))
     guest.write(1, MIB, K64, 3)
-    real = taking.send
-    monkeypatch.setattr(taking, "send", send)
+    real = snapshot.send
+    monkeypatch.setattr(snapshot, "send", send)
     done: Done = island(*words(guest), "--json")
     assert [one["blocks_changed"] for one in json.loads(done.out)["snapshots"]] == [0, 1]
     for disk, told in zip(("vda", "vdb"), done.err.splitlines(), strict=True):

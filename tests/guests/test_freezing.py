@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from island_fast.host import freezing
+from island_fast.qemu import freeze as freezing
 from tests.cli.conftest import Island
 from tests.guests import agent as agents
 from tests.guests.agent import Agent

@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from island_fast.local import LocalState
-from island_fast.repository import Repository
-from island_fast.source import TABLE_DIFF, Change, Qcow2Source
-from island_fast.stores import Store
+from island_fast.api import Repository
+from island_fast.images.qcow2_source import Qcow2Source
+from island_fast.images.source import TABLE_DIFF, Change
+from island_fast.repository.local_state import LocalState
+from island_fast.stores.base import Store
 from tests import qemu
 from tests.conftest import OpenSwift
 

@@ -19,17 +19,12 @@ import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import IslandError
-from island_fast.qcow2 import (
-    Image,
-    InternalSnapshot,
-    Point,
-    PointReader,
-    allocated,
-    changed,
-    find_shared_copied,
-)
 from island_fast.qcow2.bitmaps import read_bitmaps
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated, changed, find_shared_copied
 from island_fast.qcow2.extents import extents
+from island_fast.qcow2.image import Image, Point
+from island_fast.qcow2.snapshots import InternalSnapshot
 
 ADDRESS_SPACE = 2 << 30
 POINTS = 3

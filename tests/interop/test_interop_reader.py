@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.qcow2 import Image, PointReader, allocated
 from island_fast.qcow2.bitmaps import read_bitmaps
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated
 from island_fast.qcow2.extents import DATA, extents
+from island_fast.qcow2.image import Image
 from tests import qemu
 from tests.interop.images import RECIPES, Made
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.local import LocalState
-from island_fast.repository import Repository
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.interop.images import RECIPES, Made, Recipe
 from tests.memory_store import MemoryStore

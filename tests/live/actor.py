@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from island_fast import errors
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports, State
-from island_fast.host.selftest import check_data_path, choose_kind, measure_speed
+from island_fast.cinder.attach.exports import Exports, State
+from island_fast.cinder.attach.selftest import check_data_path, choose_kind, measure_speed
+from island_fast.qemu.programs import run_to_the_end
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIND = os.environ.get("ISLAND_LIVE_KIND", "loop")

@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports
+from island_fast.cinder.attach.exports import Exports
+from island_fast.qemu.programs import run_to_the_end
 from tests.daemon import create_qcow2
 from tests.live.actor import KIND, ROOT, USER, Remote
 

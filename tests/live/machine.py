@@ -136,7 +136,7 @@ def make_ramdisk(folder: Path, job: str, init: str = INIT, modules: str = MODULE
 
 def python_job(module: str, arguments: list[str], environment: dict[str, str]) -> str:
     """A job that runs a module of this tree, with this interpreter, and the program island-nbd beside it."""
-    main = "import sys; from island_fast.host.nbdroot import main; sys.exit(main())"
+    main = "import sys; from island_fast.cinder.attach.nbd_root import main; sys.exit(main())"
     path = f"import sys; sys.path.insert(0, '{ROOT}'); {main.removeprefix('import sys; ')}"
     lines = [
         "export PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/tmp PYTHONDONTWRITEBYTECODE=1",

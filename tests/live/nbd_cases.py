@@ -10,12 +10,12 @@ from unittest import mock
 
 import pytest
 
+from island_fast.cinder.attach.block_device import BlockDevice
+from island_fast.cinder.attach.daemon import Daemon
+from island_fast.cinder.attach.exports import State
+from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import ImageInUseError, IslandError
-from island_fast.host.blockio import BlockDevice
-from island_fast.host.daemon import Daemon
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import State
-from island_fast.host.nbd import NbdDevices
+from island_fast.qemu.programs import run_to_the_end
 from tests.live.conftest import SIZE, Host
 from tests.live.test_attach import check, daemon_of, eventually, make_file_system, mounted, run
 from tests.live.test_snapshots import Writer, newest

@@ -18,13 +18,13 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.cinder.attach.block_device import BlockDevice
+from island_fast.cinder.attach.daemon import Daemon
+from island_fast.cinder.attach.exports import Exports, State
+from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.host.blockio import BlockDevice
-from island_fast.host.daemon import Daemon
-from island_fast.host.device import LoopDevices
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports, State
-from island_fast.host.qmp import Qmp
+from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.qmp import Qmp
 from tests.daemon import qemu_io
 from tests.live.actor import KIND, ROOT, Remote
 from tests.live.conftest import SIZE, Host
@@ -238,8 +238,8 @@ def test_flushed_writes_are_in_the_image_when_the_daemon_is_killed(host: Host) -
 def test_a_daemon_outlives_the_process_that_started_it(host: Host) -> None:
     volume, image = host.volume()
     script = (
-        "import sys; from pathlib import Path; from island_fast.host.exports import Exports;"
-        "from island_fast.host.execute import run_to_the_end as run;"
+        "import sys; from pathlib import Path; from island_fast.cinder.attach.exports import Exports;"
+        "from island_fast.qemu.programs import run_to_the_end as run;"
         "from tests.live.actor import KIND; a, b, v, i = sys.argv[1:];"
         "Exports(Path(a), Path(b), run, KIND).serve(v, Path(i))"
     )

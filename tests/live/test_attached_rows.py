@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.bench.context import QUICK, Context
-from island_fast.bench.results import Counter, LeftOut, Row
-from island_fast.bench.works import attached
-from island_fast.host.speed import SHAPES, Speed
+from island_fast.bench.case import QUICK, Context
+from island_fast.bench.cases import attached
+from island_fast.bench.report import Counter, LeftOut, Row
+from island_fast.cinder.attach.speed import SHAPES, Speed
 from tests.live.conftest import missing
 
 MIB = 1 << 20

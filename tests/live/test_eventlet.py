@@ -15,8 +15,8 @@ import eventlet
 eventlet.monkey_patch()
 import json, sys
 from pathlib import Path
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports
+from island_fast.qemu.programs import run_to_the_end
+from island_fast.cinder.attach.exports import Exports
 
 run, links, volume, image = sys.argv[1:]
 beats = 0

@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.cinder.attach import nbd_devices, nbd_netlink, nbd_root
+from island_fast.cinder.attach.daemon import Daemon
+from island_fast.cinder.attach.exports import Exports, State
+from island_fast.cinder.attach.nbd_devices import check_kernel
+from island_fast.cinder.attach.nbd_netlink import shake_hands
 from island_fast.errors import IslandError
-from island_fast.host import nbd, nbdlink, nbdroot
-from island_fast.host.daemon import Daemon
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports, State
-from island_fast.host.nbd import check_kernel
-from island_fast.host.nbdlink import shake_hands
+from island_fast.qemu.programs import run_to_the_end
 from tests.live import machine
 from tests.live.actor import USER
 from tests.live.conftest import SIZE, Host
@@ -134,7 +134,7 @@ def test_a_volume_that_was_exported_otherwise_stays_as_it_is(root_host: Host) ->
 )
 def test_root_s_program_takes_nothing_else(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     backing = "/run/island/0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e/nbd/0123456789abcdef"
-    assert nbdroot.main([word.format(backing=backing) for word in words]) == 2
+    assert nbd_root.main([word.format(backing=backing) for word in words]) == 2
     assert capsys.readouterr().err.startswith("usage: island-nbd")
 
 
@@ -143,37 +143,42 @@ def test_root_s_program_connects_to_the_folder_s_owner_alone(
 ) -> None:
     os.chown(served.folder, USER, USER)
     try:
-        assert nbdroot.main(["connect", str(served.backing()), str(SIZE)]) == 1
+        assert nbd_root.main(["connect", str(served.backing()), str(SIZE)]) == 1
         assert "another user" in capsys.readouterr().err
     finally:
         os.chown(served.folder, 0, 0)
-    assert nbdroot.main(["connect", str(served.backing()), str(SIZE + 512)]) == 1
+    assert nbd_root.main(["connect", str(served.backing()), str(SIZE + 512)]) == 1
     assert f"has {SIZE} bytes" in capsys.readouterr().err
 
 
 def test_a_kernel_without_the_driver_is_named(
     served: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nbdlink, "_DRIVER", b"none-such")
-    assert nbdroot.main(["connect", str(served.backing()), str(SIZE)]) == 1
+    monkeypatch.setattr(nbd_netlink, "_DRIVER", b"none-such")
+    assert nbd_root.main(["connect", str(served.backing()), str(SIZE)]) == 1
     assert "module nbd is not loaded, or" in capsys.readouterr().err
 
 
 def test_the_program_that_root_runs_needs_little() -> None:
     """It starts for every attach and detach: the standard library, and none of the layers above."""
     program = (
-        f"import sys; sys.path.insert(0, {str(machine.ROOT)!r}); import island_fast.host.nbdroot;"
+        f"import sys; sys.path.insert(0, {str(machine.ROOT)!r}); import island_fast.cinder.attach.nbd_root;"
         "print([m for m in sys.modules if 'island' in m or 'numpy' in m])"
     )
     done = subprocess.check_output([sys.executable, "-I", "-S", "-c", program], text=True)
-    names = ["island_fast", "island_fast.host", "island_fast.host.nbdlink", "island_fast.host.nbdroot"]
+    names = [
+        "island_fast",
+        "island_fast.qemu",
+        "island_fast.cinder.attach.nbd_netlink",
+        "island_fast.cinder.attach.nbd_root",
+    ]
     assert done.strip() == str(names)
 
 
 def test_a_kernel_that_does_not_do_is_refused_with_the_way_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nbd, "_MODULE", tmp_path / "nbd")
+    monkeypatch.setattr(nbd_devices, "_MODULE", tmp_path / "nbd")
     with pytest.raises(IslandError, match="module nbd is not loaded"):
         check_kernel()
     parameters = tmp_path / "nbd/parameters"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from oslo_rootwrap import wrapper
 
-from island_fast.host import daemon
-from island_fast.host.daemon import Daemon
+from island_fast.cinder.attach import daemon
+from island_fast.cinder.attach.daemon import Daemon
 from tests.live.actor import ROOT
 from tests.live.conftest import Host
 

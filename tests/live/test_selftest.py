@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.cinder.attach import daemon, nbd_devices, selftest
+from island_fast.cinder.attach.block_device import BlockDevice
+from island_fast.cinder.attach.loop_devices import LoopDevices
+from island_fast.cinder.attach.selftest import VOLUME, check_data_path, choose_kind
 from island_fast.errors import DamagedError, IslandError
-from island_fast.host import daemon, nbd, selftest
-from island_fast.host.blockio import BlockDevice
-from island_fast.host.device import LoopDevices
-from island_fast.host.execute import Execute, run_to_the_end
-from island_fast.host.selftest import VOLUME, check_data_path, choose_kind
+from island_fast.qemu.programs import Execute, run_to_the_end
 from tests.live.actor import KIND, Remote
 from tests.live.conftest import Host
 
@@ -152,7 +152,7 @@ def test_rights_that_are_missing_are_named(root_host: Host) -> None:
 def test_the_best_kind_is_chosen_or_all_reasons_given(
     root_host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(nbd, "_MODULE", tmp_path / "none")  # test_nbd.py has a kernel that has it
+    monkeypatch.setattr(nbd_devices, "_MODULE", tmp_path / "none")  # test_nbd.py has a kernel that has it
     places = root_host.run, root_host.links, root_host.images
     assert choose_kind(*places, run_to_the_end) == "loop"
     root_host.run.chmod(0o755)

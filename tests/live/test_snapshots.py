@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.host.blockio import BlockDevice
-from island_fast.host.exports import State
+from island_fast.cinder.attach.block_device import BlockDevice
+from island_fast.cinder.attach.exports import State
 from tests.live.actor import ROOT
 from tests.live.conftest import SIZE, Host
 from tests.live.test_attach import check

@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.host import daemon, selftest
-from island_fast.host.daemon import Daemon
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.nodes import VOLUME_NODE, front_node
-from island_fast.host.selftest import choose_kind, measure_speed
-from island_fast.host.speed import SHAPES, Speed
+from island_fast.cinder.attach import daemon, selftest
+from island_fast.cinder.attach.daemon import Daemon
+from island_fast.cinder.attach.selftest import choose_kind, measure_speed
+from island_fast.cinder.attach.speed import SHAPES, Speed
+from island_fast.qemu.block_nodes import VOLUME_NODE, front_node
+from island_fast.qemu.programs import run_to_the_end
 from tests.live.actor import KIND, Remote
 from tests.live.conftest import Host
 

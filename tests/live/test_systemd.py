@@ -33,7 +33,7 @@ StandardError=append:{folder}/log
 SCRIPT = """
 import json, subprocess
 from pathlib import Path
-from island_fast.host.qmp import Qmp
+from island_fast.qemu.qmp import Qmp
 from tests.live.actor import Remote
 
 volume, folder = {volume!r}, Path({folder!r})

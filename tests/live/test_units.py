@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.repository import Repository
+from island_fast.api import Repository
 from tests import qemu
 from tests.live.actor import ROOT
 from tests.live.booted import boot, ground

@@ -7,14 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from island_fast.catalog import SnapshotRow, State, manifest_name, pack_full_name
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
-from island_fast.lineage import Lineage
-from island_fast.packreader import PackReader
-from island_fast.pipeline import receive
+from island_fast.formats.catalog import SnapshotRow, State, manifest_name, pack_full_name
+from island_fast.formats.keys import SLOT_BITS
 from island_fast.progress import silent
-from island_fast.reclaim import live_slots
-from island_fast.slots import SLOT_BITS
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import live_slots
+from island_fast.repository.pack_reader import PackReader
+from island_fast.repository.streams import receive
 from tests.machine.memory_image import PALETTE, Content
 from tests.machine.process import Process
 from tests.machine.world import World

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.packreader import PackReader
+from island_fast.repository.pack_reader import PackReader
 from island_fast.stores.swift import SwiftStore
 from tests.machine.books import balanced, is_content, object_names, restored
 from tests.machine.memory_image import CONTENTS, HOLE, MemoryImage

@@ -15,9 +15,9 @@ import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import NotFoundError
+from island_fast.images.source import END, TABLE_DIFF, Base, Bytes2D, Change, Int64s, Source, View, scanned
 from island_fast.progress import Progress
-from island_fast.qcow2 import InternalSnapshot, PinnedBase
-from island_fast.source.base import END, TABLE_DIFF, Base, Bytes2D, Change, Int64s, Source, View, scanned
+from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 
 HOLE, ZEROES = -1, 0
 CONTENTS = 24

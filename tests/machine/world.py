@@ -24,16 +24,16 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from island_fast import local, pipeline
-from island_fast import source as source_module
+from island_fast.api import Repository
 from island_fast.errors import DamagedError, IslandError, StoreError
-from island_fast.lineage import Lineage
-from island_fast.local import LocalState
-from island_fast.repository import Repository
-from island_fast.stores import retry, wire
-from island_fast.stores.credentials import Ticket
+from island_fast.images import open as source_module
+from island_fast.repository import local_state, streams
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.local_state import LocalState
+from island_fast.stores import retry, swift_connection
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
+from island_fast.stores.swift_auth import Ticket
 from tests.machine.memory_image import MemoryImage, MemorySource
 from tests.machine.memory_swift import Account, Late
 from tests.machine.process import Connection, Crash, Fault, Process
@@ -154,16 +154,16 @@ class World:
         def connection(**_: Any) -> Connection:
             return Connection(self.account, self.account.acting[-1])
 
-        replaced(wire, "client", SimpleNamespace(Connection=connection))
-        replaced(wire, "persist", persist)
+        replaced(swift_connection, "client", SimpleNamespace(Connection=connection))
+        replaced(swift_connection, "persist", persist)
         replaced(source_module, "Qcow2Source", source)
-        replaced(pipeline, "MAX_SLOTS", MAX_SLOTS)
-        replaced(pipeline, "BATCH", BATCH)
-        replaced(pipeline, "PACK_SIZE", 1 << 20)
-        replaced(pipeline, "ThreadPoolExecutor", Inline)
+        replaced(streams, "MAX_SLOTS", MAX_SLOTS)
+        replaced(streams, "BATCH", BATCH)
+        replaced(streams, "PACK_SIZE", 1 << 20)
+        replaced(streams, "ThreadPoolExecutor", Inline)
         replaced(os, "urandom", draw.randbytes)
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
-        replaced(local, "fcntl", SimpleNamespace(flock=_flock, **locks))
+        replaced(local_state, "fcntl", SimpleNamespace(flock=_flock, **locks))
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
         clock.time_ns = lambda: int(self.account.now * 1e9)

@@ -6,11 +6,11 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from island_fast.comparing import compare
-from island_fast.manifest import Manifest, tabulate
+from island_fast.formats.keys import SnapshotNumbers, pack_keys
+from island_fast.formats.manifest import Manifest, tabulate
+from island_fast.formats.runs import Runs, merge
+from island_fast.operations.diff import compare
 from island_fast.qcow2.snapshots import PinnedBase
-from island_fast.runs import Runs, merge
-from island_fast.slots import SnapshotNumbers, pack_keys
 
 BLOCK = 65536
 PACKS = 3

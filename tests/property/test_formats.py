@@ -9,12 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from island_fast import columns
-from island_fast.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
 from island_fast.errors import DamagedError, IslandError, UnsupportedObjectError, UsageError
-from island_fast.frame import HEADER_SIZE, Kind, Section, open_frame, seal
-from island_fast.manifest import Manifest, decode, encode, tabulate
-from island_fast.pack import (
+from island_fast.formats import columns
+from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
+from island_fast.formats.frame import HEADER_SIZE, Kind, Section, open_frame, seal
+from island_fast.formats.keys import SnapshotNumbers, pack_keys
+from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.pack import (
     ABSENT,
     PackHeader,
     compress_blocks,
@@ -26,9 +27,8 @@ from island_fast.pack import (
     stored_ranges,
     unpack_blocks,
 )
-from island_fast.qcow2 import PinnedBase
-from island_fast.runs import Runs, merge
-from island_fast.slots import SnapshotNumbers, pack_keys
+from island_fast.formats.runs import Runs, merge
+from island_fast.qcow2.snapshots import PinnedBase
 
 A, B = "a" * 32, "b" * 32
 PIN = PinnedBase("island-x", "1", 1_700_000_000, 5, 1 << 30)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import xxhash
 
-from island_fast.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
+from island_fast.api import Repository
 from island_fast.errors import (
     ConflictError,
     DamagedError,
@@ -19,16 +19,16 @@ from island_fast.errors import (
     IslandError,
     UnsupportedObjectError,
 )
-from island_fast.frame import Kind, Section, json_bytes, open_frame, seal
-from island_fast.local import LocalState
-from island_fast.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
+from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, seal
+from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.runs import Runs
+from island_fast.operations.restore import Target, restore
 from island_fast.progress import silent
-from island_fast.qcow2 import PinnedBase
-from island_fast.reclaim import plan_sweep
-from island_fast.repository import Repository
-from island_fast.restoring import Target, restore
-from island_fast.runs import Runs
-from island_fast.slots import SnapshotNumbers
+from island_fast.qcow2.snapshots import PinnedBase
+from island_fast.repository.liveness import plan_sweep
+from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.memory_store import MemoryStore, Stored
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from island_fast import runs as module
-from island_fast.runs import Runs, merge
+from island_fast.formats import runs as module
+from island_fast.formats.runs import Runs, merge
 
 BLOCKS = 40
 Entries = dict[int, tuple[int, int]]

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.stores.base import Range
-from island_fast.stores.byteranges import Piece, pick, pieces, range_header, room, split_ranges
+from island_fast.stores.swift_ranges import Piece, pick, pieces, range_header, room, split_ranges
 
 OBJECT = bytes(range(256)) * 8
 MULTIPART = {"content-type": "multipart/byteranges;boundary=XYZ"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast import durable
+from island_fast import files
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -126,7 +126,7 @@ def test_with_neither_of_them_it_says_so(store: DirectoryStore, root: Path, monk
         def __init__(self, *_args: object, **_kwargs: object) -> None: ...
 
     monkeypatch.setattr(os, "link", refuse)
-    monkeypatch.setattr(durable.ctypes, "CDLL", NoRename)
+    monkeypatch.setattr(files.ctypes, "CDLL", NoRename)
     with pytest.raises(StoreError, match="neither hard links nor a rename"):
         store.put("one", [b"1"])
     assert files_below(root) == []

@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from island_fast.host import child
-from island_fast.host.child import run_child
+from island_fast.cinder import child
+from island_fast.cinder.child import run_child
 
 
 def test_what_it_says_is_told_line_by_line() -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
-from island_fast.host.freezing import FREEZES, Clock, Moment, at_one_moment
+from island_fast.qemu.freeze import FREEZES, Clock, Moment, at_one_moment
 
 STATUS, FREEZE, THAW = (f"guest-fsfreeze-{verb}" for verb in ("status", "freeze", "thaw"))
 WELL: Mapping[str, list[object]] = {STATUS: ["thawed"], FREEZE: [2], THAW: [2]}

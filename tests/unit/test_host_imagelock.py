@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
-from island_fast.host.imagelock import ImageLock, writer_present
+from island_fast.qemu.image_lock import ImageLock, writer_present
 from tests.daemon import StorageDaemon, create_qcow2, needs_qemu, needs_storage_daemon, qemu_io
 
 SIZE = 16 << 20
@@ -48,7 +48,7 @@ def test_a_second_snapshot_of_an_image_is_refused_until_the_first_ends(image: Pa
 
 def test_another_process_is_refused_and_its_end_frees_the_lock(image: Path) -> None:
     script = (
-        "import sys; from island_fast.host.imagelock import ImageLock\n"
+        "import sys; from island_fast.qemu.image_lock import ImageLock\n"
         "with ImageLock(sys.argv[1]): print('held', flush=True); sys.stdin.read(); sys.exit(9)"
     )
     holder = subprocess.Popen(

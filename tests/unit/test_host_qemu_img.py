@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.qemu_img import QemuImg
+from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.qemu_img import QemuImg
 from tests.daemon import StorageDaemon, create_qcow2, needs_qemu, needs_storage_daemon, qemu_io
 
 SIZE = 16 << 20
@@ -311,7 +311,7 @@ def test_ctrl_c_in_the_terminal_leaves_a_whole_snapshot(qcow2: Path) -> None:
     folder = qcow2.parent
     slow = program(folder / "slow", f"touch {folder}/started", "sleep 0.5", 'exec qemu-img "$@"')
     script = (
-        "import sys; from island_fast.host.qemu_img import QemuImg\n"
+        "import sys; from island_fast.qemu.qemu_img import QemuImg\n"
         "QemuImg(program=sys.argv[1]).snapshot_create(sys.argv[2], 'one'); print('not reached')"
     )
     child = subprocess.Popen(

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
-from island_fast.host.qmp import Qmp
+from island_fast.qemu.qmp import Qmp
 from tests.daemon import (
     StorageDaemon,
     create_qcow2,
@@ -470,7 +470,7 @@ def test_a_deeply_nested_file_name_finds_nothing(serve: Callable[[Script], Path]
 def test_a_socket_that_cannot_be_connected_to_gives_one_sentence(
     short_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("island_fast.host.qmp._HANDSHAKE_TIMEOUT", 0.2)
+    monkeypatch.setattr("island_fast.qemu.qmp._HANDSHAKE_TIMEOUT", 0.2)
     with pytest.raises(NotFoundError, match="no QMP socket"):
         Qmp(short_folder / "none")
     dead = short_folder / "dead"

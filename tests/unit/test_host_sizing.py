@@ -3,7 +3,7 @@
 import pytest
 
 from island_fast.errors import UsageError
-from island_fast.host.sizing import Caches, cache_sizes, cluster_size, node_options
+from island_fast.qemu.sizing import Caches, cache_sizes, cluster_size, node_options
 
 KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 

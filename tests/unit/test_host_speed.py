@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.cinder.attach import selftest, speed
+from island_fast.cinder.attach.speed import SHAPES, Speed, complaint, measure
 from island_fast.errors import IslandError
-from island_fast.host import selftest, speed
-from island_fast.host.speed import SHAPES, Speed, complaint, measure
 from tests.daemon import create_qcow2
 
 SIZE = 16 << 20

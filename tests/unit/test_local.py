@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import IslandError
-from island_fast.local import LineageFiles, LocalState, Registration
+from island_fast.repository.local_state import LineageFiles, LocalState, Registration
 
 ONE = Registration("a" * 32, 0, None)
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from island_fast.local import LocalState
-from island_fast.repository import Repository
-from island_fast.stores.metering import Meter, MeteredStore, Meters
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
+from island_fast.stores.rate_limit import Meter, MeteredStore, Meters
 from tests.memory_store import MemoryStore
 
 MIB = 1 << 20

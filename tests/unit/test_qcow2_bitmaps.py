@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.qcow2 import Image, PointReader
 from island_fast.qcow2.bitmaps import Bitmap, BitmapState, read_bitmaps
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.image import Image
 from tests import qemu
 from tests.handmade import extension, header
 

@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedImageError
-from island_fast.qcow2 import Image, PointReader
+from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.codecs import CodecError, Zlib, Zstd
+from island_fast.qcow2.image import Image
 from tests import qemu
 
 CLUSTER = 65536

@@ -10,8 +10,9 @@ import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError
-from island_fast.qcow2 import Image, changed
+from island_fast.qcow2.changes import changed
 from island_fast.qcow2.extents import DATA, HOLE, KINDS, ZERO, extents
+from island_fast.qcow2.image import Image
 from tests import qemu
 
 pytestmark = qemu.needs_qemu

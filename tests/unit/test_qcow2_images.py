@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.qcow2 import Image, PointReader, allocated, changed, find_shared_copied
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.image import Image
 from tests import qemu
 
 pytestmark = qemu.needs_qemu

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals
 from island_fast.errors import DamagedImageError, UnsupportedImageError
-from island_fast.qcow2 import Image, PointReader, allocated, changed
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated, changed
 from island_fast.qcow2.header import parse_header
-from island_fast.qcow2.places import Claims, meets, table_spans
+from island_fast.qcow2.image import Image
+from island_fast.qcow2.overlap import Claims, meets, table_spans
 from tests import qemu
 from tests.handmade import header
 

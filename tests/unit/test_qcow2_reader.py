@@ -14,7 +14,9 @@ from island_fast.errors import (
     RefusedError,
     UnsupportedImageError,
 )
-from island_fast.qcow2 import Image, PointReader, allocated, changed, find_shared_copied
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.image import Image
 from tests import qemu
 
 COPIED = 1 << 63

@@ -6,7 +6,7 @@ import pytest
 
 from island_fast.errors import DamagedImageError, UnsupportedImageError
 from island_fast.qcow2.header import parse_header
-from island_fast.qcow2.reader import Image
+from island_fast.qcow2.image import Image
 from island_fast.qcow2.snapshots import (
     InternalSnapshot,
     PinnedBase,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.errors import IslandError
-from island_fast.qcow2.vectored import Transfer, read_transfer, transfers, write_all
+from island_fast.qcow2.vectored_io import Transfer, read_transfer, transfers, write_all
 
 UNIT = 512
 IOV_MAX = os.sysconf("SC_IOV_MAX")

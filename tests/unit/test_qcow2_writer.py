@@ -10,15 +10,11 @@ import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import IslandError, UnsupportedImageError
-from island_fast.qcow2 import (
-    Image,
-    PinnedBase,
-    PointReader,
-    allocated,
-    changed,
-    find_shared_copied,
-)
+from island_fast.qcow2.block_reader import PointReader
+from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.image import Image
 from island_fast.qcow2.layout import RankedRuns
+from island_fast.qcow2.snapshots import PinnedBase
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from tests import qemu
 

@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.errors import DamagedObjectError, NotFoundError, UsageError
-from island_fast.stores import open_store
 from island_fast.stores.base import MAX_OBJECT, check_name, check_prefix, check_ranges, check_size, is_name
 from island_fast.stores.directory import DirectoryStore
+from island_fast.stores.open import open_store
 
 LETTERS = st.characters(codec="ascii", categories=["Lu", "Ll", "Nd"], include_characters="._-")
 COMPONENT = st.text(LETTERS, min_size=1, max_size=40).filter(lambda part: part not in (".", ".."))
@@ -113,7 +113,7 @@ def test_a_file_is_no_store(tmp_path: Path):
 
 def test_without_swift_nobody_waits_for_its_client():
     code = (
-        "import sys, island_fast.stores as s; s.open_store('/', create_ok=False);"
+        "import sys, island_fast.stores.open as s; s.open_store('/', create_ok=False);"
         "print([m for m in ('swiftclient', 'keystoneauth1', 'requests', 'openstack') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)

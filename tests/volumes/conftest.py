@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.host.execute import run_to_the_end
-from island_fast.host.exports import Exports
-from island_fast.volumes import Commands, Records, Volumes
+from island_fast.cinder.attach.exports import Exports
+from island_fast.cinder.island_command import Commands
+from island_fast.cinder.records import Records
+from island_fast.cinder.volumes import Volumes
+from island_fast.qemu.programs import run_to_the_end
 
 MIB = 1 << 20
 

@@ -6,9 +6,10 @@ from collections.abc import Callable
 
 import pytest
 
+from island_fast.cinder.island_command import Commands
+from island_fast.cinder.manage import Manageable
+from island_fast.cinder.records import Record
 from island_fast.errors import IslandError, NotFoundError, RefusedError
-from island_fast.volumes import Commands, Record
-from island_fast.volumes.manageable import Manageable
 from tests import qemu
 from tests.volumes.conftest import MIB, Host, new_id, write
 from tests.volumes.test_volumes import SIZE, content, made

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.api import Repository
+from island_fast.cinder.attach.exports import State
+from island_fast.cinder.records import Origin, Record
+from island_fast.cinder.volumes import snapshot_under_way
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
-from island_fast.host.exports import State
-from island_fast.host.imagelock import ImageLock
-from island_fast.repository import Repository
-from island_fast.volumes import Origin, Record
-from island_fast.volumes.volumes import snapshot_under_way
+from island_fast.qemu.image_lock import ImageLock
 from tests import qemu
 from tests.volumes.conftest import MIB, Host, new_id, read, write
 
@@ -344,7 +344,7 @@ def test_pins_are_dropped_though_a_snapshot_ended_just_now(
             lock.__exit__(None, None, None)
         return snapshot_under_way(image)
 
-    monkeypatch.setattr("island_fast.volumes.volumes.snapshot_under_way", ended)
+    monkeypatch.setattr("island_fast.cinder.volumes.snapshot_under_way", ended)
     assert host.volumes.drop_pins(volume, give_up=False) == 1
 
 

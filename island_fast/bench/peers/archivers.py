@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
 
-from island_fast.bench import measuring
-from island_fast.bench.measuring import Measured
+from island_fast.bench import timing
+from island_fast.bench.timing import Measured
 
 __all__ = ["Borg", "Keeper", "Restic", "size_on_disk"]
 
@@ -56,7 +56,7 @@ class Restic:
             "RESTIC_REPOSITORY": str(self.folder / "repository"),
             "RESTIC_CACHE_DIR": str(self.folder / "cache"),
         }
-        return measuring.run(["restic", "-q", *words], env=environment, cwd=cwd)
+        return timing.run(["restic", "-q", *words], env=environment, cwd=cwd)
 
     def take(self, raw: Path) -> Measured:
         """See Keeper."""
@@ -91,7 +91,7 @@ class Borg:
             "BORG_REPO": str(self.folder / "repository"),
             "BORG_UNKNOWN_UNENCRYPTED_REPO_ACCESS_IS_OK": "yes",
         }
-        return measuring.run(["borg", *words], env=environment, cwd=cwd)
+        return timing.run(["borg", *words], env=environment, cwd=cwd)
 
     def take(self, raw: Path) -> Measured:
         """See Keeper."""

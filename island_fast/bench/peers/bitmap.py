@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from island_fast.bench import measuring
-from island_fast.bench.measuring import Measured
-from island_fast.bench.ours import environment
+from island_fast.bench import timing
+from island_fast.bench.island_command import environment
+from island_fast.bench.timing import Measured
 
 __all__ = ["Bitmap"]
 
@@ -32,13 +32,13 @@ class Bitmap:
         self.folder.mkdir()
         self.target = self.folder / "increment"
         options = ["--add", "-g", "65536", "-f", "qcow2"]
-        measuring.run(["qemu-img", "bitmap", *options, self.image, _NAME])
+        timing.run(["qemu-img", "bitmap", *options, self.image, _NAME])
 
     def take(self) -> Measured:
         """Copy what changed, and forget it."""
         self.target.unlink(missing_ok=True)
         program = [sys.executable, "-S", "-m", "island_fast.bench.peers.bitmap_process"]
-        measured = measuring.run([*program, self.image, _NAME, self.target], env=environment())
+        measured = timing.run([*program, self.image, _NAME, self.target], env=environment())
         self.copied = int(measured.output)
-        measuring.run(["qemu-img", "bitmap", "--clear", "-f", "qcow2", self.image, _NAME])
+        timing.run(["qemu-img", "bitmap", "--clear", "-f", "qcow2", self.image, _NAME])
         return measured

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from island_fast.bench import nbd
+from island_fast.bench import nbd_client
 
 
 def dirty(where: Path, bitmap: str) -> list[tuple[int, int]]:
@@ -35,7 +35,7 @@ def main() -> None:
     image, bitmap, target = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
     where = target.with_suffix(".nbd")
     out = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-    with nbd.serving(image, where, "-r", "-B", bitmap, "-e", "2"), nbd.Client(where) as client:
+    with nbd_client.serving(image, where, "-r", "-B", bitmap, "-e", "2"), nbd_client.Client(where) as client:
         ranges = dirty(where, bitmap)
         client.read(ranges, lambda offset, data: os.pwrite(out, data, offset))
     os.close(out)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, ClassVar
 
-from island_fast.bench.measuring import Measured
 from island_fast.bench.peers.archivers import size_on_disk
+from island_fast.bench.timing import Measured
 from island_fast.errors import IslandError
 
 __all__ = ["Cinder"]

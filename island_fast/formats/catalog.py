@@ -1,0 +1,428 @@
+"""The catalog: a lineage's numbered records, and the state that reading them in order gives.
+
+A record says what happened: a snapshot was made, snapshots were deleted, a sweep removed or renamed packs,
+an owner took over. Some records carry the whole state (`checkpoint`), so that a reader need not go back to
+the first. Bytes <-> values only; reading and appending is `lineage.py`. Layout: docs/format.md, "Catalog".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
+from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+from island_fast.formats import columns
+from island_fast.formats.frame import (
+    Buffer,
+    Kind,
+    Section,
+    integer,
+    json_bytes,
+    open_frame,
+    read_json,
+    seal,
+)
+from island_fast.formats.keys import (
+    MAX_PACK_NUMBER,
+    PACK_BITS,
+    SLOT_BITS,
+    SnapshotNumbers,
+    pack_keys,
+    split_pack_key,
+)
+from island_fast.formats.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pin_from_json
+from island_fast.qcow2.snapshots import PinnedBase
+
+__all__ = [
+    "CHECKPOINT_EVERY",
+    "Packs",
+    "Record",
+    "SnapshotRow",
+    "State",
+    "catalog_name",
+    "decode_record",
+    "encode_record",
+    "manifest_name",
+    "pack_full_name",
+    "pack_name",
+    "stop_name",
+]
+
+Int64s = NDArray[np.int64]
+
+CHECKPOINT_EVERY = 32
+_MAX_META = 64 << 20
+_MAX_ROWS = 1 << 28
+_EVENTS = ("owner", "snapshot", "delete", "sweep")
+
+_META = 1
+_PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
+
+
+def catalog_name(lineage: str, epoch: int, number: int) -> str:
+    """Name of record `number` of `epoch`, below the repository's prefix."""
+    return f"{lineage}/catalog/{epoch:06d}-{number:08d}"
+
+
+def stop_name(lineage: str, epoch: int) -> str:
+    """Name of the object whose presence ends `epoch`."""
+    return f"{lineage}/catalog/{epoch:06d}-stop"
+
+
+def manifest_name(lineage: str, snapshot: str, attempt: int) -> str:
+    """Name of the manifest that `attempt` at `snapshot` wrote."""
+    return f"{lineage}/manifests/{snapshot}-{attempt}"
+
+
+def pack_name(lineage: str, snapshot: str, number: int, attempt: int, suffix: int = 0) -> str:
+    """Full name of a pack; `suffix` is the random number of its repack, 0 for the first writing."""
+    ending = f".{suffix:016x}" if suffix else ""
+    return f"{lineage}/packs/{snapshot}/{attempt}-{number:08d}{ending}"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotRow:
+    """A live snapshot as the catalog tells it. Sizes in bytes, `created` in ns since 1970 UTC.
+
+    `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote.
+    """
+
+    id: str
+    parent: str | None
+    attempt: int
+    checksum: str
+    manifest_size: int
+    created: int
+    label: str
+    volume_size: int
+    stored: int
+    pin: PinnedBase
+
+    def as_json(self) -> dict[str, Any]:
+        """The row as it stands in records and checkpoints."""
+        row = {name: getattr(self, name) for name in self.__slots__ if name != "pin"}
+        return row | {"pin": {name: getattr(self.pin, name) for name in self.pin.__slots__}}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> SnapshotRow:
+        """Inverse of `as_json`; ValueError, KeyError or TypeError for anything else."""
+        parent = value["parent"]
+        if not SNAPSHOT_PATTERN.fullmatch(value["id"]):
+            raise ValueError(value["id"])
+        if parent is not None and not SNAPSHOT_PATTERN.fullmatch(parent):
+            raise ValueError(parent)
+        bytes.fromhex(value["checksum"])
+        return cls(
+            id=value["id"],
+            parent=parent,
+            attempt=integer(value["attempt"]),
+            checksum=value["checksum"],
+            manifest_size=integer(value["manifest_size"]),
+            created=integer(value["created"]),
+            label=str(value["label"]),
+            volume_size=integer(value["volume_size"]),
+            stored=integer(value["stored"]),
+            pin=pin_from_json(value["pin"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """Columns of packs, sorted by pack key: where each is and what of it is dead.
+
+    key: pack keys; attempt and suffix: for its full name; size: of the object, bytes; slots: their number;
+    dead: stored bytes of its dead slots.
+    """
+
+    key: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    attempt: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    suffix: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    size: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    slots: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+    dead: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+
+    def __len__(self) -> int:
+        return int(self.key.size)
+
+    def rows(self, mask: NDArray[Any]) -> Packs:
+        """The rows that `mask` (booleans or indices) selects."""
+        return Packs(*(getattr(self, name)[mask] for name in self.__slots__))
+
+    def updated(self, other: Packs) -> Packs:
+        """These packs with those of `other` added, or put in the place of the same key's."""
+        kept = self.rows(~np.isin(self.key, other.key))
+        both = [
+            np.concatenate([getattr(kept, n), getattr(other, n)]).astype(np.int64) for n in self.__slots__
+        ]
+        order = np.argsort(both[0], kind="stable")
+        return Packs(*(column[order] for column in both))
+
+    def find(self, keys: Int64s) -> Int64s:
+        """Row of each of `keys`; -1 where there is none."""
+        if not len(self):
+            return np.full(keys.size, -1, np.int64)
+        at = np.minimum(np.searchsorted(self.key, keys), len(self) - 1)
+        return np.where(self.key[at] == keys, at, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One catalog record. Which of the fields below `event` are set depends on the event.
+
+    event: "owner" (record 0 of an epoch), "snapshot", "delete" or "sweep". `previous` is the checksum of the
+    record before, hex, None for the first of epoch 0. Pack keys and slot keys are in the numbering of the
+    reader's SnapshotNumbers; they are stored by snapshot id.
+    """
+
+    lineage: str
+    epoch: int
+    number: int
+    writer: str
+    host: str
+    previous: str | None
+    time: int
+    event: str
+    seed: int
+    snapshot: SnapshotRow | None = None
+    deleted: tuple[str, ...] = ()
+    swept: tuple[str, ...] = ()  # deleted snapshots whose manifests a sweep removes
+    packs: Packs = field(default_factory=Packs)  # written, or renamed by a repack
+    gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))  # pack keys swept away
+    dead: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # slot keys
+    state: State | None = None
+    write_features: int = 0  # of its object: bits that the next writer must know
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What is live in a lineage after its newest record.
+
+    `live` is by snapshot id, in the order of their records; `dropped` are deleted snapshots whose manifests
+    no sweep has removed yet; `dead` are the slot keys that no snapshot needs in packs that are still there,
+    int64[n, 2], sorted and disjoint.
+    """
+
+    live: Mapping[str, SnapshotRow] = field(default_factory=dict)
+    dropped: Mapping[str, SnapshotRow] = field(default_factory=dict)
+    packs: Packs = field(default_factory=Packs)
+    dead: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+
+    def after(self, record: Record) -> State:
+        """The state once `record` is applied; DamagedObjectError if it does not fit this one."""
+        if record.state is not None:
+            return record.state
+        live = dict(self.live)
+        if record.snapshot:
+            self._refuse_used(record, record.snapshot.id)
+            live[record.snapshot.id] = record.snapshot
+        dropped = {k: row for k, row in self.dropped.items() if k not in record.swept}
+        for snapshot in record.deleted:
+            gone = live.pop(snapshot, None)
+            if gone is None:
+                raise DamagedObjectError(
+                    f"lineage {record.lineage}: record {record.epoch}-{record.number} deletes a "
+                    "snapshot that is not there; nothing is deleted until the catalog is mended"
+                )
+            dropped[snapshot] = gone
+            for child in [row for row in live.values() if row.parent == snapshot]:
+                live[child.id] = replace(child, parent=gone.parent)
+        state = replace(
+            self,
+            live=live,
+            dropped=dropped,
+            packs=self.packs.updated(record.packs) if len(record.packs) else self.packs,
+            dead=merge_intervals(np.concatenate([self.dead, record.dead])),
+        )
+        return state._without(record.gone)
+
+    def _refuse_used(self, record: Record, snapshot: str) -> None:
+        """DamagedObjectError if a new snapshot's id, or a pack that it wrote, is in the state already."""
+        used = snapshot in self.live or snapshot in self.dropped
+        if used or bool((self.packs.find(record.packs.key) >= 0).any()):
+            raise DamagedObjectError(
+                f"lineage {record.lineage}: record {record.epoch}-{record.number} makes snapshot {snapshot}, "
+                "which was made before; nothing is deleted until the catalog is mended"
+            )
+
+    def _without(self, gone: Int64s) -> State:
+        """The state less packs that were swept away, and their dead slots."""
+        if not gone.size:
+            return self
+        space = np.stack([gone << SLOT_BITS, (gone + 1) << SLOT_BITS], axis=1)
+        return replace(
+            self,
+            packs=self.packs.rows(~np.isin(self.packs.key, gone)),
+            dead=subtract_intervals(self.dead, space),
+        )
+
+    def children(self, snapshot: str | None) -> list[SnapshotRow]:
+        """Live snapshots whose parent is `snapshot`; those without one, the roots, for None."""
+        return [row for row in self.live.values() if row.parent == snapshot]
+
+    def newest(self) -> SnapshotRow | None:
+        """The live snapshot whose record is the latest."""
+        return next(reversed(self.live.values()), None)  # type: ignore[call-overload]
+
+
+def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[bytes, bytes]:
+    """The record as object `name`: its bytes and its checksum."""
+    meta: dict[str, Any] = {
+        "lineage": record.lineage,
+        "epoch": record.epoch,
+        "number": record.number,
+        "writer": record.writer,
+        "host": record.host,
+        "previous": record.previous,
+        "time": record.time,
+        "event": record.event,
+        "seed": record.seed,
+        "key": 0,
+        "snapshot": record.snapshot.as_json() if record.snapshot else None,
+        "deleted": record.deleted,
+        "swept": record.swept,
+        "checkpoint": None,
+    }
+    tables = [
+        (_PACKS, _pack_columns(record.packs)),
+        (_GONE, [record.gone]),
+        (_DEAD, _slot_columns(record.dead)),
+    ]
+    if record.state:
+        meta["checkpoint"] = {
+            "live": [row.as_json() for row in record.state.live.values()],
+            "dropped": [row.as_json() for row in record.state.dropped.values()],
+        }
+        tables += [
+            (_STATE_PACKS, _pack_columns(record.state.packs)),
+            (_STATE_DEAD, _slot_columns(record.state.dead)),
+        ]
+    sections = []
+    owners: dict[int, int] = {}
+    for first, table in tables:
+        meta[f"rows_{first}"] = int(table[0].size)
+        owner = np.array(
+            [owners.setdefault(int(o), len(owners)) for o in distinct(table[0] >> PACK_BITS)],
+            np.int64,
+        )
+        local = owner[np.unique(table[0] >> PACK_BITS, return_inverse=True)[1]]
+        stored = [local, table[0] & MAX_PACK_NUMBER, *table[1:]]
+        sections += [Section(first + i, [columns.encode(c)]) for i, c in enumerate(stored)]
+    meta["snapshots"] = [numbers.id(owner) for owner in owners]
+    parts, checksum = seal(Kind.RECORD, name, [Section(_META, [json_bytes(meta)]), *sections])
+    return b"".join(parts), checksum
+
+
+def _pack_columns(packs: Packs) -> list[Int64s]:
+    return [getattr(packs, name) for name in Packs.__slots__]
+
+
+def _slot_columns(dead: Int64s) -> list[Int64s]:
+    """Slot keys as columns: pack key, first slot, number of slots."""
+    mask = (1 << SLOT_BITS) - 1
+    return [dead[:, 0] >> SLOT_BITS, dead[:, 0] & mask, dead[:, 1] - dead[:, 0]]
+
+
+def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Record, str]:
+    """The record in object `name`, checked, and its checksum in hex.
+
+    Snapshots that it names get their numbers in `numbers`. DamagedObjectError for anything inconsistent.
+    """
+    frame = open_frame(Kind.RECORD, name, data)
+    meta = read_json(name, frame.section(_META, _MAX_META))
+    if meta.get("event") not in _EVENTS or meta.get("key") != 0:
+        raise UnsupportedObjectError(
+            f"catalog record {name} is of a kind that this island does not know; use a newer one"
+        )
+    try:
+        ids = [i for i in meta["snapshots"] if SNAPSHOT_PATTERN.fullmatch(i)]
+        if len(ids) != len(meta["snapshots"]):
+            raise ValueError("snapshots")
+        owners = numbers.numbers(ids)
+
+        def table(first: int, width: int) -> list[Int64s]:
+            rows = integer(meta[f"rows_{first}"], _MAX_ROWS + 1)
+            stored = [
+                columns.decode(name, frame.section(first + i, 8 * rows), rows) for i in range(width + 1)
+            ]
+            return [_keys(stored[0], stored[1], owners), *stored[2:]]
+
+        record = _record(meta)
+        if record.number or record.epoch or record.event != "owner":
+            bytes.fromhex(str(record.previous))
+        record = replace(
+            record,
+            write_features=frame.write_features,
+            packs=_sorted_packs(table(_PACKS, 6)),
+            gone=table(_GONE, 1)[0],
+            dead=_slot_keys(*table(_DEAD, 3)),
+        )
+        if meta["checkpoint"] is not None:
+            state = State(
+                live=_rows(meta["checkpoint"]["live"]),
+                dropped=_rows(meta["checkpoint"]["dropped"]),
+                packs=_sorted_packs(table(_STATE_PACKS, 6)),
+                dead=merge_intervals(_slot_keys(*table(_STATE_DEAD, 3))),
+            )
+            record = replace(record, state=state)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DamagedObjectError(f"catalog record {name} is damaged") from error
+    return record, frame.checksum.hex()
+
+
+def _record(meta: Mapping[str, Any]) -> Record:
+    """The record without its tables; ValueError, KeyError or TypeError if a field is wrong."""
+    snapshot = meta["snapshot"]
+    if not LINEAGE_PATTERN.fullmatch(meta["lineage"]):
+        raise ValueError(meta["lineage"])
+    return Record(
+        lineage=meta["lineage"],
+        epoch=integer(meta["epoch"]),
+        number=integer(meta["number"]),
+        writer=str(meta["writer"]),
+        host=str(meta["host"]),
+        previous=meta["previous"],
+        time=integer(meta["time"]),
+        event=meta["event"],
+        seed=integer(meta["seed"]),
+        snapshot=None if snapshot is None else SnapshotRow.from_json(snapshot),
+        deleted=tuple(str(x) for x in meta["deleted"]),
+        swept=tuple(str(x) for x in meta["swept"]),
+    )
+
+
+def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
+    return {row.id: row for row in map(SnapshotRow.from_json, values)}
+
+
+def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
+    """Pack keys from stored columns; ValueError for an index or number out of range."""
+    if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
+        raise ValueError("pack")
+    return pack_keys(owners[owner], number)
+
+
+def _sorted_packs(table: list[Int64s]) -> Packs:
+    order = np.argsort(table[0], kind="stable")
+    sorted_table = [column[order] for column in table]
+    if not np.diff(sorted_table[0]).all():
+        raise ValueError("a pack is named twice")
+    return Packs(*sorted_table)
+
+
+def _slot_keys(pack: Int64s, slot: Int64s, length: Int64s) -> Int64s:
+    """Slot intervals from stored columns; ValueError for a run that leaves its pack."""
+    if pack.size and int(slot.max()) + int(length.max()) > 1 << SLOT_BITS:
+        raise ValueError("slot")
+    starts = (pack << SLOT_BITS) | slot
+    return np.stack([starts, starts + length], axis=1)
+
+
+def pack_full_name(lineage: str, packs: Packs, row: int, numbers: SnapshotNumbers) -> str:
+    """The current full name of the pack in `row`."""
+    owner, number = split_pack_key(int(packs.key[row]))
+    return pack_name(lineage, numbers.id(owner), number, int(packs.attempt[row]), int(packs.suffix[row]))

@@ -1,0 +1,326 @@
+"""Copying snapshots to the lineage of the same name in another repository, near to far.
+
+A copy has the id of its snapshot, and holds the same volume; how it is stored is the far lineage's own: its
+parent is a snapshot that is there, and it inherits what both hold in the near one. So each far snapshot is as
+one that was taken there, and what holds of deletes and sweeps holds, whichever are copied and in whichever
+order (docs/format.md, "Copies").
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import takewhile
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
+from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
+from island_fast.formats.catalog import Record, SnapshotRow
+from island_fast.formats.keys import PACK_BITS
+from island_fast.formats.manifest import Manifest, tabulate
+from island_fast.formats.runs import Runs
+from island_fast.images.source import END
+from island_fast.operations.parent import differing, keyed
+from island_fast.progress import Progress
+from island_fast.repository.carrying import carry
+from island_fast.repository.health import Health
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.local_state import Registration
+from island_fast.repository.pack_reader import PackReader, deletion_told
+from island_fast.repository.resuming import find_interrupted
+from island_fast.repository.snapshot_writer import Storing
+from island_fast.results import Copied
+
+__all__ = ["copy"]
+
+Int64s = NDArray[np.int64]
+_WHOLE = np.array([[0, END]], np.int64)
+_SENDING = 2  # packs at a time, for those that come are in memory, too
+_RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one before
+
+
+def copy(
+    near: Lineage, far: Lineage, wanted: Collection[str], writer: str, progress: Progress
+) -> tuple[list[Copied], list[IslandError]]:
+    """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, else in their order there.
+
+    Those that are in `far` already stay as they are. Second are the reasons for what could not be copied: it
+    is damaged, or was deleted meanwhile. RefusedError, before anything is sent, if `far` holds another volume
+    or is not this host's. Progress counts bytes of volumes, over all of `wanted`.
+    """
+    return _Copying(near, far, writer, progress).run(wanted)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What is to be stored of a snapshot: `replaced` (int64[n, 2]) are the blocks it does not inherit.
+
+    `parent` are the far parent's runs with pack keys, `compared` those of them whose digests may tell that a
+    block is what the parent has, and `data` the near runs of the blocks to look at.
+    """
+
+    parent: Runs
+    replaced: Int64s
+    compared: Runs
+    data: Runs
+
+
+class _Copying:
+    """Copying between two lineages."""
+
+    def __init__(self, near: Lineage, far: Lineage, writer: str, progress: Progress) -> None:
+        self._near = near
+        self._far = far
+        self._writer = writer
+        self._progress = progress
+        self._packs = PackReader(near)
+        self._order = {snapshot: place for place, snapshot in enumerate(near.state.live)}
+        self._recent: OrderedDict[str, Runs] = OrderedDict()
+        self._done = self._total = 0  # bytes
+
+    def run(self, wanted: Collection[str]) -> tuple[list[Copied], list[IslandError]]:
+        rows = [row for row in _parents_first(self._near.state.live) if row.id in wanted]
+        with self._far.locked():
+            self._check_far()
+            answers = [_there(self._far, row) for row in rows if row.id in self._far.state.live]
+            rows = [row for row in rows if row.id not in self._far.state.live]
+            foreseen = dict(self._foreseen(rows, set(self._far.state.live)))
+        self._total = sum(foreseen.values())
+        errors: list[IslandError] = []
+        for row in rows:
+            try:
+                answers.append(self._copy(row))
+            except (DamagedError, NotFoundError) as error:
+                errors.append(error)
+            self._done += foreseen.get(row.id, 0)
+        return sorted(answers, key=lambda one: self._order[one.snapshot]), errors
+
+    def _foreseen(self, rows: list[SnapshotRow], there: set[str]) -> Iterator[tuple[str, int]]:
+        """Bytes that there will be to look at, by snapshot; none where that cannot be told yet."""
+        for row in rows:
+            parent = self._relative(row, there)
+            there.add(row.id)
+            try:
+                runs = self._runs(row)
+                replaced = differing(runs, self._runs(self._near.state.live[parent])) if parent else _WHOLE
+            except (DamagedError, NotFoundError):  # which copying it will tell
+                continue
+            yield row.id, runs.within(replaced).blocks * BLOCK_SIZE
+
+    # One snapshot.
+
+    def _copy(self, row: SnapshotRow) -> Copied:
+        """Store one snapshot in the far lineage, unless it is there."""
+        began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
+        with ExitStack() as stack:
+            stack.enter_context(deletion_told(near, row, "copied"))
+            storing, registration = self._begin(stack, row)
+            if storing is None:
+                return _there(self._far, row)
+            manifest = near.manifest(row)
+            plan = self._plan(row, registration.parent)
+            sent = carry(
+                plan.data, self._packs, near.store.range_gap, storing.known(plan.compared),
+                storing.sink(_SENDING), manifest.blocks, self._told,
+            )  # fmt: skip
+            stored = storing.stored(sent, plan.parent, plan.replaced)
+            made = self._manifest(manifest, registration, stored.runs)
+            copied = storing.commit(made, stored.packs, stored.dead, self._placed)
+        return Copied(
+            snapshot=copied.id,
+            volume=near.name,
+            parent=copied.parent,
+            label=copied.label,
+            volume_size=copied.volume_size,
+            copied=True,
+            blocks_sent=stored.fresh.blocks - sent.kept.count(),
+            blocks_kept=sent.kept.count(),
+            bytes_read=self._packs.fetched.bytes - read,
+            bytes_stored=copied.stored + copied.manifest_size,
+            objects_written=storing.objects,
+            seconds=time.monotonic() - began,
+        )
+
+    def _told(self, phase: str, done: int, total: int) -> None:
+        self._progress(phase, min(self._done + done, self._total), self._total)
+
+    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[Storing | None, Registration]:
+        """Make the far lineage if it is new, choose a parent, and register; None if the snapshot is there."""
+        near, far = self._near, self._far
+        with far.locked():
+            made = not far.exists
+            if made:
+                far.create(self._writer, near.seed)
+                far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
+            self._check_far()
+            running = [one for one, alive in far.files.running() if alive and one.snapshot == row.id]
+            if running:
+                raise RefusedError(
+                    f"another process is copying snapshot {row.id} to {far.store.location}; wait for it"
+                )
+            before = find_interrupted(far, copied=row.id)
+            if before is None:
+                far.files.unregister(row.id)  # notes of an earlier epoch would have the same id
+            # The id may have been here before and been deleted; names must be new nevertheless.
+            attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
+            parent = self._relative(row, far.state.live)
+            if parent is None and (newest := far.state.newest()):
+                parent = newest.id
+            registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
+            if row.id in far.state.live:
+                return None, registration
+            stack.enter_context(far.files.register(registration))
+        storing = Storing(far, registration, self._writer)
+        storing.objects += made
+        return storing, registration
+
+    def _check_far(self) -> None:
+        """Refuse a far lineage that holds another volume, or that this host may not write to."""
+        near, far = self._near, self._far
+        if not far.exists:
+            return
+        elsewhere = f"copy to another repository, such as {far.store.location}/PREFIX"
+        if far.seed != near.seed:
+            raise RefusedError(
+                f"volume {far.name} in {far.store.location} is no copy of volume {near.name} in "
+                f"{near.store.location}; {elsewhere}"
+            )
+        if far.owner != self._writer:
+            raise ConflictError(
+                f"volume {far.name} in {far.store.location} belongs to host {far.owner_host}; {elsewhere}, "
+                f"or if that host is gone, run 'island -r {far.store.location} adopt {far.name}' here"
+            )
+        far.require_owner(self._writer)
+
+    # What is stored.
+
+    def _relative(self, row: SnapshotRow, there: Collection[str]) -> str | None:
+        """Which of the near snapshots that are `there` is closest to `row`; None if there is none.
+
+        The nearest ancestor; else the next one after it, else the last one before it.
+        """
+        live, mine = self._near.state.live, self._order[row.id]
+        for ancestor in _line(live, row):
+            if ancestor in there and ancestor != row.id:
+                return ancestor
+        places = {self._order[one]: one for one in live if one in self._order and one in there}
+        after, before = ([p for p in places if p > mine], [p for p in places if p < mine])
+        return places[min(after)] if after else places[max(before)] if before else None
+
+    def _runs(self, row: SnapshotRow) -> Runs:
+        """The runs of a near snapshot, with pack keys."""
+        runs = self._recent.pop(row.id, None)
+        if runs is None:
+            runs = keyed(self._near, self._near.manifest(row))
+        self._recent[row.id] = runs
+        if len(self._recent) > _RECENT:
+            self._recent.popitem(last=False)
+        return runs
+
+    def _plan(self, row: SnapshotRow, parent: str | None) -> _Plan:
+        """What the far parent (if any) leaves to be stored of `row`.
+
+        Where the near repository has that parent, too, the two manifests there tell; else the digests will.
+        Packs of a copy that was deleted stay those of others: what a snapshot shares in packs of its own id,
+        it shares with its descendants alone, and deletes rely on that. What is lost there is sent again.
+        """
+        near, far, runs = self._near, self._far, self._runs(row)
+        held = keyed(far, far.manifest(far.state.live[parent])) if parent else Runs.empty()
+        others = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
+        barred = merge_intervals(np.concatenate([others, held.among(Health(far).lost()).intervals()]))
+        usable = held.within(subtract_intervals(held.intervals(), barred))
+        theirs = near.state.live.get(parent or "")
+        if theirs is None:
+            return _Plan(usable, _WHOLE, usable, runs)
+        near_held = self._runs(theirs)
+        if not _same_blocks(near_held, held):
+            raise DamagedError(
+                f"snapshot {theirs.id} in {far.store.location} does not hold what it holds in "
+                f"{near.store.location}; delete it there and copy it again"
+            )
+        replaced = merge_intervals(np.concatenate([differing(runs, near_held), barred]))
+        return _Plan(usable, replaced, Runs.empty(), runs.within(replaced))
+
+    def _manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:
+        """The far manifest: all that the near one says, and where the blocks are there."""
+        table, runs = tabulate(runs, self._far.name, self._far.numbers)
+        return replace(
+            manifest, attempt=registration.attempt, parent=registration.parent, packs=table, runs=runs
+        )
+
+    def _placed(self, record: Record) -> Record:
+        """The record; with a checkpoint where the snapshot is not the newest, or was deleted here before.
+
+        VOLUME@latest must be the same snapshot on both sides when both have it.
+        """
+        row, state = record.snapshot, self._far.state
+        assert row is not None
+        later = self._next_there(row)
+        if later is None and row.id not in state.dropped:
+            return record
+        dropped = {snapshot: one for snapshot, one in state.dropped.items() if snapshot != row.id}
+        after = replace(state, dropped=dropped).after(record)
+        live: dict[str, SnapshotRow] = {}
+        for one in state.live.values():
+            if one is later:
+                live[row.id] = row
+            live[one.id] = one
+        live.setdefault(row.id, row)
+        return replace(record, state=replace(after, live=live))
+
+    def _next_there(self, row: SnapshotRow) -> SnapshotRow | None:
+        """The far snapshot before which `row` belongs; None if it is to be the newest.
+
+        The order of those that both lineages have is the near one's; the others stand by their times.
+        """
+        rows, mine = list(self._far.state.live.values()), self._order[row.id]
+        places = [self._order.get(one.id) for one in rows]
+        first = 1 + max(
+            (at for at, place in enumerate(places) if place is not None and place < mine), default=-1
+        )
+        for one, place in zip(rows[first:], places[first:], strict=True):
+            if one.created > row.created if place is None else place > mine:
+                return one
+        return None
+
+
+def _there(far: Lineage, row: SnapshotRow) -> Copied:
+    """What is told of a snapshot that was in the far lineage already."""
+    copied = far.state.live[row.id]
+    return Copied(
+        snapshot=row.id, volume=far.name, parent=copied.parent, label=copied.label,
+        volume_size=copied.volume_size, copied=False, blocks_sent=0, blocks_kept=0, bytes_read=0,
+        bytes_stored=copied.stored + copied.manifest_size, objects_written=0, seconds=0.0,
+    )  # fmt: skip
+
+
+def _parents_first(live: Mapping[str, SnapshotRow]) -> list[SnapshotRow]:
+    """All rows in their order, but each behind its parent."""
+    ordered: dict[str, SnapshotRow] = {}
+    for row in live.values():
+        line = list(takewhile(lambda snapshot: snapshot not in ordered, _line(live, row)))
+        ordered.update((snapshot, live[snapshot]) for snapshot in reversed(line))
+    return list(ordered.values())
+
+
+def _line(live: Mapping[str, SnapshotRow], row: SnapshotRow) -> Iterator[str]:
+    """The snapshot, its parent, that one's parent and so on; ends where a damaged catalog makes it a ring."""
+    seen: set[str] = set()
+    at: SnapshotRow | None = row
+    while at is not None and at.id not in seen:
+        seen.add(at.id)
+        yield at.id
+        at = live.get(at.parent or "")
+
+
+def _same_blocks(one: Runs, other: Runs) -> bool:
+    """Whether the two name the same blocks."""
+    a, b = one.intervals(), other.intervals()
+    return not subtract_intervals(a, b).size and not subtract_intervals(b, a).size

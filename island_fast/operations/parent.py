@@ -1,0 +1,122 @@
+"""Which snapshot a new one follows, and whether the two can be compared by their tables.
+
+The parent is the newest live snapshot whose pin is in the image: what its manifest says is inherited. The
+rule is a table diff where that is sound (docs/format.md, "Pinned base"), and the reason is told where not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.dirtymap import distinct
+from island_fast.formats.catalog import SnapshotRow
+from island_fast.formats.keys import slot_intervals
+from island_fast.formats.manifest import Manifest
+from island_fast.formats.runs import Runs
+from island_fast.images.source import Base, Source
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.local_state import Registration
+
+__all__ = ["Request", "Start", "choose", "keyed"]
+
+Int64s = NDArray[np.int64]
+_NONE = np.zeros((0, 2), np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: see `Repository.snapshot`."""
+
+    repository: str
+    writer: str
+    label: str = ""
+    pin: bool = True
+    at: str | None = None
+    full: bool = False
+    compress: bool = True
+    properties: Mapping[str, str] = field(default_factory=dict)
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What a snapshot starts from: its parent, and the base of a table diff or why there is none."""
+
+    parent: SnapshotRow | None
+    base: Base | None
+    why_not: str
+
+
+def choose(lineage: Lineage, source: Source, request: Request) -> Start:
+    """What a snapshot of `source` into `lineage`, refreshed, starts from. Changes nothing."""
+    parent, base, why = _parent_and_base(lineage, source, request)
+    if parent is not None and base is not None:
+        facts = lineage.manifest(parent).properties
+        why = _refusal(source, request) or source.evidence(base, facts) or ""
+    return Start(parent, None if why else base, why)
+
+
+def _refusal(source: Source, request: Request) -> str | None:
+    """Why no table diff is wanted or possible, whatever base there is."""
+    if request.full:
+        return "a full scan was asked for"
+    if request.at is None and not request.pin and not source.unpinnable:
+        return "without a pin, the image as it is cannot be compared with a pinned base"
+    return source.unpinnable
+
+
+def _parent_and_base(
+    lineage: Lineage, source: Source, request: Request
+) -> tuple[SnapshotRow | None, Base | None, str]:
+    """The newest live snapshot whose pin is in the image; else a deleted one's and its ancestor."""
+    live = lineage.state.live
+    for row in reversed(live.values()):  # type: ignore[call-overload]
+        if internal := source.find(row.pin):
+            return row, Base(internal, _NONE), ""
+    for retired in lineage.files.retired():
+        row = live.get(retired.parent or "")
+        if row and (base := _retired_base(lineage, source, retired, row)):
+            return row, base, ""
+    newest = lineage.state.newest()
+    if newest is None:
+        return None, None, _refusal(source, request) or "it is the first snapshot of the volume"
+    why = f"the pinned base of snapshot {newest.id[:8]} is not in the image"
+    return newest, None, _refusal(source, request) or why
+
+
+def _retired_base(
+    lineage: Lineage, source: Source, deleted: Registration, ancestor: SnapshotRow
+) -> Base | None:
+    """The pin of a deleted snapshot as base, with the blocks that it wrote after its ancestor."""
+    retired = lineage.cached_manifest(deleted.snapshot, deleted.attempt)
+    internal = source.find(retired.pin) if retired else None
+    if retired is None or internal is None:
+        return None
+    return Base(internal, differing(keyed(lineage, retired), keyed(lineage, lineage.manifest(ancestor))))
+
+
+def keyed(lineage: Lineage, manifest: Manifest) -> Runs:
+    """Runs of a manifest with pack keys, in the numbering of `lineage`, instead of table indices."""
+    return replace(manifest.runs, pack=manifest.packs.keys(lineage.numbers)[manifest.runs.pack])
+
+
+def differing(one: Runs, other: Runs) -> Int64s:
+    """Blocks that the two name differently, int64[n, 2]; both hold pack keys of one numbering."""
+    edges = distinct(np.concatenate([one.intervals().ravel(), other.intervals().ravel()]))
+    if not edges.size:
+        return _NONE
+    spans = np.stack([edges[:-1], edges[1:]], axis=1)
+    unequal = np.flatnonzero(_entry(one, spans[:, 0]) != _entry(other, spans[:, 0]))
+    return np.asarray(spans[unequal], np.int64)
+
+
+def _entry(runs: Runs, blocks: Int64s) -> Int64s:
+    """The slot key of each block; -1 for a block that is not named."""
+    keys = np.full(blocks.size, -1, np.int64)
+    named, row, offset = runs.locate(blocks)
+    keys[named] = slot_intervals(runs.pack[row], runs.slot[row] + offset, offset)[:, 0]
+    return keys

@@ -1,0 +1,104 @@
+"""Deleting the snapshots of one lineage that a retention policy does not keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from island_fast.errors import ConflictError, DamagedError, IslandError, RefusedError
+from island_fast.formats.catalog import SnapshotRow
+from island_fast.operations.delete import delete_one, planned
+from island_fast.operations.retention import Keep
+from island_fast.progress import Progress
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import Deletion
+from island_fast.results import Decided, Retained, timestamp
+
+__all__ = ["retain"]
+
+
+def retain(
+    lineage: Lineage, writer: str, keep: Keep, dry_run: bool, progress: Progress
+) -> tuple[Retained, list[IslandError]]:
+    """Delete what `keep` does not keep, oldest first, or with `dry_run` tell what that would free.
+
+    Returns what was decided, and why some could not be deleted: those are told as kept. ConflictError if
+    `writer` does not own the lineage. Progress counts the bytes that the snapshots had written.
+    """
+    lineage.require_owner(writer)
+    run = _Retention(lineage, writer, keep, dry_run)
+    reasons = run.decide()
+    rows = [*lineage.state.live.values()]
+    done, total = 0, sum(_written(row) for row in rows if not reasons[row.id])
+    decided = []
+    for row in rows:
+        if reasons[row.id]:
+            decided.append(_kept(row, reasons[row.id]))
+            continue
+        if (answer := run.delete(row)) is not None:
+            decided.append(answer)
+        done += _written(row)
+        progress("retain", done, total)
+    return _summed(lineage.name, decided), [*run.errors.values()]
+
+
+class _Retention:
+    """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message."""
+
+    def __init__(self, lineage: Lineage, writer: str, keep: Keep, dry_run: bool) -> None:
+        self.errors: dict[str, IslandError] = {}
+        self._lineage = lineage
+        self._writer = writer
+        self._keep = keep
+        self._dry_run = dry_run
+
+    def decide(self) -> dict[str, tuple[str, ...]]:
+        """The rules that keep each live snapshot, by id."""
+        live = self._lineage.state.live
+        return dict(zip(live, self._keep.decide([row.created for row in live.values()]), strict=True))
+
+    def delete(self, row: SnapshotRow) -> Decided | None:
+        """Delete a snapshot that no rule keeps; None if another process was faster."""
+        try:
+            if self._dry_run:
+                return _deleted(row, self._plan(row))
+            with self._lineage.locked():
+                reasons = self.decide().get(row.id)  # others may have been deleted since the first look
+                if reasons is None:
+                    return None
+                if reasons:
+                    return _kept(row, reasons)
+                return _deleted(row, delete_one(self._lineage, row.id, self._writer))
+        except ConflictError:
+            raise
+        except (DamagedError, RefusedError) as error:
+            self.errors.setdefault(str(error), error)
+            return _kept(row, ("could not be deleted",))
+
+    def _plan(self, row: SnapshotRow) -> Deletion:
+        """What deleting would free once those before it are gone."""
+        deletion = planned(self._lineage, self._lineage.state.live[row.id])
+        self._lineage.state = self._lineage.state.after(deletion.record)
+        return deletion
+
+
+def _written(row: SnapshotRow) -> int:
+    return row.stored + row.manifest_size
+
+
+def _kept(row: SnapshotRow, reasons: tuple[str, ...]) -> Decided:
+    return Decided(row.id, timestamp(row.created), row.label, True, reasons, 0, 0)
+
+
+def _deleted(row: SnapshotRow, what: Deletion) -> Decided:
+    return Decided(row.id, timestamp(row.created), row.label, False, (), what.unreferenced, what.freed)
+
+
+def _summed(volume: str, decided: Sequence[Decided]) -> Retained:
+    return Retained(
+        volume=volume,
+        kept=sum(one.kept for one in decided),
+        deleted=sum(not one.kept for one in decided),
+        bytes_unreferenced=sum(one.bytes_unreferenced for one in decided),
+        bytes_freed=sum(one.bytes_freed for one in decided),
+        snapshots=tuple(decided),
+    )

@@ -1,0 +1,180 @@
+"""Sweeping one lineage: what a plan of `reclaim.py` removes and rewrites, step by step.
+
+Repacked packs are durable before the record that switches their names, and the record is durable before the
+first object is deleted; cut off anywhere, a sweep is simply run again. The lineage's lock is held while
+planning and while appending the record only, so that snapshots go on meanwhile; sweeps come one after
+another under a lock of their own. What crashes leave at each step: docs/reliability.md.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from island_fast.dirtymap import merge_intervals
+from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
+from island_fast.formats.catalog import Packs, Record, manifest_name, pack_full_name
+from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
+from island_fast.progress import Progress
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import (
+    GARBAGE_AGE,
+    SweepPlan,
+    live_slots,
+    pack_names,
+    plan_sweep,
+    row_manifest_name,
+    steps,
+)
+from island_fast.repository.resuming import forget_used
+from island_fast.results import SweepStep, Swept
+from island_fast.stores.checked_read import get_checked
+
+__all__ = ["as_of_now", "sweep"]
+
+_LOG = logging.getLogger(__name__)
+
+
+def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: Progress) -> Swept:
+    """Sweep `lineage` as its owner; what was done, or with `dry_run` would be.
+
+    Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if the lineage changed
+    hands meanwhile. A pack that is to be repacked and cannot be read is told, and left as it is.
+    """
+    with lineage.files.sweeping():
+        if not dry_run:
+            lineage.files.tidy()
+        with lineage.locked():
+            lineage.require_owner(writer)
+            forget_used(lineage)
+            given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
+            if not dry_run:
+                for snapshot in given_up:
+                    lineage.files.unregister(snapshot)
+            plan = plan_sweep(lineage, grace, given_up)
+        if not dry_run and plan.objects:
+            plan = _Sweep(lineage, writer, plan, progress).run()
+        return _told(lineage, plan)
+
+
+def _told(lineage: Lineage, plan: SweepPlan) -> Swept:
+    return Swept(
+        volume=lineage.name,
+        objects_removed=plan.objects,
+        packs_repacked=len(plan.repacked),
+        bytes_removed=plan.removed,
+        bytes_rewritten=plan.rewritten,
+        bytes_freed=plan.freed,
+        steps=tuple(SweepStep(*step) for step in steps(lineage, plan)),
+    )
+
+
+class _Sweep:
+    """A plan being carried out."""
+
+    def __init__(self, lineage: Lineage, writer: str, plan: SweepPlan, progress: Progress) -> None:
+        self._lineage = lineage
+        self._writer = writer
+        self._plan = plan
+        self._progress = progress
+        self._done, self._total = 0, plan.removed + plan.rewritten
+
+    def run(self) -> SweepPlan:
+        """Rewrite, record, delete; returns the plan less the packs that could not be rewritten."""
+        epoch = self._lineage.epoch
+        readable, renamed = self._repack()
+        self._plan = replace(self._plan, repacked=readable)
+        doomed = list(self._doomed())
+        with self._lineage.locked():
+            if self._lineage.epoch != epoch:
+                raise ConflictError(
+                    f"volume {self._lineage.name} changed hands during the sweep, so nothing was deleted; "
+                    "run it again"
+                )
+            self._record(renamed)
+        retired = self._lineage.files.retired()
+        kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
+        for name, size in doomed:
+            self._lineage.store.delete(name)
+            self._told(size)
+            if name not in kept:  # the base of a table diff may need it
+                self._lineage.files.uncache(name)
+        return self._plan
+
+    def _told(self, size: int) -> None:
+        self._done += size
+        self._progress("sweep", self._done, self._total)
+
+    def _doomed(self) -> Iterator[tuple[str, int]]:
+        """Names and sizes of the objects that go, the manifests last."""
+        plan, lineage = self._plan, self._lineage
+        for packs in (plan.gone, plan.repacked):
+            yield from zip(pack_names(lineage, packs), packs.size.tolist(), strict=True)
+        yield from ((info.name, info.size) for info in plan.garbage)
+        yield from ((row_manifest_name(lineage, row), row.manifest_size) for row in plan.manifests)
+
+    def _record(self, renamed: Packs) -> None:
+        """Append the sweep's record, if it has anything to say."""
+        lineage, plan = self._lineage, self._plan
+        renamed = as_of_now(lineage, plan.repacked, renamed)
+        record = Record(
+            lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
+            event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
+            swept=tuple(row.id for row in plan.manifests),
+        )  # fmt: skip
+        if len(renamed) or plan.gone.key.size or plan.manifests:
+            lineage.append(record, self._writer)
+
+    def _repack(self) -> tuple[Packs, Packs]:
+        """Write packs anew without their dead slots; the rows of those that could be read, old and new."""
+        packs = self._plan.repacked
+        sizes, suffixes = packs.size.copy(), packs.suffix.copy()
+        readable = np.ones(len(packs), np.bool_)
+        for row, name in enumerate(pack_names(self._lineage, packs)):
+            suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
+            target = pack_full_name(
+                self._lineage.name, replace(packs, suffix=suffixes), row, self._lineage.numbers
+            )
+            try:
+                index, data = get_checked(self._lineage.store, name, _opener(name))
+            except (ObjectMissingError, *UNREADABLE) as error:
+                _LOG.warning("%s; it is not repacked", error)
+                readable[row] = False
+                continue
+            keep = live_slots(self._lineage.state, int(packs.key[row]), len(index.rows))
+            sizes[row] = self._write_kept(target, index, data, keep)
+            self._told(int(packs.size[row] - packs.dead[row]))
+        return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
+
+    def _write_kept(self, target: str, index: Index, data: memoryview, keep: NDArray[np.bool_]) -> int:
+        """Write a pack of the slots to keep, each under its old number; returns the object's size."""
+        rows = index.rows
+        lengths = np.where(keep, rows["length"].astype(np.int64), 0)
+        starts = rows["offset"].astype(np.int64) + index.data_start
+        spans = merge_intervals(np.stack([starts, starts + lengths], axis=1)[lengths > 0])
+        codecs = np.where(keep, rows["codec"], ABSENT).astype(np.uint8)
+        parts, size = seal_pack(
+            target, index.header, [data[a:b] for a, b in spans.tolist()], lengths, codecs, index.digests
+        )
+        self._lineage.store.put(target, parts)
+        return size
+
+
+def as_of_now(lineage: Lineage, before: Packs, renamed: Packs) -> Packs:
+    """Rows of packs that were written anew from the rows `before`, for a record that is appended now.
+
+    Slots that died since then stay dead: none comes back to life. ConflictError if a pack is gone.
+    """
+    at = lineage.state.packs.find(renamed.key)
+    if (at < 0).any():
+        raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
+    return replace(renamed, dead=lineage.state.packs.dead[at] - before.dead)
+
+
+def _opener(name: str) -> Callable[[memoryview], tuple[Index, memoryview]]:
+    return lambda data: open_pack(name, data)

@@ -1,0 +1,194 @@
+"""Verifying: every object that snapshots name is there, and what is read of them is what was written.
+
+All objects are looked for: records and manifests that are not cached are read, everything else is asked for
+by name. Asked for a share, or for what was not read for long, those objects are read whole, each once: what
+was not proved for the longest comes first, so that regular runs get round. All damage is found before any of
+it is told or mended.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from island_fast.errors import UNREADABLE, DamagedError, NotFoundError, UsageError
+from island_fast.formats.catalog import catalog_name
+from island_fast.formats.pack import Index
+from island_fast.images.backing import Backing
+from island_fast.operations.compare import compare
+from island_fast.operations.remedying import CATALOG_LOST, INCOMPLETE, Mender, damage, remedied
+from island_fast.progress import Progress
+from island_fast.repository.integrity.lineage import Checkup, Item, extents_of, unreadable
+from island_fast.repository.integrity.objects import DIFFERS, MISSING, Finding
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import row_manifest_name
+from island_fast.repository.open import OpenRepository
+from island_fast.results import Damage, Verified
+
+__all__ = ["Request", "share", "verify"]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is asked for: see `Repository.verify`."""
+
+    writer: str
+    sample: float | None = None
+    since: float | None = None
+    against: Path | None = None
+    backing: Sequence[Backing] = ()
+    heal: bool = False
+
+
+def verify(
+    repository: OpenRepository, reference: str | None, request: Request, progress: Progress
+) -> Verified:
+    """Verify the snapshot that `reference` names, or all, and mend what can be mended if that is asked for.
+
+    Volumes that cannot be read by this version are in `repository.left_out`.
+    """
+    if request.against is not None and reference is None:
+        raise UsageError("an image is compared with one snapshot; name it")
+    began = time.monotonic()
+    run = _Run(repository, request, progress)
+    run.begin(reference)
+    run.check()
+    run.compare()
+    damages = run.damages()
+    return Verified(
+        snapshots=sum(len(checkup.rows) for checkup in run.checkups),
+        objects=sum(checkup.objects for checkup in run.checkups),
+        objects_read=sum(checkup.objects_read for checkup in run.checkups),
+        objects_unproved=run.unproved(),
+        bytes_read=sum(checkup.bytes_read for checkup in run.checkups),
+        bytes_compared=run.bytes_compared,
+        damages=tuple(damages),
+        seconds=time.monotonic() - began,
+    )
+
+
+def share(items: Iterable[Item], sample: float | None, since: float | None, now: float) -> set[str]:
+    """Names of the objects to be read whole: those not proved for `since` seconds, up to a share of all.
+
+    `sample` is a fraction of the bytes of all `items`; what was not proved for the longest comes first. What
+    is known to be damaged is read in any case. Without `sample` and `since` that is all.
+    """
+    items = list(items)
+    names = {item.name for item in items if item.damaged}
+    if sample is None and since is None:
+        return names
+    left = math.inf if sample is None else math.ceil(sample * sum(item.size for item in items))
+    for item in sorted(items, key=lambda item: item.proved if item.proved <= now else 0.0):
+        if left <= 0:
+            break
+        if since is None or not now - since < item.proved <= now:
+            names.add(item.name)
+            left -= item.size
+    return names
+
+
+class _Run:
+    """One run: the lineages that are checked, and those whose catalogs cannot be read."""
+
+    def __init__(self, repository: OpenRepository, request: Request, progress: Progress) -> None:
+        self.checkups: list[Checkup] = []
+        self.bytes_compared = 0
+        self._repository = repository
+        self._request = request
+        self._progress = progress
+        self._broken: list[tuple[Lineage, list[Finding]]] = []
+        self._differing: list[Damage] = []
+        self._items: list[list[Item]] = []
+
+    def begin(self, reference: str | None) -> None:
+        """Find what is to be checked; catalogs and manifests are read."""
+        if reference is not None:
+            found = self._repository.find(reference)
+            self.checkups.append(Checkup(found.lineage, [found.row], whole=False))
+            return
+        self._repository.left_out = []
+        for lineage, error in self._repository.every_lineage():
+            if isinstance(error, DamagedError):
+                self._broken.append((lineage, unreadable(lineage, error)))
+            elif error is not None:
+                self._repository.left_out.append(error)
+            elif lineage.exists:
+                self.checkups.append(Checkup(lineage, list(lineage.state.live.values()), whole=True))
+            elif next(lineage.store.list(f"{lineage.name}/"), None) is not None:
+                told = f"volume {lineage.name} has objects, and the first record of its catalog is missing"
+                name = catalog_name(lineage.name, 0, 0)
+                self._broken.append((lineage, [Finding(name, MISSING, told)]))
+
+    def check(self) -> None:
+        """Look for every object, and read the share that is due."""
+        self._items = [checkup.items() for checkup in self.checkups]
+        every = [item for items in self._items for item in items]
+        deep = share(every, self._request.sample, self._request.since, time.time())
+        for phase, whole in (("look", False), ("verify", True)):
+            told = self._telling(phase, sum(item.size for item in every if (item.name in deep) == whole))
+            for checkup, items in zip(self.checkups, self._items, strict=True):
+                checkup.run([item for item in items if (item.name in deep) == whole], whole, told)
+
+    def _telling(self, phase: str, total: int) -> Callable[[Item], None]:
+        done = 0
+
+        def told(item: Item) -> None:
+            nonlocal done
+            done += item.size
+            self._progress(phase, done, total)
+
+        return told
+
+    def unproved(self) -> int:
+        """How many objects this host has never read whole and found right."""
+        pairs = zip(self.checkups, self._items, strict=True)
+        return sum(not checkup.health.proved(item.name) for checkup, items in pairs for item in items)
+
+    # Against an image.
+
+    def compare(self) -> None:
+        """Compare the snapshot with its pin, if that is asked for; packs whose index is damaged are found."""
+        if self._request.against is None:
+            return
+        (checkup,) = self.checkups
+        (row,) = checkup.rows
+        lineage, unread = checkup.lineage, set[int]()
+
+        def index(key: int) -> Index | None:
+            if key not in unread:
+                try:
+                    return checkup.packs.reader.index(key)
+                except UNREADABLE:
+                    unread.add(key)
+            return None
+
+        try:
+            manifest = lineage.manifest(row)
+        except (NotFoundError, *UNREADABLE):  # found damaged before
+            return
+        image, backing = self._request.against, self._request.backing
+        found = compare(lineage, manifest, image, backing, index, self._progress)
+        self.bytes_compared = found.bytes_read
+        known = {finding.key for finding in checkup.findings}
+        checkup.findings += [f for key in sorted(unread - known) if (f := checkup.packs.finding(key))]
+        if len(found.differing):
+            where = extents_of(row.id, row.volume_size, found.differing)
+            told = f"snapshot {row.id} is not what its pin in {image} holds"
+            finding = Finding(row_manifest_name(lineage, row), DIFFERS, told, snapshot=row.id)
+            self._differing.append(damage(lineage.name, finding, (where,), INCOMPLETE))
+
+    # What is told.
+
+    def damages(self) -> list[Damage]:
+        """All damage, after what can be mended was, if that is asked for."""
+        ask = self._request
+        mender = Mender(self._repository.id, ask.writer, ask.against, ask.backing) if ask.heal else None
+        found = [
+            d for one in self.checkups for d in remedied(one.lineage, one.findings, mender, self._progress)
+        ]
+        for lineage, findings in self._broken:
+            found += [damage(lineage.name, finding, (), CATALOG_LOST) for finding in findings]
+        return found + self._differing

@@ -1,0 +1,449 @@
+"""Following and appending to one lineage's catalog.
+
+Reading: records are fetched by exact name, from the newest checkpoint that is known on; the end is a
+confirmed absence, and an epoch ends where its stop object is. Appending: only by the lineage's owner, under
+its local lock; the bytes are on local disk before they are sent, are read back afterwards, and count only
+if the epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from island_fast.errors import (
+    ConflictError,
+    DamagedObjectError,
+    NotFoundError,
+    ObjectMissingError,
+    StoreError,
+    UnsupportedObjectError,
+)
+from island_fast.formats.catalog import (
+    CHECKPOINT_EVERY,
+    Record,
+    SnapshotRow,
+    State,
+    catalog_name,
+    decode_record,
+    encode_record,
+    manifest_name,
+    stop_name,
+)
+from island_fast.formats.frame import Kind, Section, json_bytes, seal
+from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.manifest import Manifest, decode
+from island_fast.repository.local_state import LineageFiles
+from island_fast.stores.base import Buffer, Store
+from island_fast.stores.checked_read import get_checked
+
+__all__ = ["Lineage"]
+
+
+_RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A place in the catalog: the record last applied."""
+
+    epoch: int
+    number: int
+    checksum: str
+    owner: str
+    host: str
+    seed: int
+    write_features: int
+
+
+class Lineage:
+    """One lineage of a repository. Not thread-safe; `refresh` before use.
+
+    `state`, `owner` and `seed` tell what the newest record says. `numbers` is the numbering that every pack
+    key and slot key of this object is in.
+    """
+
+    def __init__(self, store: Store, files: LineageFiles, name: str) -> None:
+        self.store = store
+        self.files = files
+        self.name = name
+        self.numbers = SnapshotNumbers()
+        self.state = State()
+        self._place: _Place | None = None
+        self._stopped = False  # the epoch has ended and no next one has begun
+
+    @property
+    def exists(self) -> bool:
+        """Whether a record was found."""
+        return self._place is not None
+
+    @property
+    def owner(self) -> str:
+        """Writer id of the owner."""
+        return self._at.owner
+
+    @property
+    def owner_host(self) -> str:
+        """Name of the host that took ownership."""
+        return self._at.host
+
+    @property
+    def epoch(self) -> int:
+        """How often the lineage changed hands."""
+        return self._at.epoch
+
+    @property
+    def seed(self) -> int:
+        """Seed of the digests of the lineage's blocks."""
+        return self._at.seed
+
+    @property
+    def needed_records(self) -> list[str]:
+        """Names of the records that a host without caches reads: from the newest checkpoint to the end."""
+        at = self._at
+        first = at.number - at.number % CHECKPOINT_EVERY
+        return [catalog_name(self.name, at.epoch, number) for number in range(first, at.number + 1)]
+
+    @property
+    def ended(self) -> list[str]:
+        """Names of the objects that end the epochs before the present one."""
+        return [stop_name(self.name, epoch) for epoch in range(self._at.epoch)]
+
+    @property
+    def _at(self) -> _Place:
+        if self._place is None:
+            raise NotFoundError(f"volume {self.name} has no snapshots in {self.store.location}")
+        return self._place
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the local lock, with the outcome of an earlier record settled and the catalog read."""
+        with self.files.lock():
+            self._settle()
+            self.refresh()
+            yield
+
+    # Manifests.
+
+    def manifest(self, row: SnapshotRow) -> Manifest:
+        """The manifest of a live snapshot, from the local cache or the store, checked against its record.
+
+        NotFoundError if the snapshot was deleted since the catalog was read.
+        """
+        cached = self.cached_manifest(row.id, row.attempt, row.checksum)
+        if cached is not None:
+            return cached
+        name = manifest_name(self.name, row.id, row.attempt)
+
+        def check(data: Buffer) -> tuple[Manifest, Buffer]:
+            manifest, checksum = decode(name, data)
+            if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+                raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+            return manifest, data
+
+        try:
+            manifest, data = get_checked(self.store, name, check)
+        except ObjectMissingError as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted meanwhile; see 'island list'") from error
+            raise DamagedObjectError(
+                f"manifest {name} is missing from {self.store.location}; its snapshot cannot be restored"
+            ) from error
+        self.files.cache(name, data)
+        return manifest
+
+    def cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
+        """The manifest of a snapshot, live or deleted, if the local cache holds it whole.
+
+        `wanted` is the checksum that it must have, in hex, where that is known.
+        """
+        name = manifest_name(self.name, snapshot, attempt)
+        data = self.files.cached(name)
+        if data is not None:
+            with contextlib.suppress(DamagedObjectError):
+                manifest, checksum = decode(name, data)
+                return manifest if wanted in (None, checksum.hex()) else None
+        return None
+
+    # Reading.
+
+    def refresh(self) -> None:
+        """Read what was appended since the last time. ObjectMissingError is never raised: see `exists`."""
+        if self._place is None:
+            self._start()
+        while True:
+            self._follow()
+            if self._place is None:
+                return
+            self._stopped = self.store.head(stop_name(self.name, self._place.epoch)) is not None
+            if not self._stopped or not self._enter(self._place.epoch + 1):
+                return
+
+    def _start(self) -> None:
+        """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
+        cached = [name for name in self.files.cached_names("catalog") if _RECORD.fullmatch(name)]
+        if cached and self._replay(*_numbers(cached[-1])):
+            return
+        listed = self._listed()
+        epoch, seen = listed or (0, None)
+        while self.store.head(stop_name(self.name, epoch)):
+            epoch, seen = epoch + 1, None
+        last = self._last(epoch, seen)
+        if last is None and epoch:  # stopped, and its adopter got no further
+            epoch -= 1
+            last = self._last(epoch, None)
+        if last is not None and not self._replay(epoch, last):
+            raise DamagedObjectError(
+                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
+            )
+
+    def _listed(self) -> tuple[int, int | None] | None:
+        """Epoch and number of the newest record that a listing shows; it may be late, so more may exist."""
+        folder = f"{self.name}/catalog/"
+        names = (info.name.removeprefix(folder) for info in self.store.list(folder))
+        return max((_numbers(name) for name in names if _RECORD.fullmatch(name)), default=None)
+
+    def _last(self, epoch: int, seen: int | None) -> int | None:
+        """Number of the last record of `epoch`, by doubling and halving from `seen`; None if none is."""
+        low, step = seen or 0, 1
+
+        def there(number: int) -> bool:
+            return self.store.head(catalog_name(self.name, epoch, number)) is not None
+
+        if not there(low):
+            if seen is not None:  # records are never deleted
+                raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
+            return None
+        while there(low + step):
+            low, step = low + step, 2 * step
+        high = low + step
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if there(middle) else (low, middle)
+        return low
+
+    def _replay(self, epoch: int, last: int) -> bool:
+        """Apply the records of `epoch` from the checkpoint at or before `last` on; False if one lacks."""
+        for number in range(last - last % CHECKPOINT_EVERY, last + 1):
+            found = self._fetch(epoch, number, known=True)
+            if found is None:
+                self._place = None
+                return False
+            self._apply(epoch, number, *found)
+        return True
+
+    def _follow(self) -> None:
+        """Apply the records that come after the present place."""
+        while self._place is not None:
+            number = self._place.number + 1
+            found = self._fetch(self._place.epoch, number)
+            if found is None:
+                return
+            self._apply(self._place.epoch, number, *found)
+
+    def _enter(self, epoch: int) -> bool:
+        """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
+        found = self._fetch(epoch, 0)
+        if found is not None:
+            self._apply(epoch, 0, *found)
+        return found is not None
+
+    def _fetch(self, epoch: int, number: int, *, known: bool = False) -> tuple[Record, str] | None:
+        """A record, and its checksum, from cache or store; None if the store confirms that there is none.
+
+        Unless it is `known` to be there, HEAD asks for it first: GET waits and asks again before it believes
+        that an object is absent, and the end of a catalog is looked for by every verb.
+        """
+        name = catalog_name(self.name, epoch, number)
+        if (data := self.files.cached(name)) is not None:
+            with contextlib.suppress(DamagedObjectError):
+                return decode_record(name, data, self.numbers)
+        if not known and self.store.head(name) is None:
+            return None
+
+        def check(data: Buffer) -> tuple[tuple[Record, str], bytes]:
+            return decode_record(name, data, self.numbers), bytes(data)
+
+        try:
+            found, fetched = get_checked(self.store, name, check, newest=True)
+        except ObjectMissingError:
+            return None
+        self.files.cache(name, fetched)
+        return found
+
+    def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
+        """Apply one record; it must be the one that follows the present place."""
+        name = catalog_name(self.name, epoch, number)
+        place = self._place
+        follows = place is None or record.previous == place.checksum or record.event == "owner"
+        named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
+        if not (follows and named and (place is not None or record.state is not None)):
+            raise DamagedObjectError(
+                f"volume {self.name}: catalog record {name} does not follow the one before it; "
+                "nothing can be deleted until this is mended"
+            )
+        self._retire(record)
+        self.state = self.state.after(record)
+        self._place = _Place(
+            epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
+        )
+
+    def _retire(self, record: Record) -> None:
+        """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
+        for snapshot in record.deleted:
+            row = self.state.live.get(snapshot)
+            if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
+                self.files.retire(row.id, row.attempt, row.parent)
+
+    # Writing.
+
+    def create(self, writer: str, seed: int | None = None) -> None:
+        """Write record 0, which names the owner, before the lineage's first pack. Under the lock.
+
+        `seed` is that of another repository's lineage that this one is to hold copies of.
+        """
+        self.files.make()
+        self._place = None
+        seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
+        self._append(_owner_record(self.name, 0, None, writer, seed, State()))
+
+    def append(self, record: Record, writer: str) -> None:
+        """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
+
+        ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
+        outcome is unknown: then it is settled before anything else happens in the lineage.
+        """
+        self.require_owner(writer)
+        at = self._at
+        record = replace(
+            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=writer,
+            host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
+        )  # fmt: skip
+        after = self.state.after(record)  # refuses what no reader would accept, before it is sent
+        if record.number % CHECKPOINT_EVERY == 0:
+            record = replace(record, state=after)
+        self._append(record)
+
+    def require_owner(self, writer: str) -> None:
+        """ConflictError, with the way out, unless `writer` owns the lineage."""
+        if self._stopped:
+            raise ConflictError(
+                f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
+                "on the host that is to own it"
+            )
+        self._require_known_features()
+        if self.owner != writer:
+            raise ConflictError(
+                f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
+                f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
+            )
+
+    def _require_known_features(self) -> None:
+        """UnsupportedObjectError if the newest record says that a writer must know more than this one."""
+        if self._at.write_features:
+            raise UnsupportedObjectError(
+                f"volume {self.name} is written by a newer island, which this one may read and not write to"
+            )
+
+    def adopt(self, writer: str) -> None:
+        """Make `writer` the owner: end the epoch, read it to its end, begin the next. Under the lock.
+
+        Safe to repeat after an interruption. Records that the former owner appends later mean nothing. Where
+        the store lost what ended an earlier epoch, that is written again.
+        """
+        self._require_known_features()
+        epoch = self._at.epoch
+        for ended in [*self.ended, stop_name(self.name, epoch)]:
+            if not self.store.head(ended):
+                meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
+                parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
+                with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                    self.store.put(ended, parts)
+        self._follow()
+        at = self._at
+        self._append(_owner_record(self.name, epoch + 1, at.checksum, writer, at.seed, self.state))
+        self._stopped = False
+
+    def _append(self, record: Record) -> None:
+        name = catalog_name(self.name, record.epoch, record.number)
+        data, _ = encode_record(name, record, self.numbers)
+        self.files.set_pending(name.rpartition("/")[2], data)
+        self._send(name, data)
+        if self.store.head(stop_name(self.name, record.epoch)):
+            self.files.clear_pending(name.rpartition("/")[2])
+            self._place = None
+            raise ConflictError(
+                f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
+                f"in 'island list --volume {self.name}'"
+            )
+        self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
+        self.files.cache(name, data)
+        self.files.clear_pending(name.rpartition("/")[2])
+
+    def _send(self, name: str, data: bytes) -> None:
+        """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+
+        def check(found: Buffer) -> bool:
+            if found == data:
+                return True
+            decode_record(name, found, SnapshotNumbers())  # else they are nobody's: they came damaged
+            return False
+
+        try:
+            self.store.put(name, [data])
+            same = get_checked(self.store, name, check, newest=True)
+        except ConflictError:
+            same = False
+        except ObjectMissingError as error:
+            raise StoreError(
+                f"{self.store.location} does not show {name}, which was just written; run it again"
+            ) from error
+        if not same:
+            self.files.clear_pending(name.rpartition("/")[2])
+            self._place = None
+            raise ConflictError(
+                f"volume {self.name} was written by another host at the same moment; run the command "
+                f"again, and see 'island list --volume {self.name}'"
+            )
+
+    def _settle(self) -> None:
+        """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
+        for last, data in self.files.pending():
+            name = f"{self.name}/catalog/{last}"
+            try:
+                decode_record(name, data, SnapshotNumbers())
+            except DamagedObjectError:  # cut off before it was ever sent
+                self.files.clear_pending(last)
+                continue
+            with contextlib.suppress(ConflictError):
+                self._send(name, data)
+            self.files.clear_pending(last)
+
+
+def _owner_record(
+    lineage: str, epoch: int, previous: str | None, writer: str, seed: int, state: State
+) -> Record:
+    """The first record of an epoch: who owns the lineage, and its whole state."""
+    return Record(
+        lineage=lineage,
+        epoch=epoch,
+        number=0,
+        writer=writer,
+        host=os.uname().nodename,
+        previous=previous,
+        time=time.time_ns(),
+        event="owner",
+        seed=seed,
+        state=state,
+    )
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    """Epoch and number from the last component of a record's name."""
+    epoch, _, number = name.partition("-")
+    return int(epoch), int(number)
