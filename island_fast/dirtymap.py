@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import _diff
+from island_fast.arrays import Int64s
 
 __all__ = [
     "BLOCK_BITS",
@@ -30,7 +31,6 @@ __all__ = [
     "total",
 ]
 
-Int64s = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
 BLOCK_BITS = 16

@@ -7,9 +7,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from island_fast.arrays import Buffer
 from island_fast.errors import ConflictError, DamagedObjectError, ObjectMissingError
 from island_fast.stores.base import (
-    Buffer,
     ObjectInfo,
     Range,
     Store,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views
+from island_fast.arrays import Buffer
+from island_fast.stores.base import ObjectInfo, Range, Store, Views
 
 __all__ = ["Counting"]
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from island_fast import _diff
 from island_fast.api import Repository
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned
 from island_fast.operations.snapshot import Request, take
@@ -24,8 +25,6 @@ from island_fast.results_base import SnapshotTaken
 
 __all__ = ["EditedVolume"]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
 
 _LONGEST = 16  # blocks of an edit: 1 MiB
 _NOISE = 32 << 20

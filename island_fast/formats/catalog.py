@@ -14,19 +14,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
-from island_fast.formats.frame import (
-    Buffer,
-    Kind,
-    Section,
-    integer,
-    json_bytes,
-    open_frame,
-    read_json,
-    seal,
-)
+from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.formats.keys import (
     MAX_PACK_NUMBER,
     PACK_BITS,
@@ -53,7 +45,6 @@ __all__ = [
     "stop_name",
 ]
 
-Int64s = NDArray[np.int64]
 
 CHECKPOINT_EVERY = 32
 _MAX_META = 64 << 20

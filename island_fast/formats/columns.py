@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.errors import DamagedObjectError
 
 __all__ = ["decode", "encode", "grouped_ends", "undo_grouped", "unzigzag", "zigzag"]
 
-Int64s = NDArray[np.int64]
 Integers = NDArray[np.signedinteger[Any]]
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import xxhash
 import zstandard
 
+from island_fast.arrays import Buffer
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 
 __all__ = [
@@ -37,7 +38,6 @@ __all__ = [
     "seal",
 ]
 
-Buffer = bytes | bytearray | memoryview
 
 FORMAT_VERSION = 1
 _KNOWN_FEATURES = 0

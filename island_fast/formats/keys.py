@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.errors import DamagedObjectError
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "split_pack_key",
 ]
 
-Int64s = NDArray[np.int64]
 
 SLOT_BITS = 16
 PACK_BITS = 28

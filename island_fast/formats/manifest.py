@@ -15,19 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.frame import (
-    Buffer,
-    Kind,
-    Section,
-    integer,
-    json_bytes,
-    open_frame,
-    read_json,
-    seal,
-)
+from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.formats.runs import Runs
@@ -46,7 +38,6 @@ __all__ = [
     "tabulate",
 ]
 
-Int64s = NDArray[np.int64]
 
 LINEAGE_PATTERN = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,128}")
 SNAPSHOT_PATTERN = re.compile(r"[0-9a-f]{32}")

@@ -15,6 +15,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from island_fast import _diff
+from island_fast.arrays import Buffer, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats.frame import (
@@ -49,9 +50,6 @@ __all__ = [
     "unpack_blocks",
 ]
 
-Buffer = bytes | bytearray | memoryview
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
 
 PACK_SIZE = 16 << 20  # the size at which Swift costs least per byte
 MAX_SLOTS = 4096

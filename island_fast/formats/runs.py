@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import clip_rows, distinct, merge_intervals, subtract_intervals
 from island_fast.formats.keys import slot_intervals
 
 __all__ = ["Runs", "merge"]
 
-Int64s = NDArray[np.int64]
 Integers = NDArray[np.signedinteger[Any]]
 
 _WINDOW = 1 << 16

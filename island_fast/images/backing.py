@@ -17,10 +17,11 @@ from typing import Protocol
 
 import xxhash
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import RefusedError, UsageError, refuse_one_text
 from island_fast.images.raw_source import RawView, open_raw, raw_data
-from island_fast.images.source import Bytes2D, Int64s, scanning
+from island_fast.images.source import scanning
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import allocated

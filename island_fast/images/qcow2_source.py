@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError
 from island_fast.images.backing import Backing, Chain, Layer, refuse_mismatch, with_below
@@ -22,9 +23,7 @@ from island_fast.images.source import (
     END,
     TABLE_DIFF,
     Base,
-    Bytes2D,
     Change,
-    Int64s,
     Source,
     View,
     pinned_snapshot,

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
-from island_fast.images.source import Base, Bytes2D, Change, Int64s, Source, View, scanned, scanning
+from island_fast.images.source import Base, Change, Source, View, scanned, scanning
 from island_fast.progress import Progress
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase

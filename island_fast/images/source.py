@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
@@ -36,8 +36,6 @@ __all__ = [
     "scanning",
 ]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
 
 TABLE_DIFF = "table-diff"
 FULL_SCAN = "full-scan"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import ClassVar, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.cinder.attach.loop_devices import loops_over
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
@@ -40,8 +40,6 @@ from island_fast.qemu.qemu_nbd import writing
 
 __all__ = ["Existing", "open_existing"]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
 
 _ZEROED_AT_ONCE = 4096  # blocks: 256 MiB
 _ZEROS = memoryview(bytes(1 << 20))

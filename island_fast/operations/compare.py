@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast import _diff
+from island_fast.arrays import Bools, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, DamagedObjectError, NotFoundError, RefusedError
 from island_fast.formats.manifest import Manifest
@@ -35,9 +35,6 @@ from island_fast.repository.streams import BATCH, workers
 
 __all__ = ["Compared", "Expected", "compare", "differences"]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
-Bools = NDArray[np.bool_]
 
 _BACKING = "backing.identity"
 _READING = 6  # batches that are being compared

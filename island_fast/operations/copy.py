@@ -18,8 +18,8 @@ from itertools import takewhile
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.formats.catalog import Record, SnapshotRow
@@ -40,7 +40,6 @@ from island_fast.results import Copied
 
 __all__ = ["copy"]
 
-Int64s = NDArray[np.int64]
 _WHOLE = np.array([[0, END]], np.int64)
 _SENDING = 2  # packs at a time, for those that come are in memory, too
 _RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one before

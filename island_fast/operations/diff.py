@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.formats.keys import SLOT_BITS, SnapshotNumbers
 from island_fast.formats.manifest import Manifest
@@ -12,7 +13,6 @@ from island_fast.results import Difference
 
 __all__ = ["compare"]
 
-Int64s = NDArray[np.int64]
 _ZERO = -1  # in the place of a slot key
 
 

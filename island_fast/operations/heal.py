@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals
 from island_fast.errors import (
     UNREADABLE,
@@ -31,7 +31,7 @@ from island_fast.errors import (
 from island_fast.formats.catalog import Packs, Record, pack_full_name, stop_name
 from island_fast.formats.frame import Kind, open_frame, read_json
 from island_fast.formats.keys import SLOT_BITS
-from island_fast.formats.pack import ABSENT, Buffer, compress_blocks, digest_blocks, open_pack, seal_pack
+from island_fast.formats.pack import ABSENT, compress_blocks, digest_blocks, open_pack, seal_pack
 from island_fast.formats.runs import Runs
 from island_fast.images.source import Source, View
 from island_fast.operations.parent import keyed
@@ -53,8 +53,6 @@ from island_fast.stores.checked_read import get_checked
 
 __all__ = ["live_runs", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
 
-Int64s = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 _AT_ONCE = 32  # packs for one record
 _LOG = logging.getLogger(__name__)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.keys import slot_intervals
@@ -23,7 +23,6 @@ from island_fast.repository.local_state import Registration
 
 __all__ = ["Request", "Start", "choose", "keyed"]
 
-Int64s = NDArray[np.int64]
 _NONE = np.zeros((0, 2), np.int64)
 
 

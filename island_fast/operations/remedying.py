@@ -9,9 +9,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
+from island_fast.arrays import Int64s
 from island_fast.errors import UNREADABLE, IslandError, NotFoundError
 from island_fast.images.backing import Backing
 from island_fast.images.qcow2_source import Qcow2Source
@@ -26,7 +24,6 @@ from island_fast.results import Damage, Touched
 
 __all__ = ["CATALOG_LOST", "INCOMPLETE", "Mender", "damage", "remedied"]
 
-Int64s = NDArray[np.int64]
 
 _LOG = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast import __version__
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import intersect_intervals, subtract_intervals
 from island_fast.errors import IslandError
 from island_fast.formats.catalog import Record
@@ -36,8 +36,6 @@ from island_fast.repository.streams import send
 from island_fast.results_base import SnapshotTaken
 
 __all__ = ["Member", "Pinned", "Request", "take", "take_together"]
-
-Int64s = NDArray[np.int64]
 
 
 def take(

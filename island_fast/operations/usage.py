@@ -7,9 +7,7 @@ import functools
 from collections.abc import Sequence
 from dataclasses import fields
 
-import numpy as np
-from numpy.typing import NDArray
-
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, total
 from island_fast.errors import NotFoundError
 from island_fast.progress import Progress
@@ -19,7 +17,6 @@ from island_fast.results import Usage, VolumeUsage
 
 __all__ = ["measure", "summed"]
 
-Int64s = NDArray[np.int64]
 _NEIGHBOURS = 4  # snapshots whose slots are held: in a lineage without branches each is read once
 
 

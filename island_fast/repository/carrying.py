@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
 from island_fast.formats.pack import Index
@@ -23,8 +23,6 @@ from island_fast.repository.streams import Batch, Known, PackSink, Sent, by_pack
 
 __all__ = ["carry"]
 
-Int64s = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 _NONE = np.zeros(0, np.int64)
 _FETCHING = 2  # packs that are being fetched, or have been and wait: each is in memory
 

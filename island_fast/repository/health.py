@@ -13,6 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, merge_intervals, subtract_intervals
 from island_fast.formats.catalog import manifest_name, pack_full_name
 from island_fast.formats.keys import SLOT_BITS
@@ -23,7 +24,6 @@ from island_fast.repository.lineage import Lineage
 
 __all__ = ["Health", "knows_damage", "resent"]
 
-Int64s = NDArray[np.int64]
 _PROVED, _DAMAGED = "/proved", "/damaged"
 
 

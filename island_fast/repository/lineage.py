@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from island_fast.arrays import Buffer
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -38,7 +39,7 @@ from island_fast.formats.frame import Kind, Section, json_bytes, seal
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.repository.local_state import LineageFiles
-from island_fast.stores.base import Buffer, Store
+from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Lineage"]

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, DamagedObjectError
 from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, manifest_name, pack_full_name
@@ -39,7 +40,6 @@ __all__ = [
     "with_more_dead",
 ]
 
-Int64s = NDArray[np.int64]
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: what no record names must be this old, on any store."""
 

@@ -25,9 +25,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from island_fast.arrays import Buffer
 from island_fast.errors import IslandError
 from island_fast.files import sync_folder
-from island_fast.formats.frame import Buffer
 
 __all__ = ["LineageFiles", "LocalState", "Registration", "SentPack", "default_root"]
 

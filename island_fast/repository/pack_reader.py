@@ -17,6 +17,7 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import distinct
 from island_fast.errors import (
     UNREADABLE,
@@ -35,8 +36,6 @@ from island_fast.stores.checked_read import get_checked
 
 __all__ = ["KnownDigests", "PackReader", "Place", "deletion_told"]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
 T = TypeVar("T")
 
 _INDEXES_KEPT = 64

@@ -13,8 +13,8 @@ from itertools import groupby
 from operator import attrgetter
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, ObjectMissingError
 from island_fast.formats.catalog import Packs, pack_name
@@ -27,8 +27,6 @@ from island_fast.repository.pack_reader import KnownDigests, PackReader, Place
 from island_fast.repository.streams import PackRow
 
 __all__ = ["KeptPacks", "find_interrupted", "forget_used", "note_sent"]
-
-Int64s = NDArray[np.int64]
 
 
 def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registration | None:

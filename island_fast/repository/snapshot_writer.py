@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import subtract_intervals
 from island_fast.errors import ConflictError, DamagedError
 from island_fast.formats.catalog import Packs, Record, SnapshotRow, manifest_name
@@ -27,8 +27,6 @@ from island_fast.repository.resuming import KeptPacks, note_sent
 from island_fast.repository.streams import Known, PackRow, PackSink, Sent
 
 __all__ = ["Stored", "Storing"]
-
-Int64s = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)

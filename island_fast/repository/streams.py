@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import _diff
+from island_fast.arrays import Buffer, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
 from island_fast.formats.catalog import pack_name
@@ -55,9 +56,6 @@ __all__ = [
     "workers",
 ]
 
-Int64s = NDArray[np.int64]
-Bytes2D = NDArray[np.uint8]
-Buffer = bytes | bytearray | memoryview
 
 BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
 _READING = 6  # batches that are not yet in a pack

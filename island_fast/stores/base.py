@@ -13,11 +13,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from island_fast.arrays import Buffer
 from island_fast.errors import DamagedObjectError, UsageError
 
 __all__ = [
     "MAX_OBJECT",
-    "Buffer",
     "ObjectInfo",
     "Range",
     "Store",
@@ -30,7 +30,6 @@ __all__ = [
     "views",
 ]
 
-Buffer = bytes | bytearray | memoryview
 Range = tuple[int, int]
 """Offset and length of some bytes of an object."""
 Views = list[memoryview]

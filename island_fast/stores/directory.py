@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
+from island_fast.arrays import Buffer
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -27,7 +28,6 @@ from island_fast.errors import (
 )
 from island_fast.files import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
 from island_fast.stores.base import (
-    Buffer,
     ObjectInfo,
     Range,
     Store,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from island_fast.arrays import Buffer
 from island_fast.errors import UsageError
-from island_fast.stores.base import Buffer, ObjectInfo, Range, Store
+from island_fast.stores.base import ObjectInfo, Range, Store
 from island_fast.stores.directory import DirectoryStore
 
 __all__ = ["Buffer", "ObjectInfo", "Range", "Store", "open_store"]

@@ -11,7 +11,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views, views
+from island_fast.arrays import Buffer
+from island_fast.stores.base import ObjectInfo, Range, Store, Views, views
 
 __all__ = ["Meter", "MeteredStore", "Meters"]
 

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Self
 
+from island_fast.arrays import Buffer
 from island_fast.errors import (
     ConflictError,
     DamagedObjectError,
@@ -21,7 +22,6 @@ from island_fast.errors import (
 )
 from island_fast.stores import swift_ranges
 from island_fast.stores.base import (
-    Buffer,
     ObjectInfo,
     Range,
     Store,

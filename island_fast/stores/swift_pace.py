@@ -17,7 +17,8 @@ from typing import Any
 import requests.adapters
 from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyManager
 
-from island_fast.stores.base import Buffer, Views
+from island_fast.arrays import Buffer
+from island_fast.stores.base import Views
 from island_fast.stores.retry import Again, Patience
 
 __all__ = ["Pace", "PacedAdapter", "PacedBody", "TooSlow"]

@@ -18,8 +18,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from island_fast.arrays import Buffer
 from island_fast.stores import directory
-from island_fast.stores.base import Buffer, ObjectInfo, Range, Store, Views
+from island_fast.stores.base import ObjectInfo, Range, Store, Views
 
 T = TypeVar("T")
 

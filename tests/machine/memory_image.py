@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import NotFoundError
-from island_fast.images.source import END, TABLE_DIFF, Base, Bytes2D, Change, Int64s, Source, View, scanned
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.bench.case import GIB, MIB, Context, Work
 from island_fast.bench.report import Counter, Row
 from island_fast.dirtymap import merge_intervals
@@ -30,8 +30,6 @@ __all__ = ["WORKS", "beside_the_data"]
 BLOCK = 65536
 _SLOTS = 256  # in a pack whose blocks do not compress
 _PIN = PinnedBase("island-01234567.vol-" + 32 * "0", "1", 1, 1, 1 << 40)
-
-Int64s = NDArray[np.int64]
 
 
 def beside_the_data(volume: int, changed: int, days: int, seed: int) -> float:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, intersect_intervals, merge_intervals
 from island_fast.errors import UNREADABLE, DamagedObjectError, NotFoundError, ObjectMissingError
 from island_fast.formats.catalog import (
@@ -46,7 +47,6 @@ from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Checkup", "Item", "record_findings", "touched", "unreadable"]
 
-Int64s = NDArray[np.int64]
 
 _LOOKS = 8  # objects asked for at a time
 _EXTENTS = 64  # that an answer lists for each snapshot and object

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import SnapshotRow
@@ -50,8 +51,6 @@ __all__ = [
     "slots_of",
 ]
 
-Int64s = NDArray[np.int64]
-Bools = NDArray[np.bool_]
 
 MISSING, TRUNCATED, INDEX, ROT, LOST_BLOCKS, CONTRADICTION, DIFFERS = (
     "missing", "truncated", "index", "rot", "lost-blocks", "contradiction", "differs",
