@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.formats.catalog import Packs, Record, State, catalog_name, decode_record, encode_record
+from island_fast.formats.catalog import Packs, Record, State, decode_record, encode_record
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
 from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.names import catalog_name
 from island_fast.formats.pack import (
     PackHeader,
     compress_blocks,

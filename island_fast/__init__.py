@@ -13,7 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from island_fast.api import Repository
-    from island_fast.operations.retention import Keep
+    from island_fast.operations.retain import Keep
 else:
 
     def __getattr__(name: str) -> object:
@@ -23,7 +23,7 @@ else:
 
             return Repository
         if name == "Keep":
-            from island_fast.operations.retention import Keep
+            from island_fast.operations.retain import Keep
 
             return Keep
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -29,7 +29,7 @@ from island_fast.repository.open import Found, OpenRepository
 from island_fast.results_base import SnapshotTaken
 
 if TYPE_CHECKING:
-    from island_fast.operations.retention import Keep
+    from island_fast.operations.retain import Keep
     from island_fast.results import (
         Adopted,
         Copied,
@@ -223,7 +223,7 @@ class Repository(OpenRepository):
         by the snapshot's id, for "latest" may name another by then.
         """
         from island_fast.images.target import open_existing
-        from island_fast.operations.overwriting import overwrite
+        from island_fast.operations.restore import overwrite
 
         found, manifest = self._to_restore(reference)
         path = Path(os.path.realpath(target))
@@ -235,7 +235,7 @@ class Repository(OpenRepository):
 
     def _to_restore(self, reference: str) -> tuple[Found, Manifest]:
         """A snapshot and its manifest."""
-        from island_fast.repository.pack_reader import deletion_told
+        from island_fast.repository.lineage import deletion_told
 
         found = self.find(reference)
         with deletion_told(found.lineage, found.row, "restored"):
@@ -247,7 +247,7 @@ class Repository(OpenRepository):
         NotFoundError if `volume` has none. Of all, volumes that cannot be read are passed over: see
         `left_out`.
         """
-        from island_fast.operations.delete import describe
+        from island_fast.operations.show import describe
 
         return [
             describe(lineage, row) for lineage in self.lineages(volume) for row in lineage.state.live.values()
@@ -255,7 +255,7 @@ class Repository(OpenRepository):
 
     def show(self, reference: str) -> SnapshotShown:
         """One snapshot, and what deleting it would free. Nothing is changed."""
-        from island_fast.operations.delete import show
+        from island_fast.operations.show import show
 
         return show(self.find(reference))
 

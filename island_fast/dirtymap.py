@@ -22,6 +22,7 @@ from island_fast.arrays import Int64s
 __all__ = [
     "BLOCK_BITS",
     "BLOCK_SIZE",
+    "NO_INTERVALS",
     "DirtyMap",
     "clip_rows",
     "distinct",
@@ -38,6 +39,10 @@ BLOCK_BITS = 16
 
 BLOCK_SIZE = 1 << BLOCK_BITS
 """Bytes in a block, the unit of change, hashing and storage."""
+
+NO_INTERVALS = np.zeros((0, 2), np.int64)
+NO_INTERVALS.flags.writeable = False
+"""No intervals at all; read-only, so that nobody fills what everybody shares."""
 
 _MAPPED = 1 << 17
 """From so many words on: 1 MiB."""
@@ -139,7 +144,7 @@ class DirtyMap:
     def runs(self) -> Int64s:
         """The maximal runs of set blocks as intervals, int64[k, 2], in order."""
         windows = list(self.iter_runs())
-        return np.concatenate(windows) if windows else _no_intervals()
+        return np.concatenate(windows) if windows else NO_INTERVALS
 
     def iter_runs(self, max_rows: int = 65536) -> Iterator[Int64s]:
         """The maximal runs of set blocks, in order, in arrays of 1 to `max_rows` rows.
@@ -326,10 +331,6 @@ def clip_rows(starts: Int64s, lengths: Int64s, keep: Int64s) -> tuple[Int64s, In
 def total(iv: Int64s) -> int:
     """The sum of the lengths of intervals, none of which has stop < start."""
     return int((iv[:, 1] - iv[:, 0]).sum())
-
-
-def _no_intervals() -> Int64s:
-    return np.zeros((0, 2), np.int64)
 
 
 def _not_empty(iv: Int64s) -> Int64s:

@@ -40,7 +40,7 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "the record comes before the packs": [
         (
-            "repository/streams.py",
+            "repository/pack_writer.py",
             "            self._store.put(name, parts)\n",
             "            unsent = self._store.__dict__.setdefault('unsent', [])\n"
             "            unsent.append((name, [bytes(part) for part in parts]))\n",
@@ -98,13 +98,13 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "slots that die during a repack come back to life": [
         (
-            "operations/sweep.py",
+            "repository/liveness.py",
             "dead=lineage.state.packs.dead[at] - before.dead)",
             "dead=before.dead - before.dead)",
         ),
     ],
     "a sweep takes objects of running snapshots for garbage": [
-        ("repository/liveness.py", "and snapshot not in running ", ""),
+        ("operations/sweep.py", "and snapshot not in running ", ""),
     ],
     "the base of a running snapshot may be deleted": [
         ("operations/delete.py", "if alive and registration.parent == snapshot:", "if False:"),
@@ -163,7 +163,7 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "a repacked pack keeps its count of dead bytes": [
         (
-            "operations/sweep.py",
+            "repository/liveness.py",
             "dead=lineage.state.packs.dead[at] - before.dead)",
             "dead=lineage.state.packs.dead[at])",
         ),
@@ -175,21 +175,22 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
     "a sweep does not heed the grace": [
-        ("repository/liveness.py", "info.age >= age:", "True:"),
+        ("operations/sweep.py", "info.age >= age:", "True:"),
     ],
     "an id that is used up is gone on with": [
-        ("repository/resuming.py", "    forget_used(lineage)\n", ""),
+        ("repository/snapshot_writer.py", "    forget_used(lineage)\n", ""),
         ("formats/catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
     ],
     "what an interrupted attempt sent is not compared": [
         (
             "repository/streams.py",
-            "known.kept.same(blocks, digests) & ~same",
-            "np.isin(blocks, [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]) & ~same",
+            "    kept = known.kept.same(blocks, digests) & ~same",
+            "    sent = [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]\n"
+            "    kept = np.isin(blocks, sent) & ~same",
         ),
     ],
     "an attempt numbers its packs like the one before it": [
-        ("repository/resuming.py", "max(self._sent, default=-1) + 1", "0"),
+        ("repository/snapshot_writer.py", "max(self._sent, default=-1) + 1", "0"),
     ],
     "slots that a later attempt has no use for are not dead": [
         (
@@ -199,13 +200,13 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "garbage is never removed": [
-        ("repository/liveness.py", "info.age >= age:", "False:"),
+        ("operations/sweep.py", "info.age >= age:", "False:"),
     ],
     "what a deleted snapshot wrote is not compared": [
         (
             "operations/parent.py",
-            "differing(keyed(lineage, retired), keyed(lineage, lineage.manifest(ancestor)))",
-            "_NONE",
+            "Base(internal, inherited.differing(present))",
+            "Base(internal, NO_INTERVALS)",
         ),
     ],
 }

@@ -293,14 +293,14 @@ def fields(node: ast.ClassDef) -> str:
 
 def reference() -> str:
     """docs/reference.md."""
-    repository, opening = classes("repository")["Repository"], classes("opening")["OpenRepository"]
+    repository, opening = classes("api")["Repository"], classes("repository/open")["OpenRepository"]
     progress = parsed("progress").body
     told = next(
         one.value.value
         for one in progress[3:]
         if isinstance(one, ast.Expr) and isinstance(one.value, ast.Constant)
     )
-    keep = classes("retention")["Keep"]
+    keep = classes("operations/retain")["Keep"]
     blocks = [
         MADE.format("the docstrings"),
         "# Reference of the Python API",
@@ -325,7 +325,7 @@ def reference() -> str:
         "is what `--json` prints. Sizes are in bytes, `seconds` is how long the work took, and `created` is "
         "ISO 8601 in UTC, such as 2026-01-31T12:00:00Z. A `lineage` is named by its volume.",
     ]
-    for name, node in {**classes("answer"), **classes("results")}.items():
+    for name, node in {**classes("results_base"), **classes("results")}.items():
         if name != "Answer":
             blocks += [f"### {name}", *documented(node), fields(node)]
     blocks += [

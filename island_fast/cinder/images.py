@@ -9,7 +9,7 @@ from pathlib import Path
 
 from island_fast.errors import IslandError, RefusedError
 from island_fast.files import sync_folder
-from island_fast.images.source import pinned_snapshot
+from island_fast.images.pins import pinned_snapshot
 from island_fast.qcow2.image import Image
 from island_fast.qemu.programs import Execute
 from island_fast.qemu.sizing import cluster_size

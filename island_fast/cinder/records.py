@@ -21,7 +21,7 @@ from typing import Any, Self
 
 from island_fast.errors import DamagedError, NotFoundError, UsageError
 from island_fast.files import make_folder, sync_folder, write_scratch
-from island_fast.formats.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 
 __all__ = ["NAME", "Origin", "Record", "Records"]
 

@@ -1,121 +1,32 @@
-"""What a shell that completes a command line asks for: its script, and the words that may come next.
-
-click answers with verbs, options and their values; here are the names of snapshots, and bash's own ways.
-"""
+"""`island completion`: the script that a shell reads."""
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import os
-from collections.abc import Iterator
-from typing import Any
-
 import click
-from click.shell_completion import BashComplete, CompletionItem, add_completion_class, shell_complete
-from click.shell_completion import get_completion_class as class_for
-from click.shell_completion import split_arg_string as split
 
-from island_fast.cli.config import configured
+from island_fast.cli.options import common
 from island_fast.cli.run import Run
-from island_fast.cli.text import SHORT_ID, printable
-from island_fast.errors import IslandError
-
-__all__ = ["VARIABLE", "complete", "script", "snapshot_names"]
-
-VARIABLE = "_ISLAND_COMPLETE"
-"""What a shell sets when it asks, such as to bash_complete; click's convention."""
 
 
-class _Bash(BashComplete):
-    """bash takes @ : = for the ends of words, so it is given only what follows the last of them.
+@click.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@common
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that has SHELL complete verbs, options, files and names of snapshots.
 
-    click's own script hands over bash's words, in which disk@latest is three.
-    """
+    Names of snapshots come from a repository in a directory; one in Swift is not asked. bash must be 4.4 or
+    newer.
 
-    source_template = """\
-%(complete_func)s() {
-    local completion
-    while IFS= read -r completion; do
-        case $completion in
-        plain,*) COMPREPLY+=("${completion#plain,}") ;;
-        dir,*) compopt -o dirnames ;;
-        file,*) compopt -o default ;;
-        esac
-    done < <(COMP_WORDS="${COMP_LINE:0:COMP_POINT}" COMP_BREAKS=$COMP_WORDBREAKS \\
-        %(complete_var)s=bash_complete "$1" 2>/dev/null)
-}
-complete -o nosort -F %(complete_func)s %(prog_name)s
-"""
+    \b
+    Example:
+      eval "$(island completion bash)"           # in ~/.bashrc
+      eval "$(island completion zsh)"            # in ~/.zshrc, after compinit
+      island completion fish | source            # in ~/.config/fish/config.fish
+    """  # noqa: D301
+    from island_fast.cli.shell_completion import script  # here: no other verb needs it
 
-    def source(self) -> str:
-        """See ShellComplete. It needs bash 4.4, of 2016, which is not looked for."""
-        return self.source_template % self.source_vars()
-
-    def get_completion_args(self) -> tuple[list[str], str]:
-        """See ShellComplete."""
-        line, breaks = os.environ["COMP_WORDS"], os.environ.get("COMP_BREAKS", "")
-        words = split(line)[1:]
-        last = "" if not words or line[-1:].isspace() else words.pop()
-        ends = max((last.rfind(mark) for mark in breaks), default=-1) + 1
-        self._typed = last[:ends]
-        return words, last
-
-    def format_completion(self, item: CompletionItem[Any]) -> str:
-        """See ShellComplete."""
-        return f"{item.type},{str(item.value).removeprefix(self._typed)}"
-
-
-add_completion_class(_Bash)
-
-
-def complete(command: click.Command, run: Run, instruction: str) -> None:
-    """Print what a shell asks for by `instruction`, such as bash_complete or zsh_source."""
-    logger = logging.getLogger("island_fast")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)  # a warning would stand in the line that is being typed
-    try:
-        if shell_complete(command, {"obj": run}, "island", VARIABLE, instruction):
-            raise click.UsageError(f"{VARIABLE} is {instruction!r}, which asks for nothing; leave it unset")
-    finally:
-        logger.setLevel(level)
-
-
-def script(shell: str, command: click.Command) -> str:
-    """What `shell` reads to complete `command`: "bash", "zsh" or "fish"."""
-    asked = class_for(shell)
-    assert asked is not None  # click knows all three
-    return asked(command, {}, "island", VARIABLE).source()
-
-
-def snapshot_names(context: click.Context, typed: str) -> list[CompletionItem[str]]:
-    """Names of snapshots that begin with `typed`, newest first, in a repository in a directory.
-
-    One in Swift is not asked: a key press would wait for it to sign in. Whatever fails gives no names.
-    """
-    run = context.find_object(Run)
-    found: list[CompletionItem[str]] = []
-    with contextlib.suppress(IslandError, OSError, click.ClickException):
-        location = (run.location if run else None) or configured().get("repository", "")
-        if location and "://" not in location:
-            found = [one for one in _names(location, typed) if one.value.startswith(typed)]
-    return found
-
-
-def _names(location: str, typed: str) -> Iterator[CompletionItem[str]]:
-    from island_fast.api import Repository
-
-    volume, at, _ = typed.rpartition("@")
-    with Repository.open(location) as repository:
-        for name in [volume] if at else sorted(repository.store.folders("")):
-            lineage = repository.lineage(name)
-            if lineage.files.pending():  # to settle a record may take long, and is no business of ours
-                continue
-            lineage.refresh()
-            rows = lineage.state.live.values()
-            if rows:
-                yield CompletionItem(f"{name}@latest", help=f"the newest snapshot of {name}")
-            for row in reversed([*rows]):
-                yield CompletionItem(f"{name}@{row.id[:SHORT_ID]}", help=printable(row.label) or None)
-                if typed and not at:
-                    yield CompletionItem(row.id[:SHORT_ID], help=printable(row.label) or None)
+    written = script(shell, context.find_root().command)
+    context.ensure_object(Run).answer(
+        {"shell": shell, "script": written}, written.rstrip("\n"), written.rstrip("\n")
+    )

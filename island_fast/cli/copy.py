@@ -1,4 +1,4 @@
-"""The verb that copies snapshots to another repository, and how people read its answer."""
+"""`island copy`: its options, and what a person reads."""
 
 from __future__ import annotations
 

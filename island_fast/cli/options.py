@@ -34,7 +34,7 @@ __all__ = [
     "other_opened",
     "seconds",
     "snapshots_known",
-    "text",
+    "utf8_text",
 ]
 
 
@@ -69,7 +69,7 @@ def snapshots_known(
     context: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem[str]]:
     """Names of snapshots for a shell that completes `incomplete`."""
-    from island_fast.cli.completion import snapshot_names  # here: nobody else needs it
+    from island_fast.cli.shell_completion import snapshot_names  # here: nobody else needs it
 
     return snapshot_names(context, incomplete)
 
@@ -225,7 +225,7 @@ def fraction(context: click.Context, parameter: click.Parameter, value: str | No
     return float(match[1]) / 100
 
 
-def text(context: click.Context, parameter: click.Parameter, value: str) -> str:
+def utf8_text(context: click.Context, parameter: click.Parameter, value: str) -> str:
     """A value that can be stored: what the shell passed may be any bytes."""
     if any("\ud800" <= character <= "\udfff" for character in value):
         raise click.BadParameter("it is not UTF-8 text")

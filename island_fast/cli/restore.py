@@ -1,13 +1,13 @@
-"""The verb that gives a volume back: as a new image, or onto one that is there."""
+"""`island restore`: its options, and what a person reads."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli import text
 from island_fast.cli.options import (
     NAMING,
     FileName,
@@ -18,9 +18,13 @@ from island_fast.cli.options import (
     snapshots_known,
 )
 from island_fast.cli.run import Run
+from island_fast.cli.text import count, duration, printable, sheet, size
 from island_fast.errors import UsageError
 
-__all__ = ["restore"]
+if TYPE_CHECKING:
+    from island_fast.results import Restored, RestoredOnto
+
+__all__ = ["format_restored", "format_restored_onto", "restore"]
 
 
 @click.command(epilog=NAMING)
@@ -81,7 +85,7 @@ def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: b
         restored = repository.restore(
             snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
         )
-    run.answer(restored.as_json(), text.restored(restored))
+    run.answer(restored.as_json(), format_restored(restored))
 
 
 def _restore_onto(
@@ -107,4 +111,36 @@ def _restore_onto(
         restored = repository.restore_onto(
             f"{volume}{at}{found}", target, image_format=image_format, dry_run=dry_run, progress=progress
         )
-    run.answer(restored.as_json(), text.restored_onto(restored, dry_run))
+    run.answer(restored.as_json(), format_restored_onto(restored, dry_run))
+
+
+def format_restored(answer: Restored) -> str:
+    """A volume just written."""
+    return sheet(
+        [
+            ("target", f"{printable(answer.target)}, {answer.format}"),
+            ("snapshot", answer.snapshot),
+            ("volume", size(answer.volume_size)),
+            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
+            ("written", size(answer.bytes_written)),
+            ("time", duration(answer.seconds)),
+        ]
+    )
+
+
+def format_restored_onto(answer: RestoredOnto, dry_run: bool) -> str:
+    """An image just written onto, or what that would write."""
+    written = size(answer.bytes_written)
+    if answer.bytes_zeroed:
+        written += f", and {size(answer.bytes_zeroed)} of zeros"
+    return sheet(
+        [
+            ("target", f"{printable(answer.target)}, {answer.format}, {size(answer.target_size)}"),
+            ("snapshot", answer.snapshot),
+            ("volume", size(answer.volume_size)),
+            ("compared", size(answer.bytes_compared)),
+            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
+            ("differs" if dry_run else "written", written),
+            ("time", duration(answer.seconds)),
+        ]
+    )

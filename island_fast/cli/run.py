@@ -13,129 +13,28 @@ import json
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Self, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 import click
 
 from island_fast.cli import text as show
+from island_fast.cli.progress import Bars, Lines
+from island_fast.cli.signals import Signals
 from island_fast.errors import IslandError, UsageError
 
 if TYPE_CHECKING:
     from island_fast.progress import Progress
     from island_fast.stores.rate_limit import Meters
 
-__all__ = ["Interrupted", "Run", "Signals", "conclude"]
-
-_HARD_EXIT = 3  # this many times Ctrl-C, and the process ends at once
-_SOON = 0.01  # seconds
-_LOCKING = frozenset(
-    ["threading", "queue", "contextlib", "logging", "weakref", "_weakrefset"]
-    + [f"concurrent.futures.{name}" for name in ("_base", "thread")]
-)
-_UNDIVIDED = frozenset(["subprocess", "importlib._bootstrap", "importlib._bootstrap_external"])
-
-
-class Interrupted(KeyboardInterrupt):
-    """A signal asked this process to end. A KeyboardInterrupt, so that nothing on the way stops it."""
+__all__ = ["Run", "conclude"]
 
 
 class _OutputError(Exception):
     """Standard output cannot be written to; the system's error is the cause."""
-
-
-class Signals:
-    """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted in the main thread; a context manager.
-
-    It is raised as soon as nothing can break by it (see `_may_break`), at the latest when progress is told.
-    While it unwinds later signals are swallowed, but for the third Ctrl-C, which ends the process: that is
-    as safe as a power cut. A signal that is ignored from the start (nohup, a background job) stays so.
-    Left, it puts the handlers back, or with `to_the_end` has those signals ignored until the process is gone.
-    """
-
-    def __init__(self, *, to_the_end: bool = False) -> None:
-        self._over = False  # nothing is to be raised any more
-        self._raised = False  # into the main thread, where it may have been swallowed
-        self._to_the_end = to_the_end
-        self._received = self._keys = 0
-        self._before: dict[int, Any] = {}
-        self._seen: tuple[int, int] | None = None
-
-    def __enter__(self) -> Self:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:
-                    self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.disarm()
-        for number, handler in self._before.items():
-            # Python takes its handlers away as it ends, and one more signal would change the exit code.
-            signal.signal(number, signal.SIG_IGN if self._to_the_end else handler)
-
-    def disarm(self) -> None:
-        """Raise nothing from now on."""
-        self._over = True
-        self._stop_trying()
-
-    def _stop_trying(self) -> None:
-        self._raised = True
-        if signal.SIGALRM in self._before:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-
-    def check(self) -> None:
-        """Raise Interrupted, in any thread, if a signal came: here it is sure to end the work."""
-        if self._received and not self._over:
-            self._raised = True
-            raise Interrupted
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._received += 1
-        self._keys += number == signal.SIGINT
-        if self._keys >= _HARD_EXIT:
-            os._exit(1)
-        if not self._raised:
-            self._again(number, frame)
-        elif self._keys == _HARD_EXIT - 1 and os.isatty(2):
-            os.write(2, b"\nisland: cleaning up; press Ctrl-C once more to leave at once\n")
-
-    def _again(self, number: int, frame: FrameType | None) -> None:
-        """Raise Interrupted into `frame`, where the main thread is, or have it tried again soon."""
-        if self._raised:
-            return
-        place = (id(frame), frame.f_lasti if frame else 0)
-        waits = place == self._seen  # it was here the last time, too, so it waits for something
-        self._seen = place
-        if _may_break(frame, waits):
-            if signal.SIGALRM not in self._before:
-                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
-            signal.setitimer(signal.ITIMER_REAL, _SOON)
-        else:
-            self._stop_trying()
-            raise Interrupted
-
-
-def _may_break(frame: FrameType | None, waits: bool) -> bool:
-    """Whether an exception raised at `frame` could leave something held, or begun and unknown.
-
-    Locks written in Python can stay locked if an exception comes just when they are taken, and then other
-    threads wait for ever; not so while they wait to be taken. A process that has been started may not be
-    known of yet, and is left to end. An import that is cut off swallows the exception.
-    """
-    if frame is not None and frame.f_globals.get("__name__") in _LOCKING and not waits:
-        return True
-    while frame is not None:
-        if frame.f_globals.get("__name__") in _UNDIVIDED:
-            return True
-        frame = frame.f_back
-    return False
 
 
 @dataclass(slots=True)
@@ -166,7 +65,7 @@ class Run:
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
         """What verbs tell their progress to: shown as bars on a terminal, or as lines of JSON."""
-        shown = show.Lines() if self.json_progress else show.Bars(not self.quiet)
+        shown = Lines() if self.json_progress else Bars(not self.quiet)
         with shown as bars:
 
             def tell(phase: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""The verb `island verify`, and what people read of its answer."""
+"""`island verify`: its options, and what a person reads."""
 
 from __future__ import annotations
 

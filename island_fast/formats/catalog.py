@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Buffer, Int64s
-from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
+from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
 from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
@@ -27,7 +27,8 @@ from island_fast.formats.keys import (
     pack_keys,
     split_pack_key,
 )
-from island_fast.formats.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pin_from_json
+from island_fast.formats.manifest import pin_from_json
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pack_name
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
@@ -36,13 +37,9 @@ __all__ = [
     "Record",
     "SnapshotRow",
     "State",
-    "catalog_name",
     "decode_record",
     "encode_record",
-    "manifest_name",
     "pack_full_name",
-    "pack_name",
-    "stop_name",
 ]
 
 
@@ -53,27 +50,6 @@ _EVENTS = ("owner", "snapshot", "delete", "sweep")
 
 _META = 1
 _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
-
-
-def catalog_name(lineage: str, epoch: int, number: int) -> str:
-    """Name of record `number` of `epoch`, below the repository's prefix."""
-    return f"{lineage}/catalog/{epoch:06d}-{number:08d}"
-
-
-def stop_name(lineage: str, epoch: int) -> str:
-    """Name of the object whose presence ends `epoch`."""
-    return f"{lineage}/catalog/{epoch:06d}-stop"
-
-
-def manifest_name(lineage: str, snapshot: str, attempt: int) -> str:
-    """Name of the manifest that `attempt` at `snapshot` wrote."""
-    return f"{lineage}/manifests/{snapshot}-{attempt}"
-
-
-def pack_name(lineage: str, snapshot: str, number: int, attempt: int, suffix: int = 0) -> str:
-    """Full name of a pack; `suffix` is the random number of its repack, 0 for the first writing."""
-    ending = f".{suffix:016x}" if suffix else ""
-    return f"{lineage}/packs/{snapshot}/{attempt}-{number:08d}{ending}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,7 +160,7 @@ class Record:
     swept: tuple[str, ...] = ()  # deleted snapshots whose manifests a sweep removes
     packs: Packs = field(default_factory=Packs)  # written, or renamed by a repack
     gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))  # pack keys swept away
-    dead: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))  # slot keys
+    dead: Int64s = field(default_factory=lambda: NO_INTERVALS)  # slot keys
     state: State | None = None
     write_features: int = 0  # of its object: bits that the next writer must know
 
@@ -201,7 +177,7 @@ class State:
     live: Mapping[str, SnapshotRow] = field(default_factory=dict)
     dropped: Mapping[str, SnapshotRow] = field(default_factory=dict)
     packs: Packs = field(default_factory=Packs)
-    dead: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
 
     def after(self, record: Record) -> State:
         """The state once `record` is applied; DamagedObjectError if it does not fit this one."""

@@ -21,14 +21,13 @@ from island_fast.errors import DamagedObjectError, UnsupportedObjectError, Usage
 from island_fast.formats import columns
 from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.formats.runs import Runs
 from island_fast.qcow2.names import unescape
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
-    "LINEAGE_PATTERN",
-    "SNAPSHOT_PATTERN",
     "Manifest",
     "PackTable",
     "check_properties",
@@ -39,8 +38,6 @@ __all__ = [
 ]
 
 
-LINEAGE_PATTERN = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,128}")
-SNAPSHOT_PATTERN = re.compile(r"[0-9a-f]{32}")
 MAX_PROPERTIES = 256
 MAX_PROPERTIES_BYTES = 64 << 10
 _MAX_BLOCKS = 1 << 38  # 16 PiB
@@ -102,6 +99,10 @@ class Manifest:
     def blocks(self) -> int:
         """Number of blocks of the volume, the last one perhaps partial."""
         return -(-self.volume_size // BLOCK_SIZE)
+
+    def runs_by_key(self, numbers: SnapshotNumbers) -> Runs:
+        """Return the runs with pack keys, in the lineage's numbering, instead of indices into `packs`."""
+        return replace(self.runs, pack=self.packs.keys(numbers)[self.runs.pack])
 
     def slot_intervals(self, numbers: SnapshotNumbers) -> Int64s:
         """Every slot that the snapshot needs, as intervals of slot keys, int64[n, 2]."""

@@ -14,10 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
-from island_fast.dirtymap import clip_rows, distinct, merge_intervals, subtract_intervals
+from island_fast.dirtymap import NO_INTERVALS, clip_rows, distinct, merge_intervals, subtract_intervals
+from island_fast.errors import DamagedObjectError
 from island_fast.formats.keys import slot_intervals
+from island_fast.formats.pack import MAX_SLOTS
 
-__all__ = ["Runs", "merge"]
+__all__ = ["NOT_NAMED", "Runs", "merge"]
+
+NOT_NAMED = -1
+"""In the place of the slot key of a block that no run names: it is zero."""
 
 Integers = NDArray[np.signedinteger[Any]]
 
@@ -97,6 +102,36 @@ class Runs:
         offset = blocks - self.start[row]
         named = np.flatnonzero((row >= 0) & (offset < self.length[row]))
         return named, row[named], offset[named]
+
+    def slot_keys(self, blocks: Int64s) -> Int64s:
+        """Return the slot key of each of `blocks`, or NOT_NAMED, of runs that hold pack keys."""
+        keys = np.full(blocks.size, NOT_NAMED, np.int64)
+        named, row, offset = self.locate(blocks)
+        keys[named] = slot_intervals(self.pack[row], self.slot[row] + offset, offset)[:, 0]
+        return keys
+
+    def differing(self, other: Runs) -> Int64s:
+        """Return the blocks that the two, of one numbering, name differently, int64[n, 2]."""
+        edges = distinct(np.concatenate([self.intervals().ravel(), other.intervals().ravel()]))
+        if not edges.size:
+            return NO_INTERVALS
+        spans = np.stack([edges[:-1], edges[1:]], axis=1)  # runs go on between edges: first blocks decide
+        unequal = np.flatnonzero(self.slot_keys(spans[:, 0]) != other.slot_keys(spans[:, 0]))
+        return np.asarray(spans[unequal], np.int64)
+
+    def expand(self) -> tuple[Int64s, Int64s]:
+        """Return block numbers and slots of one pack's runs, one row a block, slots ascending.
+
+        DamagedObjectError for more blocks than a pack can have slots.
+        """
+        if self.blocks > MAX_SLOTS:
+            raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
+        before = np.repeat(np.cumsum(self.length) - self.length, self.length)
+        within = np.arange(self.blocks) - before
+        blocks = np.repeat(self.start, self.length) + within
+        slots = np.repeat(self.slot, self.length) + within
+        order = np.argsort(slots, kind="stable")
+        return blocks[order], slots[order]
 
     def take(self, rows: Int64s, offset: Int64s, length: Int64s) -> Runs:
         """Pieces of runs: of row `rows[i]`, `length[i]` blocks from `offset[i]` on."""

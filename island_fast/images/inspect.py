@@ -106,7 +106,7 @@ def image_info(path: Path) -> ImageInfo:
 
 
 def _internal(internal: InternalSnapshot) -> InternalInfo:
-    from island_fast.images.source import pinned_snapshot
+    from island_fast.images.pins import pinned_snapshot
     from island_fast.results import InternalInfo, timestamp
 
     return InternalInfo(

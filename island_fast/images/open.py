@@ -8,19 +8,10 @@ from pathlib import Path
 
 from island_fast.errors import UsageError
 from island_fast.images.backing import Backing
+from island_fast.images.pins import pin_name, pinned_lineage, pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.raw_source import RawSource
-from island_fast.images.source import (
-    FULL_SCAN,
-    TABLE_DIFF,
-    Base,
-    Change,
-    Source,
-    View,
-    pin_name,
-    pinned_lineage,
-    pinned_snapshot,
-)
+from island_fast.images.source import FULL_SCAN, TABLE_DIFF, Base, Change, Source, View
 
 __all__ = [
     "FULL_SCAN",

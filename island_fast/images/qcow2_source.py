@@ -19,17 +19,8 @@ from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError
 from island_fast.images.backing import Backing, Chain, Layer, refuse_mismatch, with_below
-from island_fast.images.source import (
-    END,
-    TABLE_DIFF,
-    Base,
-    Change,
-    Source,
-    View,
-    pinned_snapshot,
-    scanned,
-    scanning,
-)
+from island_fast.images.pins import pinned_snapshot
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned, scanning
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import allocated, changed, find_shared_copied

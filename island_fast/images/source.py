@@ -7,7 +7,6 @@ above (`choosing.py`).
 
 from __future__ import annotations
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -19,22 +18,11 @@ import numpy as np
 
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
+from island_fast.images.pins import pinned_lineage
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 
-__all__ = [
-    "FULL_SCAN",
-    "TABLE_DIFF",
-    "Base",
-    "Change",
-    "Source",
-    "View",
-    "pin_name",
-    "pinned_lineage",
-    "pinned_snapshot",
-    "scanned",
-    "scanning",
-]
+__all__ = ["FULL_SCAN", "TABLE_DIFF", "Base", "Change", "Source", "View", "scanned", "scanning"]
 
 
 TABLE_DIFF = "table-diff"
@@ -42,25 +30,6 @@ FULL_SCAN = "full-scan"
 
 END = 1 << 40
 """A block number past every volume: what the parent had behind the volume's end is gone."""
-
-_PIN = re.compile(r"island-([0-9a-f]{8})\.([A-Za-z0-9._-]{1,128})-([0-9a-f]{32})")
-
-
-def pin_name(repository: str, lineage: str, snapshot: str) -> str:
-    """Name of the internal snapshot that pins `snapshot`; it tells repository and lineage apart."""
-    return f"island-{repository[:8]}.{lineage}-{snapshot}"
-
-
-def pinned_lineage(repository: str, name: str) -> str | None:
-    """The lineage that an internal snapshot's name pins in this repository; None if it is no such pin."""
-    match = _PIN.fullmatch(name)
-    return match[2] if match and match[1] == repository[:8] else None
-
-
-def pinned_snapshot(name: str) -> str | None:
-    """The snapshot that an internal snapshot's name pins, in whatever repository; None if it is no pin."""
-    match = _PIN.fullmatch(name)
-    return match[3] if match else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,6 @@ from typing import ClassVar, Self
 import numpy as np
 
 from island_fast.arrays import Bytes2D, Int64s
-from island_fast.cinder.attach.loop_devices import loops_over
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.files import punch
@@ -35,7 +34,7 @@ from island_fast.qcow2.image import Image
 from island_fast.qcow2.vectored_io import transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.qemu.image_lock import ImageLock, hold_off_everyone, writer_present
-from island_fast.qemu.open_files import refuse_held
+from island_fast.qemu.open_files import loops_over, refuse_held
 from island_fast.qemu.qemu_nbd import writing
 
 __all__ = ["Existing", "open_existing"]

@@ -27,15 +27,13 @@ from island_fast.formats.keys import PACK_BITS
 from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.images.source import END
-from island_fast.operations.parent import differing, keyed
 from island_fast.progress import Progress
-from island_fast.repository.carrying import carry
 from island_fast.repository.health import Health
-from island_fast.repository.lineage import Lineage
+from island_fast.repository.lineage import Lineage, deletion_told
 from island_fast.repository.local_state import Registration
-from island_fast.repository.pack_reader import PackReader, deletion_told
-from island_fast.repository.resuming import find_interrupted
-from island_fast.repository.snapshot_writer import Storing
+from island_fast.repository.pack_reader import PackReader
+from island_fast.repository.snapshot_writer import Storing, find_interrupted
+from island_fast.repository.streams import carry
 from island_fast.results import Copied
 
 __all__ = ["copy"]
@@ -108,7 +106,7 @@ class _Copying:
             there.add(row.id)
             try:
                 runs = self._runs(row)
-                replaced = differing(runs, self._runs(self._near.state.live[parent])) if parent else _WHOLE
+                replaced = runs.differing(self._runs(self._near.state.live[parent])) if parent else _WHOLE
             except (DamagedError, NotFoundError):  # which copying it will tell
                 continue
             yield row.id, runs.within(replaced).blocks * BLOCK_SIZE
@@ -217,7 +215,7 @@ class _Copying:
         """The runs of a near snapshot, with pack keys."""
         runs = self._recent.pop(row.id, None)
         if runs is None:
-            runs = keyed(self._near, self._near.manifest(row))
+            runs = self._near.manifest(row).runs_by_key(self._near.numbers)
         self._recent[row.id] = runs
         if len(self._recent) > _RECENT:
             self._recent.popitem(last=False)
@@ -231,7 +229,7 @@ class _Copying:
         it shares with its descendants alone, and deletes rely on that. What is lost there is sent again.
         """
         near, far, runs = self._near, self._far, self._runs(row)
-        held = keyed(far, far.manifest(far.state.live[parent])) if parent else Runs.empty()
+        held = far.manifest(far.state.live[parent]).runs_by_key(far.numbers) if parent else Runs.empty()
         others = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
         barred = merge_intervals(np.concatenate([others, held.among(Health(far).lost()).intervals()]))
         usable = held.within(subtract_intervals(held.intervals(), barred))
@@ -244,7 +242,7 @@ class _Copying:
                 f"snapshot {theirs.id} in {far.store.location} does not hold what it holds in "
                 f"{near.store.location}; delete it there and copy it again"
             )
-        replaced = merge_intervals(np.concatenate([differing(runs, near_held), barred]))
+        replaced = merge_intervals(np.concatenate([runs.differing(near_held), barred]))
         return _Plan(usable, replaced, Runs.empty(), runs.within(replaced))
 
     def _manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:

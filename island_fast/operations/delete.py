@@ -5,54 +5,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 
-from island_fast.errors import DamagedError, NotFoundError, RefusedError
-from island_fast.formats.catalog import SnapshotRow
+from island_fast.errors import NotFoundError, RefusedError
+from island_fast.formats.catalog import Packs, Record, SnapshotRow
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import Deletion, plan_delete
+from island_fast.repository.liveness import freeable, needed_alone, with_more_dead
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
-from island_fast.results import Deleted, Snapshot, SnapshotShown, timestamp
+from island_fast.results import Deleted
 
-__all__ = ["delete", "delete_one", "describe", "planned", "show"]
+__all__ = ["Deletion", "delete", "delete_one", "plan_delete", "planned"]
 
 _LOG = logging.getLogger(__name__)
-
-
-def describe(lineage: Lineage, row: SnapshotRow) -> Snapshot:
-    """A snapshot as `list` and `show` tell it."""
-    return Snapshot(
-        snapshot=row.id,
-        lineage=lineage.name,
-        parent=row.parent,
-        volume=lineage.name,
-        label=row.label,
-        created=timestamp(row.created),
-        volume_size=row.volume_size,
-        bytes_stored=row.stored + row.manifest_size,
-    )
-
-
-def show(found: Found) -> SnapshotShown:
-    """One snapshot, and what deleting it would free."""
-    shown = asdict(describe(found.lineage, found.row))
-    try:
-        deletion = planned(found.lineage, found.row)
-        manifest = found.lineage.manifest(found.row)
-    except DamagedError as error:
-        _LOG.warning("what deleting it would free cannot be told: %s", error)
-        return SnapshotShown(**shown, bytes_unreferenced=None, bytes_freed=None)
-    facts = manifest.properties
-    return SnapshotShown(
-        **shown,
-        bytes_unreferenced=deletion.unreferenced,
-        bytes_freed=deletion.freed,
-        consistency=facts.get("consistency"),
-        domain=facts.get("libvirt.domain"),
-        disk=facts.get("libvirt.disk"),
-        group=manifest.group,
-    )
 
 
 def delete(found: Sequence[Found], writer: str, dry_run: bool) -> list[Deleted]:
@@ -96,3 +61,39 @@ def delete_one(lineage: Lineage, snapshot: str, writer: str) -> Deletion:
 def planned(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """What deleting the live snapshot `row` would do."""
     return plan_delete(lineage, row, PackReader(lineage), time.time_ns())
+
+
+@dataclass(frozen=True, slots=True)
+class Deletion:
+    """What a delete frees: the record's slots and packs, and two figures in bytes.
+
+    `unreferenced` are the stored bytes of slots that become dead and the manifest; `freed` is what the next
+    sweep removes because of this delete, less what it rewrites.
+    """
+
+    record: Record
+    unreferenced: int
+    freed: int
+
+
+def plan_delete(
+    lineage: Lineage,
+    row: SnapshotRow,
+    packs: PackReader,
+    time: int,
+) -> Deletion:
+    """What deleting the live snapshot `row` frees."""
+    state, numbers = lineage.state, lineage.numbers
+    free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
+    record = Record(
+        lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
+        event="delete", seed=0, deleted=(row.id,), dead=free,
+        packs=with_more_dead(state.packs, free, packs.index),
+    )  # fmt: skip
+    after = state.after(record)
+    bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
+    return Deletion(record, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
+
+
+def _dead_before(packs: Packs, touched: Packs) -> int:
+    return int(packs.dead[packs.find(touched.key)].sum())

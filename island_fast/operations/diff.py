@@ -7,13 +7,12 @@ from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.formats.keys import SLOT_BITS, SnapshotNumbers
+from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest
+from island_fast.formats.runs import NOT_NAMED
 from island_fast.results import Difference
 
 __all__ = ["compare"]
-
-_ZERO = -1  # in the place of a slot key
 
 
 def compare(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Difference:
@@ -28,9 +27,9 @@ def compare(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Di
     edges = np.unique(np.concatenate(bounds))
     edges = edges[edges <= end]
     start, stop = edges[:-1], edges[1:]  # between two edges runs only go on, so their first blocks decide
-    now = _slots(snapshot, start, numbers)
-    changed = np.flatnonzero(now != _slots(since, start, numbers))
-    start, stop, data = _joined(start[changed], stop[changed], now[changed] != _ZERO)
+    now = snapshot.runs_by_key(numbers).slot_keys(start)
+    changed = np.flatnonzero(now != since.runs_by_key(numbers).slot_keys(start))
+    start, stop, data = _joined(start[changed], stop[changed], now[changed] != NOT_NAMED)
     stop = np.minimum(stop * BLOCK_SIZE, snapshot.volume_size)
     start = start * BLOCK_SIZE
     length = stop - start
@@ -47,15 +46,6 @@ def compare(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Di
         length=length,
         data=data,
     )
-
-
-def _slots(manifest: Manifest, blocks: Int64s, numbers: SnapshotNumbers) -> Int64s:
-    """Slot key of each block, _ZERO for one that the manifest does not name."""
-    runs = manifest.runs
-    keys = np.full(blocks.size, _ZERO, np.int64)
-    named, row, offset = runs.locate(blocks)
-    keys[named] = (manifest.packs.keys(numbers)[runs.pack[row]] << SLOT_BITS) + runs.slot[row] + offset
-    return keys
 
 
 def _joined(start: Int64s, stop: Int64s, data: NDArray[np.bool_]) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:

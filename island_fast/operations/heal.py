@@ -11,15 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import secrets
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 
 from island_fast.arrays import Bools, Buffer, Int64s
-from island_fast.dirtymap import BLOCK_SIZE, merge_intervals
+from island_fast.dirtymap import BLOCK_SIZE, NO_INTERVALS, merge_intervals
 from island_fast.errors import (
     UNREADABLE,
     ConflictError,
@@ -28,17 +31,21 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import Packs, Record, pack_full_name, stop_name
+from island_fast.formats.catalog import Packs, Record, pack_full_name
 from island_fast.formats.frame import Kind, open_frame, read_json
 from island_fast.formats.keys import SLOT_BITS
+from island_fast.formats.names import stop_name
 from island_fast.formats.pack import ABSENT, compress_blocks, digest_blocks, open_pack, seal_pack
 from island_fast.formats.runs import Runs
+from island_fast.images.backing import Backing
+from island_fast.images.qcow2_source import Qcow2Source
+from island_fast.images.raw_source import RawSource
 from island_fast.images.source import Source, View
-from island_fast.operations.parent import keyed
-from island_fast.operations.sweep import as_of_now
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
+from island_fast.repository.integrity.catalog import record_findings
 from island_fast.repository.integrity.objects import (
+    CONTRADICTION,
     Examiner,
     Finding,
     Remains,
@@ -46,24 +53,16 @@ from island_fast.repository.integrity.objects import (
     readable,
     slots_of,
 )
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import row_manifest_name
-from island_fast.repository.streams import BATCH, unpacked
+from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
+from island_fast.repository.liveness import as_of_now
+from island_fast.repository.pack_reader import BATCH, unpacked
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["live_runs", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
+__all__ = ["Mender", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
 
 
 _AT_ONCE = 32  # packs for one record
 _LOG = logging.getLogger(__name__)
-
-
-def live_runs(lineage: Lineage) -> Iterator[tuple[str, int, Runs]]:
-    """Id, volume size and runs, with pack keys, of every live snapshot whose manifest can be read."""
-    for row in list(lineage.state.live.values()):
-        with contextlib.suppress(NotFoundError, *UNREADABLE):
-            manifest = lineage.manifest(row)
-            yield row.id, manifest.volume_size, keyed(lineage, manifest)
 
 
 def mend_packs(
@@ -150,7 +149,7 @@ class _Mending:
 
         Rows of slot key and block, int64[n, 2], ascending.
         """
-        homes = np.zeros((0, 2), np.int64)
+        homes = NO_INTERVALS
         for _, _, runs in live_runs(self._lineage):
             blocks, slots = _expanded(runs.among(lost))
             homes = np.unique(np.concatenate([homes, np.stack([slots, blocks], axis=1)]), axis=0)
@@ -159,7 +158,7 @@ class _Mending:
     def _find_others(self, lost: Int64s) -> Int64s:
         """Where else those blocks are, in whatever state: rows of block and slot key, int64[n, 2]."""
         blocks = np.unique(self._homes[:, 1])
-        found = np.zeros((0, 2), np.int64)
+        found = NO_INTERVALS
         for _, _, runs in live_runs(self._lineage):
             named, row, offset = runs.locate(blocks)
             slots = (runs.pack[row] << SLOT_BITS) + runs.slot[row] + offset
@@ -178,7 +177,7 @@ class _Mending:
         for key in keys:
             left = self._packs.remains(key)
             if left is None or not left.kind:  # mended by another, or gone
-                still[key] = np.zeros((0, 2), np.int64)
+                still[key] = NO_INTERVALS
                 continue
             row = self._lineage.state.packs.rows(self._lineage.state.packs.find(np.array([key])))
             found = self._search(key, left)
@@ -358,3 +357,87 @@ def _stopped_by(lineage: Lineage) -> str | None:
     with contextlib.suppress(ObjectMissingError, *UNREADABLE):
         return get_checked(lineage.store, name, check, newest=True)
     return None
+
+
+@dataclass(frozen=True, slots=True)
+class Mender:
+    """Who mends, and an image, with its backing files, to take lost blocks from beside the volume's own."""
+
+    repository: str
+    writer: str
+    image: Path | None
+    backing: Sequence[Backing]
+
+    def views(self, lineage: Lineage, stack: ExitStack) -> list[View]:
+        """What the images hold, the named one first; one that cannot be used is told."""
+        known = lineage.files.image()
+        paths = [self.image] if self.image else []
+        if known and all(os.path.realpath(path) != known for path in paths):
+            paths.append(Path(known))
+        views: list[View] = []
+        for path in paths:
+            try:
+                backing = self.backing if path == self.image else ()
+                source = stack.enter_context(_source(path, lineage, backing))
+                views += views_in(source, lineage)
+            except (IslandError, OSError) as error:
+                _LOG.warning("%s cannot be used to mend anything: %s", path, error)
+        return views
+
+
+def _source(path: Path, lineage: Lineage, backing: Sequence[Backing]) -> Source:
+    """An image in the format that the newest snapshot says; what is taken of it is proved by digests."""
+    newest, image_format = lineage.state.newest(), "qcow2"
+    if newest is not None:
+        try:
+            image_format = lineage.manifest(newest).properties.get("format", image_format)
+        except (NotFoundError, *UNREADABLE):
+            pass
+    if image_format == "raw":
+        return RawSource(path)
+    return Qcow2Source(path, look_only=True, backing=backing)
+
+
+@dataclass(slots=True)
+class _Outcome:
+    """What was mended: the catalog, manifests by snapshot, packs by key with what they still lack."""
+
+    catalog: bool = False
+    manifests: set[str] = field(default_factory=set)
+    packs: dict[int, Int64s] = field(default_factory=dict)
+    refusal: str = ""
+
+    def mended(self, finding: Finding) -> bool:
+        """Whether nothing is left of a finding."""
+        if finding.key is not None:
+            return finding.key in self.packs and not len(self.packs[finding.key])
+        if finding.kind == CONTRADICTION:
+            return False
+        return finding.snapshot in self.manifests if finding.snapshot else self.catalog
+
+    def left(self, finding: Finding) -> Finding:
+        """What is left of a finding that was not mended."""
+        if finding.key is None:
+            return finding
+        return replace(finding, lost=self.packs.get(finding.key, finding.lost))
+
+
+def _mend(lineage: Lineage, findings: Sequence[Finding], mender: Mender, progress: Progress) -> _Outcome:
+    """Mend what can be mended; a refusal is kept, to be told with what it left."""
+    outcome = _Outcome()
+    clear = [finding for finding in findings if finding.kind != CONTRADICTION]
+    try:
+        if any(f.key is None and f.snapshot is None for f in clear):
+            mend_catalog(lineage, mender.writer)
+            left = [name for name in lineage.ended if lineage.store.head(name) is None]
+            outcome.catalog = not left and not record_findings(lineage, lineage.needed_records)[0]
+        for snapshot in [f.snapshot for f in clear if f.snapshot]:
+            if mend_manifest(lineage, mender.writer, snapshot):
+                outcome.manifests.add(snapshot)
+        with ExitStack() as stack:
+            packs = [f for f in findings if f.key is not None]
+            views = mender.views(lineage, stack) if packs else []
+            outcome.packs = mend_packs(lineage, mender.writer, packs, views, progress)
+    except IslandError as error:
+        outcome.refusal = f"it was not mended: {error}"
+    return outcome

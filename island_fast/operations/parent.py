@@ -7,23 +7,15 @@ rule is a table diff where that is sound (docs/format.md, "Pinned base"), and th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-import numpy as np
-
-from island_fast.arrays import Int64s
-from island_fast.dirtymap import distinct
+from island_fast.dirtymap import NO_INTERVALS
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.keys import slot_intervals
-from island_fast.formats.manifest import Manifest
-from island_fast.formats.runs import Runs
 from island_fast.images.source import Base, Source
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 
-__all__ = ["Request", "Start", "choose", "keyed"]
-
-_NONE = np.zeros((0, 2), np.int64)
+__all__ = ["Request", "Start", "choose"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +67,7 @@ def _parent_and_base(
     live = lineage.state.live
     for row in reversed(live.values()):  # type: ignore[call-overload]
         if internal := source.find(row.pin):
-            return row, Base(internal, _NONE), ""
+            return row, Base(internal, NO_INTERVALS), ""
     for retired in lineage.files.retired():
         row = live.get(retired.parent or "")
         if row and (base := _retired_base(lineage, source, retired, row)):
@@ -95,27 +87,6 @@ def _retired_base(
     internal = source.find(retired.pin) if retired else None
     if retired is None or internal is None:
         return None
-    return Base(internal, differing(keyed(lineage, retired), keyed(lineage, lineage.manifest(ancestor))))
-
-
-def keyed(lineage: Lineage, manifest: Manifest) -> Runs:
-    """Runs of a manifest with pack keys, in the numbering of `lineage`, instead of table indices."""
-    return replace(manifest.runs, pack=manifest.packs.keys(lineage.numbers)[manifest.runs.pack])
-
-
-def differing(one: Runs, other: Runs) -> Int64s:
-    """Blocks that the two name differently, int64[n, 2]; both hold pack keys of one numbering."""
-    edges = distinct(np.concatenate([one.intervals().ravel(), other.intervals().ravel()]))
-    if not edges.size:
-        return _NONE
-    spans = np.stack([edges[:-1], edges[1:]], axis=1)
-    unequal = np.flatnonzero(_entry(one, spans[:, 0]) != _entry(other, spans[:, 0]))
-    return np.asarray(spans[unequal], np.int64)
-
-
-def _entry(runs: Runs, blocks: Int64s) -> Int64s:
-    """The slot key of each block; -1 for a block that is not named."""
-    keys = np.full(blocks.size, -1, np.int64)
-    named, row, offset = runs.locate(blocks)
-    keys[named] = slot_intervals(runs.pack[row], runs.slot[row] + offset, offset)[:, 0]
-    return keys
+    inherited = retired.runs_by_key(lineage.numbers)
+    present = lineage.manifest(ancestor).runs_by_key(lineage.numbers)
+    return Base(internal, inherited.differing(present))

@@ -6,26 +6,33 @@ image is made under a temporary name beside the target and gets its own only whe
 
 from __future__ import annotations
 
-import contextlib
-import os
+import logging
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.files import link_new, reserve, sync_folder
+from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
+from island_fast.errors import DamagedObjectError, IslandError, UsageError
+from island_fast.files import reserve
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.manifest import Manifest
+from island_fast.formats.runs import Runs
+from island_fast.images.new_file import new_file
+from island_fast.images.target import Existing
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.pack_reader import PackReader, deletion_told
-from island_fast.repository.streams import receive
-from island_fast.results import Restored
+from island_fast.repository.lineage import Lineage, deletion_told
+from island_fast.repository.open import Found
+from island_fast.repository.pack_reader import PackReader
+from island_fast.repository.streams import Expected, differences, receive
+from island_fast.results import Restored, RestoredOnto, again
 
-__all__ = ["Target", "restore"]
+__all__ = ["Target", "overwrite", "restore"]
+
+_WINDOW = 1 << 13  # words of a map, 64 blocks each
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,44 +93,97 @@ def _cluster_bits(manifest: Manifest) -> int:
     return bits if 16 <= bits <= 21 else 16
 
 
-@contextlib.contextmanager
-def new_file(target: Path) -> Iterator[int]:
-    """A descriptor of a new file that becomes `target` when the body ends well, and else disappears.
+def overwrite(
+    found: Found, manifest: Manifest, target: Existing, dry_run: bool, progress: Progress
+) -> RestoredOnto:
+    """Make `target` the snapshot's volume, followed by zeros where it is larger; or tell what that would do.
 
-    The file is on disk before it gets its name; a target that exists is refused, also at the last moment.
+    Nothing is written before all of it is compared. An error that leaves it half written is told besides.
     """
-    if os.path.lexists(target):
-        raise RefusedError(f"{target} exists already; name another target or remove it first")
-    temporary = target.with_name(f".{target.name[:200]}.island-{os.urandom(8).hex()}")
-    try:  # from before the file is there: a signal may come between its making and the next line
-        try:
-            fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        except FileNotFoundError as error:
-            raise NotFoundError(
-                f"{target} cannot be made: there is no folder {target.parent}; make it or name another target"
-            ) from error
-        except OSError as error:
-            raise IslandError(f"{target} cannot be made: {error.strerror}") from error
-        with _named(target):
-            try:
-                yield fd
-                os.fsync(fd)
-            finally:
-                os.close(fd)
-            if not link_new(str(temporary), str(target)):
-                raise RefusedError(f"{target} was made by someone else meanwhile; it is left alone")
-            sync_folder(target.parent)
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
+    began = time.monotonic()
+    packs = PackReader(found.lineage)
+    runs = manifest.runs_by_key(found.lineage.numbers)
+    with deletion_told(found.lineage, found.row, "restored"):
+        plan = _compare(found, runs, packs, target, progress)
+        compared = target.view.bytes_read
+        if not dry_run:
+            target.refuse_held()  # comparing may have taken hours
+            with _half_written_told(target, found.row.id):
+                _write(plan, runs, packs, target, progress)
+    return RestoredOnto(
+        snapshot=found.row.id,
+        target=str(target.path),
+        format=target.image_format,
+        volume_size=manifest.volume_size,
+        target_size=target.size,
+        bytes_compared=compared,
+        bytes_written=_bytes(target, plan.data) if dry_run else target.written,
+        bytes_zeroed=_bytes(target, plan.zero) if dry_run else target.zeroed,
+        bytes_read=packs.fetched.bytes + found.row.manifest_size,
+        objects_read=packs.fetched.objects + 1,
+        seconds=time.monotonic() - began,
+    )
 
 
-@contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Turn a failure of the target's file system into a sentence."""
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """The target's blocks to be written: from the store, and with zeros."""
+
+    data: DirtyMap
+    zero: DirtyMap
+
+
+def _compare(found: Found, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> _Plan:
+    """What differs. Of blocks that the target does not hold, no digest is asked for: they are zero."""
+    held = target.data(progress)
+    expected = Expected(runs, packs.index)
+    differing, unknown = differences(target.view, held, expected, found.lineage, progress)
+    if unknown:
+        raise DamagedObjectError(f"the manifest of snapshot {found.row.id} names slots that no pack has")
+    named = DirtyMap.from_runs(held.blocks, runs.intervals())
+    return _planned(differing, named, held)
+
+
+def _planned(differing: DirtyMap, named: DirtyMap, held: DirtyMap) -> _Plan:
+    """Data: what is named and differs or is not held. Zeros: what differs and is not named.
+
+    A window at a time: whole maps have 32 MiB each for 16 TiB, and only what is set in them takes memory.
+    """
+    plan = _Plan(DirtyMap(held.blocks), DirtyMap(held.blocks))
+    for at in range(0, held.words.size, _WINDOW):
+        part = slice(at, at + _WINDOW)
+        other, name = differing.words[part], named.words[part]
+        for found, words in (
+            (plan.data, name & (other | ~held.words[part])),
+            (plan.zero, other & ~name),
+        ):
+            if words.any():
+                found.words[part] = words
+    return plan
+
+
+def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> None:
+    """Write what differs, bring it to the disk, and close the target."""
+    done, total = 0, plan.zero.count()
+    progress("zero", 0, total * BLOCK_SIZE)
+    for window in plan.zero.iter_runs():
+        for start, stop in window.tolist():
+            target.zero(start, stop)
+            done += stop - start
+            progress("zero", done * BLOCK_SIZE, total * BLOCK_SIZE)
+    receive(runs, packs, target.write, packs.store.range_gap, progress, plan.data)
+    target.finish()
+
+
+@contextmanager
+def _half_written_told(target: Existing, snapshot: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise IslandError(
-            f"{target} cannot be written: {error.strerror}; free space or name another place"
-        ) from error
+    except (IslandError, OSError):
+        command = again(snapshot, target.path, target.image_format)
+        _LOG.warning("%s may be partly what it was and partly the snapshot; run '%s'", target.path, command)
+        raise
+
+
+def _bytes(target: Existing, blocks: DirtyMap) -> int:
+    return target.bytes_of(blocks.count(), blocks.blocks - 1 in blocks)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
 
-from island_fast.errors import ConflictError, DamagedError, IslandError, RefusedError
+from island_fast.errors import ConflictError, DamagedError, IslandError, RefusedError, UsageError
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.operations.delete import delete_one, planned
-from island_fast.operations.retention import Keep
+from island_fast.operations.delete import Deletion, delete_one, planned
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import Deletion
 from island_fast.results import Decided, Retained, timestamp
 
-__all__ = ["retain"]
+__all__ = ["Keep", "retain"]
+
+_PERIOD_OF: Mapping[str, Callable[[datetime], Hashable]] = {
+    "hourly": lambda time: (time.date(), time.hour),
+    "daily": lambda time: time.date(),
+    "weekly": lambda time: time.isocalendar()[:2],
+    "monthly": lambda time: (time.year, time.month),
+    "yearly": lambda time: time.year,
+}
 
 
 def retain(
@@ -102,3 +110,45 @@ def _summed(volume: str, decided: Sequence[Decided]) -> Retained:
         bytes_freed=sum(one.bytes_freed for one in decided),
         snapshots=tuple(decided),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Keep:
+    """A retention policy: how many snapshots each rule keeps; 0 is no such rule. False if there is none.
+
+    One with any rule keeps the newest snapshot. UsageError for a negative number.
+    """
+
+    last: int = 0
+    hourly: int = 0
+    daily: int = 0
+    weekly: int = 0
+    monthly: int = 0
+    yearly: int = 0
+
+    def __post_init__(self) -> None:
+        if any(getattr(self, rule.name) < 0 for rule in fields(self)):
+            raise UsageError("a rule cannot keep less than no snapshot; give 0 or more")
+
+    def __bool__(self) -> bool:
+        return any(getattr(self, rule.name) for rule in fields(self))
+
+    def decide(self, created: Sequence[int]) -> list[tuple[str, ...]]:
+        """The rules that keep each snapshot, such as ("last", "daily", "oldest yearly"); () where none does.
+
+        created: when each was made, in ns since 1970 UTC, the oldest snapshot first.
+        """
+        times = [datetime.fromtimestamp(time // 10**9, UTC) for time in created]
+        reasons: list[tuple[str, ...]] = [()] * len(times)
+        for rule in fields(self):
+            met: set[Hashable] = set()
+            for at in reversed(range(len(times))):
+                if len(met) == getattr(self, rule.name):
+                    break
+                period = at if rule.name == "last" else _PERIOD_OF[rule.name](times[at])
+                if period not in met:
+                    met.add(period)
+                    reasons[at] += (rule.name,)
+                elif at == 0:
+                    reasons[at] += (f"oldest {rule.name}",)
+        return reasons

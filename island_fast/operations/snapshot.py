@@ -18,24 +18,24 @@ import numpy as np
 
 from island_fast import __version__
 from island_fast.arrays import Int64s
-from island_fast.dirtymap import intersect_intervals, subtract_intervals
+from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError
 from island_fast.formats.catalog import Record
 from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
-from island_fast.images.source import Change, Source, View, pin_name
-from island_fast.operations.parent import Request, Start, choose, keyed
+from island_fast.images.pins import pin_name
+from island_fast.images.source import Change, Source, View
+from island_fast.operations.parent import Request, Start, choose
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
-from island_fast.repository.health import resent
+from island_fast.repository.health import Health, knows_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
-from island_fast.repository.resuming import find_interrupted
-from island_fast.repository.snapshot_writer import Stored, Storing
+from island_fast.repository.snapshot_writer import Stored, Storing, find_interrupted
 from island_fast.repository.streams import send
 from island_fast.results_base import SnapshotTaken
 
-__all__ = ["Member", "Pinned", "Request", "take", "take_together"]
+__all__ = ["Member", "Pinned", "Request", "resent", "take", "take_together"]
 
 
 def take(
@@ -283,7 +283,7 @@ class _Taking:
 
     def _parent_runs(self) -> Runs:
         parent = self._start.parent
-        return keyed(self._lineage, self._lineage.manifest(parent)) if parent else Runs.empty()
+        return self._lineage.manifest(parent).runs_by_key(self._lineage.numbers) if parent else Runs.empty()
 
     def _manifest(self, change: Change, runs: Runs, pin: PinnedBase, view: View, created: int) -> Manifest:
         table, runs = tabulate(runs, self._lineage.name, self._lineage.numbers)
@@ -323,3 +323,22 @@ def _changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int
         intersect_intervals(replaced, np.array([[0, blocks]])), stored.fresh.intervals()
     )
     return stored.fresh.blocks + sum(part.within(gone).blocks for part in parent.windows())
+
+
+def resent(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs]:
+    """`change` with the blocks that the parent has lost, as this host knows, and what of `parent` is proof.
+
+    Such blocks are read from the image and sent again, whatever they hold: an entry that points to a lost
+    block is not inherited. `parent` holds pack keys.
+    """
+    if not knows_damage(lineage):
+        return change, parent
+    gone = parent.among(Health(lineage).lost()).intervals()
+    here = DirtyMap.from_runs(change.candidates.blocks, np.minimum(gone, change.candidates.blocks))
+    again = replace(
+        change,
+        candidates=change.candidates | here,
+        data=change.data | here,
+        replaced=merge_intervals(np.concatenate([change.replaced, gone])),
+    )
+    return again, parent.within(subtract_intervals(parent.intervals(), gone))

@@ -10,32 +10,29 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, manifest_name, pack_full_name
+from island_fast.formats.catalog import Packs, Record, SnapshotRow, pack_full_name
+from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import (
-    GARBAGE_AGE,
-    SweepPlan,
-    live_slots,
-    pack_names,
-    plan_sweep,
-    row_manifest_name,
-    steps,
-)
-from island_fast.repository.resuming import forget_used
+from island_fast.repository.lineage import Lineage, pack_names, row_manifest_name
+from island_fast.repository.liveness import _packs_to_sweep, as_of_now, live_slots
+from island_fast.repository.snapshot_writer import forget_used
 from island_fast.results import SweepStep, Swept
+from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["as_of_now", "sweep"]
+__all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "steps", "sweep"]
+
+GARBAGE_AGE = 24 * 3600.0
+"""Seconds: what no record names must be this old, on any store."""
 
 _LOG = logging.getLogger(__name__)
 
@@ -165,16 +162,102 @@ class _Sweep:
         return size
 
 
-def as_of_now(lineage: Lineage, before: Packs, renamed: Packs) -> Packs:
-    """Rows of packs that were written anew from the rows `before`, for a record that is appended now.
-
-    Slots that died since then stay dead: none comes back to life. ConflictError if a pack is gone.
-    """
-    at = lineage.state.packs.find(renamed.key)
-    if (at < 0).any():
-        raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
-    return replace(renamed, dead=lineage.state.packs.dead[at] - before.dead)
-
-
 def _opener(name: str) -> Callable[[memoryview], tuple[Index, memoryview]]:
     return lambda data: open_pack(name, data)
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPlan:
+    """What a sweep of one lineage will do.
+
+    `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
+    that no record names. Sizes are in bytes.
+    """
+
+    gone: Packs
+    repacked: Packs
+    manifests: tuple[SnapshotRow, ...]
+    garbage: tuple[ObjectInfo, ...]
+
+    @property
+    def removed(self) -> int:
+        """Bytes of the objects that will be deleted."""
+        listed = sum(row.manifest_size for row in self.manifests)
+        listed += sum(info.size for info in self.garbage)
+        return listed + int(self.gone.size.sum() + self.repacked.size.sum())
+
+    @property
+    def rewritten(self) -> int:
+        """Bytes of the packs that will be written anew."""
+        return int((self.repacked.size - self.repacked.dead).sum())
+
+    @property
+    def freed(self) -> int:
+        """Bytes removed less bytes rewritten."""
+        return self.removed - self.rewritten
+
+    @property
+    def objects(self) -> int:
+        """Number of objects that will be deleted."""
+        return len(self.gone) + len(self.repacked) + len(self.manifests) + len(self.garbage)
+
+
+def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -> SweepPlan:
+    """What a sweep would do now. Under the lineage's lock, after `refresh`.
+
+    An object is taken only if the store says that it is older than `grace` seconds. The registrations of the
+    snapshots `given_up` account for nothing any more.
+    """
+    old = _Ages(lineage, grace)
+    gone, repacked = _packs_to_sweep(lineage.state)
+    manifests = lineage.state.dropped.values()
+    return SweepPlan(
+        gone=gone.rows(old.mask(pack_names(lineage, gone))),
+        repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
+        manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
+        garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
+    )
+
+
+def steps(lineage: Lineage, plan: SweepPlan) -> Iterator[tuple[str, str, int, str]]:
+    """The plan object by object: "remove" or "rewrite", its name, its size in bytes, and why."""
+    for name, size in zip(pack_names(lineage, plan.gone), plan.gone.size.tolist(), strict=True):
+        yield "remove", name, size, "no snapshot needs it"
+    sizes = zip(plan.repacked.size.tolist(), plan.repacked.dead.tolist(), strict=True)
+    for name, (size, dead) in zip(pack_names(lineage, plan.repacked), sizes, strict=True):
+        yield "rewrite", name, size, f"{100 * dead // size} % of it is needed no more"
+    for row in plan.manifests:
+        yield "remove", row_manifest_name(lineage, row), row.manifest_size, "its snapshot was deleted"
+    for info in plan.garbage:
+        yield "remove", info.name, info.size, "no record names it"
+
+
+@dataclass(frozen=True, slots=True)
+class _Ages:
+    """Whether objects are old enough to go. A grace of 0 asks the store nothing."""
+
+    lineage: Lineage
+    grace: float
+
+    def there(self, name: str) -> bool:
+        if self.grace <= 0:
+            return True
+        info = self.lineage.store.head(name)
+        return info is None or info.age >= self.grace
+
+    def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
+        return np.array([self.there(name) for name in names], np.bool_)
+
+
+def _garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterable[ObjectInfo]:
+    """Packs and manifests that a listing shows and no record or registration accounts for."""
+    state = lineage.state
+    named = set(pack_names(lineage, state.packs))
+    for row in [*state.live.values(), *state.dropped.values()]:
+        named.add(row_manifest_name(lineage, row))
+    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
+    for kind in ("packs", "manifests"):
+        for info in lineage.store.list(f"{lineage.name}/{kind}/"):
+            snapshot = info.name.split("/")[2].partition("-")[0]
+            if info.name not in named and snapshot not in running and info.age >= age:
+                yield info

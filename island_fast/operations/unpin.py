@@ -5,16 +5,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from island_fast.api import Repository
+from island_fast.images.pins import pinned_lineage, pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
-from island_fast.images.source import pinned_lineage, pinned_snapshot
+from island_fast.repository.open import OpenRepository
 from island_fast.results import Unpinned
 
 __all__ = ["unpin"]
 
 
 def unpin(
-    image: str | Path, qmp: str | Path | None = None, *, orphaned_in: Repository | None = None
+    image: str | Path, qmp: str | Path | None = None, *, orphaned_in: OpenRepository | None = None
 ) -> Unpinned:
     """Drop every pin in `image`, of whatever repository; the next snapshot of it scans in full.
 
@@ -35,7 +35,7 @@ def unpin(
     return Unpinned(str(path), tuple(internal.name for internal in pins), freed)
 
 
-def _is_orphan(pin: str, repository: Repository) -> bool:
+def _is_orphan(pin: str, repository: OpenRepository) -> bool:
     """Whether a pin's snapshot is neither in the repository nor one whose pin still serves as a base."""
     name = pinned_lineage(repository.id, pin)
     if name is None:

@@ -14,21 +14,59 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
+from island_fast.arrays import Int64s
+from island_fast.dirtymap import BLOCK_SIZE, NO_INTERVALS, merge_intervals
 from island_fast.errors import UNREADABLE, DamagedError, NotFoundError, UsageError
-from island_fast.formats.catalog import catalog_name
+from island_fast.formats.catalog import SnapshotRow
+from island_fast.formats.names import catalog_name
 from island_fast.formats.pack import Index
 from island_fast.images.backing import Backing
 from island_fast.operations.compare import compare
-from island_fast.operations.remedying import CATALOG_LOST, INCOMPLETE, Mender, damage, remedied
+from island_fast.operations.heal import Mender, _mend, _Outcome
 from island_fast.progress import Progress
-from island_fast.repository.integrity.lineage import Checkup, Item, extents_of, unreadable
-from island_fast.repository.integrity.objects import DIFFERS, MISSING, Finding
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import row_manifest_name
+from island_fast.repository.integrity.catalog import unreadable
+from island_fast.repository.integrity.lineage import Checkup, Item
+from island_fast.repository.integrity.objects import (
+    CONTRADICTION,
+    DIFFERS,
+    LOST_BLOCKS,
+    MISSING,
+    ROT,
+    Finding,
+)
+from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
 from island_fast.repository.open import OpenRepository
-from island_fast.results import Damage, Verified
+from island_fast.results import Damage, Touched, Verified
 
-__all__ = ["Request", "share", "verify"]
+__all__ = ["CATALOG_LOST", "INCOMPLETE", "Request", "damage", "remedied", "share", "touched", "verify"]
+
+CATALOG_LOST = (
+    "delete and sweep nothing; the host that owns the volume may hold a copy of its catalog: run "
+    "'island verify --all --heal' there"
+)
+INCOMPLETE = (
+    "take a snapshot with --full, which stores what differs; this one, and those taken since, stay wrong"
+)
+_CONTRADICTION = (
+    "delete and sweep nothing of this volume; see whether two hosts wrote to it, or an older copy of the "
+    "repository was put back"
+)
+_NOT_MENDED = (
+    "what is lost is neither in an image that is known here nor in another pack; name an image that may have "
+    "it with --against, or delete the snapshots that are named; the volume's next snapshot is whole"
+)
+_NO_INDEX = (
+    "its index is lost and this host holds no copy, so nothing can prove what its blocks were; delete the "
+    "snapshots that are named; the volume's next snapshot is whole"
+)
+_NO_COPY = (
+    "this host holds no copy of it; one that has read the snapshot may: run it there, once it owns the "
+    "volume; other snapshots are whole"
+)
+
+_EXTENTS = 64  # that an answer lists for each snapshot and object
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +230,78 @@ class _Run:
         for lineage, findings in self._broken:
             found += [damage(lineage.name, finding, (), CATALOG_LOST) for finding in findings]
         return found + self._differing
+
+
+def touched(lineage: Lineage, findings: Sequence[Finding]) -> list[tuple[Touched, ...]]:
+    """For each finding the live snapshots that need what is lost, and where in their volumes."""
+    rows = {row.id: row for row in lineage.state.live.values()}
+    found: list[list[Touched]] = [[] for _ in findings]
+    for number, finding in enumerate(findings):
+        if finding.key is None:
+            ids = [finding.snapshot] if finding.snapshot else list(rows)
+            found[number] = [_whole(rows[one]) for one in ids if one in rows]
+    by_key = {finding.key: n for n, finding in enumerate(findings) if finding.key is not None}
+    lost = merge_intervals(np.concatenate([NO_INTERVALS, *(f.lost for f in findings)]))
+    for snapshot, size, runs in live_runs(lineage) if len(lost) else ():
+        pieces = runs.among(lost)
+        for key in np.unique(pieces.pack).tolist():
+            mine = pieces.intervals()[pieces.pack == key]
+            found[by_key[key]].append(extents_of(snapshot, size, mine))
+    return [tuple(one) for one in found]
+
+
+def _whole(row: SnapshotRow) -> Touched:
+    return Touched(row.id, row.volume_size, ((0, row.volume_size),) if row.volume_size else (), 0)
+
+
+def extents_of(snapshot: str, volume_size: int, blocks: Int64s) -> Touched:
+    """Blocks of a snapshot's volume, int64[n, 2], as an answer tells them."""
+    spans = np.minimum(merge_intervals(blocks) * BLOCK_SIZE, volume_size)
+    listed = [(a, b - a) for a, b in spans[:_EXTENTS].tolist()]
+    return Touched(
+        snapshot, int((spans[:, 1] - spans[:, 0]).sum()), tuple(listed), max(0, len(spans) - _EXTENTS)
+    )
+
+
+def remedied(
+    lineage: Lineage, findings: Sequence[Finding], mender: Mender | None, progress: Progress
+) -> list[Damage]:
+    """What is told of the findings in one lineage, after `mender` has mended what it can."""
+    if not findings:
+        return []
+    before = touched(lineage, findings)
+    outcome = _mend(lineage, findings, mender, progress) if mender else _Outcome()
+    after = touched(lineage, [outcome.left(finding) for finding in findings])
+    told = []
+    for finding, was, now in zip(findings, before, after, strict=True):
+        if outcome.mended(finding):
+            told.append(damage(lineage.name, finding, was, "", mended=True))
+        else:
+            remedy = outcome.refusal or _remedy(lineage, finding, tried=mender is not None)
+            told.append(damage(lineage.name, finding, now, remedy))
+    return told
+
+
+def damage(
+    volume: str, finding: Finding, whom: tuple[Touched, ...], remedy: str, *, mended: bool = False
+) -> Damage:
+    """A finding as it is told."""
+    return Damage(volume, finding.name, finding.kind, finding.told, whom, mended, remedy)
+
+
+def _remedy(lineage: Lineage, finding: Finding, *, tried: bool) -> str:
+    """What can be done about a finding; `tried` if mending it was in vain."""
+    where = f"'island verify --heal' on host {lineage.owner_host}, which owns the volume,"
+    if finding.key is not None:
+        if tried:
+            known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cached(finding.name) is not None
+            return _NOT_MENDED if known else _NO_INDEX
+        return (
+            f"{where} takes what is lost from the volume's image, where that still has it; snapshots that "
+            "are not named are whole"
+        )
+    if finding.kind == CONTRADICTION:
+        return _CONTRADICTION
+    if finding.snapshot:
+        return _NO_COPY if tried else f"{where} puts it back, if that holds a copy; other snapshots are whole"
+    return CATALOG_LOST

@@ -6,16 +6,21 @@ so are the locks on it, though the block device is the same.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import stat
+import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from island_fast.errors import ImageInUseError
 
-__all__ = ["refuse_held"]
+__all__ = ["loops_over", "read_value", "refuse_held"]
+
+_SYSFS = Path("/sys/block")
+_LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, 232  # linux/loop.h; bytes of struct loop_info64
 
 _PROC = Path("/proc")
 _PATIENCE = 1.0  # seconds; udev opens every device that changes, for a moment
@@ -88,3 +93,48 @@ def _writes(process: Path, descriptor: str) -> bool:
         return False
     flags = next((line.split()[1] for line in text.splitlines() if line.startswith("flags:")), "0")
     return int(flags, 8) & os.O_ACCMODE != os.O_RDONLY
+
+
+def loops_over(file: Path) -> list[str]:
+    """Names of all loop devices that stand on a file, by whatever name they were given it."""
+    wanted = os.stat(file)
+    found = sorted(_SYSFS.glob("loop*/loop/backing_file"))
+    return [
+        str(device)
+        for device, behind in ((Path("/dev", entry.parts[-3]), read_value(entry)) for entry in found)
+        if _is_file(behind, wanted) or _stands_on_inode(device, wanted)
+    ]
+
+
+def _is_file(path: str, wanted: os.stat_result) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), wanted)
+    except (OSError, ValueError):
+        return False
+
+
+def _stands_on_inode(device: Path, wanted: os.stat_result) -> bool:
+    """Ask the device itself: the name may be gone, or one of another mount namespace. Takes root's rights."""
+    try:
+        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        told = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO))
+    except OSError:  # detached meanwhile
+        return False
+    finally:
+        os.close(fd)
+    number, inode = struct.unpack_from("QQ", told)
+    minor = number & 0xFF | number >> 12 & 0xFFF00  # the kernel's huge_encode_dev
+    return (number >> 8 & 0xFFF, minor, inode) == (
+        os.major(wanted.st_dev), os.minor(wanted.st_dev), wanted.st_ino,
+    )  # fmt: skip
+
+
+def read_value(path: Path) -> str:
+    """A value of sysfs; "" where there is none."""
+    try:
+        return path.read_text(errors="surrogateescape").strip("\n")
+    except OSError:
+        return ""

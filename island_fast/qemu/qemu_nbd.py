@@ -20,9 +20,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from island_fast.cinder.attach.nbd_netlink import Client, shake_hands
 from island_fast.errors import ImageInUseError, IslandError, UsageError
 from island_fast.qemu.block_nodes import file_node, qcow2_node
+from island_fast.qemu.nbd_handshake import Client, shake_hands
 from island_fast.qemu.programs import TIMEOUT, said_by
 
 __all__ = ["Disk", "Piece", "writing"]

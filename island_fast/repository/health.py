@@ -8,21 +8,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
-from island_fast.dirtymap import DirtyMap, merge_intervals, subtract_intervals
-from island_fast.formats.catalog import manifest_name, pack_full_name
+from island_fast.dirtymap import NO_INTERVALS, merge_intervals
+from island_fast.formats.catalog import pack_full_name
 from island_fast.formats.keys import SLOT_BITS
+from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import MAX_SLOTS
-from island_fast.formats.runs import Runs
-from island_fast.images.source import Change
 from island_fast.repository.lineage import Lineage
 
-__all__ = ["Health", "knows_damage", "resent"]
+__all__ = ["Health", "knows_damage"]
 
 _PROVED, _DAMAGED = "/proved", "/damaged"
 
@@ -56,9 +54,9 @@ class Health:
     def lost(self) -> Int64s:
         """Slots of live packs that cannot be read, as merged intervals of slot keys, int64[n, 2]."""
         if not self._damaged:
-            return np.zeros((0, 2), np.int64)
+            return NO_INTERVALS
         packs, lineage = self._lineage.state.packs, self._lineage
-        found = [np.zeros((0, 2), np.int64)]
+        found = [NO_INTERVALS]
         for row, key in enumerate(packs.key.tolist()):
             name = pack_full_name(lineage.name, packs, row, lineage.numbers)
             found.append(self._damaged.get(self._short(name), found[0]) + (key << SLOT_BITS))
@@ -113,24 +111,5 @@ def _rows(value: object) -> Int64s:
     try:
         rows = np.array(value, np.int64).reshape(-1, 2)
     except (ValueError, TypeError, OverflowError):
-        rows = np.zeros((0, 2), np.int64)
+        rows = NO_INTERVALS
     return rows if ((rows >= 0) & (rows <= MAX_SLOTS)).all() else rows[:0]
-
-
-def resent(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs]:
-    """`change` with the blocks that the parent has lost, as this host knows, and what of `parent` is proof.
-
-    Such blocks are read from the image and sent again, whatever they hold: an entry that points to a lost
-    block is not inherited. `parent` holds pack keys.
-    """
-    if not knows_damage(lineage):
-        return change, parent
-    gone = parent.among(Health(lineage).lost()).intervals()
-    here = DirtyMap.from_runs(change.candidates.blocks, np.minimum(gone, change.candidates.blocks))
-    again = replace(
-        change,
-        candidates=change.candidates | here,
-        data=change.data | here,
-        replaced=merge_intervals(np.concatenate([change.replaced, gone])),
-    )
-    return again, parent.within(subtract_intervals(parent.intervals(), gone))

@@ -17,7 +17,9 @@ from dataclasses import dataclass, replace
 
 from island_fast.arrays import Buffer
 from island_fast.errors import (
+    UNREADABLE,
     ConflictError,
+    DamagedError,
     DamagedObjectError,
     NotFoundError,
     ObjectMissingError,
@@ -26,23 +28,24 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    Packs,
     Record,
     SnapshotRow,
     State,
-    catalog_name,
     decode_record,
     encode_record,
-    manifest_name,
-    stop_name,
+    pack_full_name,
 )
 from island_fast.formats.frame import Kind, Section, json_bytes, seal
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, decode
+from island_fast.formats.names import catalog_name, manifest_name, stop_name
+from island_fast.formats.runs import Runs
 from island_fast.repository.local_state import LineageFiles
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Lineage"]
+__all__ = ["Lineage", "deletion_told", "live_runs", "pack_names", "row_manifest_name"]
 
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
@@ -448,3 +451,33 @@ def _numbers(name: str) -> tuple[int, int]:
     """Epoch and number from the last component of a record's name."""
     epoch, _, number = name.partition("-")
     return int(epoch), int(number)
+
+
+def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
+    """Full names of packs of the lineage."""
+    return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
+
+
+def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
+    """Name of the manifest of a snapshot, live or dropped."""
+    return manifest_name(lineage.name, row.id, row.attempt)
+
+
+def live_runs(lineage: Lineage) -> Iterator[tuple[str, int, Runs]]:
+    """Id, volume size and runs, with pack keys, of every live snapshot whose manifest can be read."""
+    for row in list(lineage.state.live.values()):
+        with contextlib.suppress(NotFoundError, *UNREADABLE):
+            manifest = lineage.manifest(row)
+            yield row.id, manifest.volume_size, manifest.runs_by_key(lineage.numbers)
+
+
+@contextlib.contextmanager
+def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
+    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
+    try:
+        yield
+    except (NotFoundError, DamagedError) as error:
+        lineage.refresh()
+        if row.id not in lineage.state.live:
+            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
+        raise

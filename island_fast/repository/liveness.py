@@ -9,110 +9,25 @@ be unknown to the state, of no registered snapshot, and older than the grace. `r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
-from island_fast.errors import UNREADABLE, DamagedObjectError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, manifest_name, pack_full_name
+from island_fast.errors import UNREADABLE, ConflictError, DamagedObjectError
+from island_fast.formats.catalog import Packs, SnapshotRow, State
 from island_fast.formats.keys import PACK_BITS, SLOT_BITS, SnapshotNumbers
 from island_fast.formats.pack import Index
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.pack_reader import PackReader
-from island_fast.stores.base import ObjectInfo
 
-__all__ = [
-    "GARBAGE_AGE",
-    "Deletion",
-    "SweepPlan",
-    "freeable",
-    "live_slots",
-    "needed_alone",
-    "pack_names",
-    "plan_delete",
-    "plan_sweep",
-    "row_manifest_name",
-    "steps",
-    "with_more_dead",
-]
+__all__ = ["as_of_now", "freeable", "live_slots", "needed_alone", "with_more_dead"]
 
-GARBAGE_AGE = 24 * 3600.0
-"""Seconds: what no record names must be this old, on any store."""
 
 _LOG = logging.getLogger(__name__)
 _SLOT_MASK = (1 << SLOT_BITS) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class Deletion:
-    """What a delete frees: the record's slots and packs, and two figures in bytes.
-
-    `unreferenced` are the stored bytes of slots that become dead and the manifest; `freed` is what the next
-    sweep removes because of this delete, less what it rewrites.
-    """
-
-    record: Record
-    unreferenced: int
-    freed: int
-
-
-@dataclass(frozen=True, slots=True)
-class SweepPlan:
-    """What a sweep of one lineage will do.
-
-    `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
-    that no record names. Sizes are in bytes.
-    """
-
-    gone: Packs
-    repacked: Packs
-    manifests: tuple[SnapshotRow, ...]
-    garbage: tuple[ObjectInfo, ...]
-
-    @property
-    def removed(self) -> int:
-        """Bytes of the objects that will be deleted."""
-        listed = sum(row.manifest_size for row in self.manifests)
-        listed += sum(info.size for info in self.garbage)
-        return listed + int(self.gone.size.sum() + self.repacked.size.sum())
-
-    @property
-    def rewritten(self) -> int:
-        """Bytes of the packs that will be written anew."""
-        return int((self.repacked.size - self.repacked.dead).sum())
-
-    @property
-    def freed(self) -> int:
-        """Bytes removed less bytes rewritten."""
-        return self.removed - self.rewritten
-
-    @property
-    def objects(self) -> int:
-        """Number of objects that will be deleted."""
-        return len(self.gone) + len(self.repacked) + len(self.manifests) + len(self.garbage)
-
-
-def plan_delete(
-    lineage: Lineage,
-    row: SnapshotRow,
-    packs: PackReader,
-    time: int,
-) -> Deletion:
-    """What deleting the live snapshot `row` frees."""
-    state, numbers = lineage.state, lineage.numbers
-    free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    record = Record(
-        lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
-        event="delete", seed=0, deleted=(row.id,), dead=free,
-        packs=with_more_dead(state.packs, free, packs.index),
-    )  # fmt: skip
-    after = state.after(record)
-    bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
-    return Deletion(record, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
 
 
 def needed_alone(
@@ -141,10 +56,6 @@ def freeable(state: State) -> int:
     gone, repacked = _packs_to_sweep(state)
     manifests = sum(row.manifest_size for row in state.dropped.values())
     return int(gone.size.sum() + repacked.dead.sum()) + manifests
-
-
-def _dead_before(packs: Packs, touched: Packs) -> int:
-    return int(packs.dead[packs.find(touched.key)].sum())
 
 
 def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) -> Packs:
@@ -199,77 +110,6 @@ def _packs_to_sweep(state: State) -> tuple[Packs, Packs]:
     return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))
 
 
-def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -> SweepPlan:
-    """What a sweep would do now. Under the lineage's lock, after `refresh`.
-
-    An object is taken only if the store says that it is older than `grace` seconds. The registrations of the
-    snapshots `given_up` account for nothing any more.
-    """
-    old = _Ages(lineage, grace)
-    gone, repacked = _packs_to_sweep(lineage.state)
-    manifests = lineage.state.dropped.values()
-    return SweepPlan(
-        gone=gone.rows(old.mask(pack_names(lineage, gone))),
-        repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
-        manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
-        garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
-    )
-
-
-def steps(lineage: Lineage, plan: SweepPlan) -> Iterator[tuple[str, str, int, str]]:
-    """The plan object by object: "remove" or "rewrite", its name, its size in bytes, and why."""
-    for name, size in zip(pack_names(lineage, plan.gone), plan.gone.size.tolist(), strict=True):
-        yield "remove", name, size, "no snapshot needs it"
-    sizes = zip(plan.repacked.size.tolist(), plan.repacked.dead.tolist(), strict=True)
-    for name, (size, dead) in zip(pack_names(lineage, plan.repacked), sizes, strict=True):
-        yield "rewrite", name, size, f"{100 * dead // size} % of it is needed no more"
-    for row in plan.manifests:
-        yield "remove", row_manifest_name(lineage, row), row.manifest_size, "its snapshot was deleted"
-    for info in plan.garbage:
-        yield "remove", info.name, info.size, "no record names it"
-
-
-@dataclass(frozen=True, slots=True)
-class _Ages:
-    """Whether objects are old enough to go. A grace of 0 asks the store nothing."""
-
-    lineage: Lineage
-    grace: float
-
-    def there(self, name: str) -> bool:
-        if self.grace <= 0:
-            return True
-        info = self.lineage.store.head(name)
-        return info is None or info.age >= self.grace
-
-    def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
-        return np.array([self.there(name) for name in names], np.bool_)
-
-
-def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
-    """Full names of packs of the lineage."""
-    return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
-
-
-def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
-    """Name of the manifest of a snapshot, live or dropped."""
-    return manifest_name(lineage.name, row.id, row.attempt)
-
-
-def _garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterable[ObjectInfo]:
-    """Packs and manifests that a listing shows and no record or registration accounts for."""
-    state = lineage.state
-    named = set(pack_names(lineage, state.packs))
-    for row in [*state.live.values(), *state.dropped.values()]:
-        named.add(row_manifest_name(lineage, row))
-    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
-    for kind in ("packs", "manifests"):
-        for info in lineage.store.list(f"{lineage.name}/{kind}/"):
-            snapshot = info.name.split("/")[2].partition("-")[0]
-            if info.name not in named and snapshot not in running and info.age >= age:
-                yield info
-
-
 def live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
     """Which of a pack's slots are not dead."""
     keep = np.ones(slots, np.bool_)
@@ -277,3 +117,14 @@ def live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
     for first, stop in (state.dead[at:end] - (key << SLOT_BITS)).tolist():
         keep[first:stop] = False
     return keep
+
+
+def as_of_now(lineage: Lineage, before: Packs, renamed: Packs) -> Packs:
+    """Rows of packs that were written anew from the rows `before`, for a record that is appended now.
+
+    Slots that died since then stay dead: none comes back to life. ConflictError if a pack is gone.
+    """
+    at = lineage.state.packs.find(renamed.key)
+    if (at < 0).any():
+        raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
+    return replace(renamed, dead=lineage.state.packs.dead[at] - before.dead)

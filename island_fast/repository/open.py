@@ -27,8 +27,9 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, read_json, seal
-from island_fast.formats.manifest import LINEAGE_PATTERN, SNAPSHOT_PATTERN
-from island_fast.images.source import Source, pinned_lineage
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.images.pins import pinned_lineage
+from island_fast.images.source import Source
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store

@@ -18,23 +18,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Bytes2D, Int64s
-from island_fast.dirtymap import distinct
+from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import (
     UNREADABLE,
-    DamagedError,
     DamagedObjectError,
     IslandError,
-    NotFoundError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import SnapshotRow, pack_full_name
-from island_fast.formats.pack import Index, front_size, open_pack, read_front, stored_ranges
+from island_fast.formats.catalog import pack_full_name
+from island_fast.formats.pack import Index, front_size, open_pack, read_front, stored_ranges, unpack_blocks
 from island_fast.formats.runs import Runs
 from island_fast.repository.lineage import Lineage
 from island_fast.stores.base import Range, Store
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["KnownDigests", "PackReader", "Place", "deletion_told"]
+__all__ = ["BATCH", "KnownDigests", "PackReader", "Place", "Unpacked", "by_pack", "unpacked"]
+
+BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
 
 T = TypeVar("T")
 
@@ -279,13 +279,46 @@ class KnownDigests:
             return None
 
 
-@contextlib.contextmanager
-def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
-    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
-    try:
-        yield
-    except (NotFoundError, DamagedError) as error:
-        lineage.refresh()
-        if row.id not in lineage.state.live:
-            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
-        raise
+def by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:
+    """Each pack that `runs` name, once, with its runs; in the volume's order, which disks like."""
+    order = np.argsort(runs.pack, kind="stable")
+    packs = runs.pack[order]
+    first = np.flatnonzero(np.append(packs.size > 0, packs[1:] != packs[:-1]))
+    keys = packs[first]
+    bounds = np.append(first, len(runs))
+    for at in np.argsort(runs.start[order[first]], kind="stable").tolist():
+        rows = order[bounds[at] : bounds[at + 1]]
+        yield int(keys[at]), Runs(runs.start[rows], runs.length[rows], runs.pack[rows], runs.slot[rows])
+
+
+@dataclass(frozen=True, slots=True)
+class Unpacked:
+    """Blocks of one pack: which of the slots asked for, as they are stored, and decoded.
+
+    `rows` (uint8[n, BLOCK_SIZE]) are proved by the digests in `index`, and change when the next batch comes.
+    """
+
+    index: Index
+    part: slice
+    stored: list[memoryview]
+    rows: Bytes2D
+
+
+def unpacked(
+    packs: PackReader, key: int, slots: Int64s, gap: int, buffer: Bytes2D | None = None
+) -> Iterator[Unpacked]:
+    """The blocks in `slots` (ascending) of a pack, in batches that `buffer` holds, or one made for it."""
+    if not slots.size:
+        return
+    index, stored = packs.stored(key, slots, gap)
+    out = np.empty((BATCH, BLOCK_SIZE), np.uint8) if buffer is None else buffer
+    for at in range(0, slots.size, BATCH):
+        part = slice(at, at + BATCH)
+        rows = out[: slots[part].size]
+        try:
+            unpack_blocks(index, slots[part], stored[part], rows)
+        except DamagedObjectError:
+            index, stored = packs.proved(key, slots, damaged=1)
+            unpack_blocks(index, slots[part], stored[part], rows)
+        yield Unpacked(index, part, stored[part], rows)
+    packs.tell_damage(key)

@@ -13,81 +13,35 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from queue import SimpleQueue
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast import _diff
-from island_fast.arrays import Buffer, Bytes2D, Int64s
+from island_fast.arrays import Bools, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError
-from island_fast.formats.catalog import pack_name
 from island_fast.formats.pack import (
-    MAX_SLOTS,
-    PACK_SIZE,
     Index,
-    PackHeader,
     compress_blocks,
     digest_blocks,
     plain_blocks,
-    seal_pack,
-    unpack_blocks,
 )
 from island_fast.formats.runs import Runs
+from island_fast.images.source import View
 from island_fast.progress import Progress
-from island_fast.repository.pack_reader import KnownDigests, PackReader
-from island_fast.stores.base import Store
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.pack_reader import BATCH, KnownDigests, PackReader, by_pack, unpacked
+from island_fast.repository.pack_writer import Batch, PackRow, PackSink
 
-__all__ = [
-    "BATCH",
-    "Batch",
-    "Known",
-    "PackRow",
-    "PackSink",
-    "Sent",
-    "Unpacked",
-    "by_pack",
-    "expand",
-    "receive",
-    "send",
-    "unpacked",
-    "workers",
-]
+__all__ = ["Expected", "Known", "Sent", "carry", "differences", "receive", "send", "workers"]
+
+_NONE = np.zeros(0, np.int64)
+_FETCHING = 2  # packs that are being fetched, or have been and wait: each is in memory
 
 
-BATCH = 32  # blocks read, hashed and compressed at a time: 2 MiB
 _READING = 6  # batches that are not yet in a pack
-
-
-@dataclass(frozen=True, slots=True)
-class PackRow:
-    """A pack that was written: its number, attempt, full name, object size in bytes, and slots."""
-
-    number: int
-    attempt: int
-    name: str
-    size: int
-    slots: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Blocks that were read: how many, those found `same` and `kept`, and what is to be stored.
-
-    Of that: block numbers, the bytes in order (which may be views of the buffer that the blocks were read
-    into), and index columns.
-    """
-
-    read: int
-    same: Int64s
-    kept: Int64s
-    blocks: Int64s
-    parts: list[Buffer]
-    lengths: Int64s
-    codecs: NDArray[np.uint8]
-    digests: Bytes2D
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,149 +142,6 @@ def workers(count: int, name: str) -> Iterator[ThreadPoolExecutor]:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-@dataclass(slots=True)
-class _Open:
-    """The pack that is being filled; `data` is one of the sink's buffers, filled up to `size`."""
-
-    data: NDArray[np.uint8]
-    blocks: list[Int64s] = field(default_factory=list)
-    lengths: list[Int64s] = field(default_factory=list)
-    codecs: list[NDArray[np.uint8]] = field(default_factory=list)
-    digests: list[Bytes2D] = field(default_factory=list)
-    size: int = 0
-    slots: int = 0
-
-
-class PackSink:
-    """Fills packs in the order of `add` and uploads them, at most `store.uploads` or `at_once` at a time.
-
-    A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
-    by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
-    front)` is called from workers as soon as a pack is durable, `told()` by `add` and at the end when
-    `durable` counts its blocks. Packs are numbered from `header.number` on.
-    """
-
-    def __init__(
-        self,
-        store: Store,
-        header: PackHeader,
-        attempt: int,
-        stored: Callable[[PackRow, Int64s, bytes], None],
-        at_once: int | None = None,
-    ) -> None:
-        self.seed = header.seed
-        self.readers = store.readers
-        self.written: list[PackRow] = []
-        self.told: Callable[[], None] = lambda: None
-        self.durable = 0
-        self._store = store
-        self._header = header
-        self._attempt = attempt
-        self._stored = stored
-        self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
-        self._at_once = min(store.uploads, at_once or store.uploads)
-        for _ in range(self._at_once + 1):  # kept and reused: what threads allocate and free stays fragmented
-            self._buffers.put(np.empty(PACK_SIZE, np.uint8))
-        self._open = _Open(self._buffers.get())
-        self._runs: list[Runs] = []  # of each pack; not its blocks, which would grow with the volume
-        self._uploads: deque[Future[PackRow]] = deque()
-        self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="island-upload")
-
-    def __enter__(self) -> PackSink:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self._seal()
-                self._wait(0)
-        finally:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def add(self, batch: Batch) -> None:
-        """Put the blocks of `batch` into the pack that is being filled; may wait for an upload.
-
-        They may come in any order: slots ascend as their blocks do within each pack.
-        """
-        self._wait(self._store.uploads)
-        if not batch.blocks.size:
-            return
-        pack, size = self._open, int(batch.lengths.sum())
-        if pack.size + size > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
-            self._seal()
-            pack = self._open
-        at = pack.size
-        for part in batch.parts:  # the only copy on the way to the store
-            pack.data[at : at + len(part)] = np.frombuffer(part, np.uint8)
-            at += len(part)
-        pack.blocks.append(batch.blocks)
-        pack.lengths.append(batch.lengths)
-        pack.codecs.append(batch.codecs)
-        pack.digests.append(batch.digests)
-        pack.size = at
-        pack.slots += batch.blocks.size
-
-    def runs(self) -> Runs:
-        """Where each block went: runs over blocks, slots and pack numbers."""
-        return Runs.together(self._runs)
-
-    def _seal(self) -> None:
-        """Send the open pack on its way, when it holds anything, and open the next."""
-        pack = self._open
-        if not pack.slots:
-            return
-        number = self._header.number + len(self._runs)
-        blocks = np.concatenate(pack.blocks)
-        order = np.argsort(blocks, kind="stable")
-        blocks = blocks[order]
-        self._runs.append(_in_pack(number, blocks))
-        self._wait(self._at_once - 1)
-        self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
-        self._open = _Open(self._buffers.get())
-
-    def _wait(self, most: int) -> None:
-        while len(self._uploads) > most or (self._uploads and self._uploads[0].done()):
-            self.written.append(self._uploads.popleft().result())
-            self.durable += self.written[-1].slots
-            self.told()
-
-    def _upload(self, number: int, pack: _Open, blocks: Int64s, order: Int64s) -> PackRow:
-        header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
-        name = pack_name(header.lineage, header.snapshot, number, self._attempt)
-        try:
-            parts, size = seal_pack(
-                name,
-                header,
-                _ordered(pack, order),
-                np.concatenate(pack.lengths)[order],
-                np.concatenate(pack.codecs)[order],
-                np.concatenate(pack.digests)[order],
-            )
-            self._store.put(name, parts)
-        finally:
-            self._buffers.put(pack.data)
-        row = PackRow(number, self._attempt, name, size, pack.slots)
-        self._stored(row, blocks, b"".join(parts[:-1]))
-        return row
-
-
-def _in_pack(number: int, blocks: Int64s) -> Runs:
-    """Runs of a pack that holds `blocks`, ascending, in its slots from 0 on."""
-    slot = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
-    length = np.diff(np.append(slot, blocks.size))
-    return Runs.narrow(blocks[slot], length, np.full(slot.size, number, np.int32), slot)
-
-
-def _ordered(pack: _Open, order: Int64s) -> list[memoryview]:
-    """The pack's stored blocks in this order: pieces of its buffer, as few as there can be."""
-    lengths = np.concatenate(pack.lengths)
-    ends = np.cumsum(lengths)
-    first = np.flatnonzero(np.append(True, np.diff(order) != 1))
-    last = np.append(first[1:], order.size) - 1
-    spans = zip((ends - lengths)[order[first]].tolist(), ends[order[last]].tolist(), strict=True)
-    return [pack.data[a:b].data for a, b in spans]
-
-
 def receive(
     runs: Runs,
     packs: PackReader,
@@ -368,18 +179,6 @@ def receive(
             waiting.popleft().result()
 
 
-def by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:
-    """Each pack that `runs` name, once, with its runs; in the volume's order, which disks like."""
-    order = np.argsort(runs.pack, kind="stable")
-    packs = runs.pack[order]
-    first = np.flatnonzero(np.append(packs.size > 0, packs[1:] != packs[:-1]))
-    keys = packs[first]
-    bounds = np.append(first, len(runs))
-    for at in np.argsort(runs.start[order[first]], kind="stable").tolist():
-        rows = order[bounds[at] : bounds[at + 1]]
-        yield int(keys[at]), Runs(runs.start[rows], runs.length[rows], runs.pack[rows], runs.slot[rows])
-
-
 def _unpack(
     packs: PackReader,
     key: int,
@@ -391,7 +190,7 @@ def _unpack(
     wanted: DirtyMap | None,
 ) -> None:
     """Fetch, check and write the blocks that one pack holds, through one of `buffers`."""
-    blocks, slots = expand(runs)
+    blocks, slots = runs.expand()
     if wanted is not None:
         mine = wanted.holds(blocks)
         blocks, slots = blocks[mine], slots[mine]
@@ -404,44 +203,172 @@ def _unpack(
         buffers.put(buffer)
 
 
-@dataclass(frozen=True, slots=True)
-class Unpacked:
-    """Blocks of one pack: which of the slots asked for, as they are stored, and decoded.
+class Expected:
+    """What blocks should be, by the pack indexes; `runs` hold pack keys. Thread-safe.
 
-    `rows` (uint8[n, BLOCK_SIZE]) are proved by the digests in `index`, and change when the next batch comes.
+    `index(key)` gives the index of a pack, None if it cannot be read; it is called by one thread at a time.
     """
 
-    index: Index
-    part: slice
-    stored: list[memoryview]
-    rows: Bytes2D
+    def __init__(self, runs: Runs, index: Callable[[int], Index | None]) -> None:
+        self.runs = runs
+        self._index = index
+        self._lock = threading.Lock()
+
+    def of(self, blocks: Int64s) -> tuple[Bytes2D, Bools, Bools]:
+        """Digests of `blocks`, uint8[n, 16]; which have one; and which have one that cannot be read."""
+        digests = np.zeros((blocks.size, 16), np.uint8)
+        known, unknown = np.zeros(blocks.size, np.bool_), np.zeros(blocks.size, np.bool_)
+        named, row, offset = self.runs.locate(blocks)
+        keys, slots = self.runs.pack[row], self.runs.slot[row] + offset
+        for key in np.unique(keys).tolist():
+            mine = keys == key
+            with self._lock:
+                index = self._index(key)
+            if index is None or int(slots[mine].max()) >= len(index.rows):
+                unknown[named[mine]] = True
+            else:
+                digests[named[mine]] = index.rows["digest"][slots[mine]]
+                known[named[mine]] = True
+        return digests, known, unknown
 
 
-def unpacked(
-    packs: PackReader, key: int, slots: Int64s, gap: int, buffer: Bytes2D | None = None
-) -> Iterator[Unpacked]:
-    """The blocks in `slots` (ascending) of a pack, in batches that `buffer` holds, or one made for it."""
-    if not slots.size:
-        return
-    index, stored = packs.stored(key, slots, gap)
-    out = np.empty((BATCH, BLOCK_SIZE), np.uint8) if buffer is None else buffer
-    for at in range(0, slots.size, BATCH):
-        part = slice(at, at + BATCH)
-        rows = out[: slots[part].size]
-        try:
-            unpack_blocks(index, slots[part], stored[part], rows)
-        except DamagedObjectError:
-            index, stored = packs.proved(key, slots, damaged=1)
-            unpack_blocks(index, slots[part], stored[part], rows)
-        yield Unpacked(index, part, stored[part], rows)
-    packs.tell_damage(key)
+def differences(
+    view: View, looked_at: DirtyMap, expected: Expected, lineage: Lineage, progress: Progress
+) -> tuple[DirtyMap, DirtyMap]:
+    """Read the blocks in `looked_at`, and see which are not as they should be, and which cannot be compared.
+
+    A block of which nothing is expected should be zero. They are read and hashed by several workers, in
+    bounded memory; progress is told in the calling thread.
+    """
+    differing, unknown = DirtyMap(view.blocks), DirtyMap(view.blocks)
+    waiting: deque[Future[tuple[Int64s, Int64s, int]]] = deque()
+    buffers = deque(np.empty((BATCH, BLOCK_SIZE), np.uint8) for _ in range(_READING))
+    done, total = 0, looked_at.count()
+
+    def take() -> None:
+        nonlocal done
+        other, unread, read = waiting.popleft().result()
+        differing.set_indices(other)
+        unknown.set_indices(unread)
+        done += read
+        progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
+
+    with workers(min(lineage.store.readers, _READING), "compare") as pool:
+        for blocks in looked_at.batches(BATCH):
+            if len(waiting) == _READING:
+                take()
+            rows = buffers[0][: blocks.size]  # of the batch that was taken just now
+            buffers.rotate(-1)
+            waiting.append(pool.submit(_compared, view, blocks, rows, expected, lineage.seed))
+        while waiting:
+            take()
+    return differing, unknown
 
 
-def expand(runs: Runs) -> tuple[Int64s, Int64s]:
-    """Block numbers and slots of one pack's runs, one row a block, slots ascending."""
-    if runs.blocks > MAX_SLOTS:
-        raise DamagedObjectError("a manifest names more slots of a pack than a pack can have")
-    within = np.arange(runs.blocks) - np.repeat(np.cumsum(runs.length) - runs.length, runs.length)
-    blocks, slots = np.repeat(runs.start, runs.length) + within, np.repeat(runs.slot, runs.length) + within
-    order = np.argsort(slots, kind="stable")
-    return blocks[order], slots[order]
+def _compared(
+    view: View, blocks: Int64s, rows: Bytes2D, expected: Expected, seed: int
+) -> tuple[Int64s, Int64s, int]:
+    """Of some blocks, those that differ, those that cannot be compared, and how many were read."""
+    view.read(blocks, rows)
+    zero = np.empty(blocks.size, np.uint8)
+    _diff.zero_blocks(rows.reshape(-1), BLOCK_SIZE, zero)
+    digests, known, unread = expected.of(blocks)
+    equal = (digest_blocks(rows, seed) == digests).all(axis=1)
+    return blocks[np.where(known, ~equal, zero == 0) & ~unread], blocks[unread], blocks.size
+
+
+def carry(
+    runs: Runs,
+    packs: PackReader,
+    gap: int,
+    known: Known,
+    sink: PackSink,
+    blocks: int,
+    progress: Progress,
+) -> Sent:
+    """Fetch every block that `runs` (with pack keys of `packs`) name, check it, and put it into `sink`.
+
+    Of a pack little of which is wanted, ranges are fetched, merged over gaps of at most `gap` bytes. Blocks
+    that are `known` on the other side are not fetched; both have digests of one seed. The volume has `blocks`
+    blocks.
+    Returns when every pack is durable; DamagedObjectError names a pack that is not whole. Progress is told in
+    the calling thread, of what is durable or need not be sent.
+    """
+    same, kept = DirtyMap(blocks), DirtyMap(blocks)
+    total, unsent = runs.blocks, 0
+    waiting: deque[Future[list[Batch]]] = deque()
+    fetch = _Fetch(packs, gap, known, sink.seed)
+
+    def tell() -> None:
+        progress("copy", (unsent + sink.durable) * BLOCK_SIZE, total * BLOCK_SIZE)
+
+    def take() -> None:
+        nonlocal unsent
+        for batch in waiting.popleft().result():
+            same.set_indices(batch.same)
+            kept.set_indices(batch.kept)
+            sink.add(batch)
+            unsent += batch.read - batch.blocks.size
+        tell()
+
+    sink.told = tell
+    with workers(min(packs.store.downloads, _FETCHING), "copy") as pool, sink:
+        for key, named in by_pack(runs):
+            if len(waiting) == _FETCHING:
+                take()
+            waiting.append(pool.submit(fetch, key, named))
+        while waiting:
+            take()
+    return Sent(sink.written, sink.runs(), same, kept)
+
+
+class _Fetch:
+    """Fetches what is wanted of a pack; called from workers."""
+
+    def __init__(self, packs: PackReader, gap: int, known: Known, seed: int) -> None:
+        self._packs = packs
+        self._gap = gap
+        self._known = known
+        self._seed = seed
+
+    def __call__(self, key: int, runs: Runs) -> list[Batch]:
+        blocks, slots = runs.expand()
+        same, kept = self._not_wanted(key, blocks, slots)
+        wanted = ~(same | kept)
+        found = _nothing_to_send(blocks, same, kept)
+        return [found, *self._batches(key, blocks[wanted], slots[wanted])]
+
+    def _not_wanted(self, key: int, blocks: Int64s, slots: Int64s) -> tuple[Bools, Bools]:
+        """Which blocks the other side's parent has, and which an earlier attempt has sent."""
+        none = np.zeros(blocks.size, np.bool_)
+        if not (self._known.parent.names(blocks) or self._known.kept.names(blocks)):
+            return none, none
+        index = self._packs.index(key)
+        if int(slots.max()) >= len(index.rows):
+            return none, none  # damage, which fetching it will name
+        digests = index.digests[slots]
+        same = self._known.parent.same(blocks, digests)
+        return same, self._known.kept.same(blocks, digests) & ~same
+
+    def _batches(self, key: int, blocks: Int64s, slots: Int64s) -> Iterator[Batch]:
+        """The blocks as they are stored, each decoded and checked, in the order of their slots."""
+        for batch in unpacked(self._packs, key, slots, self._gap):
+            self._check_seed(batch.index)
+            columns = batch.index.rows[slots[batch.part]]
+            yield Batch(
+                read=len(batch.rows), same=_NONE, kept=_NONE, blocks=blocks[batch.part],
+                parts=list(batch.stored), lengths=columns["length"].astype(np.int64),
+                codecs=columns["codec"], digests=np.ascontiguousarray(columns["digest"]),
+            )  # fmt: skip
+
+    def _check_seed(self, index: Index) -> None:
+        if index.header.seed != self._seed:
+            raise DamagedObjectError(f"pack {index.name} has digests of another seed than its volume's")
+
+
+def _nothing_to_send(blocks: Int64s, same: Bools, kept: Bools) -> Batch:
+    """A batch that tells only which blocks need not be sent."""
+    return Batch(
+        read=int((same | kept).sum()), same=blocks[same], kept=blocks[kept], blocks=_NONE, parts=[],
+        lengths=_NONE, codecs=np.zeros(0, np.uint8), digests=np.zeros((0, 16), np.uint8),
+    )  # fmt: skip

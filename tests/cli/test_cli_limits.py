@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.repository import streams
+from island_fast.repository import pack_writer, streams
 from island_fast.stores import rate_limit
 from tests import qemu
 from tests.cli.conftest import MIB, Island
@@ -73,6 +73,7 @@ def test_workers(island: Island, small: Path, tmp_path: Path, monkeypatch: pytes
             super().__init__(count, **more)
 
     monkeypatch.setattr(streams, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(pack_writer, "ThreadPoolExecutor", Pool)
     for words in (
         ("snapshot", small, "--full"),
         ("restore", "small@latest", tmp_path / "new"),

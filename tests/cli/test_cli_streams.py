@@ -15,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from island_fast.cli import text as show
-from island_fast.cli.run import Run, Signals
+from island_fast.cli.progress import pace
+from island_fast.cli.run import Run
+from island_fast.cli.signals import Signals
 from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence
 
@@ -177,9 +179,9 @@ def test_durations(seconds: float, text: str) -> None:
 
 
 def test_pace() -> None:
-    assert show.pace(0, 4096, 1.0) == "0 B of 4.0 KiB"
-    assert show.pace(1024, 4096, 2.0) == "1.0 KiB of 4.0 KiB, 512 B/s, 6 s left"
-    assert show.pace(1024, 1024 * 101, 2.0).endswith("512 B/s, 3 min 20 s left")
+    assert pace(0, 4096, 1.0) == "0 B of 4.0 KiB"
+    assert pace(1024, 4096, 2.0) == "1.0 KiB of 4.0 KiB, 512 B/s, 6 s left"
+    assert pace(1024, 1024 * 101, 2.0).endswith("512 B/s, 3 min 20 s left")
 
 
 def test_progress_ends_the_work_when_the_exception_of_a_signal_got_lost(

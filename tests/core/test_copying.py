@@ -18,7 +18,7 @@ from island_fast.errors import (
     StoreError,
 )
 from island_fast.formats.pack import read_front
-from island_fast.repository import carrying
+from island_fast.repository import streams
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.snapshot_writer import Stored, Storing
 from island_fast.results import Copied
@@ -219,7 +219,7 @@ def test_a_copy_that_was_deleted_can_be_made_again(
 def tiny(small_packs: None, far_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks; one at a time is on its way."""
     far_store.uploads = 1
-    monkeypatch.setattr(carrying, "_FETCHING", 1)
+    monkeypatch.setattr(streams, "_FETCHING", 1)
 
 
 def interrupt(repository: Repository, far: Repository, packs: int) -> list[str]:

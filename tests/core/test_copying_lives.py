@@ -20,7 +20,7 @@ from island_fast.api import Repository
 from island_fast.errors import RefusedError, StoreError
 from island_fast.formats import catalog
 from island_fast.images import open as source_module
-from island_fast.repository import lineage, streams
+from island_fast.repository import lineage, pack_reader, pack_writer, streams
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import PackReader
@@ -247,8 +247,10 @@ class Life:
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Packs of four blocks, checkpoints at every fourth record, no threads, nothing flushed."""
     monkeypatch.setattr(streams, "BATCH", 2)
-    monkeypatch.setattr(streams, "MAX_SLOTS", 4)
+    monkeypatch.setattr(pack_reader, "BATCH", 2)
+    monkeypatch.setattr(pack_writer, "MAX_SLOTS", 4)
     monkeypatch.setattr(streams, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(pack_writer, "ThreadPoolExecutor", Inline)
     for module in (catalog, lineage):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 4)
     monkeypatch.setattr(os, "fsync", lambda fd: None)

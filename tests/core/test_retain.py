@@ -10,7 +10,7 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.errors import ConflictError, DamagedError, NotFoundError, RefusedError, UsageError
-from island_fast.operations.retention import Keep
+from island_fast.operations.retain import Keep
 from island_fast.repository.local_state import LocalState, Registration
 from island_fast.results import Retained
 from tests import qemu

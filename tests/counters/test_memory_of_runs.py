@@ -13,7 +13,8 @@ from island_fast.formats.manifest import Manifest, decode, encode, tabulate
 from island_fast.formats.pack import PackHeader
 from island_fast.formats.runs import Runs, merge
 from island_fast.qcow2.snapshots import PinnedBase
-from island_fast.repository.streams import Batch, PackSink, by_pack
+from island_fast.repository.pack_reader import by_pack
+from island_fast.repository.pack_writer import Batch, PackSink
 from tests.memory_store import MemoryStore
 
 RUNS = 400_000

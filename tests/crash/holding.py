@@ -11,8 +11,9 @@ from pathlib import Path
 
 from island_fast.api import Repository
 from island_fast.errors import NotFoundError
-from island_fast.formats.catalog import manifest_name, pack_full_name
-from island_fast.images.source import pinned_lineage
+from island_fast.formats.catalog import pack_full_name
+from island_fast.formats.names import manifest_name
+from island_fast.images.pins import pinned_lineage
 from island_fast.qemu.image_lock import writer_present
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState

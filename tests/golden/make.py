@@ -179,7 +179,7 @@ def make(repository: Path, expected: Path) -> None:
         folder = Path(name)
         # Small packs, so that a small snapshot has two; their size is no part of the format.
         with (
-            mock.patch("island_fast.repository.streams.MAX_SLOTS", 32),
+            mock.patch("island_fast.repository.pack_writer.MAX_SLOTS", 32),
             mock.patch("socket.gethostname", return_value="golden"),
         ):
             with Repository.open(str(repository), state=LocalState(folder / "host1"), create=True) as opened:

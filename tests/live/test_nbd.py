@@ -18,8 +18,8 @@ from island_fast.cinder.attach import nbd_devices, nbd_netlink, nbd_root
 from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exports import Exports, State
 from island_fast.cinder.attach.nbd_devices import check_kernel
-from island_fast.cinder.attach.nbd_netlink import shake_hands
 from island_fast.errors import IslandError
+from island_fast.qemu.nbd_handshake import shake_hands
 from island_fast.qemu.programs import run_to_the_end
 from tests.live import machine
 from tests.live.actor import USER

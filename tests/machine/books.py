@@ -8,8 +8,9 @@ from dataclasses import replace
 import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
-from island_fast.formats.catalog import SnapshotRow, State, manifest_name, pack_full_name
+from island_fast.formats.catalog import SnapshotRow, State, pack_full_name
 from island_fast.formats.keys import SLOT_BITS
+from island_fast.formats.names import manifest_name
 from island_fast.progress import silent
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import live_slots

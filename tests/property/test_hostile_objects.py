@@ -25,9 +25,9 @@ from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, decode, encode, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.operations.restore import Target, restore
+from island_fast.operations.sweep import plan_sweep
 from island_fast.progress import silent
 from island_fast.qcow2.snapshots import PinnedBase
-from island_fast.repository.liveness import plan_sweep
 from island_fast.repository.local_state import LocalState
 from tests import qemu
 from tests.memory_store import MemoryStore, Stored

@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from hypothesis import given
 from hypothesis import strategies as st
 
-from island_fast.operations.retention import Keep
+from island_fast.operations.retain import Keep
 
 RULES = [field.name for field in fields(Keep)]
 HOUR = 3600 * 10**9

@@ -16,9 +16,10 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.formats.catalog import catalog_name, manifest_name, pack_full_name
+from island_fast.formats.catalog import pack_full_name
+from island_fast.formats.names import catalog_name, manifest_name
 from island_fast.progress import Progress, silent
-from island_fast.repository import streams
+from island_fast.repository import pack_writer
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Deleted, SnapshotTaken, Swept
 from island_fast.stores import swift as swift_store_module
@@ -132,7 +133,7 @@ class Life:
 def life(swift: SwiftServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Life]:
     """A life that has not begun; the servers are well."""
     swift.mend()
-    monkeypatch.setattr(streams, "MAX_SLOTS", PACK_BLOCKS)
+    monkeypatch.setattr(pack_writer, "MAX_SLOTS", PACK_BLOCKS)
     life = Life(swift, tmp_path)
     swift.calm()
     yield life

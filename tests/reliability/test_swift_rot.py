@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from island_fast.errors import DamagedError
-from island_fast.formats.catalog import manifest_name
+from island_fast.formats.names import manifest_name
 from tests import qemu
 from tests.reliability.conftest import BLOCK, PACK_BLOCKS, Life
 from tests.swift_faults import Fault

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 import pytest
 
 from island_fast.errors import UsageError
-from island_fast.operations.retention import Keep
+from island_fast.operations.retain import Keep
 
 
 def made(text: str) -> int:

@@ -12,16 +12,10 @@ from island_fast.arrays import Int64s
 from island_fast.bench.case import GIB, MIB, Context, Work
 from island_fast.bench.report import Counter, Row
 from island_fast.dirtymap import merge_intervals
-from island_fast.formats.catalog import (
-    Packs,
-    Record,
-    SnapshotRow,
-    catalog_name,
-    encode_record,
-    manifest_name,
-)
+from island_fast.formats.catalog import Packs, Record, SnapshotRow, encode_record
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
 from island_fast.formats.manifest import Manifest, encode, tabulate
+from island_fast.formats.names import catalog_name, manifest_name
 from island_fast.formats.runs import Runs, merge
 from island_fast.qcow2.snapshots import PinnedBase
 

@@ -6,26 +6,23 @@ the kernel gives it to whoever asks next. The other kind of device is in `nbd.py
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 import stat
-import struct
 import time
 from pathlib import Path
 
 from island_fast.cinder.attach.mounts import mounted_devices
 from island_fast.errors import ImageInUseError, IslandError
+from island_fast.qemu.open_files import _SYSFS, read_value
 from island_fast.qemu.programs import Execute, succeed
 
-__all__ = ["LoopDevices", "check_node", "in_use", "is_mounted", "loops_over", "read_value"]
+__all__ = ["LoopDevices", "check_node", "in_use", "is_mounted"]
 
-_SYSFS = Path("/sys/block")
 _NAME = re.compile(r"/dev/(loop\d+)")
 _SECTOR = 512  # bytes, the unit of sysfs whatever the device's own
 _LETTING_GO = 3.0  # seconds; udev opens every device that changes, for a moment
 _STEP = 0.05
-_LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, 232  # linux/loop.h; bytes of struct loop_info64
 
 
 class LoopDevices:
@@ -150,43 +147,6 @@ def is_mounted(device: Path) -> bool:
     return read_value(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
 
 
-def loops_over(file: Path) -> list[str]:
-    """Names of all loop devices that stand on a file, by whatever name they were given it."""
-    wanted = os.stat(file)
-    found = sorted(_SYSFS.glob("loop*/loop/backing_file"))
-    return [
-        str(device)
-        for device, behind in ((Path("/dev", entry.parts[-3]), read_value(entry)) for entry in found)
-        if _is_file(behind, wanted) or _stands_on_inode(device, wanted)
-    ]
-
-
-def _is_file(path: str, wanted: os.stat_result) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), wanted)
-    except (OSError, ValueError):
-        return False
-
-
-def _stands_on_inode(device: Path, wanted: os.stat_result) -> bool:
-    """Ask the device itself: the name may be gone, or one of another mount namespace. Takes root's rights."""
-    try:
-        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        told = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO))
-    except OSError:  # detached meanwhile
-        return False
-    finally:
-        os.close(fd)
-    number, inode = struct.unpack_from("QQ", told)
-    minor = number & 0xFF | number >> 12 & 0xFFF00  # the kernel's huge_encode_dev
-    return (number >> 8 & 0xFFF, minor, inode) == (
-        os.major(wanted.st_dev), os.minor(wanted.st_dev), wanted.st_ino,
-    )  # fmt: skip
-
-
 def check_node(device: Path) -> None:
     """See that a device's node is the device of that name."""
     status = os.stat(device)
@@ -198,11 +158,3 @@ def check_node(device: Path) -> None:
 def in_use(device: Path, why: str) -> ImageInUseError:
     """The error that says why a device stays."""
     return ImageInUseError(f"{device} cannot be taken away, because {why}; end that and try again")
-
-
-def read_value(path: Path) -> str:
-    """A value of sysfs; "" where there is none."""
-    try:
-        return path.read_text(errors="surrogateescape").strip("\n")
-    except OSError:
-        return ""

@@ -15,9 +15,10 @@ import re
 import subprocess
 from pathlib import Path
 
-from island_fast.cinder.attach.loop_devices import check_node, in_use, is_mounted, read_value
+from island_fast.cinder.attach.loop_devices import check_node, in_use, is_mounted
 from island_fast.cinder.attach.nbd_root import HELD, devices_over
 from island_fast.errors import IslandError
+from island_fast.qemu.open_files import read_value
 from island_fast.qemu.programs import Execute, succeed
 
 __all__ = ["NbdDevices", "check_kernel"]

@@ -11,16 +11,12 @@ import os
 import socket
 import struct
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
-__all__ = ["Client", "Link", "shake_hands"]
+from island_fast.qemu.nbd_handshake import _LONGEST, Client
 
-# --- NBD ---
-_HELLO, _OPTION, _REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
-_NEWSTYLE, _NO_ZEROES = 1, 2  # both sides' handshake flags
-_OPT_GO, _ACK, _INFO, _ERROR = 7, 1, 3, 1 << 31
-_INFO_EXPORT = 0
-_LONGEST = 64 << 10  # bytes of an option's reply
+__all__ = ["Link"]
+
 
 # --- netlink ---
 _DRIVER = b"nbd"
@@ -35,14 +31,6 @@ _NESTED = 0x8000
 _DISCONNECT_ON_CLOSE = 2
 _SECTOR = 512  # bytes
 _HEADER, _GENERIC, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBH"), struct.Struct("=HH")
-
-
-class Client(NamedTuple):
-    """A connection to an NBD server that is ready for requests, and what the server said of its export."""
-
-    socket: socket.socket
-    size: int  # bytes
-    flags: int  # NBD_FLAG_*, as the kernel wants them
 
 
 class Link:
@@ -136,45 +124,6 @@ class Link:
                 if code:
                     raise OSError(-code, f"the kernel's NBD driver refuses: {os.strerror(-code)}")
                 return answer
-
-
-def shake_hands(connection: socket.socket, export: str) -> Client:
-    """Begin to use an export. ConnectionError, or another OSError, if the server does not offer it."""
-    if _receive(connection, 16) != _HELLO + _OPTION:
-        raise ConnectionError("whoever listens there is no NBD server of today")
-    (flags,) = struct.unpack(">H", _receive(connection, 2))
-    if not flags & _NEWSTYLE:
-        raise ConnectionError("whoever listens there is no NBD server of today")
-    name = export.encode()
-    data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
-    hello = struct.pack(">I", _NEWSTYLE | (flags & _NO_ZEROES))
-    connection.sendall(hello + _OPTION + struct.pack(">II", _OPT_GO, len(data)) + data)
-    found: Client | None = None
-    while True:
-        magic, option, kind, length = struct.unpack(">QIII", _receive(connection, 20))
-        if magic != _REPLY or option != _OPT_GO or length > _LONGEST:
-            raise ConnectionError("the NBD server talks nonsense")
-        said = _receive(connection, length)
-        if kind & _ERROR:
-            raise ConnectionError(f"the NBD server refuses: {said.decode(errors='backslashreplace')[:200]}")
-        if kind == _INFO and said[:2] == struct.pack(">H", _INFO_EXPORT):
-            size, flags = struct.unpack_from(">QH", said, 2)
-            found = Client(connection, size, flags)
-        elif kind == _ACK:
-            if found is None:
-                raise ConnectionError("the NBD server does not tell its export's size")
-            return found
-
-
-def _receive(connection: socket.socket, length: int) -> bytes:
-    parts = []
-    while length:
-        part = connection.recv(length)
-        if not part:
-            raise ConnectionError("the NBD server hung up")
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
 
 
 def _described(size: int) -> list[bytes]:

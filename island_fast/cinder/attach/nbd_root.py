@@ -29,7 +29,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from island_fast.cinder.attach.nbd_netlink import Client, Link, shake_hands
+from island_fast.cinder.attach.nbd_netlink import Link
+from island_fast.qemu.nbd_handshake import Client, shake_hands
 
 __all__ = ["EXPORT", "HELD", "devices_over", "main"]
 

@@ -6,8 +6,6 @@ it has proved.
 
 from __future__ import annotations
 
-import contextlib
-import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,39 +16,26 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
-from island_fast.dirtymap import BLOCK_SIZE, intersect_intervals, merge_intervals
-from island_fast.errors import UNREADABLE, DamagedObjectError, NotFoundError, ObjectMissingError
-from island_fast.formats.catalog import (
-    CHECKPOINT_EVERY,
-    SnapshotRow,
-    catalog_name,
-    decode_record,
-    pack_full_name,
-)
-from island_fast.formats.keys import SLOT_BITS, SnapshotNumbers
+from island_fast.dirtymap import intersect_intervals
+from island_fast.errors import UNREADABLE, NotFoundError
+from island_fast.formats.catalog import SnapshotRow, pack_full_name
+from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.manifest import Manifest
-from island_fast.operations.heal import live_runs
-from island_fast.operations.parent import keyed
 from island_fast.repository.health import Health
+from island_fast.repository.integrity.catalog import record_findings
 from island_fast.repository.integrity.objects import (
     CONTRADICTION,
     MISSING,
-    ROT,
     Examiner,
     Finding,
     manifest_finding,
 )
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import row_manifest_name
-from island_fast.results import Touched
-from island_fast.stores.checked_read import get_checked
+from island_fast.repository.lineage import Lineage, row_manifest_name
 
-__all__ = ["Checkup", "Item", "record_findings", "touched", "unreadable"]
+__all__ = ["Checkup", "Item"]
 
 
 _LOOKS = 8  # objects asked for at a time
-_EXTENTS = 64  # that an answer lists for each snapshot and object
-_RECORD = re.compile(r".*/([0-9]{6})-([0-9]{8})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +126,7 @@ class Checkup:
         state, name = self.lineage.state, row_manifest_name(self.lineage, row)
         if row.id not in state.live:
             return
-        runs = keyed(self.lineage, manifest)
+        runs = manifest.runs_by_key(self.lineage.numbers)
         at = state.packs.find(runs.pack)
         slots = manifest.slot_intervals(self.lineage.numbers)
         if (at < 0).any():
@@ -235,102 +220,4 @@ def _each(
 # The catalog.
 
 
-@dataclass(frozen=True, slots=True)
-class _Record:
-    """A record in the store: the checksum that it has, that it gives for the one before, and its bytes."""
-
-    checksum: str
-    previous: str | None
-    data: bytes
-
-
-def record_findings(lineage: Lineage, names: Sequence[str]) -> tuple[list[Finding], int]:
-    """What is wrong with these records, which follow each other, in the store; and the bytes that were read.
-
-    What this host caches of them is no excuse.
-    """
-    found: list[Finding] = []
-    before, size = None, 0
-    for name in names:
-        record = _stored_record(lineage, name)
-        if isinstance(record, Finding):
-            found.append(record)
-            before = None
-        else:
-            found += _disagreements(lineage, name, record, before)
-            before, size = record, size + len(record.data)
-    return found, size
-
-
-def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
-    """A record as the store has it, or what is wrong with it."""
-
-    def check(data: memoryview) -> _Record:
-        record, checksum = decode_record(name, data, SnapshotNumbers())
-        return _Record(checksum, None if record.event == "owner" else record.previous, bytes(data))
-
-    try:
-        return get_checked(lineage.store, name, check, newest=True)
-    except ObjectMissingError:
-        return Finding(name, MISSING, f"record {name} is missing from {lineage.store.location}")
-    except UNREADABLE as error:
-        return Finding(name, ROT, str(error))
-
-
-def _disagreements(lineage: Lineage, name: str, record: _Record, before: _Record | None) -> Iterator[Finding]:
-    """What a record and the one before it, or this host's copy of it, do not agree on."""
-    cached = lineage.files.cached(name)
-    if before and record.previous not in (None, before.checksum):
-        yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
-    elif cached is not None and cached != record.data and _is_record(name, cached):
-        yield Finding(name, CONTRADICTION, f"record {name} is not the one that this host knows")
-
-
-def _is_record(name: str, data: bytes) -> bool:
-    with contextlib.suppress(DamagedObjectError):
-        decode_record(name, data, SnapshotNumbers())
-        return True
-    return False
-
-
-def unreadable(lineage: Lineage, error: Exception) -> list[Finding]:
-    """What is wrong with a catalog that cannot be read to its end, for which `error` was raised."""
-    listed = (_RECORD.fullmatch(info.name) for info in lineage.store.list(f"{lineage.name}/catalog/"))
-    epoch, last = max(((int(m[1]), int(m[2])) for m in listed if m), default=(0, 0))
-    numbers = range(last - last % CHECKPOINT_EVERY, last + 1)
-    found, _ = record_findings(lineage, [catalog_name(lineage.name, epoch, number) for number in numbers])
-    return found or [Finding(f"{lineage.name}/catalog", CONTRADICTION, str(error))]
-
-
 # Whom it touches.
-
-
-def touched(lineage: Lineage, findings: Sequence[Finding]) -> list[tuple[Touched, ...]]:
-    """For each finding the live snapshots that need what is lost, and where in their volumes."""
-    rows = {row.id: row for row in lineage.state.live.values()}
-    found: list[list[Touched]] = [[] for _ in findings]
-    for number, finding in enumerate(findings):
-        if finding.key is None:
-            ids = [finding.snapshot] if finding.snapshot else list(rows)
-            found[number] = [_whole(rows[one]) for one in ids if one in rows]
-    by_key = {finding.key: n for n, finding in enumerate(findings) if finding.key is not None}
-    lost = merge_intervals(np.concatenate([np.zeros((0, 2), np.int64), *(f.lost for f in findings)]))
-    for snapshot, size, runs in live_runs(lineage) if len(lost) else ():
-        pieces = runs.among(lost)
-        for key in np.unique(pieces.pack).tolist():
-            mine = pieces.intervals()[pieces.pack == key]
-            found[by_key[key]].append(extents_of(snapshot, size, mine))
-    return [tuple(one) for one in found]
-
-
-def _whole(row: SnapshotRow) -> Touched:
-    return Touched(row.id, row.volume_size, ((0, row.volume_size),) if row.volume_size else (), 0)
-
-
-def extents_of(snapshot: str, volume_size: int, blocks: Int64s) -> Touched:
-    """Blocks of a snapshot's volume, int64[n, 2], as an answer tells them."""
-    spans = np.minimum(merge_intervals(blocks) * BLOCK_SIZE, volume_size)
-    listed = [(a, b - a) for a, b in spans[:_EXTENTS].tolist()]
-    return Touched(
-        snapshot, int((spans[:, 1] - spans[:, 0]).sum()), tuple(listed), max(0, len(spans) - _EXTENTS)
-    )

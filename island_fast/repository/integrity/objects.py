@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.arrays import Bools, Int64s
-from island_fast.dirtymap import BLOCK_SIZE
+from island_fast.dirtymap import BLOCK_SIZE, NO_INTERVALS
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.keys import SLOT_BITS, split_pack_key
@@ -29,10 +29,9 @@ from island_fast.formats.pack import (
     stored_ranges,
     unpack_blocks,
 )
-from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import live_slots, row_manifest_name
-from island_fast.repository.pack_reader import PackReader, Place
-from island_fast.repository.streams import BATCH
+from island_fast.repository.lineage import Lineage, row_manifest_name
+from island_fast.repository.liveness import live_slots
+from island_fast.repository.pack_reader import BATCH, PackReader, Place
 from island_fast.stores.checked_read import get_checked
 
 __all__ = [
@@ -72,7 +71,7 @@ class Finding:
     kind: str
     told: str
     key: int | None = None
-    lost: Int64s = field(default_factory=lambda: np.zeros((0, 2), np.int64))
+    lost: Int64s = field(default_factory=lambda: NO_INTERVALS)
     snapshot: str | None = None
 
 

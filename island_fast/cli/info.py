@@ -1,73 +1,20 @@
-"""The verbs that look at an image and change nothing: `island map` and `island info`."""
+"""`island info`: its options, and what a person reads."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 from island_fast.cli import text
-from island_fast.cli.options import FileName, common, image_format_option, opened
+from island_fast.cli.options import FileName, common, opened
 from island_fast.cli.run import Run
 
 if TYPE_CHECKING:
-    from island_fast.qcow2.extents import Extents
     from island_fast.results import ImageInfo
 
-__all__ = ["info", "map_"]
-
-
-@click.command("map")
-@click.argument("image", type=FileName())
-@click.option("--snapshot", metavar="NAME", help="The volume at this internal snapshot, not as it is.")
-@click.option("--since", metavar="NAME", help="Tell what may have changed since this internal snapshot.")
-@image_format_option("Format of IMAGE.")
-@common
-@click.pass_obj
-def map_(run: Run, image: Path, snapshot: str | None, since: str | None, image_format: str) -> None:
-    """Show where the volume of IMAGE holds data.
-
-    An extent is data, zero (stored as zeros, without data) or hole (nothing stored; a backing file shows).
-    Starts and lengths are in bytes.
-
-    \b
-    Example:
-      island map disk.qcow2
-      island map disk.qcow2 --snapshot monday --since sunday --json
-    """  # noqa: D301
-    from island_fast.images.inspect import image_map
-
-    windows = image_map(image, snapshot=snapshot, since=since, image_format=image_format)
-    if run.json:
-        rows = _written(windows, '{{"start": %d, "length": %d, "kind": "{}"{}}}', _CHANGED_JSON, bool(since))
-        run.answer_encoded(f"[{', '.join(rows)}]")
-    else:
-        heading = f"{'START B':>16}  {'LENGTH B':>16}  KIND" + ("  CHANGED" if since else "")
-        rows = _written(windows, "%16d  %16d  {}{}", _CHANGED_TEXT, bool(since))
-        run.answer(None, "\n".join([heading, *rows]))
-
-
-_CHANGED_JSON = (', "changed": false', ', "changed": true')
-_CHANGED_TEXT = ("  no", "  yes")
-
-
-def _written(windows: Iterable[Extents], row: str, changed: Sequence[str], since: bool) -> Iterator[str]:
-    """Extents as text, a window at a time, by one formatting of it: there may be hundreds of thousands.
-
-    `row` is a format for start and length in which {}{} are the kind and, with `since`, one of `changed`.
-    """
-    import numpy as np
-
-    from island_fast.qcow2.extents import KINDS
-
-    rows = [row.format(kind, flag if since else "") for flag in changed for kind in KINDS]
-    between = ", " if row.startswith("{") else "\n"
-    for part in windows:
-        which = (part.kind + len(KINDS) * part.changed).tolist()
-        places = np.stack([part.start, part.length], axis=1).reshape(-1)
-        yield between.join([rows[n] for n in which]) % tuple(places.tolist())
+__all__ = ["info"]
 
 
 @click.command("info")

@@ -1,0 +1,87 @@
+"""Whether the records of a catalog are whole and follow each other."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
+from island_fast.formats.catalog import CHECKPOINT_EVERY, decode_record
+from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.names import catalog_name
+from island_fast.repository.integrity.objects import CONTRADICTION, MISSING, ROT, Finding
+from island_fast.repository.lineage import Lineage
+from island_fast.stores.checked_read import get_checked
+
+__all__ = ["record_findings", "unreadable"]
+
+_RECORD = re.compile(r".*/([0-9]{6})-([0-9]{8})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Record:
+    """A record in the store: the checksum that it has, that it gives for the one before, and its bytes."""
+
+    checksum: str
+    previous: str | None
+    data: bytes
+
+
+def record_findings(lineage: Lineage, names: Sequence[str]) -> tuple[list[Finding], int]:
+    """What is wrong with these records, which follow each other, in the store; and the bytes that were read.
+
+    What this host caches of them is no excuse.
+    """
+    found: list[Finding] = []
+    before, size = None, 0
+    for name in names:
+        record = _stored_record(lineage, name)
+        if isinstance(record, Finding):
+            found.append(record)
+            before = None
+        else:
+            found += _disagreements(lineage, name, record, before)
+            before, size = record, size + len(record.data)
+    return found, size
+
+
+def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
+    """A record as the store has it, or what is wrong with it."""
+
+    def check(data: memoryview) -> _Record:
+        record, checksum = decode_record(name, data, SnapshotNumbers())
+        return _Record(checksum, None if record.event == "owner" else record.previous, bytes(data))
+
+    try:
+        return get_checked(lineage.store, name, check, newest=True)
+    except ObjectMissingError:
+        return Finding(name, MISSING, f"record {name} is missing from {lineage.store.location}")
+    except UNREADABLE as error:
+        return Finding(name, ROT, str(error))
+
+
+def _disagreements(lineage: Lineage, name: str, record: _Record, before: _Record | None) -> Iterator[Finding]:
+    """What a record and the one before it, or this host's copy of it, do not agree on."""
+    cached = lineage.files.cached(name)
+    if before and record.previous not in (None, before.checksum):
+        yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
+    elif cached is not None and cached != record.data and _is_record(name, cached):
+        yield Finding(name, CONTRADICTION, f"record {name} is not the one that this host knows")
+
+
+def _is_record(name: str, data: bytes) -> bool:
+    with contextlib.suppress(DamagedObjectError):
+        decode_record(name, data, SnapshotNumbers())
+        return True
+    return False
+
+
+def unreadable(lineage: Lineage, error: Exception) -> list[Finding]:
+    """What is wrong with a catalog that cannot be read to its end, for which `error` was raised."""
+    listed = (_RECORD.fullmatch(info.name) for info in lineage.store.list(f"{lineage.name}/catalog/"))
+    epoch, last = max(((int(m[1]), int(m[2])) for m in listed if m), default=(0, 0))
+    numbers = range(last - last % CHECKPOINT_EVERY, last + 1)
+    found, _ = record_findings(lineage, [catalog_name(lineage.name, epoch, number) for number in numbers])
+    return found or [Finding(f"{lineage.name}/catalog", CONTRADICTION, str(error))]
