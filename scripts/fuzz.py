@@ -210,7 +210,7 @@ def guide(seconds: int) -> int:
 
 def corpus() -> list[bytes]:
     """Good inputs for every target: the first byte chooses it."""
-    from tests.hostile.samples import Sample, deflate
+    from tests.images.hostile.samples import Sample, deflate
 
     images = [bytes(Sample(**base).data) for base in (
         {"bits": 9}, {"bits": 9, "version": 2}, {"bits": 9, "zstd": True}, {"bits": 12},
@@ -299,7 +299,7 @@ def snapshots(data: bytes) -> None:
     from island_fast.qcow2.header import parse_header
     from island_fast.qcow2.names import unescape
     from island_fast.qcow2.snapshots import read_snapshots
-    from tests.handmade import header as good
+    from tests.support.handmade import header as good
 
     base = parse_header(good(snapshots=1, snapshots_offset=0x50000), 1 << 20)
     count = data[0] if data else 1

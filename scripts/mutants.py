@@ -3,8 +3,8 @@
     scripts/mutants.py [NAME...]     all of them, or those whose names contain one of the words
 
 A mistake is some exact texts, each of which must be there exactly once, and what takes their place. The copy
-lives LIVES lives of tests/machine, or with mistakes about copies to another repository those of
-tests/core/test_copying_lives.py. The exit code is 1 if a mistake survives them.
+lives LIVES lives of tests/faults/machine, or with mistakes about copies to another repository those of
+tests/operations/test_copying_lives.py. The exit code is 1 if a mistake survives them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SEED = 1
 LIVES = 240
 LIVES_OF_COPIES = 40
-LIVES_FILE = "tests/core/test_copying_lives.py"
+LIVES_FILE = "tests/operations/test_copying_lives.py"
 
 Edit = tuple[str, str, str]  # file below island_fast/, text, what takes its place
 
@@ -262,10 +262,10 @@ def found(name: str, edits: list[Edit]) -> bool:
     """Whether the lives find the mistake; says so, with how long it took and by what."""
     with tempfile.TemporaryDirectory(prefix="island-mutant-") as folder:
         copy = Path(folder)
-        for part in ("island_fast", "tests/machine"):
+        for part in ("island_fast", "tests/faults/machine"):
             shutil.copytree(ROOT / part, copy / part, ignore=shutil.ignore_patterns("__pycache__"))
-        for file in ("scripts/machine.py", "tests/memory_store.py", LIVES_FILE):
-            (copy / file).parent.mkdir(exist_ok=True)
+        for file in ("scripts/random_lives.py", "tests/support/memory_store.py", LIVES_FILE):
+            (copy / file).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / file, copy / file)
         for file, text, instead in edits:
             plant(name, copy / "island_fast" / file, text, instead)
@@ -279,7 +279,7 @@ def found(name: str, edits: list[Edit]) -> bool:
 def machine_lives(name: str, copy: Path) -> str:
     """What the state machine finds in the package in `copy`; "" if nothing."""
     done = subprocess.run(
-        [sys.executable, "scripts/machine.py", "--seed", str(SEED), "--lives", str(LIVES)],
+        [sys.executable, "scripts/random_lives.py", "--seed", str(SEED), "--lives", str(LIVES)],
         cwd=copy, capture_output=True, text=True, check=False,
     )  # fmt: skip
     by = [line for line in done.stdout.splitlines() if line.startswith("FOUND: ")]

@@ -12,7 +12,7 @@ import pytest
 from island_fast.stores.directory import DirectoryStore
 from island_fast.stores.retry import Patience
 from island_fast.stores.swift import SwiftStore
-from tests.swift_server import SwiftServer
+from tests.support.swift_server import SwiftServer
 
 IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
 

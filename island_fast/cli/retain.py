@@ -96,7 +96,7 @@ def _told_retained(answers: Sequence[Retained], dry_run: bool) -> str:
 
 
 def _retained(one: Retained, dry_run: bool) -> str:
-    deletes, frees = ("would be deleted", "would free") if dry_run else ("format_deleted", "will free")
+    deletes, frees = ("would be deleted", "would free") if dry_run else ("deleted", "will free")
     if not one.deleted:
         return f"Volume {one.volume}: all {text.count(one.kept, 'snapshot')} kept."
     kept = f"{one.kept} of {text.count(len(one.snapshots), 'snapshot')} kept"

@@ -34,7 +34,7 @@ def bench(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Report:
     """All that needs neither Swift nor devices, once; every restore in it is compared."""
     missing = [name for name in ("restic", "borg") if not shutil.which(name)]
-    assert not missing, f"{missing} are not installed: scripts/need peers"
+    assert not missing, f"{missing} are not installed: scripts/install_packages peers"
     return measure(Plan([*PEERS], WORKS, quick=True, scale=TINY), lambda text: None)
 
 

@@ -16,7 +16,7 @@ from tests.cinder.cloud import Attached, Cloud
 from tests.cinder.disks import run
 from tests.cinder.programs import Program, free_ports, wait_for
 from tests.cinder.services import BACKEND, Services
-from tests.swift_faults import Fault
+from tests.support.swift_faults import Fault
 
 ALWAYS = 1 << 30  # times that a fault happens
 

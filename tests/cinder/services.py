@@ -13,7 +13,7 @@ from tests.cinder.images import Glance
 from tests.cinder.programs import wait_for
 from tests.cinder.rabbit import Rabbit
 from tests.cinder.region import BACKEND, Region, Sections
-from tests.swift_server import SwiftServer
+from tests.support.swift_server import SwiftServer
 
 REGIONS = ("one", "two")
 DRIVER = "island_fast.driver.IslandDriver"

@@ -13,7 +13,7 @@ import pytest
 from tests.cinder.cloud import Cloud, exceptions
 from tests.cinder.content import MIB, attached, connector, got, put, read, snapshots, write
 from tests.cinder.services import Services
-from tests.swift_faults import Fault
+from tests.support.swift_faults import Fault
 
 LOST, HEIR = "lost", "heir"
 DATA = bytes(range(256)) * 4096  # 1 MiB

@@ -11,7 +11,7 @@ import pytest
 from tests.cinder.cloud import Cloud
 from tests.cinder.content import MIB, attached, got, put, read, snapshots, write
 from tests.cinder.services import Services
-from tests.swift_server import SwiftServer
+from tests.support.swift_server import SwiftServer
 
 ORIGIN, HOST = "origin", "elsewhere"
 COPY = "copied"

@@ -10,7 +10,7 @@ import tests.cinder.guest as guest
 from tests.cinder.leftovers import processes
 from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
-from tests.swift_faults import Fault
+from tests.support.swift_faults import Fault
 
 _HOST = "hosts"
 

@@ -19,7 +19,7 @@ import pytest
 
 from island_fast.cli.main import main
 from island_fast.cli.text import printable
-from tests import qemu
+from tests.support import qemu
 
 MIB = 1 << 20
 COMMAND = [sys.executable, "-m", "island_fast"]

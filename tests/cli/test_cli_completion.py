@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
 from tests.cli.conftest import COMMAND, Island
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from island_fast.cinder.island_command import Commands
-from tests import qemu
 from tests.cli.conftest import MIB, Island
+from tests.support import qemu
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence, wait_until
-from tests.swift_server import SwiftServer
+from tests.support import qemu
+from tests.support.swift_server import SwiftServer
 
 pytestmark = qemu.needs_qemu
 

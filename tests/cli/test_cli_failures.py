@@ -16,8 +16,8 @@ import pytest
 from island_fast.api import Repository
 from island_fast.cli.run import Run, conclude
 from island_fast.cli.text import printable
-from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence, pins
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

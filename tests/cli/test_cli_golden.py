@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from island_fast.cli.main import island as command
-from tests import qemu
 from tests.cli.conftest import MIB, Island
+from tests.support import qemu
 
 GOLDEN = Path(__file__).with_name("golden.json")
 UNSTEADY = {  # as manifests have ids and times in them, and file systems their own mind

@@ -9,8 +9,8 @@ import pytest
 
 from island_fast.repository import pack_writer, streams
 from island_fast.stores import rate_limit
-from tests import qemu
 from tests.cli.conftest import MIB, Island
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

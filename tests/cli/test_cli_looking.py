@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
-from tests.daemon import StorageDaemon
+from tests.support import qemu
+from tests.support.daemon import StorageDaemon
 
 MIB = 1 << 20
 INFO = {

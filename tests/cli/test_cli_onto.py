@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

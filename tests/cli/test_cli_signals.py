@@ -19,8 +19,8 @@ import pytest
 from island_fast.cli.signals import Interrupted, Signals
 from island_fast.images.new_file import new_file
 from island_fast.qemu.programs import run_to_the_end
-from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

@@ -18,8 +18,8 @@ from island_fast.cli import text as show
 from island_fast.cli.progress import pace
 from island_fast.cli.run import Run
 from island_fast.cli.signals import Signals
-from tests import qemu
 from tests.cli.conftest import MIB, Island, one_sentence
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

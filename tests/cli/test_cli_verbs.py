@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
 from tests.cli.conftest import MIB, Island, pins
-from tests.daemon import StorageDaemon, needs_storage_daemon
+from tests.support import qemu
+from tests.support.daemon import StorageDaemon, needs_storage_daemon
 
 pytestmark = qemu.needs_qemu
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import qemu
 from tests.cli.conftest import MIB, Island
+from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
 

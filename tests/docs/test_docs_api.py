@@ -13,7 +13,7 @@ import pytest
 from island_fast import Keep, Repository
 from island_fast.errors import UsageError
 from island_fast.repository.local_state import LocalState
-from tests import qemu
+from tests.support import qemu
 
 PAGE = Path(__file__).resolve().parents[2] / "docs/api.md"
 MIB = 1 << 20

@@ -19,7 +19,7 @@ from unittest import mock
 
 from island_fast.api import Repository
 from island_fast.repository.local_state import LocalState
-from tests import qemu
+from tests.support import qemu
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE / "repository"

@@ -20,8 +20,8 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.repository.local_state import LocalState
-from tests import qemu
 from tests.golden import make, reader
+from tests.support import qemu
 
 EXPECTED = json.loads(make.EXPECTED.read_text())
 LINEAGES = list(EXPECTED["lineages"])

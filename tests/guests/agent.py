@@ -40,7 +40,7 @@ DEVICES = """<serial type='file'><source path='{folder}/console'/></serial>
 
 def missing() -> str:
     if machine.kernel() is None:
-        return f"there is no kernel for the guest in {machine.GUEST} (scripts/need guest)"
+        return f"there is no kernel for the guest in {machine.GUEST} (scripts/install_packages guest)"
     return ""
 
 

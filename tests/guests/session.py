@@ -16,8 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from tests.daemon import create_qcow2, qemu_io
 from tests.live.actor import USER
+from tests.support.daemon import create_qcow2, qemu_io
 
 LIBVIRTD = shutil.which("libvirtd", path=f"{os.environ.get('PATH', '')}:/usr/sbin")
 EMULATOR = shutil.which("qemu-system-x86_64")
@@ -42,9 +42,9 @@ def missing() -> str:
     except ImportError:
         return "libvirt-python is not installed"
     if LIBVIRTD is None or not list(Path("/usr/lib").glob("*/libvirt/connection-driver/*_qemu.so")):
-        return "libvirtd is not installed (scripts/need libvirt)"
+        return "libvirtd is not installed (scripts/install_packages libvirt)"
     if EMULATOR is None or shutil.which("qemu-io") is None:
-        return "qemu is not installed (scripts/need qemu vm)"
+        return "qemu is not installed (scripts/install_packages qemu vm)"
     return ""
 
 

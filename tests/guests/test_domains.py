@@ -18,11 +18,11 @@ from island_fast.formats.manifest import Manifest
 from island_fast.operations import snapshot
 from island_fast.qemu.libvirt import Domain
 from island_fast.repository.lineage import Lineage
-from tests import qemu
 from tests.cli.conftest import Done, Island, one_sentence
 from tests.cli.test_cli_verbs import KEYS
-from tests.daemon import wait_for_socket
 from tests.guests.session import SIZE, Guest, Libvirt, content_is, file, pins
+from tests.support import qemu
+from tests.support.daemon import wait_for_socket
 
 K64 = 65536
 MIB = 1 << 20

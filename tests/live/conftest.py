@@ -20,8 +20,8 @@ import pytest
 
 from island_fast.cinder.attach.exports import Exports
 from island_fast.qemu.programs import run_to_the_end
-from tests.daemon import create_qcow2
 from tests.live.actor import KIND, ROOT, USER, Remote
+from tests.support.daemon import create_qcow2
 
 SIZE = 64 << 20
 
@@ -35,7 +35,7 @@ def missing() -> str:
             return f"this machine has no {node}"
     for program in ("qemu-storage-daemon", "qemu-io", "fusermount3", "losetup", "mke2fs", "setpriv"):
         if shutil.which(program) is None:
-            return f"{program} is not installed (scripts/need qemu daemon fuse mkfs)"
+            return f"{program} is not installed (scripts/install_packages qemu daemon fuse mkfs)"
     return ""
 
 

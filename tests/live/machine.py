@@ -1,7 +1,7 @@
 """A small virtual machine with a Debian kernel that has NBD, and this machine's files to read.
 
-No KVM is asked for. `scripts/need guest` fetches the kernel. The guest sees this machine's root file system
-by virtiofs, and writes to memory; what its processes write to the console is what comes back.
+No KVM is asked for. `scripts/install_packages guest` fetches the kernel. The guest sees this machine's root file
+system by virtiofs, and writes to memory; what its processes write to the console is what comes back.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def missing() -> str:
     if os.geteuid() != 0:
         return "the guest reads this machine's files as root"
     if virtiofsd() is None:
-        return "virtiofsd is not installed (scripts/need guest)"
+        return "virtiofsd is not installed (scripts/install_packages guest)"
     for program in ("qemu-system-x86_64", "qemu-storage-daemon", "mke2fs", "cpio"):
         if shutil.which(program) is None:
-            return f"{program} is not installed (scripts/need daemon vm mkfs guest)"
+            return f"{program} is not installed (scripts/install_packages daemon vm mkfs guest)"
     if kernel() is None:
-        return f"there is no kernel for the guest in {GUEST} (scripts/need guest)"
+        return f"there is no kernel for the guest in {GUEST} (scripts/install_packages guest)"
     return ""
 
 

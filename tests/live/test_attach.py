@@ -25,9 +25,9 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.qemu.programs import run_to_the_end
 from island_fast.qemu.qmp import Qmp
-from tests.daemon import qemu_io
 from tests.live.actor import KIND, ROOT, Remote
 from tests.live.conftest import SIZE, Host
+from tests.support.daemon import qemu_io
 
 
 def check(image: Path) -> None:

@@ -23,7 +23,7 @@ def context(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
     if reason := missing():
         pytest.skip(reason)
     if shutil.which("fio") is None:
-        pytest.skip("fio is not installed (scripts/need fio)")
+        pytest.skip("fio is not installed (scripts/install_packages fio)")
     monkeypatch.setattr(attached, "_QUICK", attached._Plan(16 * MIB, 1, 20))
     monkeypatch.setattr(attached, "_check", lambda *_: None)
     speeds = [Speed(shape, ((100.0, 200.0),)) for shape in SHAPES]

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.daemon import create_qcow2
 from tests.live.actor import ROOT, USER
 from tests.live.booted import boot, ground
+from tests.support.daemon import create_qcow2
 
 VOLUME = "0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e"
 

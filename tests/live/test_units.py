@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from tests import qemu
 from tests.live.actor import ROOT
 from tests.live.booted import boot, ground
+from tests.support import qemu
 
 UNITS = ROOT / "docs/systemd"
 SERVICES = ["island-snapshot@.service", "island-retain.service", "island-sweep.service"]

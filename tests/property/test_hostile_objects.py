@@ -29,8 +29,8 @@ from island_fast.operations.sweep import plan_sweep
 from island_fast.progress import silent
 from island_fast.qcow2.snapshots import PinnedBase
 from island_fast.repository.local_state import LocalState
-from tests import qemu
-from tests.memory_store import MemoryStore, Stored
+from tests.support import qemu
+from tests.support.memory_store import MemoryStore, Stored
 
 A = "a" * 32
 PIN = PinnedBase("island-x", "1", 17, 5, 1 << 20)

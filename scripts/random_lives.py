@@ -1,0 +1,63 @@
+"""Live random lives of a repository under attack, round after round, each with a seed of its own.
+
+    scripts/random_lives.py SECONDS          new seeds until the time is over
+    scripts/random_lives.py --seed N         the one round that was printed as seed N, again
+    scripts/random_lives.py --seed N --shrink    and the shortest life that fails like it
+
+What is attacked, and what must hold, is in tests/faults/machine/machine.py. A failure prints the life, its
+seed and how to run it again, and the exit code is 1. At the end is a table of what happened how often.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import traceback
+from pathlib import Path
+from random import SystemRandom
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[0] = str(ROOT)
+
+from tests.faults.machine.rounds import interruptions, march, never, round_of, table  # noqa: E402 (found in the tree that this file is in)
+
+
+def main() -> int:
+    """Run what the command line asks for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("seconds", type=float, nargs="?", default=0.0, help="how long to go on, in seconds")
+    parser.add_argument("--seed", type=int, help="run this round alone")
+    parser.add_argument("--lives", type=int, default=30, help="lives in a round (30)")
+    parser.add_argument("--shrink", action="store_true", help="look for the shortest life that fails")
+    options = parser.parse_args()
+    end, rounds = time.monotonic() + options.seconds, 0
+    while True:
+        seed = SystemRandom().randrange(1 << 32) if options.seed is None else options.seed
+        print(f"seed {seed}", flush=True)
+        try:
+            if not rounds:
+                march()
+                interruptions()
+            round_of(seed, options.lives, shrink=options.shrink)
+        except Exception:  # noqa: BLE001 (whatever it is, it is a finding)
+            traceback.print_exc()
+            print(f"FOUND: {reason()}\nonce more: MACHINE_SEED={seed} make machine")
+            return 1
+        rounds += 1
+        if options.seed is not None or time.monotonic() >= end:
+            break
+    print(table())
+    print(f"{rounds} rounds of {options.lives} lives, nothing found; never happened: {never() or 'nothing'}")
+    return 0
+
+
+def reason() -> str:
+    """The exception being handled, in one line."""
+    error = sys.exc_info()[1]
+    text = str(error).strip() or "an assertion"
+    return f"{type(error).__name__}: {text.splitlines()[0][:160]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

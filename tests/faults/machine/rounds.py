@@ -1,0 +1,138 @@
+"""Rounds of lives: so many per seed, and how often each thing happened in them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import HealthCheck, Phase, seed, settings
+from hypothesis.stateful import run_state_machine_as_test
+
+from tests.faults.machine import process
+from tests.faults.machine.machine import COUNTS, GOES_ON, INTERRUPTIONS, NOT_SENT, WEATHER, Machine
+from tests.faults.machine.process import Fault
+from tests.faults.machine.troubles import ADOPTING, COMMITTING, READING
+
+STEPS = 40
+
+VERBS = ("snapshot", "delete", "dry run", "sweep", "adopt", "restore", "list")
+FAULTS = (
+    process.CRASH_BEFORE, process.CRASH_AFTER, process.LOST, process.FAILED,
+    process.EXPIRED, process.LATE, process.DUPLICATE, process.STALE, process.CUT,
+    process.LISTING, process.RACE, *process.HARD,
+)  # fmt: skip
+INTRUDERS = tuple(dict.fromkeys(COMMITTING + ADOPTING + READING))
+
+
+def round_of(number: int, lives: int, *, shrink: bool = False) -> None:
+    """Live so many lives; the seed `number` decides all of them. Without `shrink`, failures stay as met."""
+    life = seed(number)(type("Life", (Machine,), {}))
+    phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
+    run_state_machine_as_test(
+        life,
+        settings=settings(
+            max_examples=lives,
+            stateful_step_count=STEPS,
+            deadline=None,
+            database=None,
+            phases=phases,
+            suppress_health_check=list(HealthCheck),
+            print_blob=False,
+        ),
+    )
+
+
+def tour() -> None:
+    """Each fault and each intruder once, at a command that meets it, in a life of its own."""
+    for kind in FAULTS[: -len(process.HARD) - 1] + process.HARD:
+        verb = "restore" if kind in (process.STALE, process.CUT) else "sweep"
+        _must_meet(verb, Fault(kind, _at(kind)))
+    for what in INTRUDERS:
+        kind = process.RACE if "same moment" in what else process.INTRUSION
+        verb = "adopt" if what in ADOPTING else "snapshot" if what in COMMITTING else "restore"
+        where, skip = {
+            "adopt": ("record", 0),
+            "snapshot": ("any", 3) if what == "a delete" else ("put", 0),
+            "restore": ("get", 0),
+        }[verb]
+        _must_meet(verb, Fault(kind, where, skip, what=what))
+
+
+def march() -> None:
+    """Every change of every command is where something goes wrong, or somebody comes in between."""
+    wrong = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE)
+    for verb, intruders in (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING)):
+        for skip in range(6 if verb == "sweep" else 4):
+            for kind in wrong:
+                _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip))
+            for what in intruders:
+                if "same moment" not in what:
+                    _met(verb, Fault(process.INTRUSION, "change", skip, what=what))
+
+
+def interruptions() -> None:
+    """Every PUT of a snapshot is its last; the next one meets the volume as it was, or otherwise."""
+    for kind in INTERRUPTIONS:
+        for skip in range(6):
+            for writes in ({}, {0: 15, 2: 11}, {1: 0, 7: 14}):
+                life = Machine()
+                try:
+                    life.begin(seed=1, young=False)
+                    life.interrupted(0, {}, writes, kind, skip, deleted=skip % 2 == 1)
+                    life.look_again()
+                    life.delete(0, [skip], False, ())
+                    life.look_again()
+                    life.end()
+                finally:
+                    life.world.close()
+
+
+def _at(kind: str) -> str:
+    """What a fault must be planted in to happen in `_met`."""
+    places = {process.STALE: "plain", process.CUT: "plain", process.LISTING: "list"}
+    return places.get(kind, "record")
+
+
+def _met(verb: str, fault: Fault) -> None:
+    """A life with a few commands, of which `verb` meets the fault."""
+    fault = replace(fault)
+    life = Machine()
+    try:
+        life.begin(seed=1, young=False)
+        if verb == "restore":
+            life.restore(0, 1, 1, None, (fault,))
+        elif verb == "adopt":
+            life.adopt(0, 1, True, (fault,))
+        elif verb == "snapshot":
+            life.snapshot(0, {0: 11, 1: 12, 2: 13, 3: 14}, 0, {}, False, (fault,))
+        else:
+            every = {0: 11, 1: 12, 2: 13, 3: 14, 4: 14, 5: 12}
+            for writes in (every, {0: 17, 3: 18, 4: 19}, {1: 17}):
+                life.snapshot(0, writes, 0, {}, False, ())
+                life.look_again()
+            life.delete(0, [3], False, ())  # leaves two packs more than half dead
+            life.sweep(0, 0, 30, (fault,))
+        life.look_again()
+        life.end()
+    finally:
+        life.world.close()
+
+
+def _must_meet(verb: str, fault: Fault) -> None:
+    before = COUNTS.copy()
+    _met(verb, fault)
+    names = {fault.kind, fault.what, f"{fault.kind}: {fault.what}"}
+    assert any(COUNTS[name] > before[name] for name in names), f"{fault} did not happen to {verb}"
+
+
+def table(counts: Counter[str] = COUNTS) -> str:
+    """How often each command ended how, and each fault happened."""
+    return "\n".join(f"{count:8}  {what}" for what, count in sorted(counts.items()))
+
+
+def never(counts: Counter[str] = COUNTS) -> list[str]:
+    """Commands, faults, intrusions and events that did not happen at all."""
+    intruders = [f"another process: {what}" for what in INTRUDERS if "same moment" not in what]
+    happened = {what: counts[what] for what in (*FAULTS, *WEATHER, *intruders, GOES_ON, NOT_SENT)}
+    happened |= {f"{verb}: done": counts[f"{verb}: done"] for verb in VERBS}
+    return sorted(what for what, count in happened.items() if not count)

@@ -1,0 +1,78 @@
+"""What a delete asks of the store: the same in a long lineage as in a short one."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from island_fast.api import Repository
+from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.repository.local_state import LocalState
+from island_fast.stores.base import ObjectInfo
+from tests.support.memory_store import MemoryStore
+
+SHORT = 3
+LONG = 63
+"""Snapshots. The newest record is the last before a checkpoint, which is as far from one as it can be."""
+
+
+class LateStore(MemoryStore):
+    """Its listings are so late that they show nothing, if `late`."""
+
+    late = False
+
+    def list(self, prefix: str) -> Iterator[ObjectInfo]:
+        found = super().list(prefix)
+        return iter(()) if self.late else found
+
+
+@dataclass
+class Requests:
+    """How many requests a delete made: with warm local state, with none, and with none and late listings."""
+
+    warm: int
+    cold: int
+    late: int
+
+
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Requests]:
+    def count(length: int) -> Requests:
+        folder = tmp_path_factory.mktemp(f"of{length}")
+        store, home = LateStore(), folder / "home"
+        repository = Repository(store, LocalState(home), create=True)
+        volume = EditedVolume(folder / "vol.qcow2", 32, seed=length)
+        taken = []
+        for _ in range(length):
+            taken.append(volume.snapshot(repository).snapshot)
+            volume.edit(1)
+        objects = dict(store.objects)
+
+        def requests(name: str, late: bool) -> int:
+            state = LocalState(folder / name)
+            if name == "warm":
+                shutil.copytree(home, state.root)
+            else:
+                state.root.mkdir()
+                shutil.copy(home / "writer", state.root)
+            store.objects, store.late = dict(objects), late
+            store.calls.clear()
+            Repository(store, state).delete([f"vol@{taken[-2]}"])
+            return store.calls.total()
+
+        return Requests(requests("warm", False), requests("cold", False), requests("late", True))
+
+    return count
+
+
+def test_a_delete_costs_the_same_in_a_long_lineage(counted: Callable[[int], Requests]) -> None:
+    """Without local state the catalog is read from its checkpoint on, after its end is found by halving."""
+    short, long = counted(SHORT), counted(LONG)
+    assert long.warm == short.warm
+    assert long.cold <= short.cold + 34
+    assert long.late <= short.cold + 2 * math.log2(LONG) + 34
+    assert short.warm < short.cold < long.cold < long.late

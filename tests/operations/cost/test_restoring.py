@@ -1,0 +1,116 @@
+"""Depth costs a restore nothing: after 100 increments it moves what a restore of one full snapshot moves."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from island_fast.api import Repository
+from island_fast.repository.local_state import LocalState
+from island_fast.repository.pack_reader import _range_starts
+from island_fast.stores.base import Range, Views
+from island_fast.stores.directory import DirectoryStore
+from tests.conftest import OpenSwift
+from tests.operations.cost.conftest import INCREMENTS, History, named
+from tests.support.memory_store import MemoryStore
+from tests.support.swift_server import SwiftServer
+
+
+class WatchedDirectory(DirectoryStore):
+    """Notes the names of objects that are read."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(str(path), create_ok=True)
+        self.read: list[str] = []
+
+    def get(self, name: str, *, newest: bool = False) -> memoryview:
+        self.read.append(name)
+        return super().get(name, newest=newest)
+
+    def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
+        self.read.append(name)
+        return super().get_ranges(name, ranges)
+
+
+def test_in_a_directory_it_moves_the_bytes_that_are_needed(history: History, tmp_path: Path) -> None:
+    """Nothing is cached: the host is another one."""
+    targets = []
+    told = []
+    for flat in (False, True):
+        store = WatchedDirectory(tmp_path / f"flat-{flat}")
+        history.poured(store, flat=flat)
+        repository = Repository(store, LocalState(tmp_path / f"state-{flat}"))
+        store.read.clear()
+        targets.append(tmp_path / f"{flat}.raw")
+        told.append(repository.restore("vol@latest", targets[-1], image_format="raw"))
+        assert len(named(store.read, "manifests")) == 1
+        # An index may be read before the blocks.
+        assert set(Counter(named(store.read, "packs")).values()) <= {1, 2}
+    assert told[0].bytes_read <= 1.05 * told[1].bytes_read
+    assert told[0].objects_read <= 2 * history.live_packs + 1
+    assert targets[0].read_bytes() == targets[1].read_bytes()
+
+
+def test_in_swift_each_live_pack_is_one_request(
+    history: History, swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path
+) -> None:
+    store = history.poured(swift_store())
+    repository = Repository(store, LocalState(history.state))
+    swift.calm()
+    told = repository.restore("vol@latest", tmp_path / "deep.raw", image_format="raw")
+    asked = swift.seen()
+    packs = [request for request in asked if "/packs/" in request["path"]]
+    assert len({request["path"] for request in packs}) == len(packs) == history.live_packs
+    assert {request["method"] for request in packs} == {"GET"}
+    assert len(asked) <= history.live_packs + 3
+    ranges = [request["RANGE"].count(",") + 1 for request in packs if "RANGE" in request]
+    assert 10 < max(ranges) <= 49
+    flat = Repository(history.flat, LocalState(history.state))
+    whole = flat.restore("vol@latest", tmp_path / "flat.raw", image_format="raw")
+    assert told.bytes_read <= 1.1 * whole.bytes_read
+    assert (tmp_path / "deep.raw").read_bytes() == (tmp_path / "flat.raw").read_bytes()
+
+
+def test_a_store_that_takes_few_ranges_is_asked_once_too(
+    history: History, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    real = MemoryStore.get_ranges
+
+    def get_ranges(self: MemoryStore, name: str, ranges: Sequence[Range]) -> Views:
+        nonlocal most
+        most = max(most, len(ranges))
+        return real(self, name, ranges)
+
+    monkeypatch.setattr(MemoryStore, "get_ranges", get_ranges)
+    monkeypatch.setattr(MemoryStore, "ranges_at_once", 5)
+    repository = Repository(history.deep, LocalState(history.state))
+    history.deep.calls.clear()
+    repository.restore("vol@latest", tmp_path / "few.raw", image_format="raw")
+    assert most == 5
+    assert history.deep.calls["get"] + history.deep.calls["get_ranges"] == history.live_packs
+    flat = Repository(history.flat, LocalState(history.state))
+    flat.restore("vol@latest", tmp_path / "flat.raw", image_format="raw")
+    assert (tmp_path / "few.raw").read_bytes() == (tmp_path / "flat.raw").read_bytes()
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7, 49, None])
+@pytest.mark.parametrize("gap", [0, 10])
+def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None) -> None:
+    gaps = np.random.default_rng(gap).integers(0, 60, 80)
+    starts = _range_starts(gaps, gap, most)
+    assert starts[0] == 0
+    assert most is None or len(starts) <= most
+    split, joined = gaps[starts[1:] - 1], np.delete(gaps, starts[1:] - 1)
+    assert split.min(initial=100) > gap
+    if most is None or np.count_nonzero(gaps > gap) < most:
+        assert joined.max(initial=0) <= gap
+    assert joined.max(initial=0) < split.min(initial=100)
+
+
+def test_the_history_is_long(history: History) -> None:
+    assert len(named(list(history.deep.objects), "manifests")) == INCREMENTS + 1

@@ -1,0 +1,71 @@
+"""What is read of an image to learn where its data lies and what changed: counted in L2 tables."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import numpy as np
+import pytest
+
+from island_fast.bench.synthetic_image import MappedImage
+from island_fast.images.inspect import image_map
+from island_fast.qcow2.changes import allocated, changed
+from island_fast.qcow2.extents import DATA
+from island_fast.qcow2.image import Image
+from tests.support import qemu
+
+GIB = 1 << 30
+TABLES = 200
+RUNS = 3000
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory: pytest.TempPathFactory) -> MappedImage:
+    """A volume of which 1 % of the tables differ between two points, within 1 % of the clusters."""
+    path = tmp_path_factory.mktemp("mapped") / "image"
+    return MappedImage.make(path, TABLES * GIB // 2, 3 * GIB, RUNS, seed=1, tables=0.01)
+
+
+def test_a_diff_reads_the_tables_that_differ(image: MappedImage) -> None:
+    with Image.open(image.path) as opened:
+        old, new = (opened.at(opened.named(name)) for name in "ab")
+        scanned: list[int] = []
+        found = allocated(opened, new, progress=lambda done, total: scanned.append(done))
+        diff = changed(opened, old, new)
+    assert (scanned[-1], image.tables_moved) == (TABLES, TABLES // 100)
+    assert diff.tables_read == 2 * image.tables_moved
+    assert 20 * diff.tables_read <= scanned[-1]
+    assert diff.map.count() == image.moved
+    assert diff.map & found == diff.map
+
+
+def test_a_map_reads_each_table_once_and_is_that_of_qemu(
+    image: MappedImage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = 0
+    real = os.preadv
+
+    def preadv(fd: int, buffers: list[memoryview], offset: int) -> int:
+        nonlocal read
+        count = real(fd, buffers, offset)
+        read += count
+        return count
+
+    with monkeypatch.context() as patch:
+        patch.setattr("os.preadv", preadv)
+        parts = list(image_map(image.path))
+    assert read <= (TABLES + 4) * 65536
+    ours: list[list[int]] = []
+    for part in parts:
+        data = part.kind == DATA
+        ours += np.stack([part.start[data], (part.start + part.length)[data]], axis=1).tolist()
+    told = json.loads(qemu.run("qemu-img", "map", "-f", "qcow2", "--output=json", image.path))
+    theirs: list[list[int]] = []
+    for row in (row for row in told if row["data"]):
+        if theirs and theirs[-1][1] == row["start"]:  # qemu splits what is not together in the file
+            theirs[-1][1] += row["length"]
+        else:
+            theirs.append([row["start"], row["start"] + row["length"]])
+    assert ours == theirs
+    assert len(ours) == RUNS
