@@ -1,7 +1,7 @@
 """A small virtual machine with a Debian kernel that has NBD, and this machine's files to read.
 
-No KVM is asked for. `scripts/install_packages guest` fetches the kernel. The guest sees this machine's root file
-system by virtiofs, and writes to memory; what its processes write to the console is what comes back.
+No KVM is asked for. `scripts/install_packages guest` fetches the kernel. The guest sees this machine's root
+file system by virtiofs, and writes to memory; what its processes write to the console is what comes back.
 """
 
 from __future__ import annotations
