@@ -116,11 +116,11 @@ class Repository(OpenRepository):
             lineage = self.lineage_for(source, volume)
             compress = compression == "zstd"
             facts = dict(properties or {})
-            request = Request(self.id, self.state.writer, label, pin, at, full, compress, facts)
+            request = Request(self.id, label, pin, at, full, compress, facts)
             if knows_damage(lineage):
                 from island_fast.operations.heal import mend_known
 
-                mend_known(lineage, source, self.state.writer, progress)
+                mend_known(lineage, source, progress)
             return take(lineage, source, request, progress)
 
     def snapshot_domain(
@@ -171,7 +171,7 @@ class Repository(OpenRepository):
         try:
             with Qcow2Source(path, look_only=True, backing=files) as source:
                 lineage = self.lineage_for(source, volume)
-                start = choose(lineage, source, Request(self.id, writer=""))
+                start = choose(lineage, source, Request(self.id))
         except RefusedError as error:  # so would the next snapshot be
             return replace(info, next_reason=str(error))
         return replace(
@@ -269,7 +269,7 @@ class Repository(OpenRepository):
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete([self.find(one) for one in references], self.state.writer, dry_run)
+        return delete([self.find(one) for one in references], dry_run)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -285,11 +285,11 @@ class Repository(OpenRepository):
             raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
         answers, others = [], []
         for lineage in self.lineages(volume):
-            if volume is None and lineage.owner != self.state.writer:
+            if volume is None and not lineage.owned_here:
                 others.append(lineage.name)
                 continue
             try:
-                retained, errors = retain(lineage, self.state.writer, keep, dry_run, progress)
+                retained, errors = retain(lineage, keep, dry_run, progress)
             except (DamagedError, RefusedError) as error:
                 if volume is not None:
                     raise
@@ -316,8 +316,8 @@ class Repository(OpenRepository):
         answers = []
         for lineage in self.lineages():
             try:
-                if lineage.owner == self.state.writer:
-                    answers.append(sweep(lineage, self.state.writer, grace, dry_run, progress))
+                if lineage.owned_here:
+                    answers.append(sweep(lineage, grace, dry_run, progress))
             except (DamagedError, RefusedError) as error:
                 self.left_out.append(error)
         return answers
@@ -354,7 +354,7 @@ class Repository(OpenRepository):
         for lineage, wanted in (one for one in chosen.values() if one[1]):
             self._check_other(to)
             try:
-                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, self.state.writer, progress)
+                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
             except (DamagedError, RefusedError) as error:
                 if not every:
                     raise
@@ -399,7 +399,7 @@ class Repository(OpenRepository):
             raise UsageError(f"{sample} is no share; give a fraction above 0, and at most 1")
         files = Backing.parsed(backing)
         image = Path(os.path.realpath(against)) if against is not None else None
-        request = verify.Request(self.state.writer, sample, since, image, files, heal)
+        request = verify.Request(sample, since, image, files, heal)
         return verify.verify(self, reference, request, progress)
 
     def diff(self, since: str, reference: str) -> Difference:
@@ -445,6 +445,6 @@ class Repository(OpenRepository):
 
         lineage = self._existing(volume)
         with lineage.locked():
-            lineage.adopt(self.state.writer)
+            lineage.adopt()
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)

@@ -63,7 +63,7 @@ class EditedVolume(Source):
         """Take a snapshot of it as it is now."""
         lineage = repository.lineage(volume)
         lineage.refresh()
-        return take(lineage, self, Request(repository.id, repository.state.writer), silent)
+        return take(lineage, self, Request(repository.id), silent)
 
     @property
     def facts(self) -> Mapping[str, str]:

@@ -20,10 +20,10 @@ __all__ = ["Deletion", "delete", "delete_one", "plan_delete", "planned"]
 _LOG = logging.getLogger(__name__)
 
 
-def delete(found: Sequence[Found], writer: str, dry_run: bool) -> list[Deleted]:
+def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
     """Take snapshots out of the catalog, in the order given, or with `dry_run` tell what that would free.
 
-    RefusedError if `writer` does not own a lineage, or a snapshot is being taken on the base of one of them.
+    RefusedError if this host does not own a lineage, or a snapshot is being taken on the base of one of them.
     """
     answers: list[Deleted] = []
     rows = {one.row.id: one for one in found}
@@ -35,14 +35,14 @@ def delete(found: Sequence[Found], writer: str, dry_run: bool) -> list[Deleted]:
             lineage.state = lineage.state.after(deletion.record)
         else:
             with lineage.locked():
-                deletion = delete_one(lineage, snapshot, writer)
+                deletion = delete_one(lineage, snapshot)
         answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
     return answers
 
 
-def delete_one(lineage: Lineage, snapshot: str, writer: str) -> Deletion:
+def delete_one(lineage: Lineage, snapshot: str) -> Deletion:
     """Take one out of the catalog. Under the lineage's lock; see `delete` for what is refused."""
-    lineage.require_owner(writer)
+    lineage.require_owner()
     row = lineage.state.live.get(snapshot)
     if row is None:
         raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
@@ -53,7 +53,7 @@ def delete_one(lineage: Lineage, snapshot: str, writer: str) -> Deletion:
                 "delete it when that has ended"
             )
     deletion = planned(lineage, row)
-    lineage.append(deletion.record, writer)
+    lineage.append(deletion.record)
     lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
     return deletion
 

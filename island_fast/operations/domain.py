@@ -86,7 +86,7 @@ def take_domain(
         for one in found:
             with failures.of(one.disk):
                 if knows_damage(one.lineage):
-                    mend_known(one.lineage, one.source, repository.state.writer, progress)
+                    mend_known(one.lineage, one.source, progress)
                 ready.append(one)
         group = os.urandom(16).hex() if len(disks) > 1 else None
         members = [
@@ -157,7 +157,6 @@ def _request(
 ) -> Request:
     return Request(
         repository.id,
-        repository.state.writer,
         wish.label,
         full=wish.full,
         compress=wish.compress,

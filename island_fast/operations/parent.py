@@ -23,7 +23,6 @@ class Request:
     """What is asked for: see `Repository.snapshot`."""
 
     repository: str
-    writer: str
     label: str = ""
     pin: bool = True
     at: str | None = None

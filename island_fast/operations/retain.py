@@ -25,15 +25,15 @@ _PERIOD_OF: Mapping[str, Callable[[datetime], Hashable]] = {
 
 
 def retain(
-    lineage: Lineage, writer: str, keep: Keep, dry_run: bool, progress: Progress
+    lineage: Lineage, keep: Keep, dry_run: bool, progress: Progress
 ) -> tuple[Retained, list[IslandError]]:
     """Delete what `keep` does not keep, oldest first, or with `dry_run` tell what that would free.
 
     Returns what was decided, and why some could not be deleted: those are told as kept. ConflictError if
-    `writer` does not own the lineage. Progress counts the bytes that the snapshots had written.
+    this host does not own the lineage. Progress counts the bytes that the snapshots had written.
     """
-    lineage.require_owner(writer)
-    run = _Retention(lineage, writer, keep, dry_run)
+    lineage.require_owner()
+    run = _Retention(lineage, keep, dry_run)
     reasons = run.decide()
     rows = [*lineage.state.live.values()]
     done, total = 0, sum(_written(row) for row in rows if not reasons[row.id])
@@ -52,10 +52,9 @@ def retain(
 class _Retention:
     """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message."""
 
-    def __init__(self, lineage: Lineage, writer: str, keep: Keep, dry_run: bool) -> None:
+    def __init__(self, lineage: Lineage, keep: Keep, dry_run: bool) -> None:
         self.errors: dict[str, IslandError] = {}
         self._lineage = lineage
-        self._writer = writer
         self._keep = keep
         self._dry_run = dry_run
 
@@ -75,7 +74,7 @@ class _Retention:
                     return None
                 if reasons:
                     return _kept(row, reasons)
-                return _deleted(row, delete_one(self._lineage, row.id, self._writer))
+                return _deleted(row, delete_one(self._lineage, row.id))
         except ConflictError:
             raise
         except (DamagedError, RefusedError) as error:

@@ -215,8 +215,8 @@ class _Taking:
         with lineage.locked():
             made = not lineage.exists
             if made:
-                lineage.create(request.writer)
-            lineage.require_owner(request.writer)
+                lineage.create()
+            lineage.require_owner()
             lineage.files.set_image(self._source.path)
             before = find_interrupted(lineage)
             self._start = choose(lineage, self._source, request)
@@ -224,7 +224,7 @@ class _Taking:
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
             stack.enter_context(lineage.files.register(self._registration))
-        self._storing = Storing(lineage, self._registration, request.writer)
+        self._storing = Storing(lineage, self._registration)
         self._storing.objects += made
 
     # The image.

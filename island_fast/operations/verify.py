@@ -73,7 +73,6 @@ _EXTENTS = 64  # that an answer lists for each snapshot and object
 class Request:
     """What is asked for: see `Repository.verify`."""
 
-    writer: str
     sample: float | None = None
     since: float | None = None
     against: Path | None = None
@@ -223,7 +222,7 @@ class _Run:
     def damages(self) -> list[Damage]:
         """All damage, after what can be mended was, if that is asked for."""
         ask = self._request
-        mender = Mender(self._repository.id, ask.writer, ask.against, ask.backing) if ask.heal else None
+        mender = Mender(ask.against, ask.backing) if ask.heal else None
         found = [
             d for one in self.checkups for d in remedied(one.lineage, one.findings, mender, self._progress)
         ]

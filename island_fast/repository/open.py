@@ -176,7 +176,7 @@ class OpenRepository:
             raise UsageError(
                 f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
             )
-        return Lineage(self.store, self.state.lineage(self.id, name), name)
+        return Lineage(self.store, self.state, self.id, name)
 
     def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
         """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
@@ -227,7 +227,7 @@ class OpenRepository:
         lineage = self.lineage(name or source.path.stem)
         self._refresh(lineage)
         if lineage.exists:
-            lineage.require_owner(self.state.writer)
+            lineage.require_owner()
             known = lineage.files.image() in (None, str(source.path))
             if not known and not _holds_pin(source, lineage):
                 raise RefusedError(
@@ -243,7 +243,7 @@ class OpenRepository:
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
-            if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
+            if lineage.exists and lineage.owned_here and _holds_pin(source, lineage):
                 return lineage
         return None
 
