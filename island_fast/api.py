@@ -292,7 +292,7 @@ class Repository(OpenRepository):
         from island_fast.operations.retain import retain
 
         if not keep:
-            raise UsageError("no rule is given that keeps a snapshot; give one, such as --keep-daily 7")
+            raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
         answers, others = [], []
         for lineage in self.lineages(volume):
             if volume is None and not lineage.owned_here:
