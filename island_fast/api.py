@@ -204,11 +204,10 @@ class Repository(OpenRepository):
         RefusedError if `target` exists; IslandError if it cannot be created; DamagedObjectError, which names
         the object, if a block is lost.
         """
-        from island_fast.operations.restore import Target, restore
+        from island_fast.operations.restore import RestoreTarget, restore
 
         found, manifest = self._find_with_manifest(reference)
-        make = Target(Path(target), image_format, pin)
-        return restore(found.lineage, found.row, manifest, make, progress)
+        return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
 
     def restore_onto(
         self,
@@ -230,7 +229,7 @@ class Repository(OpenRepository):
         by another process.
         """
         from island_fast.images.target import open_existing
-        from island_fast.operations.restore import overwrite
+        from island_fast.operations.restore import restore_onto
 
         found, manifest = self._find_with_manifest(reference)
         path = Path(os.path.realpath(target))
@@ -238,7 +237,7 @@ class Repository(OpenRepository):
         with open_existing(
             path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
         ) as existing:
-            return overwrite(found, manifest, existing, dry_run, progress)
+            return restore_onto(found, manifest, existing, dry_run, progress)
 
     def _find_with_manifest(self, reference: str) -> tuple[Found, Manifest]:
         """Find a snapshot to restore, and read its manifest."""
