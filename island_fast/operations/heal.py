@@ -31,7 +31,7 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import Packs, Record, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs, pack_full_name
 from island_fast.formats.frame import Kind, open_frame, read_json
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.names import stop_name
@@ -283,11 +283,7 @@ class _Mending:
                 )
             rows = as_of_now(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
-            record = Record(
-                lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
-                event="sweep", seed=0, packs=rows,
-            )  # fmt: skip
-            lineage.append(record)
+            lineage.append(ObjectsSwept(packs=rows))
 
     def _note(self, names: Mapping[str, Bools]) -> None:
         health = Health(self._lineage)

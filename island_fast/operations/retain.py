@@ -84,7 +84,7 @@ class _Retention:
     def _plan(self, row: SnapshotRow) -> Deletion:
         """What deleting would free once those before it are gone."""
         deletion = planned(self._lineage, self._lineage.state.live[row.id])
-        self._lineage.state = self._lineage.state.after(deletion.record)
+        self._lineage.state = self._lineage.state.after(deletion.event)
         return deletion
 
 

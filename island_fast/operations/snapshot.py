@@ -20,7 +20,7 @@ from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError
-from island_fast.formats.catalog import Record
+from island_fast.formats.catalog import SnapshotAdded
 from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
@@ -187,7 +187,7 @@ class _Taking:
         replaced = subtract_intervals(change.replaced, sent.same.runs())
         pin = internal.identity if internal else self._would_be_pin(created, view)
         manifest = self._manifest(change, stored.runs, pin, view, created)
-        row = storing.commit(manifest, stored.packs, stored.dead, self._last_word)
+        row = storing.commit(manifest, stored.packs, stored.dead, self._finalize)
         return SnapshotTaken(
             snapshot=row.id,
             lineage=self._lineage.name,
@@ -311,10 +311,10 @@ class _Taking:
             properties=facts | dict(self._request.properties),
         )
 
-    def _last_word(self, record: Record) -> Record:
+    def _finalize(self, _: SnapshotAdded) -> None:
+        """Note that the record is about to be sent: from here on the new pin stays, whatever happens."""
         self._progress("commit", 0, 0)
         self._committing = True
-        return record
 
 
 def _changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow, pack_full_name
 from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
@@ -118,13 +118,9 @@ class _Sweep:
         """Append the sweep's record, if it has anything to say."""
         lineage, plan = self._lineage, self._plan
         renamed = as_of_now(lineage, plan.repacked, renamed)
-        record = Record(
-            lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
-            event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
-            swept=tuple(row.id for row in plan.manifests),
-        )  # fmt: skip
         if len(renamed) or plan.gone.key.size or plan.manifests:
-            lineage.append(record)
+            swept = tuple(row.id for row in plan.manifests)
+            lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
 
     def _repack(self) -> tuple[Packs, Packs]:
         """Write packs anew without their dead slots; the rows of those that could be read, old and new."""

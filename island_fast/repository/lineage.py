@@ -28,9 +28,12 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    Event,
+    OwnerChanged,
     Packs,
     Record,
     SnapshotRow,
+    SnapshotsDeleted,
     State,
     decode_record,
     encode_record,
@@ -295,22 +298,24 @@ class Lineage:
         """Apply one record; it must be the one that follows the present place."""
         name = catalog_name(self.name, epoch, number)
         place = self._place
-        follows = place is None or record.previous == place.checksum or record.event == "owner"
+        begins = isinstance(record.event, OwnerChanged)
+        follows = place is None or record.previous == place.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
         if not (follows and named and (place is not None or record.state is not None)):
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is mended"
             )
-        self._retire(record)
-        self.state = self.state.after(record)
+        if isinstance(record.event, SnapshotsDeleted):
+            self._remember_deleted(record.event)
+        self.state = record.apply_to(self.state)
         self._place = _Place(
             epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
         )
 
-    def _retire(self, record: Record) -> None:
+    def _remember_deleted(self, event: SnapshotsDeleted) -> None:
         """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
-        for snapshot in record.deleted:
+        for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
             if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
                 self.files.retire(row.id, row.attempt, row.parent)
@@ -325,21 +330,29 @@ class Lineage:
         self.files.make()
         self._place = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
-        self._append(_owner_record(self.name, 0, None, self.writer, seed, State()))
+        self._begin_epoch(0, None, seed, State())
 
-    def append(self, record: Record) -> None:
-        """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
+    def append(self, event: Event, checkpoint: State | None = None) -> None:
+        """Append the record of `event`, which carries `checkpoint` if given. Under the lock, after `refresh`.
 
         ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
         self.require_owner()
         at = self._at
-        record = replace(
-            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=self.writer,
-            host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
-        )  # fmt: skip
-        after = self.state.after(record)  # refuses what no reader would accept, before it is sent
+        record = Record(
+            lineage=self.name,
+            epoch=at.epoch,
+            number=at.number + 1,
+            writer=self.writer,
+            host=at.host,
+            previous=at.checksum,
+            time=time.time_ns(),
+            seed=at.seed,
+            event=event,
+            state=checkpoint,
+        )
+        after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -381,8 +394,24 @@ class Lineage:
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
-        self._append(_owner_record(self.name, epoch + 1, at.checksum, self.writer, at.seed, self.state))
+        self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
         self._stopped = False
+
+    def _begin_epoch(self, epoch: int, previous: str | None, seed: int, state: State) -> None:
+        """Append the first record of an epoch: it makes this host the owner, and carries the whole state."""
+        record = Record(
+            lineage=self.name,
+            epoch=epoch,
+            number=0,
+            writer=self.writer,
+            host=os.uname().nodename,
+            previous=previous,
+            time=time.time_ns(),
+            seed=seed,
+            event=OwnerChanged(),
+            state=state,
+        )
+        self._append(record)
 
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
@@ -438,24 +467,6 @@ class Lineage:
             with contextlib.suppress(ConflictError):
                 self._send(name, data)
             self.files.clear_pending(last)
-
-
-def _owner_record(
-    lineage: str, epoch: int, previous: str | None, writer: str, seed: int, state: State
-) -> Record:
-    """The first record of an epoch: who owns the lineage, and its whole state."""
-    return Record(
-        lineage=lineage,
-        epoch=epoch,
-        number=0,
-        writer=writer,
-        host=os.uname().nodename,
-        previous=previous,
-        time=time.time_ns(),
-        event="owner",
-        seed=seed,
-        state=state,
-    )
 
 
 def _numbers(name: str) -> tuple[int, int]:
