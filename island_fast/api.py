@@ -118,11 +118,11 @@ class Repository(OpenRepository):
                 source.named(at)  # before anything is made
             lineage = lineage_for_image(self, source, volume)
             facts = dict(properties or {})
-            request = SnapshotRequest(self.id, self.state.writer, label, pin, at, full, compress, facts)
+            request = SnapshotRequest(self.id, label, pin, at, full, compress, facts)
             if knows_damage(lineage):
-                from island_fast.operations.heal import mend_known
+                from island_fast.operations.heal import heal_known_damage
 
-                mend_known(lineage, source, self.state.writer, progress)
+                heal_known_damage(lineage, source, progress)
             return take_snapshot(lineage, source, request, progress)
 
     def snapshot_domain(
@@ -168,14 +168,14 @@ class Repository(OpenRepository):
 
         path = Path(os.path.realpath(image))
         info = image_info(path)
-        if self._id is None:
+        if not self.exists:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
         files = Backing.parsed(backing)
         try:
             with Qcow2Source(path, look_only=True, backing=files) as source:
                 lineage = lineage_for_image(self, source, volume)
-                choice = choose_parent(lineage, source, SnapshotRequest(self.id, writer=""))
+                choice = choose_parent(lineage, source, SnapshotRequest(self.id))
         except RefusedError as error:  # the next snapshot would be refused, too
             return replace(info, next_reason=str(error))
         return replace(
@@ -278,7 +278,7 @@ class Repository(OpenRepository):
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete([self.find(one) for one in references], self.state.writer, dry_run)
+        return delete([self.find(one) for one in references], dry_run)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -295,11 +295,11 @@ class Repository(OpenRepository):
             raise UsageError("no rule is given that keeps a snapshot; give one, such as --keep-daily 7")
         answers, others = [], []
         for lineage in self.lineages(volume):
-            if volume is None and lineage.owner != self.state.writer:
+            if volume is None and not lineage.owned_here:
                 others.append(lineage.name)
                 continue
             with self._skip_if_unusable(volume is None):
-                retained, errors = retain(lineage, self.state.writer, keep, dry_run, progress)
+                retained, errors = retain(lineage, keep, dry_run, progress)
                 answers.append(retained)
                 self.left_out += errors
         if others:
@@ -321,8 +321,8 @@ class Repository(OpenRepository):
         answers = []
         for lineage in self.lineages():
             with self._skip_if_unusable():
-                if lineage.owner == self.state.writer:
-                    answers.append(sweep(lineage, self.state.writer, grace, dry_run, progress))
+                if lineage.owned_here:
+                    answers.append(sweep(lineage, grace, dry_run, progress))
         return answers
 
     def copy(
@@ -357,7 +357,7 @@ class Repository(OpenRepository):
         for lineage, wanted in (one for one in chosen.values() if one[1]):
             self._check_other(to)
             with self._skip_if_unusable(every):
-                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, self.state.writer, progress)
+                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
                 answers += copied
                 self.left_out += errors
         return answers
@@ -399,7 +399,7 @@ class Repository(OpenRepository):
             raise UsageError(f"{sample} is not a valid share; give a fraction above 0 and up to 1")
         files = Backing.parsed(backing)
         image = Path(os.path.realpath(against)) if against is not None else None
-        request = VerifyRequest(self.state.writer, sample, since, image, files, heal)
+        request = VerifyRequest(sample, since, image, files, heal)
         return verify(self, reference, request, progress)
 
     def diff(self, since: str, reference: str) -> Difference:
@@ -420,7 +420,7 @@ class Repository(OpenRepository):
         return compare(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
 
     def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
-        """Return how much data the snapshots of all volumes, or of `volume`, hold and how much space they use.
+        """Return how much data the snapshots of all volumes, or of `volume`, hold, and the space they use.
 
         Only catalogs and manifests are read, no data. If all volumes are meant, those that cannot be read are
         skipped: see `left_out`.
@@ -441,15 +441,15 @@ class Repository(OpenRepository):
         """
         from island_fast.results import Adopted
 
-        lineage = self._existing(volume)
+        lineage = self.existing_lineage(volume)
         with lineage.locked():
-            lineage.adopt(self.state.writer)
+            lineage.adopt()
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
 
     @contextmanager
     def _skip_if_unusable(self, skip: bool = True) -> Iterator[None]:
-        """Hold the work on one of several volumes: with `skip`, damage and refusals go to `left_out`."""
+        """Run the body for one of several volumes; with `skip`, add damage and refusals to `left_out`."""
         try:
             yield
         except (DamagedError, RefusedError) as error:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 __all__ = ["Progress", "silent"]
 
 Progress = Callable[[str, int, int], None]
-"""Called as progress(phase, done, total), in bytes, also by worker threads; an exception from it ends the work.
+"""Called as progress(phase, done, total), in bytes, also by worker threads; if it raises, the work ends.
 
 A snapshot has the phases "scan", "send" and "commit" (once, with 0 of 0: from here on the snapshot may
 exist). A restore has "restore"; onto an existing image, first "compare", and from "zero" on the image

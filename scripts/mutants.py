@@ -139,7 +139,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "whoever wants to may write": [
-        ("repository/lineage.py", "        if self.owner != writer:\n", "        if False:\n"),
+        ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
         ("repository/lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),

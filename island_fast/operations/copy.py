@@ -44,7 +44,7 @@ _RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one
 
 
 def copy(
-    near: Lineage, far: Lineage, wanted: Collection[str], writer: str, progress: Progress
+    near: Lineage, far: Lineage, wanted: Collection[str], progress: Progress
 ) -> tuple[list[Copied], list[IslandError]]:
     """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, else in their order there.
 
@@ -52,7 +52,7 @@ def copy(
     is damaged, or was deleted meanwhile. RefusedError, before anything is sent, if `far` holds another volume
     or is not this host's. Progress counts bytes of volumes, over all of `wanted`.
     """
-    return _Copying(near, far, writer, progress).run(wanted)
+    return _Copying(near, far, progress).run(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,9 @@ class _Plan:
 class _Copying:
     """Copying between two lineages."""
 
-    def __init__(self, near: Lineage, far: Lineage, writer: str, progress: Progress) -> None:
+    def __init__(self, near: Lineage, far: Lineage, progress: Progress) -> None:
         self._near = near
         self._far = far
-        self._writer = writer
         self._progress = progress
         self._packs = PackReader(near)
         self._order = {snapshot: place for place, snapshot in enumerate(near.state.live)}
@@ -154,7 +153,7 @@ class _Copying:
         with far.locked():
             made = not far.exists
             if made:
-                far.create(self._writer, near.seed)
+                far.create(near.seed)
                 far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
             self._check_far()
             running = [one for one, alive in far.files.running() if alive and one.snapshot == row.id]
@@ -174,7 +173,7 @@ class _Copying:
             if row.id in far.state.live:
                 return None, registration
             stack.enter_context(far.files.register(registration))
-        storing = Storing(far, registration, self._writer)
+        storing = Storing(far, registration)
         storing.objects += made
         return storing, registration
 
@@ -189,12 +188,12 @@ class _Copying:
                 f"volume {far.name} in {far.store.location} is no copy of volume {near.name} in "
                 f"{near.store.location}; {elsewhere}"
             )
-        if far.owner != self._writer:
+        if not far.owned_here:
             raise ConflictError(
                 f"volume {far.name} in {far.store.location} belongs to host {far.owner_host}; {elsewhere}, "
                 f"or if that host is gone, run 'island -r {far.store.location} adopt {far.name}' here"
             )
-        far.require_owner(self._writer)
+        far.require_owner()
 
     # What is stored.
 

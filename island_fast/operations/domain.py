@@ -84,7 +84,7 @@ def snapshot_domain(repository: OpenRepository, request: DomainRequest, progress
         for one in opened:
             with failures.of(one.disk):
                 if knows_damage(one.lineage):
-                    heal_known_damage(one.lineage, one.source, repository.state.writer, progress)
+                    heal_known_damage(one.lineage, one.source, progress)
                 ready.append(one)
         group = os.urandom(16).hex() if len(disks) > 1 else None
         members = [
@@ -130,7 +130,6 @@ def _disk_request(
 ) -> SnapshotRequest:
     return SnapshotRequest(
         repository.id,
-        repository.state.writer,
         request.label,
         full=request.full,
         compress=request.compress,

@@ -58,7 +58,7 @@ from island_fast.repository.liveness import as_of_now
 from island_fast.repository.pack_reader import BATCH, unpacked
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Mender", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
+__all__ = ["Mender", "heal_known_damage", "mend_catalog", "mend_manifest", "mend_packs", "views_in"]
 
 
 _AT_ONCE = 32  # packs for one record
@@ -67,7 +67,6 @@ _LOG = logging.getLogger(__name__)
 
 def mend_packs(
     lineage: Lineage,
-    writer: str,
     findings: Sequence[Finding],
     views: Sequence[View],
     progress: Progress,
@@ -85,8 +84,8 @@ def mend_packs(
     lost = merge_intervals(np.concatenate(list(packs.values())))
     with lineage.files.sweeping():
         with lineage.locked():
-            lineage.require_owner(writer)
-        mending = _Mending(lineage, writer, lost, views)
+            lineage.require_owner()
+        mending = _Mending(lineage, lost, views)
         for at in range(0, len(keys), _AT_ONCE):
             still |= mending.mend(keys[at : at + _AT_ONCE])
             done += sum(len(packs[key]) for key in keys[at : at + _AT_ONCE])
@@ -94,7 +93,7 @@ def mend_packs(
     return still
 
 
-def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress) -> None:
+def heal_known_damage(lineage: Lineage, source: Source, progress: Progress) -> None:
     """Mend, from an image that is held, the packs that this host knows to be damaged; before a snapshot.
 
     What cannot be mended is told, and no error: the snapshot sends again what it needs of it.
@@ -109,7 +108,7 @@ def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress
         for key in set(keys) - {finding.key for finding in findings}:
             health.note_proved(packs.reader.place(key).name, time.time())
         health.save()
-        mend_packs(lineage, writer, findings, views_in(source, lineage), progress)
+        mend_packs(lineage, findings, views_in(source, lineage), progress)
     except (IslandError, OSError) as error:
         _LOG.warning("damaged packs could not be mended: %s", error)
 
@@ -135,9 +134,8 @@ class _Found:
 class _Mending:
     """Packs being mended, under the lock that keeps sweeps away. `lost` are all slot keys to be found."""
 
-    def __init__(self, lineage: Lineage, writer: str, lost: Int64s, views: Sequence[View]) -> None:
+    def __init__(self, lineage: Lineage, lost: Int64s, views: Sequence[View]) -> None:
         self._lineage = lineage
-        self._writer = writer
         self._views = list(views)
         self._packs = Examiner(lineage)
         self._epoch = lineage.epoch
@@ -286,10 +284,10 @@ class _Mending:
             rows = as_of_now(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
             record = Record(
-                lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
+                lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
                 event="sweep", seed=0, packs=rows,
             )  # fmt: skip
-            lineage.append(record, self._writer)
+            lineage.append(record)
 
     def _note(self, names: Mapping[str, Bools]) -> None:
         health = Health(self._lineage)
@@ -314,14 +312,14 @@ def _without(rows: Int64s, found: _Found) -> Int64s:
     return rows[~np.isin(rows[:, 1], got)]
 
 
-def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
+def mend_manifest(lineage: Lineage, snapshot: str) -> bool:
     """Give a snapshot's manifest its bytes again, which this host holds; False if it does not.
 
     They are what was written under that name, and nothing else ever stands there. ConflictError unless this
     host owns the lineage.
     """
     with lineage.locked():
-        lineage.require_owner(writer)
+        lineage.require_owner()
         row = lineage.state.live.get(snapshot)
         if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
@@ -335,16 +333,16 @@ def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
         return manifest_finding(lineage, row, whole=True) is None
 
 
-def mend_catalog(lineage: Lineage, writer: str) -> None:
+def mend_catalog(lineage: Lineage) -> None:
     """Begin the catalog anew, from what this host knows of it: nobody reads the older records again.
 
     That is an adoption by the owner; one that was interrupted is gone on with. ConflictError unless this host
     is the owner.
     """
     with lineage.locked():
-        if _stopped_by(lineage) != writer:
-            lineage.require_owner(writer)
-        lineage.adopt(writer)
+        if _stopped_by(lineage) != lineage.writer:
+            lineage.require_owner()
+        lineage.adopt()
 
 
 def _stopped_by(lineage: Lineage) -> str | None:
@@ -361,10 +359,8 @@ def _stopped_by(lineage: Lineage) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Mender:
-    """Who mends, and an image, with its backing files, to take lost blocks from beside the volume's own."""
+    """An image, with its backing files, to take lost blocks from beside the volume's own."""
 
-    repository: str
-    writer: str
     image: Path | None
     backing: Sequence[Backing]
 
@@ -428,16 +424,16 @@ def _mend(lineage: Lineage, findings: Sequence[Finding], mender: Mender, progres
     clear = [finding for finding in findings if finding.kind != CONTRADICTION]
     try:
         if any(f.key is None and f.snapshot is None for f in clear):
-            mend_catalog(lineage, mender.writer)
+            mend_catalog(lineage)
             left = [name for name in lineage.ended if lineage.store.head(name) is None]
             outcome.catalog = not left and not record_findings(lineage, lineage.needed_records)[0]
         for snapshot in [f.snapshot for f in clear if f.snapshot]:
-            if mend_manifest(lineage, mender.writer, snapshot):
+            if mend_manifest(lineage, snapshot):
                 outcome.manifests.add(snapshot)
         with ExitStack() as stack:
             packs = [f for f in findings if f.key is not None]
             views = mender.views(lineage, stack) if packs else []
-            outcome.packs = mend_packs(lineage, mender.writer, packs, views, progress)
+            outcome.packs = mend_packs(lineage, packs, views, progress)
     except IslandError as error:
         outcome.refusal = f"it was not mended: {error}"
     return outcome

@@ -28,7 +28,6 @@ class SnapshotRequest:
     """What the caller asks for: see `Repository.snapshot`."""
 
     repository: str
-    writer: str
     label: str = ""
     pin: bool = True
     at: str | None = None
@@ -52,7 +51,7 @@ def lineage_for_image(repository: OpenRepository, source: Source, volume: str | 
         name = repository.state.lineage_of(repository.id, source.path)
     lineage = repository.refreshed_lineage(name or source.path.stem)
     if lineage.exists:
-        lineage.require_owner(repository.state.writer)
+        lineage.require_owner()
         known = lineage.files.image() in (None, str(source.path))
         if not known and not _holds_pin(source, lineage):
             raise RefusedError(
@@ -68,7 +67,7 @@ def _pinned_lineage(repository: OpenRepository, source: Source) -> Lineage | Non
     pinned = [pinned_lineage(repository.id, internal.name) for internal in reversed(source.internals)]
     for name in dict.fromkeys(filter(None, pinned)):
         lineage = repository.refreshed_lineage(name)
-        if lineage.exists and lineage.owner == repository.state.writer and _holds_pin(source, lineage):
+        if lineage.exists and lineage.owned_here and _holds_pin(source, lineage):
             return lineage
     return None
 

@@ -34,16 +34,16 @@ _PERIOD_OF: Mapping[str, Callable[[datetime], Hashable]] = {
 
 
 def retain(
-    lineage: Lineage, writer: str, keep: Keep, dry_run: bool, progress: Progress
+    lineage: Lineage, keep: Keep, dry_run: bool, progress: Progress
 ) -> tuple[Retained, list[IslandError]]:
     """Delete the snapshots that `keep` does not keep, oldest first; with `dry_run` change nothing.
 
     Return what was decided, and the errors of snapshots that could not be deleted, which count as kept.
-    ConflictError if `writer` does not own the lineage. Progress counts the bytes that the deleted snapshots
+    ConflictError if this host does not own the lineage. Progress counts the bytes that the deleted snapshots
     wrote.
     """
-    lineage.require_owner(writer)
-    run = _Retention(lineage, writer, keep, dry_run)
+    lineage.require_owner()
+    run = _Retention(lineage, keep, dry_run)
     reasons = run.decide()
     rows = [*lineage.state.live.values()]
     done, total = 0, sum(_written(row) for row in rows if not reasons[row.id])
@@ -60,14 +60,14 @@ def retain(
 
 
 class _Retention:
-    """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message:
-    one cause that concerns several snapshots is reported once.
+    """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message.
+
+    So one cause that keeps several snapshots from being deleted is reported once.
     """
 
-    def __init__(self, lineage: Lineage, writer: str, keep: Keep, dry_run: bool) -> None:
+    def __init__(self, lineage: Lineage, keep: Keep, dry_run: bool) -> None:
         self.errors: dict[str, IslandError] = {}
         self._lineage = lineage
-        self._writer = writer
         self._keep = keep
         self._dry_run = dry_run
 
@@ -87,7 +87,7 @@ class _Retention:
                     return None
                 if reasons:
                     return _kept(row, reasons)
-                return _deleted(row, delete_snapshot(self._lineage, row.id, self._writer))
+                return _deleted(row, delete_snapshot(self._lineage, row.id))
         except ConflictError:
             raise
         except (DamagedError, RefusedError) as error:

@@ -37,7 +37,7 @@ GARBAGE_AGE = 24 * 3600.0
 _LOG = logging.getLogger(__name__)
 
 
-def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: Progress) -> Swept:
+def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> Swept:
     """Sweep `lineage` as its owner; what was done, or with `dry_run` would be.
 
     Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if the lineage changed
@@ -47,7 +47,7 @@ def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: 
         if not dry_run:
             lineage.files.tidy()
         with lineage.locked():
-            lineage.require_owner(writer)
+            lineage.require_owner()
             forget_used(lineage)
             given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
@@ -55,7 +55,7 @@ def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: 
                     lineage.files.unregister(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
         if not dry_run and plan.objects:
-            plan = _Sweep(lineage, writer, plan, progress).run()
+            plan = _Sweep(lineage, plan, progress).run()
         return _told(lineage, plan)
 
 
@@ -74,9 +74,8 @@ def _told(lineage: Lineage, plan: SweepPlan) -> Swept:
 class _Sweep:
     """A plan being carried out."""
 
-    def __init__(self, lineage: Lineage, writer: str, plan: SweepPlan, progress: Progress) -> None:
+    def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
         self._lineage = lineage
-        self._writer = writer
         self._plan = plan
         self._progress = progress
         self._done, self._total = 0, plan.removed + plan.rewritten
@@ -120,12 +119,12 @@ class _Sweep:
         lineage, plan = self._lineage, self._plan
         renamed = as_of_now(lineage, plan.repacked, renamed)
         record = Record(
-            lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
+            lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
             event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
             swept=tuple(row.id for row in plan.manifests),
         )  # fmt: skip
         if len(renamed) or plan.gone.key.size or plan.manifests:
-            lineage.append(record, self._writer)
+            lineage.append(record)
 
     def _repack(self) -> tuple[Packs, Packs]:
         """Write packs anew without their dead slots; the rows of those that could be read, old and new."""

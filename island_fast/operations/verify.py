@@ -40,7 +40,7 @@ from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
 from island_fast.repository.open import OpenRepository
 from island_fast.results import Damage, Touched, Verified
 
-__all__ = ["CATALOG_LOST", "INCOMPLETE", "Request", "damage", "remedied", "share", "touched", "verify"]
+__all__ = ["CATALOG_LOST", "INCOMPLETE", "VerifyRequest", "damage", "remedied", "share", "touched", "verify"]
 
 CATALOG_LOST = (
     "delete and sweep nothing; the host that owns the volume may hold a copy of its catalog: run "
@@ -70,10 +70,9 @@ _EXTENTS = 64  # that an answer lists for each snapshot and object
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class VerifyRequest:
     """What is asked for: see `Repository.verify`."""
 
-    writer: str
     sample: float | None = None
     since: float | None = None
     against: Path | None = None
@@ -82,7 +81,7 @@ class Request:
 
 
 def verify(
-    repository: OpenRepository, reference: str | None, request: Request, progress: Progress
+    repository: OpenRepository, reference: str | None, request: VerifyRequest, progress: Progress
 ) -> Verified:
     """Verify the snapshot that `reference` names, or all, and mend what can be mended if that is asked for.
 
@@ -131,7 +130,7 @@ def share(items: Iterable[Item], sample: float | None, since: float | None, now:
 class _Run:
     """One run: the lineages that are checked, and those whose catalogs cannot be read."""
 
-    def __init__(self, repository: OpenRepository, request: Request, progress: Progress) -> None:
+    def __init__(self, repository: OpenRepository, request: VerifyRequest, progress: Progress) -> None:
         self.checkups: list[Checkup] = []
         self.bytes_compared = 0
         self._repository = repository
@@ -223,7 +222,7 @@ class _Run:
     def damages(self) -> list[Damage]:
         """All damage, after what can be mended was, if that is asked for."""
         ask = self._request
-        mender = Mender(self._repository.id, ask.writer, ask.against, ask.backing) if ask.heal else None
+        mender = Mender(ask.against, ask.backing) if ask.heal else None
         found = [
             d for one in self.checkups for d in remedied(one.lineage, one.findings, mender, self._progress)
         ]

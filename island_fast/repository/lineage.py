@@ -41,7 +41,7 @@ from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, stop_name
 from island_fast.formats.runs import Runs
-from island_fast.repository.local_state import LineageFiles
+from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
@@ -67,16 +67,17 @@ class _Place:
 class Lineage:
     """One lineage of a repository. Not thread-safe; `refresh` before use.
 
-    `state`, `owner` and `seed` tell what the newest record says. `numbers` is the numbering that every pack
-    key and slot key of this object is in.
+    `state`, `owner` and `seed` are what the newest record says. `files` is what this host keeps of the
+    lineage. `numbers` is the numbering that every pack key and slot key of this object is in.
     """
 
-    def __init__(self, store: Store, files: LineageFiles, name: str) -> None:
+    def __init__(self, store: Store, local_state: LocalState, repository_id: str, name: str) -> None:
         self.store = store
-        self.files = files
+        self.files = local_state.lineage(repository_id, name)
         self.name = name
         self.numbers = SnapshotNumbers()
         self.state = State()
+        self._local_state = local_state
         self._place: _Place | None = None
         self._stopped = False  # the epoch has ended and no next one has begun
 
@@ -89,6 +90,16 @@ class Lineage:
     def owner(self) -> str:
         """Writer id of the owner."""
         return self._at.owner
+
+    @property
+    def writer(self) -> str:
+        """Writer id of this host. Asking for the first one makes a file in local state."""
+        return self._local_state.writer
+
+    @property
+    def owned_here(self) -> bool:
+        """Whether this host owns the lineage."""
+        return self.owner == self.writer
 
     @property
     def owner_host(self) -> str:
@@ -306,26 +317,26 @@ class Lineage:
 
     # Writing.
 
-    def create(self, writer: str, seed: int | None = None) -> None:
-        """Write record 0, which names the owner, before the lineage's first pack. Under the lock.
+    def create(self, seed: int | None = None) -> None:
+        """Write record 0, which makes this host the owner, before the lineage's first pack. Under the lock.
 
         `seed` is that of another repository's lineage that this one is to hold copies of.
         """
         self.files.make()
         self._place = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
-        self._append(_owner_record(self.name, 0, None, writer, seed, State()))
+        self._append(_owner_record(self.name, 0, None, self.writer, seed, State()))
 
-    def append(self, record: Record, writer: str) -> None:
+    def append(self, record: Record) -> None:
         """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
 
         ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
-        self.require_owner(writer)
+        self.require_owner()
         at = self._at
         record = replace(
-            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=writer,
+            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=self.writer,
             host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
         )  # fmt: skip
         after = self.state.after(record)  # refuses what no reader would accept, before it is sent
@@ -333,15 +344,15 @@ class Lineage:
             record = replace(record, state=after)
         self._append(record)
 
-    def require_owner(self, writer: str) -> None:
-        """ConflictError, with the way out, unless `writer` owns the lineage."""
+    def require_owner(self) -> None:
+        """Raise a ConflictError, which says the way out, unless this host owns the lineage."""
         if self._stopped:
             raise ConflictError(
                 f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
                 "on the host that is to own it"
             )
         self._require_known_features()
-        if self.owner != writer:
+        if not self.owned_here:
             raise ConflictError(
                 f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
                 f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
@@ -354,8 +365,8 @@ class Lineage:
                 f"volume {self.name} is written by a newer island, which this one may read and not write to"
             )
 
-    def adopt(self, writer: str) -> None:
-        """Make `writer` the owner: end the epoch, read it to its end, begin the next. Under the lock.
+    def adopt(self) -> None:
+        """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
 
         Safe to repeat after an interruption. Records that the former owner appends later mean nothing. Where
         the store lost what ended an earlier epoch, that is written again.
@@ -364,13 +375,13 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.ended, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
                 with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
-        self._append(_owner_record(self.name, epoch + 1, at.checksum, writer, at.seed, self.state))
+        self._append(_owner_record(self.name, epoch + 1, at.checksum, self.writer, at.seed, self.state))
         self._stopped = False
 
     def _append(self, record: Record) -> None:

@@ -52,12 +52,11 @@ class Storing:
     `objects` counts what was written.
     """
 
-    def __init__(self, lineage: Lineage, registration: Registration, writer: str) -> None:
+    def __init__(self, lineage: Lineage, registration: Registration) -> None:
         self.packs = PackReader(lineage)
         self.objects = 0
         self._lineage = lineage
         self._registration = registration
-        self._writer = writer
         self._kept = KeptPacks(lineage, registration.snapshot, self.packs)
 
     @property
@@ -152,7 +151,7 @@ class Storing:
         )  # fmt: skip
         with lineage.locked():
             self._still_allowed()
-            lineage.append(last_word(record), self._writer)
+            lineage.append(last_word(record))
         self.objects += 2
         lineage.files.cache(name, data)
         return row
@@ -160,7 +159,7 @@ class Storing:
     def _still_allowed(self) -> None:
         """Refuse unless this host owns the lineage as it did, the registration stands, the parent is live."""
         lineage, parent = self._lineage, self._registration.parent
-        lineage.require_owner(self._writer)
+        lineage.require_owner()
         if lineage.epoch != self._registration.epoch:
             raise ConflictError(f"volume {lineage.name} changed hands meanwhile; run it again")
         if not lineage.files.registered(self._registration):
