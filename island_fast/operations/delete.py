@@ -14,7 +14,7 @@ from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
 
-__all__ = ["Deletion", "delete", "delete_one", "plan_delete", "planned"]
+__all__ = ["Deletion", "delete", "delete_snapshot", "plan_delete", "plan_deletion"]
 
 _LOG = logging.getLogger(__name__)
 
@@ -30,16 +30,16 @@ def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
     for snapshot, one in rows.items():
         lineage = lineages[one.lineage.name]
         if dry_run:
-            deletion = planned(lineage, lineage.state.live[snapshot])
+            deletion = plan_deletion(lineage, lineage.state.live[snapshot])
             lineage.state = lineage.state.after(deletion.event)
         else:
             with lineage.locked():
-                deletion = delete_one(lineage, snapshot)
+                deletion = delete_snapshot(lineage, snapshot)
         answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
     return answers
 
 
-def delete_one(lineage: Lineage, snapshot: str) -> Deletion:
+def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
     """Take one out of the catalog. Under the lineage's lock; see `delete` for what is refused."""
     lineage.require_owner()
     row = lineage.state.live.get(snapshot)
@@ -51,13 +51,13 @@ def delete_one(lineage: Lineage, snapshot: str) -> Deletion:
                 f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
                 "delete it when that has ended"
             )
-    deletion = planned(lineage, row)
+    deletion = plan_deletion(lineage, row)
     lineage.append(deletion.event)
     lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
     return deletion
 
 
-def planned(lineage: Lineage, row: SnapshotRow) -> Deletion:
+def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """What deleting the live snapshot `row` would do."""
     return plan_delete(lineage, row, PackReader(lineage))
 

@@ -58,7 +58,7 @@ from island_fast.repository.liveness import as_of_now
 from island_fast.repository.pack_reader import BATCH, unpacked
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Mender", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
+__all__ = ["Mender", "heal_known_damage", "mend_catalog", "mend_manifest", "mend_packs", "views_in"]
 
 
 _AT_ONCE = 32  # packs for one record
@@ -93,7 +93,7 @@ def mend_packs(
     return still
 
 
-def mend_known(lineage: Lineage, source: Source, progress: Progress) -> None:
+def heal_known_damage(lineage: Lineage, source: Source, progress: Progress) -> None:
     """Mend, from an image that is held, the packs that this host knows to be damaged; before a snapshot.
 
     What cannot be mended is told, and no error: the snapshot sends again what it needs of it.

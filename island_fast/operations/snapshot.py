@@ -25,7 +25,7 @@ from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
 from island_fast.images.source import Change, Source, View
-from island_fast.operations.parent import Request, Start, choose
+from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.repository.health import Health, knows_damage
@@ -35,13 +35,13 @@ from island_fast.repository.snapshot_writer import Stored, Storing, find_interru
 from island_fast.repository.streams import send
 from island_fast.results_base import SnapshotTaken
 
-__all__ = ["Member", "Pinned", "Request", "resent", "take", "take_together"]
+__all__ = ["Member", "PinMoment", "SnapshotRequest", "resent", "take_snapshot", "take_snapshots"]
 
 
-def take(
+def take_snapshot(
     lineage: Lineage,
     source: Source,
-    request: Request,
+    request: SnapshotRequest,
     progress: Progress,
 ) -> SnapshotTaken:
     """Take a snapshot of `source` into `lineage`, which was refreshed and accepts this image.
@@ -49,7 +49,7 @@ def take(
     An attempt that was interrupted is gone on with: its id is this one's, and what it sent is not sent again.
     On an error nothing is visible in the repository, and the image keeps the pins that it had.
     """
-    return _Taking(lineage, source, request, progress).run()
+    return SnapshotRun(lineage, source, request, progress).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,22 +58,22 @@ class Member:
 
     lineage: Lineage
     source: Source
-    request: Request
+    request: SnapshotRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class PinMoment:
     """The moment when pins were taken: nanoseconds since 1970, and what properties tell of it."""
 
     created: int
     facts: Mapping[str, str]
 
 
-Pins = Callable[[Sequence[str | None]], Pinned]
+Pins = Callable[[Sequence[str | None]], PinMoment]
 """Takes the pins of these names, one for each member; None for one that is left out."""
 
 
-def take_together(
+def take_snapshots(
     members: Sequence[Member], pin: Pins, progress: Progress
 ) -> list[SnapshotTaken | IslandError | OSError]:
     """Take snapshots of several volumes at the moment when `pin` takes their pins, then store one by one.
@@ -85,7 +85,7 @@ def take_together(
     with ExitStack() as all_of_them:
         begun = [_begun(one, all_of_them, progress) for one in members]
         names = [one.name if isinstance(one, _Begun) else None for one in begun]
-        moment = pin(names) if any(names) else Pinned(0, {})
+        moment = pin(names) if any(names) else PinMoment(0, {})
         return [_ended(one, moment) if isinstance(one, _Begun) else one for one in begun]
 
 
@@ -93,13 +93,13 @@ def take_together(
 class _Begun:
     """One that waits for its pin `name`; `stack` undoes it."""
 
-    taking: _Taking
+    taking: SnapshotRun
     stack: ExitStack
     name: str
 
 
 def _begun(member: Member, all_of_them: ExitStack, progress: Progress) -> _Begun | IslandError | OSError:
-    taking = _Taking(member.lineage, member.source, member.request, progress)
+    taking = SnapshotRun(member.lineage, member.source, member.request, progress)
     try:
         with ExitStack() as stack:
             name = taking.begin(stack)
@@ -108,7 +108,7 @@ def _begun(member: Member, all_of_them: ExitStack, progress: Progress) -> _Begun
         return error
 
 
-def _ended(one: _Begun, moment: Pinned) -> SnapshotTaken | IslandError | OSError:
+def _ended(one: _Begun, moment: PinMoment) -> SnapshotTaken | IslandError | OSError:
     try:
         return one.taking.end(one.stack, one.name, moment)
     except (IslandError, OSError) as error:
@@ -120,10 +120,10 @@ def new_id() -> str:
     return os.urandom(16).hex()
 
 
-class _Taking:
+class SnapshotRun:
     """One snapshot being taken. `_begin` sets `_id`, `_start` (from what) and `_registration`."""
 
-    _start: Start
+    _start: ParentChoice
     _registration: Registration
     _storing: Storing
 
@@ -131,7 +131,7 @@ class _Taking:
         self,
         lineage: Lineage,
         source: Source,
-        request: Request,
+        request: SnapshotRequest,
         progress: Progress,
     ) -> None:
         self._lineage = lineage
@@ -161,7 +161,7 @@ class _Taking:
         self._begin(stack)
         return self._expect_pin(stack)
 
-    def end(self, stack: ExitStack, name: str, moment: Pinned) -> SnapshotTaken:
+    def end(self, stack: ExitStack, name: str, moment: PinMoment) -> SnapshotTaken:
         """Store the pin `name`, which somebody else took. Leaves `stack`."""
         began = time.monotonic()
         properties = dict(self._request.properties) | dict(moment.facts)
@@ -219,7 +219,7 @@ class _Taking:
             lineage.require_owner()
             lineage.files.set_image(self._source.path)
             before = find_interrupted(lineage)
-            self._start = choose(lineage, self._source, request)
+            self._start = choose_parent(lineage, self._source, request)
             parent = self._start.parent.id if self._start.parent else None
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)

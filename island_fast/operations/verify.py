@@ -40,7 +40,7 @@ from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
 from island_fast.repository.open import OpenRepository
 from island_fast.results import Damage, Touched, Verified
 
-__all__ = ["CATALOG_LOST", "INCOMPLETE", "Request", "damage", "remedied", "share", "touched", "verify"]
+__all__ = ["CATALOG_LOST", "INCOMPLETE", "VerifyRequest", "damage", "remedied", "share", "touched", "verify"]
 
 CATALOG_LOST = (
     "delete and sweep nothing; the host that owns the volume may hold a copy of its catalog: run "
@@ -70,7 +70,7 @@ _EXTENTS = 64  # that an answer lists for each snapshot and object
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class VerifyRequest:
     """What is asked for: see `Repository.verify`."""
 
     sample: float | None = None
@@ -81,7 +81,7 @@ class Request:
 
 
 def verify(
-    repository: OpenRepository, reference: str | None, request: Request, progress: Progress
+    repository: OpenRepository, reference: str | None, request: VerifyRequest, progress: Progress
 ) -> Verified:
     """Verify the snapshot that `reference` names, or all, and mend what can be mended if that is asked for.
 
@@ -130,7 +130,7 @@ def share(items: Iterable[Item], sample: float | None, since: float | None, now:
 class _Run:
     """One run: the lineages that are checked, and those whose catalogs cannot be read."""
 
-    def __init__(self, repository: OpenRepository, request: Request, progress: Progress) -> None:
+    def __init__(self, repository: OpenRepository, request: VerifyRequest, progress: Progress) -> None:
         self.checkups: list[Checkup] = []
         self.bytes_compared = 0
         self._repository = repository

@@ -28,8 +28,6 @@ from island_fast.errors import (
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, read_json, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
-from island_fast.images.pins import pinned_lineage
-from island_fast.images.source import Source
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -132,6 +130,11 @@ class OpenRepository:
             self._id = self._create()
         return self._id
 
+    @property
+    def exists(self) -> bool:
+        """Whether the repository exists already, and not only from its first snapshot on."""
+        return self._id is not None
+
     def _read_id(self) -> str | None:
         def check(data: memoryview) -> dict[str, Any]:
             return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
@@ -185,7 +188,7 @@ class OpenRepository:
         """
         self.left_out = []
         if volume is not None:
-            yield self._existing(volume)
+            yield self.existing_lineage(volume)
             return
         for lineage, error in self.every_lineage():
             if error is not None:
@@ -204,48 +207,20 @@ class OpenRepository:
             else:
                 yield lineage, None
 
-    def _existing(self, volume: str) -> Lineage:
-        """The lineage of `volume`, refreshed; NotFoundError if there is none."""
-        lineage = self.lineage(volume)
+    def refreshed_lineage(self, name: str) -> Lineage:
+        """Return the lineage `name`, refreshed; it need not exist."""
+        lineage = self.lineage(name)
         self._refresh(lineage)
+        return lineage
+
+    def existing_lineage(self, volume: str) -> Lineage:
+        """Return the lineage of `volume`, refreshed; NotFoundError if it does not exist."""
+        lineage = self.refreshed_lineage(volume)
         if not lineage.exists:
             raise NotFoundError(
                 f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
             )
         return lineage
-
-    def lineage_for(self, source: Source, volume: str | None) -> Lineage:
-        """The lineage that a snapshot of `source` goes to, refreshed; RefusedError if it is another image's.
-
-        It is that of `volume` if that is given, else of the image's pin, else of what this host remembers.
-        """
-        name = volume
-        if name is None and self._id is not None:
-            if pinned := self._pinned_lineage(source):
-                return pinned
-            name = self.state.lineage_of(self.id, source.path)
-        lineage = self.lineage(name or source.path.stem)
-        self._refresh(lineage)
-        if lineage.exists:
-            lineage.require_owner()
-            known = lineage.files.image() in (None, str(source.path))
-            if not known and not _holds_pin(source, lineage):
-                raise RefusedError(
-                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} neither "
-                    f"has its pin nor is it known as its image; give another name with --volume, or run "
-                    f"'island adopt {lineage.name}' if it is that volume"
-                )
-        return lineage
-
-    def _pinned_lineage(self, source: Source) -> Lineage | None:
-        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
-        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
-        for name in dict.fromkeys(filter(None, pinned)):
-            lineage = self.lineage(name)
-            self._refresh(lineage)
-            if lineage.exists and lineage.owned_here and _holds_pin(source, lineage):
-                return lineage
-        return None
 
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
@@ -278,12 +253,3 @@ class OpenRepository:
                 f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
             )
         return found[0]
-
-
-def _holds_pin(source: Source, lineage: Lineage) -> bool:
-    """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
-    pins = [row.pin for row in lineage.state.live.values()]
-    for retired in lineage.files.retired():
-        manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
-        pins += [manifest.pin] if manifest else []
-    return any(source.find(pin) for pin in pins)

@@ -104,7 +104,7 @@ def test_snapshot_options(island: Island, disk: Path) -> None:
     assert (one["volume"], two["volume"]) == ("other", "third")
     island("snapshot", disk)
     full = island.json("snapshot", disk, "--full")
-    assert (full["rule"], full["reason"]) == ("full-scan", "a full scan was asked for")
+    assert (full["rule"], full["reason"]) == ("full-scan", "a full scan was requested")
     assert (full["bytes_read"], full["blocks_changed"]) == (3 * MIB, 0)
 
 

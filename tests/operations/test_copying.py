@@ -78,7 +78,7 @@ def test_a_lineage_copied_whole_keeps_its_tree(
     assert [replace(one, bytes_stored=0) for one in there] == [replace(one, bytes_stored=0) for one in here]
     assert [one.copied for one in copied] == [True] * 4
     assert [one.parent for one in copied] == [one.parent for one in here]
-    near_lineage, far_lineage = repository._existing("vol"), far._existing("vol")
+    near_lineage, far_lineage = repository.existing_lineage("vol"), far.existing_lineage("vol")
     for row in near_lineage.state.live.values():
         ours, theirs = near_lineage.manifest(row), far_lineage.manifest(far_lineage.state.live[row.id])
         assert ours.properties == theirs.properties
@@ -464,7 +464,7 @@ def test_snapshots_of_restored_copies_go_on_there_and_others_do_not(
 ) -> None:
     repository.snapshot(image)
     copied = repository.copy(far)[0]
-    with pytest.raises(RefusedError, match="neither has its pin nor is it known"):
+    with pytest.raises(RefusedError, match="not known as its image and does not hold its pin"):
         far.snapshot(qemu.create(tmp_path / "other.qcow2", MIB), volume="vol")
     restored = tmp_path / "restored.qcow2"
     far.restore(copied.snapshot, restored)

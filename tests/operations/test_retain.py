@@ -88,7 +88,7 @@ def test_volumes_of_other_hosts_are_left_out_and_told(
     before = dict(store.objects)
     (answer,) = other.retain(Keep(last=1), dry_run=dry_run)
     assert (answer.volume, answer.deleted) == ("theirs", 1)
-    assert caplog.messages == ["left out, for other hosts own them: vol"]
+    assert caplog.messages == ["skipped, because another host owns them: vol"]
     assert not other.left_out
     changed = {name.partition("/")[0] for name in store.objects.keys() - before.keys()}
     assert changed == (set() if dry_run else {"theirs"})
