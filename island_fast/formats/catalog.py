@@ -25,10 +25,9 @@ from island_fast.formats.keys import (
     SLOT_BITS,
     SnapshotNumbers,
     pack_keys,
-    split_pack_key,
 )
 from island_fast.formats.manifest import pin_from_json
-from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pack_name
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
@@ -44,7 +43,6 @@ __all__ = [
     "State",
     "decode_record",
     "encode_record",
-    "pack_full_name",
 ]
 
 
@@ -471,9 +469,3 @@ def _slot_keys(pack: Int64s, slot: Int64s, length: Int64s) -> Int64s:
         raise ValueError("slot")
     starts = (pack << SLOT_BITS) | slot
     return np.stack([starts, starts + length], axis=1)
-
-
-def pack_full_name(lineage: str, packs: Packs, row: int, numbers: SnapshotNumbers) -> str:
-    """The current full name of the pack in `row`."""
-    owner, number = split_pack_key(int(packs.key[row]))
-    return pack_name(lineage, numbers.id(owner), number, int(packs.attempt[row]), int(packs.suffix[row]))

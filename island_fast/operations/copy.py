@@ -29,7 +29,7 @@ from island_fast.formats.runs import Runs
 from island_fast.images.source import END
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
-from island_fast.repository.lineage import Lineage, deletion_told
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import Storing, find_interrupted
@@ -116,7 +116,7 @@ class _Copying:
         """Store one snapshot in the far lineage, unless it is there."""
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
-            stack.enter_context(deletion_told(near, row, "copied"))
+            stack.enter_context(near.deletion_explained(row, "copied"))
             storing, registration = self._begin(stack, row)
             if storing is None:
                 return _there(self._far, row)

@@ -23,7 +23,7 @@ from island_fast.images.new_file import new_file
 from island_fast.images.target import Existing
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
-from island_fast.repository.lineage import Lineage, deletion_told
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import Expected, differences, receive
@@ -69,8 +69,7 @@ def restore(
             reserve(fd)  # all of it is about to be written, in the order in which packs come
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        with deletion_told(lineage, row, "restored"):
-            receive(runs, packs, writer.write, lineage.store.range_gap, progress)
+        receive(runs, packs, writer.write, lineage.store.range_gap, progress)
         writer.finish()
     return Restored(
         snapshot=row.id,
@@ -103,13 +102,12 @@ def overwrite(
     began = time.monotonic()
     packs = PackReader(found.lineage)
     runs = manifest.runs_by_key(found.lineage.numbers)
-    with deletion_told(found.lineage, found.row, "restored"):
-        plan = _compare(found, runs, packs, target, progress)
-        compared = target.view.bytes_read
-        if not dry_run:
-            target.refuse_held()  # comparing may have taken hours
-            with _half_written_told(target, found.row.id):
-                _write(plan, runs, packs, target, progress)
+    plan = _compare(found, runs, packs, target, progress)
+    compared = target.view.bytes_read
+    if not dry_run:
+        target.refuse_held()  # comparing may have taken hours
+        with _half_written_told(target, found.row.id):
+            _write(plan, runs, packs, target, progress)
     return RestoredOnto(
         snapshot=found.row.id,
         target=str(target.path),

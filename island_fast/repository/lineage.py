@@ -37,18 +37,17 @@ from island_fast.formats.catalog import (
     State,
     decode_record,
     encode_record,
-    pack_full_name,
 )
 from island_fast.formats.frame import Kind, Section, json_bytes, seal
-from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
-from island_fast.formats.names import catalog_name, manifest_name, stop_name
+from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Lineage", "deletion_told", "live_runs", "pack_names", "row_manifest_name"]
+__all__ = ["Lineage"]
 
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
@@ -145,6 +144,22 @@ class Lineage:
             self.refresh()
             yield
 
+    # Names of objects.
+
+    def manifest_name(self, row: SnapshotRow) -> str:
+        """Return the name of the manifest of a snapshot, live or dropped."""
+        return manifest_name(self.name, row.id, row.attempt)
+
+    def pack_name(self, packs: Packs, row: int) -> str:
+        """Return the current name of the pack in `row` of `packs`."""
+        owner, number = split_pack_key(int(packs.key[row]))
+        attempt, suffix = int(packs.attempt[row]), int(packs.suffix[row])
+        return pack_name(self.name, self.numbers.id(owner), number, attempt, suffix)
+
+    def pack_names(self, packs: Packs) -> list[str]:
+        """Return the current names of all of `packs`."""
+        return [self.pack_name(packs, row) for row in range(len(packs))]
+
     # Manifests.
 
     def manifest(self, row: SnapshotRow) -> Manifest:
@@ -155,7 +170,7 @@ class Lineage:
         cached = self.cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
-        name = manifest_name(self.name, row.id, row.attempt)
+        name = self.manifest_name(row)
 
         def check(data: Buffer) -> tuple[Manifest, Buffer]:
             manifest, checksum = decode(name, data)
@@ -187,6 +202,27 @@ class Lineage:
                 manifest, checksum = decode(name, data)
                 return manifest if wanted in (None, checksum.hex()) else None
         return None
+
+    def live_runs(self) -> Iterator[tuple[str, int, Runs]]:
+        """Yield id, volume size and runs, with pack keys, of live snapshots whose manifests can be read."""
+        for row in list(self.state.live.values()):
+            with contextlib.suppress(NotFoundError, *UNREADABLE):
+                manifest = self.manifest(row)
+                yield row.id, manifest.volume_size, manifest.runs_by_key(self.numbers)
+
+    @contextlib.contextmanager
+    def deletion_explained(self, row: SnapshotRow, done: str) -> Iterator[None]:
+        """Raise a NotFoundError for what fails in the body because the snapshot was deleted meanwhile.
+
+        `done` says what was being done with it, such as "restored".
+        """
+        try:
+            yield
+        except (NotFoundError, DamagedError) as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
+            raise
 
     # Reading.
 
@@ -317,7 +353,7 @@ class Lineage:
         """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
         for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
-            if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
+            if row and self.files.cached(self.manifest_name(row)) is not None:
                 self.files.retire(row.id, row.attempt, row.parent)
 
     # Writing.
@@ -473,33 +509,3 @@ def _numbers(name: str) -> tuple[int, int]:
     """Epoch and number from the last component of a record's name."""
     epoch, _, number = name.partition("-")
     return int(epoch), int(number)
-
-
-def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
-    """Full names of packs of the lineage."""
-    return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
-
-
-def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
-    """Name of the manifest of a snapshot, live or dropped."""
-    return manifest_name(lineage.name, row.id, row.attempt)
-
-
-def live_runs(lineage: Lineage) -> Iterator[tuple[str, int, Runs]]:
-    """Id, volume size and runs, with pack keys, of every live snapshot whose manifest can be read."""
-    for row in list(lineage.state.live.values()):
-        with contextlib.suppress(NotFoundError, *UNREADABLE):
-            manifest = lineage.manifest(row)
-            yield row.id, manifest.volume_size, manifest.runs_by_key(lineage.numbers)
-
-
-@contextlib.contextmanager
-def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
-    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
-    try:
-        yield
-    except (NotFoundError, DamagedError) as error:
-        lineage.refresh()
-        if row.id not in lineage.state.live:
-            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
-        raise
