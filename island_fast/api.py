@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
-from island_fast.formats.manifest import Manifest
 from island_fast.images.backing import Backing
 from island_fast.images.open import held
 from island_fast.images.qcow2_source import Qcow2Source
@@ -26,7 +25,7 @@ from island_fast.operations.snapshot import take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.repository.health import knows_damage
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import Found, OpenRepository
+from island_fast.repository.open import OpenRepository
 from island_fast.results_base import SnapshotTaken
 
 if TYPE_CHECKING:
@@ -206,8 +205,10 @@ class Repository(OpenRepository):
         """
         from island_fast.operations.restore import RestoreTarget, restore
 
-        found, manifest = self._find_with_manifest(reference)
-        return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
+        found = self.find(reference)
+        with found.lineage.deletion_explained(found.row, "restored"):
+            manifest = found.lineage.manifest(found.row)
+            return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
 
     def restore_onto(
         self,
@@ -231,21 +232,15 @@ class Repository(OpenRepository):
         from island_fast.images.target import open_existing
         from island_fast.operations.restore import restore_onto
 
-        found, manifest = self._find_with_manifest(reference)
-        path = Path(os.path.realpath(target))
-        was_raw = manifest.properties.get("format") == "raw"
-        with open_existing(
-            path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
-        ) as existing:
-            return restore_onto(found, manifest, existing, dry_run, progress)
-
-    def _find_with_manifest(self, reference: str) -> tuple[Found, Manifest]:
-        """Find a snapshot to restore, and read its manifest."""
-        from island_fast.repository.lineage import deletion_told
-
         found = self.find(reference)
-        with deletion_told(found.lineage, found.row, "restored"):
-            return found, found.lineage.manifest(found.row)
+        path = Path(os.path.realpath(target))
+        with found.lineage.deletion_explained(found.row, "restored"):
+            manifest = found.lineage.manifest(found.row)
+            was_raw = manifest.properties.get("format") == "raw"
+            with open_existing(
+                path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
+            ) as existing:
+                return restore_onto(found, manifest, existing, dry_run, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """Return the snapshots of all volumes, or of `volume`; within a volume the oldest first.
@@ -291,7 +286,7 @@ class Repository(OpenRepository):
         from island_fast.operations.retain import retain
 
         if not keep:
-            raise UsageError("no rule would keep a snapshot; give at least one, such as --keep-daily 7")
+            raise UsageError("no rule is given that keeps a snapshot; give one, such as --keep-daily 7")
         answers, others = [], []
         for lineage in self.lineages(volume):
             if volume is None and not lineage.owned_here:

@@ -73,7 +73,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/liveness.py", "            if sibling.id != row.id:\n", "            if False:\n"),
     ],
     "children of a deleted snapshot do not get its parent": [
-        ("formats/catalog.py", "replace(child, parent=gone.parent)", "child"),
+        ("formats/catalog.py", "replace(child, parent=row.parent)", "child"),
     ],
     "412 is success, and nothing is read back": [
         ("stores/swift.py", "if not self._holds(connection, name, content):\n", "if False:\n"),
@@ -179,7 +179,7 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "an id that is used up is gone on with": [
         ("repository/snapshot_writer.py", "    forget_used(lineage)\n", ""),
-        ("formats/catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
+        ("formats/catalog.py", "        self._refuse_used(row.id, event.packs)\n", ""),
     ],
     "what an interrupted attempt sent is not compared": [
         (

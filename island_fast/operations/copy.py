@@ -22,14 +22,14 @@ import numpy as np
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
-from island_fast.formats.catalog import Record, SnapshotRow
+from island_fast.formats.catalog import SnapshotAdded, SnapshotRow, State
 from island_fast.formats.keys import PACK_BITS
 from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.images.source import END
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
-from island_fast.repository.lineage import Lineage, deletion_told
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import Storing, find_interrupted
@@ -116,7 +116,7 @@ class _Copying:
         """Store one snapshot in the far lineage, unless it is there."""
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
-            stack.enter_context(deletion_told(near, row, "copied"))
+            stack.enter_context(near.deletion_explained(row, "copied"))
             storing, registration = self._begin(stack, row)
             if storing is None:
                 return _there(self._far, row)
@@ -251,25 +251,24 @@ class _Copying:
             manifest, attempt=registration.attempt, parent=registration.parent, packs=table, runs=runs
         )
 
-    def _placed(self, record: Record) -> Record:
-        """The record; with a checkpoint where the snapshot is not the newest, or was deleted here before.
+    def _placed(self, event: SnapshotAdded) -> State | None:
+        """The checkpoint of a snapshot that is not the newest, or was deleted here before; else None.
 
         VOLUME@latest must be the same snapshot on both sides when both have it.
         """
-        row, state = record.snapshot, self._far.state
-        assert row is not None
+        row, state = event.snapshot, self._far.state
         later = self._next_there(row)
         if later is None and row.id not in state.dropped:
-            return record
+            return None
         dropped = {snapshot: one for snapshot, one in state.dropped.items() if snapshot != row.id}
-        after = replace(state, dropped=dropped).after(record)
+        after = replace(state, dropped=dropped).after(event)
         live: dict[str, SnapshotRow] = {}
         for one in state.live.values():
             if one is later:
                 live[row.id] = row
             live[one.id] = one
         live.setdefault(row.id, row)
-        return replace(record, state=replace(after, live=live))
+        return replace(after, live=live)
 
     def _next_there(self, row: SnapshotRow) -> SnapshotRow | None:
         """The far snapshot before which `row` belongs; None if it is to be the newest.

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow
+from island_fast.formats.catalog import Packs, SnapshotRow, SnapshotsDeleted
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import freeable, needed_alone, with_more_dead
 from island_fast.repository.open import Found
@@ -32,7 +31,7 @@ def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
         lineage = lineages[one.lineage.name]
         if dry_run:
             deletion = plan_deletion(lineage, lineage.state.live[snapshot])
-            lineage.state = lineage.state.after(deletion.record)
+            lineage.state = lineage.state.after(deletion.event)
         else:
             with lineage.locked():
                 deletion = delete_snapshot(lineage, snapshot)
@@ -53,46 +52,37 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
                 "delete it when that has ended"
             )
     deletion = plan_deletion(lineage, row)
-    lineage.append(deletion.record)
+    lineage.append(deletion.event)
     lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
     return deletion
 
 
 def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """What deleting the live snapshot `row` would do."""
-    return plan_delete(lineage, row, PackReader(lineage), time.time_ns())
+    return plan_delete(lineage, row, PackReader(lineage))
 
 
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What a delete frees: the record's slots and packs, and two figures in bytes.
+    """What a delete frees: the event's slots and packs, and two figures in bytes.
 
     `unreferenced` are the stored bytes of slots that become dead and the manifest; `freed` is what the next
     sweep removes because of this delete, less what it rewrites.
     """
 
-    record: Record
+    event: SnapshotsDeleted
     unreferenced: int
     freed: int
 
 
-def plan_delete(
-    lineage: Lineage,
-    row: SnapshotRow,
-    packs: PackReader,
-    time: int,
-) -> Deletion:
+def plan_delete(lineage: Lineage, row: SnapshotRow, packs: PackReader) -> Deletion:
     """What deleting the live snapshot `row` frees."""
     state, numbers = lineage.state, lineage.numbers
     free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    record = Record(
-        lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
-        event="delete", seed=0, deleted=(row.id,), dead=free,
-        packs=with_more_dead(state.packs, free, packs.index),
-    )  # fmt: skip
-    after = state.after(record)
-    bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)
-    return Deletion(record, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
+    event = SnapshotsDeleted((row.id,), with_more_dead(state.packs, free, packs.index), free)
+    after = state.after(event)
+    bytes_dead = int(event.packs.dead.sum()) - _dead_before(state.packs, event.packs)
+    return Deletion(event, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
 
 
 def _dead_before(packs: Packs, touched: Packs) -> int:

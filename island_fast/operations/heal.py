@@ -31,7 +31,7 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import Packs, Record, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs
 from island_fast.formats.frame import Kind, open_frame, read_json
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.names import stop_name
@@ -53,7 +53,7 @@ from island_fast.repository.integrity.objects import (
     readable,
     slots_of,
 )
-from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import as_of_now
 from island_fast.repository.pack_reader import BATCH, unpacked
 from island_fast.stores.checked_read import get_checked
@@ -148,7 +148,7 @@ class _Mending:
         Rows of slot key and block, int64[n, 2], ascending.
         """
         homes = NO_INTERVALS
-        for _, _, runs in live_runs(self._lineage):
+        for _, _, runs in self._lineage.live_runs():
             blocks, slots = _expanded(runs.among(lost))
             homes = np.unique(np.concatenate([homes, np.stack([slots, blocks], axis=1)]), axis=0)
         return homes
@@ -157,7 +157,7 @@ class _Mending:
         """Where else those blocks are, in whatever state: rows of block and slot key, int64[n, 2]."""
         blocks = np.unique(self._homes[:, 1])
         found = NO_INTERVALS
-        for _, _, runs in live_runs(self._lineage):
+        for _, _, runs in self._lineage.live_runs():
             named, row, offset = runs.locate(blocks)
             slots = (runs.pack[row] << SLOT_BITS) + runs.slot[row] + offset
             mine = np.stack([blocks[named], slots], axis=1)
@@ -185,7 +185,7 @@ class _Mending:
             if left.index is None or not gains:
                 continue
             fresh = replace(row, suffix=np.array([secrets.randbits(62) + 1]))
-            name = pack_full_name(self._lineage.name, fresh, 0, self._lineage.numbers)
+            name = self._lineage.pack_name(fresh, 0)
             fresh = replace(fresh, size=np.array([self._write(name, left, found, keep)]))
             before, renamed = before.updated(row), renamed.updated(fresh)
             names[name] = left.live & ~keep
@@ -283,11 +283,7 @@ class _Mending:
                 )
             rows = as_of_now(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
-            record = Record(
-                lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
-                event="sweep", seed=0, packs=rows,
-            )  # fmt: skip
-            lineage.append(record)
+            lineage.append(ObjectsSwept(packs=rows))
 
     def _note(self, names: Mapping[str, Bools]) -> None:
         health = Health(self._lineage)
@@ -323,7 +319,7 @@ def mend_manifest(lineage: Lineage, snapshot: str) -> bool:
         row = lineage.state.live.get(snapshot)
         if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
-        name = row_manifest_name(lineage, row)
+        name = lineage.manifest_name(row)
         data = lineage.files.cached(name) or b""
         try:
             lineage.store.put(name, [data])

@@ -27,7 +27,6 @@ from island_fast.images.new_file import new_file
 from island_fast.images.target import Existing
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
-from island_fast.repository.lineage import deletion_told
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import Expected, differences, receive
@@ -71,8 +70,7 @@ def restore(found: Found, manifest: Manifest, target: RestoreTarget, progress: P
             reserve(fd)  # all of it is about to be written, in the order in which packs arrive
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        with deletion_told(lineage, found.row, "restored"):
-            receive(runs, packs, writer.write, lineage.store.range_gap, progress)
+        receive(runs, packs, writer.write, lineage.store.range_gap, progress)
         writer.finish()
     return Restored(
         snapshot=found.row.id,
@@ -107,13 +105,12 @@ def restore_onto(
     began = time.monotonic()
     packs = PackReader(found.lineage)
     runs = manifest.runs_by_key(found.lineage.numbers)
-    with deletion_told(found.lineage, found.row, "restored"):
-        todo = _compare_target(found, runs, packs, target, progress)
-        compared = target.view.bytes_read
-        if not dry_run:
-            target.refuse_held()  # comparing can have taken hours
-            with _warn_if_half_written(target, found.row.id):
-                _overwrite(todo, runs, packs, target, progress)
+    todo = _compare_target(found, runs, packs, target, progress)
+    compared = target.view.bytes_read
+    if not dry_run:
+        target.refuse_held()  # comparing can have taken hours
+        with _warn_if_half_written(target, found.row.id):
+            _overwrite(todo, runs, packs, target, progress)
     return RestoredOnto(
         snapshot=found.row.id,
         target=str(target.path),

@@ -97,7 +97,7 @@ class _Retention:
     def _plan(self, row: SnapshotRow) -> Deletion:
         """Return what deleting would free after those before it, and take that as done from here on."""
         deletion = plan_deletion(self._lineage, self._lineage.state.live[row.id])
-        self._lineage.state = self._lineage.state.after(deletion.record)
+        self._lineage.state = self._lineage.state.after(deletion.event)
         return deletion
 
 

@@ -20,7 +20,7 @@ from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError
-from island_fast.formats.catalog import Record
+from island_fast.formats.catalog import SnapshotAdded
 from island_fast.formats.manifest import Manifest, tabulate
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
@@ -315,11 +315,10 @@ class _SnapshotRun:
         """Return the identity that the pin of a restored image gets if this image keeps none."""
         return PinnedBase(self._pin_name, "1", created // 10**9, created % 10**9, view.volume_size)
 
-    def _note_commit(self, record: Record) -> Record:
-        """Note that the record is about to be sent: from here on the snapshot may exist."""
+    def _note_commit(self, _: SnapshotAdded) -> None:
+        """Note that the record is about to be sent: from here on the new pin stays, whatever happens."""
         self._progress("commit", 0, 0)
         self._committing = True
-        return record
 
 
 def make_id() -> str:

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
 from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
-from island_fast.repository.lineage import Lineage, pack_names, row_manifest_name
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import _packs_to_sweep, as_of_now, live_slots
 from island_fast.repository.snapshot_writer import forget_used
 from island_fast.results import SweepStep, Swept
@@ -110,32 +110,26 @@ class _Sweep:
         """Names and sizes of the objects that go, the manifests last."""
         plan, lineage = self._plan, self._lineage
         for packs in (plan.gone, plan.repacked):
-            yield from zip(pack_names(lineage, packs), packs.size.tolist(), strict=True)
+            yield from zip(lineage.pack_names(packs), packs.size.tolist(), strict=True)
         yield from ((info.name, info.size) for info in plan.garbage)
-        yield from ((row_manifest_name(lineage, row), row.manifest_size) for row in plan.manifests)
+        yield from ((lineage.manifest_name(row), row.manifest_size) for row in plan.manifests)
 
     def _record(self, renamed: Packs) -> None:
         """Append the sweep's record, if it has anything to say."""
         lineage, plan = self._lineage, self._plan
         renamed = as_of_now(lineage, plan.repacked, renamed)
-        record = Record(
-            lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=0,
-            event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
-            swept=tuple(row.id for row in plan.manifests),
-        )  # fmt: skip
         if len(renamed) or plan.gone.key.size or plan.manifests:
-            lineage.append(record)
+            swept = tuple(row.id for row in plan.manifests)
+            lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
 
     def _repack(self) -> tuple[Packs, Packs]:
         """Write packs anew without their dead slots; the rows of those that could be read, old and new."""
         packs = self._plan.repacked
         sizes, suffixes = packs.size.copy(), packs.suffix.copy()
         readable = np.ones(len(packs), np.bool_)
-        for row, name in enumerate(pack_names(self._lineage, packs)):
+        for row, name in enumerate(self._lineage.pack_names(packs)):
             suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
-            target = pack_full_name(
-                self._lineage.name, replace(packs, suffix=suffixes), row, self._lineage.numbers
-            )
+            target = self._lineage.pack_name(replace(packs, suffix=suffixes), row)
             try:
                 index, data = get_checked(self._lineage.store, name, _opener(name))
             except (ObjectMissingError, *UNREADABLE) as error:
@@ -211,22 +205,22 @@ def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -
     gone, repacked = _packs_to_sweep(lineage.state)
     manifests = lineage.state.dropped.values()
     return SweepPlan(
-        gone=gone.rows(old.mask(pack_names(lineage, gone))),
-        repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
-        manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
+        gone=gone.rows(old.mask(lineage.pack_names(gone))),
+        repacked=repacked.rows(old.mask(lineage.pack_names(repacked))),
+        manifests=tuple(row for row in manifests if old.there(lineage.manifest_name(row))),
         garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
     )
 
 
 def steps(lineage: Lineage, plan: SweepPlan) -> Iterator[tuple[str, str, int, str]]:
     """The plan object by object: "remove" or "rewrite", its name, its size in bytes, and why."""
-    for name, size in zip(pack_names(lineage, plan.gone), plan.gone.size.tolist(), strict=True):
+    for name, size in zip(lineage.pack_names(plan.gone), plan.gone.size.tolist(), strict=True):
         yield "remove", name, size, "no snapshot needs it"
     sizes = zip(plan.repacked.size.tolist(), plan.repacked.dead.tolist(), strict=True)
-    for name, (size, dead) in zip(pack_names(lineage, plan.repacked), sizes, strict=True):
+    for name, (size, dead) in zip(lineage.pack_names(plan.repacked), sizes, strict=True):
         yield "rewrite", name, size, f"{100 * dead // size} % of it is needed no more"
     for row in plan.manifests:
-        yield "remove", row_manifest_name(lineage, row), row.manifest_size, "its snapshot was deleted"
+        yield "remove", lineage.manifest_name(row), row.manifest_size, "its snapshot was deleted"
     for info in plan.garbage:
         yield "remove", info.name, info.size, "no record names it"
 
@@ -251,9 +245,9 @@ class _Ages:
 def _garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterable[ObjectInfo]:
     """Packs and manifests that a listing shows and no record or registration accounts for."""
     state = lineage.state
-    named = set(pack_names(lineage, state.packs))
+    named = set(lineage.pack_names(state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
-        named.add(row_manifest_name(lineage, row))
+        named.add(lineage.manifest_name(row))
     running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):

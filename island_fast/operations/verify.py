@@ -36,7 +36,7 @@ from island_fast.repository.integrity.objects import (
     ROT,
     Finding,
 )
-from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.open import OpenRepository
 from island_fast.results import Damage, Touched, Verified
 
@@ -214,7 +214,7 @@ class _Run:
         if len(found.differing):
             where = extents_of(row.id, row.volume_size, found.differing)
             told = f"snapshot {row.id} is not what its pin in {image} holds"
-            finding = Finding(row_manifest_name(lineage, row), DIFFERS, told, snapshot=row.id)
+            finding = Finding(lineage.manifest_name(row), DIFFERS, told, snapshot=row.id)
             self._differing.append(damage(lineage.name, finding, (where,), INCOMPLETE))
 
     # What is told.
@@ -241,7 +241,7 @@ def touched(lineage: Lineage, findings: Sequence[Finding]) -> list[tuple[Touched
             found[number] = [_whole(rows[one]) for one in ids if one in rows]
     by_key = {finding.key: n for n, finding in enumerate(findings) if finding.key is not None}
     lost = merge_intervals(np.concatenate([NO_INTERVALS, *(f.lost for f in findings)]))
-    for snapshot, size, runs in live_runs(lineage) if len(lost) else ():
+    for snapshot, size, runs in lineage.live_runs() if len(lost) else ():
         pieces = runs.among(lost)
         for key in np.unique(pieces.pack).tolist():
             mine = pieces.intervals()[pieces.pack == key]

@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import NO_INTERVALS, merge_intervals
-from island_fast.formats.catalog import pack_full_name
 from island_fast.formats.keys import SLOT_BITS
-from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import MAX_SLOTS
 from island_fast.repository.lineage import Lineage
 
@@ -57,8 +55,7 @@ class Health:
             return NO_INTERVALS
         packs, lineage = self._lineage.state.packs, self._lineage
         found = [NO_INTERVALS]
-        for row, key in enumerate(packs.key.tolist()):
-            name = pack_full_name(lineage.name, packs, row, lineage.numbers)
+        for key, name in zip(packs.key.tolist(), lineage.pack_names(packs), strict=True):
             found.append(self._damaged.get(self._short(name), found[0]) + (key << SLOT_BITS))
         return merge_intervals(np.concatenate(found))
 
@@ -72,8 +69,8 @@ class Health:
     def _there(self) -> Iterator[str]:
         """Full names of the manifests of live snapshots, and of all packs."""
         lineage, packs = self._lineage, self._lineage.state.packs
-        yield from (manifest_name(lineage.name, row.id, row.attempt) for row in lineage.state.live.values())
-        yield from (pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs)))
+        yield from map(lineage.manifest_name, lineage.state.live.values())
+        yield from lineage.pack_names(packs)
 
     def _times(self) -> dict[str, float]:
         if self._proved is None:  # not read before: a snapshot need not know

@@ -28,24 +28,26 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    Event,
+    OwnerChanged,
     Packs,
     Record,
     SnapshotRow,
+    SnapshotsDeleted,
     State,
     decode_record,
     encode_record,
-    pack_full_name,
 )
 from island_fast.formats.frame import Kind, Section, json_bytes, seal
-from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
-from island_fast.formats.names import catalog_name, manifest_name, stop_name
+from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Lineage", "deletion_told", "live_runs", "pack_names", "row_manifest_name"]
+__all__ = ["Lineage"]
 
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
@@ -142,6 +144,22 @@ class Lineage:
             self.refresh()
             yield
 
+    # Names of objects.
+
+    def manifest_name(self, row: SnapshotRow) -> str:
+        """Return the name of the manifest of a snapshot, live or dropped."""
+        return manifest_name(self.name, row.id, row.attempt)
+
+    def pack_name(self, packs: Packs, row: int) -> str:
+        """Return the current name of the pack in `row` of `packs`."""
+        owner, number = split_pack_key(int(packs.key[row]))
+        attempt, suffix = int(packs.attempt[row]), int(packs.suffix[row])
+        return pack_name(self.name, self.numbers.id(owner), number, attempt, suffix)
+
+    def pack_names(self, packs: Packs) -> list[str]:
+        """Return the current names of all of `packs`."""
+        return [self.pack_name(packs, row) for row in range(len(packs))]
+
     # Manifests.
 
     def manifest(self, row: SnapshotRow) -> Manifest:
@@ -152,7 +170,7 @@ class Lineage:
         cached = self.cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
-        name = manifest_name(self.name, row.id, row.attempt)
+        name = self.manifest_name(row)
 
         def check(data: Buffer) -> tuple[Manifest, Buffer]:
             manifest, checksum = decode(name, data)
@@ -184,6 +202,27 @@ class Lineage:
                 manifest, checksum = decode(name, data)
                 return manifest if wanted in (None, checksum.hex()) else None
         return None
+
+    def live_runs(self) -> Iterator[tuple[str, int, Runs]]:
+        """Yield id, volume size and runs, with pack keys, of live snapshots whose manifests can be read."""
+        for row in list(self.state.live.values()):
+            with contextlib.suppress(NotFoundError, *UNREADABLE):
+                manifest = self.manifest(row)
+                yield row.id, manifest.volume_size, manifest.runs_by_key(self.numbers)
+
+    @contextlib.contextmanager
+    def deletion_explained(self, row: SnapshotRow, done: str) -> Iterator[None]:
+        """Raise a NotFoundError for what fails in the body because the snapshot was deleted meanwhile.
+
+        `done` says what was being done with it, such as "restored".
+        """
+        try:
+            yield
+        except (NotFoundError, DamagedError) as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
+            raise
 
     # Reading.
 
@@ -295,24 +334,26 @@ class Lineage:
         """Apply one record; it must be the one that follows the present place."""
         name = catalog_name(self.name, epoch, number)
         place = self._place
-        follows = place is None or record.previous == place.checksum or record.event == "owner"
+        begins = isinstance(record.event, OwnerChanged)
+        follows = place is None or record.previous == place.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
         if not (follows and named and (place is not None or record.state is not None)):
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is mended"
             )
-        self._retire(record)
-        self.state = self.state.after(record)
+        if isinstance(record.event, SnapshotsDeleted):
+            self._remember_deleted(record.event)
+        self.state = record.apply_to(self.state)
         self._place = _Place(
             epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
         )
 
-    def _retire(self, record: Record) -> None:
+    def _remember_deleted(self, event: SnapshotsDeleted) -> None:
         """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
-        for snapshot in record.deleted:
+        for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
-            if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
+            if row and self.files.cached(self.manifest_name(row)) is not None:
                 self.files.retire(row.id, row.attempt, row.parent)
 
     # Writing.
@@ -325,21 +366,29 @@ class Lineage:
         self.files.make()
         self._place = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
-        self._append(_owner_record(self.name, 0, None, self.writer, seed, State()))
+        self._begin_epoch(0, None, seed, State())
 
-    def append(self, record: Record) -> None:
-        """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
+    def append(self, event: Event, checkpoint: State | None = None) -> None:
+        """Append the record of `event`, which carries `checkpoint` if given. Under the lock, after `refresh`.
 
         ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
         self.require_owner()
         at = self._at
-        record = replace(
-            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=self.writer,
-            host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
-        )  # fmt: skip
-        after = self.state.after(record)  # refuses what no reader would accept, before it is sent
+        record = Record(
+            lineage=self.name,
+            epoch=at.epoch,
+            number=at.number + 1,
+            writer=self.writer,
+            host=at.host,
+            previous=at.checksum,
+            time=time.time_ns(),
+            seed=at.seed,
+            event=event,
+            state=checkpoint,
+        )
+        after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -381,8 +430,24 @@ class Lineage:
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
-        self._append(_owner_record(self.name, epoch + 1, at.checksum, self.writer, at.seed, self.state))
+        self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
         self._stopped = False
+
+    def _begin_epoch(self, epoch: int, previous: str | None, seed: int, state: State) -> None:
+        """Append the first record of an epoch: it makes this host the owner, and carries the whole state."""
+        record = Record(
+            lineage=self.name,
+            epoch=epoch,
+            number=0,
+            writer=self.writer,
+            host=os.uname().nodename,
+            previous=previous,
+            time=time.time_ns(),
+            seed=seed,
+            event=OwnerChanged(),
+            state=state,
+        )
+        self._append(record)
 
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
@@ -440,55 +505,7 @@ class Lineage:
             self.files.clear_pending(last)
 
 
-def _owner_record(
-    lineage: str, epoch: int, previous: str | None, writer: str, seed: int, state: State
-) -> Record:
-    """The first record of an epoch: who owns the lineage, and its whole state."""
-    return Record(
-        lineage=lineage,
-        epoch=epoch,
-        number=0,
-        writer=writer,
-        host=os.uname().nodename,
-        previous=previous,
-        time=time.time_ns(),
-        event="owner",
-        seed=seed,
-        state=state,
-    )
-
-
 def _numbers(name: str) -> tuple[int, int]:
     """Epoch and number from the last component of a record's name."""
     epoch, _, number = name.partition("-")
     return int(epoch), int(number)
-
-
-def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
-    """Full names of packs of the lineage."""
-    return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
-
-
-def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
-    """Name of the manifest of a snapshot, live or dropped."""
-    return manifest_name(lineage.name, row.id, row.attempt)
-
-
-def live_runs(lineage: Lineage) -> Iterator[tuple[str, int, Runs]]:
-    """Id, volume size and runs, with pack keys, of every live snapshot whose manifest can be read."""
-    for row in list(lineage.state.live.values()):
-        with contextlib.suppress(NotFoundError, *UNREADABLE):
-            manifest = lineage.manifest(row)
-            yield row.id, manifest.volume_size, manifest.runs_by_key(lineage.numbers)
-
-
-@contextlib.contextmanager
-def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
-    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
-    try:
-        yield
-    except (NotFoundError, DamagedError) as error:
-        lineage.refresh()
-        if row.id not in lineage.state.live:
-            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
-        raise

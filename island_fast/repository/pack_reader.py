@@ -25,7 +25,6 @@ from island_fast.errors import (
     IslandError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import pack_full_name
 from island_fast.formats.pack import Index, front_size, open_pack, read_front, stored_ranges, unpack_blocks
 from island_fast.formats.runs import Runs
 from island_fast.repository.lineage import Lineage
@@ -133,7 +132,7 @@ class PackReader:
         with self._lock:
             packs = self._lineage.state.packs
             row = self._row(key)
-            name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
+            name = self._lineage.pack_name(packs, row)
             return Place(name, int(packs.slots[row]), int(packs.size[row]))
 
     def following(self, key: int, fetch: Callable[[Place], T]) -> T:

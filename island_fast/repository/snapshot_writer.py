@@ -17,7 +17,7 @@ import numpy as np
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, ConflictError, DamagedError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow
+from island_fast.formats.catalog import Packs, SnapshotAdded, SnapshotRow, State
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SLOT_BITS, pack_keys, slot_intervals
 from island_fast.formats.manifest import Manifest, encode
 from island_fast.formats.names import manifest_name, pack_name
@@ -123,11 +123,16 @@ class Storing:
         return kept.updated(written), dead
 
     def commit(
-        self, manifest: Manifest, packs: Packs, dead: Int64s, last_word: Callable[[Record], Record]
+        self,
+        manifest: Manifest,
+        packs: Packs,
+        dead: Int64s,
+        finalize: Callable[[SnapshotAdded], State | None],
     ) -> SnapshotRow:
         """Write the manifest, then under the lineage's lock the record that makes the snapshot exist.
 
-        `last_word` is told of the record when nothing speaks against it any more; what it gives is appended.
+        `finalize` is called with the event once the commit is certain; the record carries the checkpoint that
+        it returns, if any.
         """
         lineage = self._lineage
         name = manifest_name(lineage.name, manifest.snapshot, manifest.attempt)
@@ -145,13 +150,10 @@ class Storing:
             stored=int(packs.size.sum()),
             pin=manifest.pin,
         )
-        record = Record(
-            lineage="", epoch=0, number=0, writer="", host="", previous=None, time=row.created,
-            event="snapshot", seed=0, snapshot=row, packs=packs, dead=dead,
-        )  # fmt: skip
+        event = SnapshotAdded(row, packs, dead)
         with lineage.locked():
             self._still_allowed()
-            lineage.append(last_word(record))
+            lineage.append(event, finalize(event))
         self.objects += 2
         lineage.files.cache(name, data)
         return row

@@ -173,15 +173,16 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
 
 
 def test_a_restore_whose_snapshot_is_deleted_says_so(
-    repository: Repository, image: Path, tmp_path: Path
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = repository.snapshot(image)
     found = repository.find(only.snapshot)
-    manifest = found.lineage.manifest(found.row)
-    repository.delete([only.snapshot])
-    repository.sweep()
-    with pytest.raises(NotFoundError, match="was deleted"):
-        restore(found, manifest, RestoreTarget(tmp_path / "late.raw", "raw", pin=False), silent)
+    other = Repository(repository.store, repository.state)
+    other.delete([only.snapshot])
+    other.sweep()
+    monkeypatch.setattr(repository, "find", lambda _: found)
+    with pytest.raises(NotFoundError, match="was deleted while it was restored"):
+        repository.restore(only.snapshot, tmp_path / "late.raw", image_format="raw")
 
 
 @pytest.mark.parametrize("kind", ["packs", "manifests"])

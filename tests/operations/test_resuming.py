@@ -10,7 +10,6 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.errors import ConflictError, IslandError, StoreError
-from island_fast.formats.catalog import pack_full_name
 from island_fast.repository.local_state import LocalState
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
@@ -74,7 +73,7 @@ def left_over(repository: Repository, store: MemoryStore) -> set[str]:
     assert not kept
     names = {f"vol/manifests/{row.id}-{row.attempt}" for row in lineage.state.live.values()}
     packs = lineage.state.packs
-    names |= {pack_full_name("vol", packs, row, lineage.numbers) for row in range(len(packs))}
+    names |= set(lineage.pack_names(packs))
     return {n for n in store.objects if "/packs/" in n or "/manifests/" in n} - names
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
-from island_fast.formats.catalog import CHECKPOINT_EVERY, decode_record
+from island_fast.formats.catalog import CHECKPOINT_EVERY, OwnerChanged, decode_record
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.names import catalog_name
 from island_fast.repository.integrity.objects import CONTRADICTION, MISSING, ROT, Finding
@@ -52,7 +52,8 @@ def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
 
     def check(data: memoryview) -> _Record:
         record, checksum = decode_record(name, data, SnapshotNumbers())
-        return _Record(checksum, None if record.event == "owner" else record.previous, bytes(data))
+        begins = isinstance(record.event, OwnerChanged)
+        return _Record(checksum, None if begins else record.previous, bytes(data))
 
     try:
         return get_checked(lineage.store, name, check, newest=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import intersect_intervals
 from island_fast.errors import UNREADABLE, NotFoundError
-from island_fast.formats.catalog import SnapshotRow, pack_full_name
+from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.manifest import Manifest
 from island_fast.repository.health import Health
@@ -30,7 +30,7 @@ from island_fast.repository.integrity.objects import (
     Finding,
     manifest_finding,
 )
-from island_fast.repository.lineage import Lineage, row_manifest_name
+from island_fast.repository.lineage import Lineage
 
 __all__ = ["Checkup", "Item"]
 
@@ -110,7 +110,7 @@ class Checkup:
         manifest = self.lineage.cached_manifest(row.id, row.attempt, row.checksum)
         if manifest is not None:
             return manifest
-        name = row_manifest_name(self.lineage, row)
+        name = self.lineage.manifest_name(row)
         try:
             manifest = self.lineage.manifest(row)
         except (NotFoundError, *UNREADABLE):
@@ -123,7 +123,7 @@ class Checkup:
 
     def _contradictions(self, row: SnapshotRow, manifest: Manifest) -> Iterator[Finding]:
         """What the manifest and the catalog do not agree on."""
-        state, name = self.lineage.state, row_manifest_name(self.lineage, row)
+        state, name = self.lineage.state, self.lineage.manifest_name(row)
         if row.id not in state.live:
             return
         runs = manifest.runs_by_key(self.lineage.numbers)
@@ -146,14 +146,14 @@ class Checkup:
         state, health = self.lineage.state, self.health
         found = []
         for row in self.rows:
-            name = row_manifest_name(self.lineage, row)
+            name = self.lineage.manifest_name(row)
             if name not in self._fetched:
                 damaged = name in self._unread or health.damaged(name)
                 item = Item(name, row.manifest_size, health.proved(name), row=row, damaged=damaged)
                 found.append(item)
         rows = state.packs.find(self._keys)
         for at in rows[rows >= 0].tolist():
-            name = pack_full_name(self.lineage.name, state.packs, at, self.lineage.numbers)
+            name = self.lineage.pack_name(state.packs, at)
             size, key = int(state.packs.size[at]), int(state.packs.key[at])
             found.append(Item(name, size, health.proved(name), key, damaged=health.damaged(name)))
         return found

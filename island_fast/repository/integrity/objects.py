@@ -29,7 +29,7 @@ from island_fast.formats.pack import (
     stored_ranges,
     unpack_blocks,
 )
-from island_fast.repository.lineage import Lineage, row_manifest_name
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import live_slots
 from island_fast.repository.pack_reader import BATCH, PackReader, Place
 from island_fast.stores.checked_read import get_checked
@@ -239,7 +239,7 @@ def manifest_finding(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Find
 
     It is read if `whole`; else only asked for, as long as this host has its content.
     """
-    name = row_manifest_name(lineage, row)
+    name = lineage.manifest_name(row)
     try:
         if not whole:
             info = lineage.store.head(name)
