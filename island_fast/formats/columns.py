@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from island_fast.arrays import Int64s
 from island_fast.errors import DamagedObjectError
 
-__all__ = ["decode", "encode", "ends_before", "restore_starts", "unzigzag", "zigzag"]
+__all__ = ["Integers", "decode", "encode", "ends_before", "restore_starts", "unzigzag", "zigzag"]
 
 Integers = NDArray[np.signedinteger[Any]]
+"""Signed integers of any width."""
 
 
 def encode(values: Int64s) -> bytes:

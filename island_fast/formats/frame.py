@@ -3,8 +3,8 @@
 A frame is a header, a table of sections, and the bytes of the sections. The header states the kind of object
 and the version of the format, the features that a reader and that a writer must understand, an id made from
 the object's name (so that a store that returns the wrong object is detected), a checksum of the whole object,
-and a checksum of header and table alone, for readers that fetch parts of an object.
-Layout: docs/format.md, "Frame".
+and a checksum of header and table alone, for readers that fetch parts of an object. All integers are
+little-endian. Layout: docs/format.md, "Frame".
 """
 
 from __future__ import annotations
@@ -252,7 +252,7 @@ def _decode_section(name: str, entry: SectionEntry, stored: memoryview, limit: i
 
 
 def _inflate(name: str, stored: memoryview, size: int) -> bytes:
-    """Decompress one zstd frame, which must state a size of `size` bytes, before any memory is allocated."""
+    """Decompress a zstd frame, which must state that it holds `size` bytes before any memory is allocated."""
     try:
         if zstandard.frame_content_size(stored) != size:
             raise DamagedObjectError(f"object {name} holds a section of the wrong length")

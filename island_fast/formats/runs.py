@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import NO_INTERVALS, clip_rows, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError
+from island_fast.formats.columns import Integers
 from island_fast.formats.keys import slot_intervals
 from island_fast.formats.pack import MAX_SLOTS
 
@@ -23,8 +22,6 @@ __all__ = ["NOT_NAMED", "Runs", "merge"]
 
 NOT_NAMED = -1
 """Stands for the slot key of a block that no run names: the block is zero."""
-
-Integers = NDArray[np.signedinteger[Any]]
 
 _WINDOW = 1 << 16
 _END = 1 << 62  # after every block
