@@ -76,8 +76,9 @@ def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """Compute what deleting the live snapshot `row` does. Changes nothing."""
     state, numbers = lineage.state, lineage.numbers
     free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    event = SnapshotsDeleted((row.id,), with_more_dead(state.packs, free, PackReader(lineage).index), free)
+    packs = with_more_dead(state.packs, free, PackReader(lineage).read_index)
+    event = SnapshotsDeleted((row.id,), packs, free)
     after = state.after(event)
-    dead_before = int(state.packs.dead[state.packs.find(event.packs.key)].sum())
-    bytes_dead = int(event.packs.dead.sum()) - dead_before
+    dead_before = int(state.packs.dead[state.packs.find(packs.key)].sum())
+    bytes_dead = int(packs.dead.sum()) - dead_before
     return Deletion(event, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
