@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from island_fast.errors import NotFoundError, RefusedError
 from island_fast.formats.catalog import Packs, SnapshotRow, SnapshotsDeleted
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import freeable, needed_alone, with_more_dead
+from island_fast.repository.liveness import add_dead_slots, only_needed_by
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
@@ -78,11 +78,12 @@ class Deletion:
 def plan_delete(lineage: Lineage, row: SnapshotRow, packs: PackReader) -> Deletion:
     """What deleting the live snapshot `row` frees."""
     state, numbers = lineage.state, lineage.numbers
-    free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    event = SnapshotsDeleted((row.id,), with_more_dead(state.packs, free, packs.index), free)
+    free = only_needed_by(row, state, numbers, lambda one: lineage.manifest(one).slot_intervals(numbers))
+    event = SnapshotsDeleted((row.id,), add_dead_slots(state.packs, free, packs.index), free)
     after = state.after(event)
     bytes_dead = int(event.packs.dead.sum()) - _dead_before(state.packs, event.packs)
-    return Deletion(event, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
+    freed = after.reclaimable_bytes() - state.reclaimable_bytes()
+    return Deletion(event, bytes_dead + row.manifest_size, freed)
 
 
 def _dead_before(packs: Packs, touched: Packs) -> int:

@@ -54,7 +54,7 @@ from island_fast.repository.integrity.objects import (
     slots_of,
 )
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import as_of_now
+from island_fast.repository.liveness import rebase_rewritten
 from island_fast.repository.pack_reader import BATCH, unpacked
 from island_fast.stores.checked_read import get_checked
 
@@ -281,7 +281,7 @@ class _Mending:
                 raise ConflictError(
                     f"volume {lineage.name} changed hands meanwhile, so nothing was mended; run it again"
                 )
-            rows = as_of_now(lineage, before, renamed)
+            rows = rebase_rewritten(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
             lineage.append(ObjectsSwept(packs=rows))
 

@@ -23,7 +23,7 @@ from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import _packs_to_sweep, as_of_now, live_slots
+from island_fast.repository.liveness import rebase_rewritten
 from island_fast.repository.snapshot_writer import forget_used
 from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
@@ -117,7 +117,7 @@ class _Sweep:
     def _record(self, renamed: Packs) -> None:
         """Append the sweep's record, if it has anything to say."""
         lineage, plan = self._lineage, self._plan
-        renamed = as_of_now(lineage, plan.repacked, renamed)
+        renamed = rebase_rewritten(lineage, plan.repacked, renamed)
         if len(renamed) or plan.gone.key.size or plan.manifests:
             swept = tuple(row.id for row in plan.manifests)
             lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
@@ -136,7 +136,7 @@ class _Sweep:
                 _LOG.warning("%s; it is not repacked", error)
                 readable[row] = False
                 continue
-            keep = live_slots(self._lineage.state, int(packs.key[row]), len(index.rows))
+            keep = self._lineage.state.live_slots(int(packs.key[row]), len(index.rows))
             sizes[row] = self._write_kept(target, index, data, keep)
             self._told(int(packs.size[row] - packs.dead[row]))
         return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
@@ -202,7 +202,7 @@ def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -
     snapshots `given_up` account for nothing any more.
     """
     old = _Ages(lineage, grace)
-    gone, repacked = _packs_to_sweep(lineage.state)
+    gone, repacked = lineage.state.packs_to_sweep()
     manifests = lineage.state.dropped.values()
     return SweepPlan(
         gone=gone.rows(old.mask(lineage.pack_names(gone))),

@@ -117,9 +117,9 @@ class Storing:
         written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
         kept, dead = self._kept.rows(own)
         if dead.size:
-            from island_fast.repository.liveness import with_more_dead  # only after an interruption
+            from island_fast.repository.liveness import add_dead_slots  # only after an interruption
 
-            kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
+            kept = kept.updated(add_dead_slots(kept, dead, self._kept.index))
         return kept.updated(written), dead
 
     def commit(

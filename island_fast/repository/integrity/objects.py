@@ -30,7 +30,6 @@ from island_fast.formats.pack import (
     unpack_blocks,
 )
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import live_slots
 from island_fast.repository.pack_reader import BATCH, PackReader, Place
 from island_fast.stores.checked_read import get_checked
 
@@ -145,7 +144,7 @@ class Examiner:
             return None
 
     def _live(self, key: int, place: Place) -> Bools:
-        return live_slots(self._lineage.state, key, place.slots)
+        return self._lineage.state.live_slots(key, place.slots)
 
     def _read(self, key: int, place: Place) -> Remains:
         """The pack under its present name; ObjectMissingError if there is none."""
