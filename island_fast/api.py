@@ -203,13 +203,12 @@ class Repository(OpenRepository):
         RefusedError if `target` exists; IslandError if it cannot be created; DamagedObjectError, which names
         the object, if a block is lost.
         """
-        from island_fast.operations.restore import Target, restore
+        from island_fast.operations.restore import RestoreTarget, restore
 
         found = self.find(reference)
         with found.lineage.deletion_explained(found.row, "restored"):
             manifest = found.lineage.manifest(found.row)
-            make = Target(Path(target), image_format, pin)
-            return restore(found.lineage, found.row, manifest, make, progress)
+            return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
 
     def restore_onto(
         self,
@@ -231,7 +230,7 @@ class Repository(OpenRepository):
         by another process.
         """
         from island_fast.images.target import open_existing
-        from island_fast.operations.restore import overwrite
+        from island_fast.operations.restore import restore_onto
 
         found = self.find(reference)
         path = Path(os.path.realpath(target))
@@ -241,7 +240,7 @@ class Repository(OpenRepository):
             with open_existing(
                 path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
             ) as existing:
-                return overwrite(found, manifest, existing, dry_run, progress)
+                return restore_onto(found, manifest, existing, dry_run, progress)
 
     def snapshots(self, volume: str | None = None) -> list[Snapshot]:
         """Return the snapshots of all volumes, or of `volume`; within a volume the oldest first.

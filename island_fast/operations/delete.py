@@ -1,28 +1,30 @@
-"""What is in a repository, and taking snapshots out of its catalog."""
+"""`delete`: take snapshots out of the catalog, and compute what that frees.
+
+A delete looks only at the snapshot and its live neighbours: the slots that none of them needs become dead.
+The space is freed by the next sweep. Rules: docs/format.md, "Delete and sweep".
+"""
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.formats.catalog import Packs, SnapshotRow, SnapshotsDeleted
+from island_fast.formats.catalog import SnapshotRow, SnapshotsDeleted
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import add_dead_slots, only_needed_by
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
 
-__all__ = ["Deletion", "delete", "delete_snapshot", "plan_delete", "plan_deletion"]
-
-_LOG = logging.getLogger(__name__)
+__all__ = ["Deletion", "delete", "delete_snapshot", "plan_deletion"]
 
 
 def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
-    """Take snapshots out of the catalog, in the order given, or with `dry_run` tell what that would free.
+    """Delete snapshots from the catalog, in the order given; with `dry_run` change nothing.
 
-    RefusedError if this host does not own a lineage, or a snapshot is being taken on the base of one of them.
+    ConflictError if this host does not own a lineage; RefusedError if a snapshot in progress is based on one
+    of them.
     """
     answers: list[Deleted] = []
     rows = {one.row.id: one for one in found}
@@ -40,7 +42,7 @@ def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
 
 
 def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
-    """Take one out of the catalog. Under the lineage's lock; see `delete` for what is refused."""
+    """Delete one snapshot from the catalog. Under the lineage's lock; errors as in `delete`."""
     lineage.require_owner()
     row = lineage.state.live.get(snapshot)
     if row is None:
@@ -48,8 +50,8 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
     for registration, alive in lineage.files.running():
         if alive and registration.parent == snapshot:
             raise RefusedError(
-                f"a snapshot of volume {lineage.name} is being taken on the base of {snapshot}; "
-                "delete it when that has ended"
+                f"a snapshot of volume {lineage.name} that is in progress is based on {snapshot}; delete "
+                f"{snapshot} when it has finished"
             )
     deletion = plan_deletion(lineage, row)
     lineage.append(deletion.event)
@@ -57,17 +59,12 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
     return deletion
 
 
-def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
-    """What deleting the live snapshot `row` would do."""
-    return plan_delete(lineage, row, PackReader(lineage))
-
-
 @dataclass(frozen=True, slots=True)
 class Deletion:
-    """What a delete frees: the event's slots and packs, and two figures in bytes.
+    """What deleting a snapshot does: the event for the catalog, and two figures in bytes.
 
-    `unreferenced` are the stored bytes of slots that become dead and the manifest; `freed` is what the next
-    sweep removes because of this delete, less what it rewrites.
+    `unreferenced` is the size of the manifest and of the stored blocks whose slots become dead; `freed` is
+    what the next sweep removes because of this delete, less what it rewrites.
     """
 
     event: SnapshotsDeleted
@@ -75,16 +72,13 @@ class Deletion:
     freed: int
 
 
-def plan_delete(lineage: Lineage, row: SnapshotRow, packs: PackReader) -> Deletion:
-    """What deleting the live snapshot `row` frees."""
+def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
+    """Compute what deleting the live snapshot `row` does. Changes nothing."""
     state, numbers = lineage.state, lineage.numbers
     free = only_needed_by(row, state, numbers, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    event = SnapshotsDeleted((row.id,), add_dead_slots(state.packs, free, packs.index), free)
+    event = SnapshotsDeleted((row.id,), add_dead_slots(state.packs, free, PackReader(lineage).index), free)
     after = state.after(event)
-    bytes_dead = int(event.packs.dead.sum()) - _dead_before(state.packs, event.packs)
+    dead_before = int(state.packs.dead[state.packs.find(event.packs.key)].sum())
+    bytes_dead = int(event.packs.dead.sum()) - dead_before
     freed = after.reclaimable_bytes() - state.reclaimable_bytes()
     return Deletion(event, bytes_dead + row.manifest_size, freed)
-
-
-def _dead_before(packs: Packs, touched: Packs) -> int:
-    return int(packs.dead[packs.find(touched.key)].sum())

@@ -316,7 +316,7 @@ class _SnapshotRun:
         return PinnedBase(self._pin_name, "1", created // 10**9, created % 10**9, view.volume_size)
 
     def _note_commit(self, _: SnapshotAdded) -> None:
-        """Note that the record is about to be sent: from here on the snapshot may exist."""
+        """Note that the record is about to be sent: from here on the new pin stays, whatever happens."""
         self._progress("commit", 0, 0)
         self._committing = True
 

@@ -187,7 +187,7 @@ def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
     *steps, last = island.text("sweep", "--dry-run").splitlines()
     assert re.match(r"Volume disk: would remove \d objects? \(", last)
     assert re.fullmatch(
-        rf"rewrite +\d\.\d MiB  disk/packs/{first}/0-00000000: \d\d % of it is needed no more\n"
+        rf"rewrite +\d\.\d MiB  disk/packs/{first}/0-00000000: no snapshot needs \d\d % of it\n"
         rf"remove +\d+ B  disk/manifests/{first}-0: its snapshot was deleted",
         "\n".join(steps),
     )

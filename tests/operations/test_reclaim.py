@@ -10,7 +10,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.formats.catalog import CHECKPOINT_EVERY
-from island_fast.operations.restore import Target, restore
+from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.progress import silent
 from island_fast.repository.local_state import LocalState, Registration
 from tests.operations.conftest import check
@@ -168,7 +168,7 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
     repository.delete([first.snapshot])
     repository.sweep()
     target = tmp_path / "late.raw"
-    restore(found.lineage, found.row, manifest, Target(target, "raw", pin=False), silent)
+    restore(found, manifest, RestoreTarget(target, "raw", pin=False), silent)
     assert target.read_bytes() == qemu.content(image)
 
 

@@ -32,7 +32,7 @@ from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, sea
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, decode, encode, tabulate
 from island_fast.formats.runs import Runs
-from island_fast.operations.restore import Target, restore
+from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.operations.sweep import plan_sweep
 from island_fast.progress import silent
 from island_fast.qcow2.snapshots import PinnedBase
@@ -239,6 +239,6 @@ def test_a_pin_of_another_size_is_left_out_of_a_restored_image(tmp_path: Path) -
     for size in (0, (1 << 20) - 512, 1 << 62):
         odd = replace(manifest, pin=replace(manifest.pin, disk_size=size))
         target = tmp_path / f"{size}.qcow2"
-        restore(found.lineage, found.row, odd, Target(target, "qcow2", pin=True), silent)
+        restore(found, odd, RestoreTarget(target, "qcow2", pin=True), silent)
         assert "snapshots" not in qemu.info(target)
         assert qemu.content(target) == qemu.content(image)
