@@ -117,7 +117,7 @@ MISTAKES: dict[str, list[Edit]] = {
     "a snapshot commits without its registration": [
         (
             "repository/snapshot_writer.py",
-            "if not lineage.files.registered(self._registration):",
+            "if self._registration not in lineage.files.registrations:",
             "if False:",
         ),
     ],
@@ -142,7 +142,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
-        ("repository/lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),
+        ("repository/lineage.py", '        self.files.pending.add(name.rpartition("/")[2], data)\n', ""),
     ],
     "the end of the catalog is taken from a listing": [
         (

@@ -47,7 +47,7 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
     row = lineage.state.live.get(snapshot)
     if row is None:
         raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-    for registration, alive in lineage.files.running():
+    for registration, alive in lineage.files.registrations.all():
         if alive and registration.parent == snapshot:
             raise RefusedError(
                 f"a snapshot of volume {lineage.name} that is in progress is based on {snapshot}; delete "
@@ -55,7 +55,7 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
             )
     deletion = plan_deletion(lineage, row)
     lineage.append(deletion.event)
-    lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
+    lineage.files.registrations.remove(snapshot)  # a crash may have left it: that id is used up
     return deletion
 
 

@@ -47,16 +47,16 @@ def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> 
     Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if another host adopted
     the lineage meanwhile. A pack that cannot be read is not repacked, with a warning.
     """
-    with lineage.files.sweeping():
+    with lineage.files.lock_sweeps():
         if not dry_run:
-            lineage.files.tidy()
+            lineage.files.remove_leftovers()
         with lineage.locked():
             lineage.require_owner()
             forget_used(lineage)
-            given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
+            given_up = lineage.files.registrations.find_abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
                 for snapshot in given_up:
-                    lineage.files.unregister(snapshot)
+                    lineage.files.registrations.remove(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
         if not dry_run and plan.objects:
             plan = _SweepRun(lineage, plan, progress).run()
@@ -155,7 +155,7 @@ def _find_garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> It
     named = set(lineage.pack_names(state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
         named.add(lineage.manifest_name(row))
-    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
+    running = {one.snapshot for one, _ in lineage.files.registrations.all()}.difference(given_up)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
             snapshot = info.name.split("/")[2].partition("-")[0]
@@ -185,13 +185,13 @@ class _SweepRun:
                     "run it again"
                 )
             self._append_record(renamed)
-        retired = self._lineage.files.retired()
+        retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
         for name, size in doomed:
             self._lineage.store.delete(name)
             self._report(size)
             if name not in kept:  # the base of a table diff may need it
-                self._lineage.files.uncache(name)
+                self._lineage.files.cache.remove(name)
         return self._plan
 
     def _report(self, size: int) -> None:

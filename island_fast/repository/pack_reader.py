@@ -170,7 +170,7 @@ class PackReader:
         return index
 
     def _cached_index(self, name: str) -> Index | None:
-        front = self._lineage.files.cached(name)
+        front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
                 return read_front(name, front)
@@ -184,7 +184,7 @@ class PackReader:
             index = read_front(place.name, front)
         except UNREADABLE:
             index, front = self._whole(place, damaged=1)
-        self._lineage.files.cache(place.name, front[: index.data_start])
+        self._lineage.files.cache.write(place.name, front[: index.data_start])
         return index
 
     def _whole(self, place: Place, damaged: int) -> tuple[Index, memoryview]:

@@ -65,7 +65,7 @@ def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
 
 def _disagreements(lineage: Lineage, name: str, record: _Record, before: _Record | None) -> Iterator[Finding]:
     """What a record and the one before it, or this host's copy of it, do not agree on."""
-    cached = lineage.files.cached(name)
+    cached = lineage.files.cache.read(name)
     if before and record.previous not in (None, before.checksum):
         yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
     elif cached is not None and cached != record.data and _is_record(name, cached):

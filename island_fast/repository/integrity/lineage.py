@@ -116,7 +116,7 @@ class Checkup:
         except (NotFoundError, *UNREADABLE):
             self._unread.add(name)
             return None
-        self.health.note_proved(name, time.time())
+        self.health.note_verified(name, time.time())
         self._fetched.add(name)
         self.bytes_read += row.manifest_size
         return manifest
@@ -148,14 +148,14 @@ class Checkup:
         for row in self.rows:
             name = self.lineage.manifest_name(row)
             if name not in self._fetched:
-                damaged = name in self._unread or health.damaged(name)
-                item = Item(name, row.manifest_size, health.proved(name), row=row, damaged=damaged)
+                damaged = name in self._unread or health.is_damaged(name)
+                item = Item(name, row.manifest_size, health.verified_at(name), row=row, damaged=damaged)
                 found.append(item)
         rows = state.packs.find(self._keys)
         for at in rows[rows >= 0].tolist():
             name = self.lineage.pack_name(state.packs, at)
             size, key = int(state.packs.size[at]), int(state.packs.key[at])
-            found.append(Item(name, size, health.proved(name), key, damaged=health.damaged(name)))
+            found.append(Item(name, size, health.verified_at(name), key, damaged=health.is_damaged(name)))
         return found
 
     def run(self, items: Sequence[Item], whole: bool, told: Callable[[Item], None]) -> None:
@@ -186,7 +186,7 @@ class Checkup:
             self.findings.append(finding)
             self.health.note_damaged(finding.name, _lost_mask(finding))
         elif whole:
-            self.health.note_proved(item.name, time.time())
+            self.health.note_verified(item.name, time.time())
 
 
 def _lost_mask(finding: Finding) -> NDArray[np.bool_]:

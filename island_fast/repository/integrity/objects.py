@@ -170,7 +170,7 @@ class Examiner:
         stranger = index is not None and not self._is_its(index, key, place)
         bare = index is None or stranger
         if bare:
-            index = self._front(place.name, self._lineage.files.cached(place.name))
+            index = self._front(place.name, self._lineage.files.cache.read(place.name))
         if index is not None and not self._is_its(index, key, place):
             index = None
         if not kind and stranger:
