@@ -23,7 +23,7 @@ from island_fast.images.source import FULL_SCAN, TABLE_DIFF
 from island_fast.operations.parent import SnapshotRequest, choose_parent, lineage_for_image
 from island_fast.operations.snapshot import take_snapshot
 from island_fast.progress import Progress, silent
-from island_fast.repository.health import knows_damage
+from island_fast.repository.health import has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.open import OpenRepository
 from island_fast.results_base import SnapshotTaken
@@ -118,7 +118,7 @@ class Repository(OpenRepository):
             lineage = lineage_for_image(self, source, volume)
             facts = dict(properties or {})
             request = SnapshotRequest(self.id, label, pin, at, full, compress, facts)
-            if knows_damage(lineage):
+            if has_known_damage(lineage):
                 from island_fast.operations.heal import heal_known_damage
 
                 heal_known_damage(lineage, source, progress)

@@ -117,7 +117,7 @@ MISTAKES: dict[str, list[Edit]] = {
     "a snapshot commits without its registration": [
         (
             "repository/snapshot_writer.py",
-            "if not lineage.files.registered(self._registration):",
+            "if self._registration not in lineage.files.registrations:",
             "if False:",
         ),
     ],
@@ -142,7 +142,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
-        ("repository/lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),
+        ("repository/lineage.py", '        self.files.pending.add(name.rpartition("/")[2], data)\n', ""),
     ],
     "the end of the catalog is taken from a listing": [
         (
@@ -152,13 +152,13 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a repack drops a slot too many": [
-        ("repository/liveness.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
+        ("formats/catalog.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
     ],
     "a repack moves slots": [
         (
-            "repository/liveness.py",
-            "        keep[first:stop] = False\n",
-            "        keep[: stop - first] = False\n",
+            "formats/catalog.py",
+            "            keep[first:stop] = False\n",
+            "            keep[: stop - first] = False\n",
         ),
     ],
     "a repacked pack keeps its count of dead bytes": [
@@ -169,7 +169,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a wholly dead pack is not seen": [
-        ("repository/liveness.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
+        ("formats/catalog.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
     ],
     "what crashed snapshots registered is never given up": [
         ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),

@@ -109,7 +109,7 @@ def _names(location: str, typed: str) -> Iterator[CompletionItem[str]]:
     with Repository.open(location) as repository:
         for name in [volume] if at else sorted(repository.store.folders("")):
             lineage = repository.lineage(name)
-            if lineage.files.pending():  # to settle a record may take long, and is no business of ours
+            if lineage.files.pending.all():  # to settle a record may take long, and is no business of ours
                 continue
             lineage.refresh()
             rows = lineage.state.live.values()

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.arrays import Buffer, Int64s
+from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
@@ -291,6 +291,36 @@ class State:
             packs=self.packs.rows(~np.isin(self.packs.key, gone)),
             dead=subtract_intervals(self.dead, space),
         )
+
+    def live_slots(self, key: int, slots: int) -> Bools:
+        """Return which slots of the pack `key`, which has `slots` of them, are not dead."""
+        keep = np.ones(slots, np.bool_)
+        at, end = np.searchsorted(self.dead[:, 0], [key << SLOT_BITS, (key + 1) << SLOT_BITS])
+        for first, stop in (self.dead[at:end] - (key << SLOT_BITS)).tolist():
+            keep[first:stop] = False
+        return keep
+
+    def packs_to_sweep(self) -> tuple[Packs, Packs]:
+        """Return the packs without a live slot, and those that are more than half dead.
+
+        DamagedObjectError if slots are dead in a pack that the state does not have.
+        """
+        packs = self.packs
+        dead_slots = np.zeros(len(packs), np.int64)
+        rows = packs.find(self.dead[:, 0] >> SLOT_BITS)
+        if (rows < 0).any():
+            raise DamagedObjectError(
+                "the catalog counts dead slots of a pack that it does not name; nothing was removed"
+            )
+        np.add.at(dead_slots, rows, self.dead[:, 1] - self.dead[:, 0])
+        gone = dead_slots >= packs.slots
+        return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))
+
+    def reclaimable_bytes(self) -> int:
+        """Return what a sweep without grace would free of what the state names: removed less rewritten."""
+        gone, repacked = self.packs_to_sweep()
+        manifests = sum(row.manifest_size for row in self.dropped.values())
+        return int(gone.size.sum() + repacked.dead.sum()) + manifests
 
     def children(self, snapshot: str | None) -> list[SnapshotRow]:
         """Live snapshots whose parent is `snapshot`; those without one, the roots, for None."""

@@ -156,14 +156,14 @@ class _Copying:
                 far.create(near.seed)
                 far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
             self._check_far()
-            running = [one for one, alive in far.files.running() if alive and one.snapshot == row.id]
-            if running:
+            running = [one.snapshot for one, alive in far.files.registrations.all() if alive]
+            if row.id in running:
                 raise RefusedError(
                     f"another process is copying snapshot {row.id} to {far.store.location}; wait for it"
                 )
             before = find_interrupted(far, copied=row.id)
             if before is None:
-                far.files.unregister(row.id)  # notes of an earlier epoch would have the same id
+                far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
             # The id may have been here before and been deleted; names must be new nevertheless.
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
             parent = self._relative(row, far.state.live)
@@ -172,7 +172,7 @@ class _Copying:
             registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
             if row.id in far.state.live:
                 return None, registration
-            stack.enter_context(far.files.register(registration))
+            stack.enter_context(far.files.registrations.register(registration))
         storing = Storing(far, registration)
         storing.objects += made
         return storing, registration

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from island_fast.errors import NotFoundError, RefusedError
 from island_fast.formats.catalog import SnapshotRow, SnapshotsDeleted
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import freeable, needed_alone, with_more_dead
+from island_fast.repository.liveness import add_dead_slots, only_needed_by
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
@@ -47,7 +47,7 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
     row = lineage.state.live.get(snapshot)
     if row is None:
         raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
-    for registration, alive in lineage.files.running():
+    for registration, alive in lineage.files.registrations.all():
         if alive and registration.parent == snapshot:
             raise RefusedError(
                 f"a snapshot of volume {lineage.name} that is in progress is based on {snapshot}; delete "
@@ -55,7 +55,7 @@ def delete_snapshot(lineage: Lineage, snapshot: str) -> Deletion:
             )
     deletion = plan_deletion(lineage, row)
     lineage.append(deletion.event)
-    lineage.files.unregister(snapshot)  # a crash may have left it: that id is used up
+    lineage.files.registrations.remove(snapshot)  # a crash may have left it: that id is used up
     return deletion
 
 
@@ -75,10 +75,12 @@ class Deletion:
 def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """Compute what deleting the live snapshot `row` does. Changes nothing."""
     state, numbers = lineage.state, lineage.numbers
-    free = needed_alone(state, numbers, row, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    packs = with_more_dead(state.packs, free, PackReader(lineage).read_index)
+    free = only_needed_by(row, state, numbers, lambda one: lineage.manifest(one).slot_intervals(numbers))
+    packs = add_dead_slots(state.packs, free, PackReader(lineage).read_index)
     event = SnapshotsDeleted((row.id,), packs, free)
     after = state.after(event)
     dead_before = int(state.packs.dead[state.packs.find(packs.key)].sum())
     bytes_dead = int(packs.dead.sum()) - dead_before
-    return Deletion(event, bytes_dead + row.manifest_size, freeable(after) - freeable(state))
+    return Deletion(
+        event, bytes_dead + row.manifest_size, after.reclaimable_bytes() - state.reclaimable_bytes()
+    )

@@ -22,7 +22,7 @@ from island_fast.operations.snapshot import Member, PinMoment, take_snapshots
 from island_fast.progress import Progress
 from island_fast.qemu.freeze import FREEZES, Moment, at_one_moment
 from island_fast.qemu.libvirt import Disk, Domain
-from island_fast.repository.health import knows_damage
+from island_fast.repository.health import has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.open import OpenRepository
 from island_fast.results import DiskTaken, DomainTaken
@@ -83,7 +83,7 @@ def snapshot_domain(repository: OpenRepository, request: DomainRequest, progress
         ready: list[_OpenDisk] = []
         for one in opened:
             with failures.of(one.disk):
-                if knows_damage(one.lineage):
+                if has_known_damage(one.lineage):
                     heal_known_damage(one.lineage, one.source, progress)
                 ready.append(one)
         group = os.urandom(16).hex() if len(disks) > 1 else None

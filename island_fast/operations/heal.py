@@ -54,7 +54,7 @@ from island_fast.repository.integrity.objects import (
     slots_in_mask,
 )
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import as_of_now
+from island_fast.repository.liveness import rebase_rewritten
 from island_fast.repository.pack_reader import BATCH, unpack_slots
 from island_fast.stores.checked_read import get_checked
 
@@ -82,7 +82,7 @@ def mend_packs(
         return still
     keys, done = list(packs), 0
     lost = merge_intervals(np.concatenate(list(packs.values())))
-    with lineage.files.sweeping():
+    with lineage.files.lock_sweeps():
         with lineage.locked():
             lineage.require_owner()
         mending = _Mending(lineage, lost, views)
@@ -106,7 +106,7 @@ def heal_known_damage(lineage: Lineage, source: Source, progress: Progress) -> N
         packs = PackChecker(lineage)
         findings = [finding for finding in map(packs.check, keys) if finding]
         for key in set(keys) - {finding.key for finding in findings}:
-            health.note_proved(packs.reader.locate(key).name, time.time())
+            health.note_verified(packs.reader.locate(key).name, time.time())
         health.save()
         mend_packs(lineage, findings, views_in(source, lineage), progress)
     except (IslandError, OSError) as error:
@@ -281,7 +281,7 @@ class _Mending:
                 raise ConflictError(
                     f"volume {lineage.name} changed hands meanwhile, so nothing was mended; run it again"
                 )
-            rows = as_of_now(lineage, before, renamed)
+            rows = rebase_rewritten(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
             lineage.append(ObjectsSwept(packs=rows))
 
@@ -291,7 +291,7 @@ class _Mending:
             if lost.any():
                 health.note_damaged(name, lost)
             else:
-                health.note_proved(name, time.time())
+                health.note_verified(name, time.time())
         health.save()
 
 
@@ -320,7 +320,7 @@ def mend_manifest(lineage: Lineage, snapshot: str) -> bool:
         if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
         name = lineage.manifest_name(row)
-        data = lineage.files.cached(name) or b""
+        data = lineage.files.cache.read(name) or b""
         try:
             lineage.store.put(name, [data])
         except ConflictError:  # what rotted stands in the way

@@ -75,7 +75,7 @@ def _pinned_lineage(repository: OpenRepository, source: Source) -> Lineage | Non
 def _holds_pin(source: Source, lineage: Lineage) -> bool:
     """Return whether the image holds a pin of the lineage, by its whole identity."""
     pins = [row.pin for row in lineage.state.live.values()]
-    for deleted in lineage.files.retired():
+    for deleted in lineage.files.deleted_snapshots():
         manifest = lineage.cached_manifest(deleted.snapshot, deleted.attempt)
         pins += [manifest.pin] if manifest else []
     return any(source.find(pin) for pin in pins)
@@ -111,7 +111,7 @@ def _find_parent_and_base(
     for row in reversed(live.values()):  # type: ignore[call-overload]
         if internal := source.find(row.pin):
             return row, Base(internal, NO_INTERVALS), ""
-    for deleted in lineage.files.retired():
+    for deleted in lineage.files.deleted_snapshots():
         row = live.get(deleted.parent or "")
         if row and (base := _base_of_deleted(lineage, source, deleted, row)):
             return row, base, ""

@@ -28,7 +28,7 @@ from island_fast.images.source import Change, Source, View
 from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
-from island_fast.repository.health import Health, knows_damage
+from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.snapshot_writer import Stored, Storing, find_interrupted
@@ -188,7 +188,7 @@ class _SnapshotRun:
             parent = self._choice.parent.id if self._choice.parent else None
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (make_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
-            stack.enter_context(lineage.files.register(self._registration))
+            stack.enter_context(lineage.files.registrations.register(self._registration))
         self._storing = Storing(lineage, self._registration)
         self._storing.objects += made
 
@@ -241,7 +241,7 @@ class _SnapshotRun:
                 except IslandError as error:
                     notes.append(f"the old pin {old.name} stays until the next snapshot: {error}")
         if not notes:
-            self._lineage.files.forget_retired()
+            self._lineage.files.forget_deleted()
         return tuple(notes)
 
     # What is stored.
@@ -341,7 +341,7 @@ def resend_damaged(lineage: Lineage, change: Change, parent: Runs) -> tuple[Chan
     blocks are read from the image and sent again, whatever they hold: an entry that points to a lost block
     is not inherited.
     """
-    if not knows_damage(lineage):
+    if not has_known_damage(lineage):
         return change, parent
     gone = parent.among(Health(lineage).lost()).intervals()
     here = DirtyMap.from_runs(change.candidates.blocks, np.minimum(gone, change.candidates.blocks))

@@ -27,7 +27,7 @@ from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import _packs_to_sweep, as_of_now, live_slots
+from island_fast.repository.liveness import rebase_rewritten
 from island_fast.repository.snapshot_writer import forget_used
 from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
@@ -47,16 +47,16 @@ def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> 
     Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if another host adopted
     the lineage meanwhile. A pack that cannot be read is not repacked, with a warning.
     """
-    with lineage.files.sweeping():
+    with lineage.files.lock_sweeps():
         if not dry_run:
-            lineage.files.tidy()
+            lineage.files.remove_leftovers()
         with lineage.locked():
             lineage.require_owner()
             forget_used(lineage)
-            given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
+            given_up = lineage.files.registrations.find_abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
                 for snapshot in given_up:
-                    lineage.files.unregister(snapshot)
+                    lineage.files.registrations.remove(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
         if not dry_run and plan.objects:
             plan = _SweepRun(lineage, plan, progress).run()
@@ -109,7 +109,7 @@ def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -
     the snapshots `given_up` no longer protect any object.
     """
     ages = _Ages(lineage, grace)
-    gone, repacked = _packs_to_sweep(lineage.state)
+    gone, repacked = lineage.state.packs_to_sweep()
     manifests = lineage.state.dropped.values()
     return SweepPlan(
         gone=gone.rows(ages.mask(lineage.pack_names(gone))),
@@ -155,7 +155,7 @@ def _find_garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> It
     named = set(lineage.pack_names(state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
         named.add(lineage.manifest_name(row))
-    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
+    running = {one.snapshot for one, _ in lineage.files.registrations.all()}.difference(given_up)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
             snapshot = info.name.split("/")[2].partition("-")[0]
@@ -185,13 +185,13 @@ class _SweepRun:
                     "run it again"
                 )
             self._append_record(renamed)
-        retired = self._lineage.files.retired()
+        retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
         for name, size in doomed:
             self._lineage.store.delete(name)
             self._report(size)
             if name not in kept:  # the base of a table diff may need it
-                self._lineage.files.uncache(name)
+                self._lineage.files.cache.remove(name)
         return self._plan
 
     def _report(self, size: int) -> None:
@@ -209,7 +209,7 @@ class _SweepRun:
     def _append_record(self, renamed: Packs) -> None:
         """Append the sweep's record, unless it would be empty."""
         lineage, plan = self._lineage, self._plan
-        renamed = as_of_now(lineage, plan.repacked, renamed)
+        renamed = rebase_rewritten(lineage, plan.repacked, renamed)
         if len(renamed) or plan.gone.key.size or plan.manifests:
             swept = tuple(row.id for row in plan.manifests)
             lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
@@ -231,7 +231,7 @@ class _SweepRun:
                 _LOG.warning("%s; it is not repacked", error)
                 readable[row] = False
                 continue
-            keep = live_slots(self._lineage.state, int(packs.key[row]), len(index.rows))
+            keep = self._lineage.state.live_slots(int(packs.key[row]), len(index.rows))
             sizes[row] = self._write_kept(target, index, data, keep)
             self._report(int(packs.size[row] - packs.dead[row]))
         return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)

@@ -42,5 +42,5 @@ def _is_orphan(pin: str, repository: OpenRepository) -> bool:
         return False
     lineage = repository.lineage(name)
     lineage.refresh()
-    retired = {registration.snapshot for registration in lineage.files.retired()}
+    retired = {registration.snapshot for registration in lineage.files.deleted_snapshots()}
     return pinned_snapshot(pin) not in lineage.state.live.keys() | retired

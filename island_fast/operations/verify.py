@@ -182,7 +182,7 @@ class _Run:
     def unproved(self) -> int:
         """How many objects this host has never read whole and found right."""
         pairs = zip(self.checkups, self._items, strict=True)
-        return sum(not checkup.health.proved(item.name) for checkup, items in pairs for item in items)
+        return sum(not checkup.health.verified_at(item.name) for checkup, items in pairs for item in items)
 
     # Against an image.
 
@@ -293,7 +293,7 @@ def _remedy(lineage: Lineage, finding: Finding, *, tried: bool) -> str:
     where = f"'island verify --heal' on host {lineage.owner_host}, which owns the volume,"
     if finding.key is not None:
         if tried:
-            known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cached(finding.name) is not None
+            known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cache.read(finding.name) is not None
             return _NOT_MENDED if known else _NO_INDEX
         return (
             f"{where} takes what is lost from the volume's image, where that still has it; snapshots that "

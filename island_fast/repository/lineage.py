@@ -187,7 +187,7 @@ class Lineage:
             raise DamagedObjectError(
                 f"manifest {name} is missing from {self.store.location}; its snapshot cannot be restored"
             ) from error
-        self.files.cache(name, data)
+        self.files.cache.write(name, data)
         return manifest
 
     def cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
@@ -196,7 +196,7 @@ class Lineage:
         `wanted` is the checksum that it must have, in hex, where that is known.
         """
         name = manifest_name(self.name, snapshot, attempt)
-        data = self.files.cached(name)
+        data = self.files.cache.read(name)
         if data is not None:
             with contextlib.suppress(DamagedObjectError):
                 manifest, checksum = decode(name, data)
@@ -240,7 +240,7 @@ class Lineage:
 
     def _start(self) -> None:
         """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
-        cached = [name for name in self.files.cached_names("catalog") if _RECORD.fullmatch(name)]
+        cached = [name for name in self.files.cache.records() if _RECORD.fullmatch(name)]
         if cached and self._replay(*_numbers(cached[-1])):
             return
         listed = self._listed()
@@ -314,7 +314,7 @@ class Lineage:
         that an object is absent, and the end of a catalog is looked for by every verb.
         """
         name = catalog_name(self.name, epoch, number)
-        if (data := self.files.cached(name)) is not None:
+        if (data := self.files.cache.read(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
                 return decode_record(name, data, self.numbers)
         if not known and self.store.head(name) is None:
@@ -327,7 +327,7 @@ class Lineage:
             found, fetched = get_checked(self.store, name, check, newest=True)
         except ObjectMissingError:
             return None
-        self.files.cache(name, fetched)
+        self.files.cache.write(name, fetched)
         return found
 
     def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
@@ -353,8 +353,8 @@ class Lineage:
         """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
         for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
-            if row and self.files.cached(self.manifest_name(row)) is not None:
-                self.files.retire(row.id, row.attempt, row.parent)
+            if row and self.files.cache.read(self.manifest_name(row)) is not None:
+                self.files.remember_deleted(row.id, row.attempt, row.parent)
 
     # Writing.
 
@@ -452,18 +452,18 @@ class Lineage:
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
-        self.files.set_pending(name.rpartition("/")[2], data)
+        self.files.pending.add(name.rpartition("/")[2], data)
         self._send(name, data)
         if self.store.head(stop_name(self.name, record.epoch)):
-            self.files.clear_pending(name.rpartition("/")[2])
+            self.files.pending.remove(name.rpartition("/")[2])
             self._place = None
             raise ConflictError(
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
         self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
-        self.files.cache(name, data)
-        self.files.clear_pending(name.rpartition("/")[2])
+        self.files.cache.write(name, data)
+        self.files.pending.remove(name.rpartition("/")[2])
 
     def _send(self, name: str, data: bytes) -> None:
         """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
@@ -484,7 +484,7 @@ class Lineage:
                 f"{self.store.location} does not show {name}, which was just written; run it again"
             ) from error
         if not same:
-            self.files.clear_pending(name.rpartition("/")[2])
+            self.files.pending.remove(name.rpartition("/")[2])
             self._place = None
             raise ConflictError(
                 f"volume {self.name} was written by another host at the same moment; run the command "
@@ -493,16 +493,16 @@ class Lineage:
 
     def _settle(self) -> None:
         """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
-        for last, data in self.files.pending():
+        for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
                 decode_record(name, data, SnapshotNumbers())
             except DamagedObjectError:  # cut off before it was ever sent
-                self.files.clear_pending(last)
+                self.files.pending.remove(last)
                 continue
             with contextlib.suppress(ConflictError):
                 self._send(name, data)
-            self.files.clear_pending(last)
+            self.files.pending.remove(last)
 
 
 def _numbers(name: str) -> tuple[int, int]:

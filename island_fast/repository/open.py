@@ -224,7 +224,7 @@ class OpenRepository:
 
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
-        if lineage.files.pending():
+        if lineage.files.pending.all():
             with lineage.locked():
                 return
         lineage.refresh()

@@ -204,7 +204,7 @@ class PackReader:
         return index
 
     def _read_cached_index(self, name: str) -> Index | None:
-        front = self._lineage.files.cached(name)
+        front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
                 return read_front(name, front)
@@ -218,7 +218,7 @@ class PackReader:
             index = read_front(location.name, front)
         except UNREADABLE:
             index, front = self._read_object(location, failed_reads=1)
-        self._lineage.files.cache(location.name, front[: index.data_start])
+        self._lineage.files.cache.write(location.name, front[: index.data_start])
         return index
 
     # Both.

@@ -118,9 +118,9 @@ class Storing:
         written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
         kept, dead = self._kept.rows(own)
         if dead.size:
-            from island_fast.repository.liveness import with_more_dead  # only after an interruption
+            from island_fast.repository.liveness import add_dead_slots  # only after an interruption
 
-            kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
+            kept = kept.updated(add_dead_slots(kept, dead, self._kept.index))
         return kept.updated(written), dead
 
     def commit(
@@ -156,7 +156,7 @@ class Storing:
             self._still_allowed()
             lineage.append(event, finalize(event))
         self.objects += 2
-        lineage.files.cache(name, data)
+        lineage.files.cache.write(name, data)
         return row
 
     def _still_allowed(self) -> None:
@@ -165,7 +165,7 @@ class Storing:
         lineage.require_owner()
         if lineage.epoch != self._registration.epoch:
             raise ConflictError(f"volume {lineage.name} changed hands meanwhile; run it again")
-        if not lineage.files.registered(self._registration):
+        if self._registration not in lineage.files.registrations:
             raise ConflictError(
                 "the registration of this snapshot is gone, so its packs may be swept; run it again"
             )
@@ -180,7 +180,7 @@ def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registratio
     among them.
     """
     forget_used(lineage)
-    return lineage.files.interrupted(lineage.epoch, copied)
+    return lineage.files.registrations.find_interrupted(lineage.epoch, copied)
 
 
 def forget_used(lineage: Lineage) -> None:
@@ -191,10 +191,10 @@ def forget_used(lineage: Lineage) -> None:
     """
     state, files = lineage.state, lineage.files
     owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
-    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.retired()}
-    for registration, alive in files.running():
+    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.deleted_snapshots()}
+    for registration, alive in files.registrations.all():
         if registration.snapshot in used and not alive:
-            files.unregister(registration.snapshot)
+            files.registrations.remove(registration.snapshot)
 
 
 def note_sent(lineage: Lineage, snapshot: str, row: WrittenPack, blocks: Int64s, front: bytes) -> None:
@@ -202,8 +202,9 @@ def note_sent(lineage: Lineage, snapshot: str, row: WrittenPack, blocks: Int64s,
     first = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
     lengths = np.diff(np.append(first, blocks.size))
     runs = tuple(zip(blocks[first].tolist(), lengths.tolist(), strict=True))
-    lineage.files.cache(row.name, front)
-    lineage.files.note_sent(snapshot, SentPack(row.number, row.attempt, row.size, row.slots, runs))
+    lineage.files.cache.write(row.name, front)
+    sent = SentPack(row.number, row.attempt, row.size, row.slots, runs)
+    lineage.files.registrations.note_sent(snapshot, sent)
 
 
 class KeptPacks:
@@ -216,7 +217,7 @@ class KeptPacks:
         self._lineage = lineage
         self._snapshot = snapshot
         self._packs = packs
-        self._sent = {pack.number: pack for pack in lineage.files.sent(snapshot)}
+        self._sent = {pack.number: pack for pack in lineage.files.registrations.sent_packs(snapshot)}
         self._there: dict[int, bool] = {}
         self.next_number = max(self._sent, default=-1) + 1
         self.runs = Runs.empty()

@@ -262,7 +262,7 @@ def test_what_was_acknowledged_is_not_sent_again(
     check(far, taken.snapshot, qemu.content(image), tmp_path)
     far_store.now += 2 * DAY
     assert far.sweep()[0].objects_removed == 0
-    assert [r for r, _ in far.lineage("vol").files.running()] == []
+    assert [r for r, _ in far.lineage("vol").files.registrations.all()] == []
 
 
 @pytest.mark.usefixtures("tiny")
@@ -293,9 +293,12 @@ def test_a_second_process_does_not_copy_the_same_snapshot(
 ) -> None:
     taken = repository.snapshot(image)
     interrupt(repository, far, 1)
-    files = far.lineage("vol").files
-    ((registration, _),) = files.running()
-    with files.register(registration), pytest.raises(RefusedError, match="another process is copying"):
+    registrations = far.lineage("vol").files.registrations
+    ((registration, _),) = registrations.all()
+    with (
+        registrations.register(registration),
+        pytest.raises(RefusedError, match="another process is copying"),
+    ):
         repository.copy(far, [taken.snapshot])
 
 

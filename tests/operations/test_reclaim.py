@@ -129,7 +129,7 @@ def test_what_a_crash_left_goes_after_the_grace_and_not_before(
     store.now += 2
     assert repository.sweep(dry_run=True)[0].objects_removed == 1
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
-    with files.register(Registration("c" * 32, 0, None)):
+    with files.registrations.register(Registration("c" * 32, 0, None)):
         assert repository.sweep()[0].objects_removed == 0, "a registered snapshot's objects are live"
     assert repository.sweep()[0].objects_removed == 1
     assert lost not in store.objects
@@ -150,7 +150,7 @@ def test_the_base_of_a_running_snapshot_cannot_be_deleted(
     base = repository.snapshot(image)
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
     with (
-        files.register(Registration("d" * 32, 0, base.snapshot)),
+        files.registrations.register(Registration("d" * 32, 0, base.snapshot)),
         pytest.raises(RefusedError, match="being taken"),
     ):
         repository.delete([base.snapshot])

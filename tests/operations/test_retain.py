@@ -99,7 +99,7 @@ def test_volumes_of_other_hosts_are_left_out_and_told(
 def test_the_base_of_a_running_snapshot_stays(repository: Repository, image: Path, tmp_path: Path) -> None:
     taken = take(repository, image, 4)
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
-    with files.register(Registration("d" * 32, 0, taken[1])):
+    with files.registrations.register(Registration("d" * 32, 0, taken[1])):
         (answer,) = repository.retain(Keep(last=1))
     assert kept(answer) == {taken[1]: ("could not be deleted",), taken[3]: ("last",)}
     (error,) = repository.left_out

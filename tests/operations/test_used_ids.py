@@ -15,7 +15,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import DamagedObjectError, StoreError
 from island_fast.operations import snapshot as taking
-from island_fast.repository.local_state import LineageFiles
+from island_fast.repository.local_state import Registrations
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
@@ -43,7 +43,7 @@ def answers_lost() -> Iterator[None]:
 
 
 def registered(repository: Repository) -> set[str]:
-    return {r.snapshot for r, _ in repository.lineage("vol").files.running()}
+    return {r.snapshot for r, _ in repository.lineage("vol").files.registrations.all()}
 
 
 def newest(repository: Repository) -> str:
@@ -121,7 +121,7 @@ def _two_at_once(
         if "/packs/" in name and not sent:
             sent.append(name)
             with pytest.MonkeyPatch.context() as dying:
-                dying.setattr(LineageFiles, "_forget", lambda *_: False)
+                dying.setattr(Registrations, "_forget", lambda *_: False)
                 used.append(Repository(store, repository.state).snapshot(image).snapshot)
 
     with monkeypatch.context() as patch:

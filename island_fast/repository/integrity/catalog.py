@@ -79,7 +79,7 @@ def _find_contradictions(
     lineage: Lineage, name: str, record: _StoredRecord, before: _StoredRecord | None
 ) -> Iterator[Finding]:
     """Yield in what a record contradicts the one before it, or this host's copy of it."""
-    cached = lineage.files.cached(name)
+    cached = lineage.files.cache.read(name)
     if before and record.previous not in (None, before.checksum):
         yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
     elif cached is not None and cached != record.data and _is_record(name, cached):

@@ -104,7 +104,7 @@ class LineageCheck:
         except (NotFoundError, *UNREADABLE):
             self._unreadable.add(name)
             return None
-        self.health.note_proved(name, time.time())
+        self.health.note_verified(name, time.time())
         self._fetched.add(name)
         self.bytes_read += row.manifest_size
         return manifest
@@ -144,14 +144,14 @@ class LineageCheck:
         for row in self.rows:
             name = self.lineage.manifest_name(row)
             if name not in self._fetched:
-                damaged = name in self._unreadable or health.damaged(name)
-                size, verified_at = row.manifest_size, health.proved(name)
+                damaged = name in self._unreadable or health.is_damaged(name)
+                size, verified_at = row.manifest_size, health.verified_at(name)
                 found.append(CheckItem(name, size, verified_at, row=row, damaged=damaged))
         rows = state.packs.find(self._keys)
         for at in rows[rows >= 0].tolist():
             name = self.lineage.pack_name(state.packs, at)
             size, key = int(state.packs.size[at]), int(state.packs.key[at])
-            verified_at, damaged = health.proved(name), health.damaged(name)
+            verified_at, damaged = health.verified_at(name), health.is_damaged(name)
             found.append(CheckItem(name, size, verified_at, key, damaged=damaged))
         return found
 
@@ -185,7 +185,7 @@ class LineageCheck:
             self.findings.append(finding)
             self.health.note_damaged(finding.name, _lost_mask(finding))
         elif whole:
-            self.health.note_proved(item.name, time.time())
+            self.health.note_verified(item.name, time.time())
 
 
 def _lost_mask(finding: Finding) -> Bools:

@@ -104,8 +104,8 @@ def nothing_is_left(world: World, state: str) -> None:
         (lineage,) = repository.lineages()
         needed = _needed(lineage)
         assert {name for name in files if not _RECORD.fullmatch(name)} - _scratch(files) == needed
-        assert not lineage.files.pending()
-        assert not lineage.files.running()
+        assert not lineage.files.pending.all()
+        assert not lineage.files.registrations.all()
     set_back([world.repository / name for name in _scratch(files)], LATER)
     with DirectoryStore(str(world.repository)) as store:
         store.put("repository", [store.get("repository")])  # the first put looks for what was left

@@ -12,7 +12,6 @@ from island_fast.formats.catalog import SnapshotRow, State
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.progress import silent
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import live_slots
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import restore_blocks
 from tests.faults.machine.memory_image import PALETTE, Content
@@ -86,7 +85,7 @@ def accounted(lineage: Lineage, objects: Mapping[str, bytes]) -> None:
     reader = PackReader(lineage)
     for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
         lengths = reader.read_index(key).lengths
-        assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
+        assert dead == lengths[~state.live_slots(key, slots)].sum(), "a pack's dead bytes are miscounted"
     named = [lineage.manifest(row).slot_intervals(lineage.numbers) for row in state.live.values()]
     needed = merge_intervals(np.concatenate([np.zeros((0, 2), np.int64), *named]))
     assert not subtract_intervals(needed, alive).size, "slots that snapshots need count as dead"
