@@ -151,7 +151,7 @@ def test_the_base_of_a_running_snapshot_cannot_be_deleted(
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
     with (
         files.registrations.register(Registration("d" * 32, 0, base.snapshot)),
-        pytest.raises(RefusedError, match="being taken"),
+        pytest.raises(RefusedError, match="is based on"),
     ):
         repository.delete([base.snapshot])
     repository.delete([base.snapshot])
