@@ -402,7 +402,7 @@ class Repository(OpenRepository):
         Either can be the older one. Only the two manifests are read, no data. UsageError if the snapshots are
         of different volumes.
         """
-        from island_fast.operations.diff import compare
+        from island_fast.operations.diff import diff_snapshots
 
         before, after = self.find(since), self.find(reference)
         if before.lineage.name != after.lineage.name:
@@ -411,7 +411,7 @@ class Repository(OpenRepository):
                 f"{after.lineage.name}; give two snapshots of one volume"
             )
         lineage = after.lineage
-        return compare(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
+        return diff_snapshots(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
 
     def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
         """Return how much data the snapshots of all volumes, or of `volume`, hold, and the space they use.
@@ -419,13 +419,13 @@ class Repository(OpenRepository):
         Only catalogs and manifests are read, no data. If all volumes are meant, those that cannot be read are
         skipped: see `left_out`.
         """
-        from island_fast.operations.usage import measure, summed
+        from island_fast.operations.usage import add_up, measure_usage
 
         volumes = []
         for lineage in self.lineages(volume):
             with self._skip_if_unusable(volume is None):
-                volumes.append(measure(lineage, progress))
-        return summed(volumes)
+                volumes.append(measure_usage(lineage, progress))
+        return add_up(volumes)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`; the image of its next snapshot becomes the volume's image.

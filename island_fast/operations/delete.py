@@ -76,9 +76,10 @@ def plan_deletion(lineage: Lineage, row: SnapshotRow) -> Deletion:
     """Compute what deleting the live snapshot `row` does. Changes nothing."""
     state, numbers = lineage.state, lineage.numbers
     free = only_needed_by(row, state, numbers, lambda one: lineage.manifest(one).slot_intervals(numbers))
-    event = SnapshotsDeleted((row.id,), add_dead_slots(state.packs, free, PackReader(lineage).index), free)
+    packs = add_dead_slots(state.packs, free, PackReader(lineage).read_index)
+    event = SnapshotsDeleted((row.id,), packs, free)
     after = state.after(event)
-    dead_before = int(state.packs.dead[state.packs.find(event.packs.key)].sum())
-    bytes_dead = int(event.packs.dead.sum()) - dead_before
+    dead_before = int(state.packs.dead[state.packs.find(packs.key)].sum())
+    bytes_dead = int(packs.dead.sum()) - dead_before
     freed = after.reclaimable_bytes() - state.reclaimable_bytes()
     return Deletion(event, bytes_dead + row.manifest_size, freed)

@@ -27,9 +27,10 @@ from island_fast.images.new_file import new_file
 from island_fast.images.target import Existing
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
+from island_fast.repository.digests import ExpectedDigests
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
-from island_fast.repository.streams import Expected, differences, receive
+from island_fast.repository.streams import compare_blocks, restore_blocks
 from island_fast.results import Restored, RestoredOnto, again
 
 __all__ = ["RestoreTarget", "restore", "restore_onto"]
@@ -70,7 +71,7 @@ def restore(found: Found, manifest: Manifest, target: RestoreTarget, progress: P
             reserve(fd)  # all of it is about to be written, in the order in which packs arrive
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        receive(runs, packs, writer.write, lineage.store.range_gap, progress)
+        restore_blocks(runs, packs, writer.write, lineage.store.range_gap, progress)
         writer.finish()
     return Restored(
         snapshot=found.row.id,
@@ -142,8 +143,8 @@ def _compare_target(
     Blocks that the target does not hold are zero, so they are not read and no digest is fetched for them.
     """
     held = target.data(progress)
-    expected = Expected(runs, packs.index)
-    differing, unknown = differences(target.view, held, expected, found.lineage, progress)
+    expected = ExpectedDigests(runs, packs.read_index)
+    differing, unknown = compare_blocks(target.view.read, held, expected, found.lineage, progress)
     if unknown:
         raise DamagedObjectError(f"the manifest of snapshot {found.row.id} names slots that its packs lack")
     named = DirtyMap.from_runs(held.blocks, runs.intervals())
@@ -181,7 +182,7 @@ def _overwrite(
             target.zero(start, stop)
             done += stop - start
             progress("zero", done * BLOCK_SIZE, total * BLOCK_SIZE)
-    receive(runs, packs, target.write, packs.store.range_gap, progress, todo.data)
+    restore_blocks(runs, packs, target.write, packs.store.range_gap, progress, todo.data)
     target.finish()
 
 

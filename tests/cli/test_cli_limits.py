@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.repository import pack_writer, streams
+from island_fast.repository import pack_writer, workers
 from island_fast.stores import rate_limit
 from tests.cli.conftest import MIB, Island
 from tests.support import qemu
@@ -67,12 +67,12 @@ def test_each_verb_that_moves_data(island: Island, small: Path, tmp_path: Path, 
 def test_workers(island: Island, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts: list[int] = []
 
-    class Pool(streams.ThreadPoolExecutor):
+    class Pool(workers.ThreadPoolExecutor):
         def __init__(self, count: int, **more: str) -> None:
             counts.append(count)
             super().__init__(count, **more)
 
-    monkeypatch.setattr(streams, "ThreadPoolExecutor", Pool)
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", Pool)
     monkeypatch.setattr(pack_writer, "ThreadPoolExecutor", Pool)
     for words in (
         ("snapshot", small, "--full"),
