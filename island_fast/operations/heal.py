@@ -83,7 +83,7 @@ def mend_packs(
     keys, done = list(packs), 0
     lost = merge_intervals(np.concatenate(list(packs.values())))
     with lineage.files.lock_sweeps():
-        with lineage.locked():
+        with lineage.hold_lock():
             lineage.require_owner()
         mending = _Mending(lineage, lost, views)
         for at in range(0, len(keys), _AT_ONCE):
@@ -276,7 +276,7 @@ class _Mending:
     def _switch(self, before: Packs, renamed: Packs) -> None:
         """Append the record from which on the packs are found under their new names."""
         lineage = self._lineage
-        with lineage.locked():
+        with lineage.hold_lock():
             if lineage.epoch != self._epoch:
                 raise ConflictError(
                     f"volume {lineage.name} changed hands meanwhile, so nothing was mended; run it again"
@@ -314,10 +314,10 @@ def mend_manifest(lineage: Lineage, snapshot: str) -> bool:
     They are what was written under that name, and nothing else ever stands there. ConflictError unless this
     host owns the lineage.
     """
-    with lineage.locked():
+    with lineage.hold_lock():
         lineage.require_owner()
         row = lineage.state.live.get(snapshot)
-        if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
+        if row is None or lineage.read_cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
         name = lineage.manifest_name(row)
         data = lineage.files.cache.read(name) or b""
@@ -335,7 +335,7 @@ def mend_catalog(lineage: Lineage) -> None:
     That is an adoption by the owner; one that was interrupted is gone on with. ConflictError unless this host
     is the owner.
     """
-    with lineage.locked():
+    with lineage.hold_lock():
         if _stopped_by(lineage) != lineage.writer:
             lineage.require_owner()
         lineage.adopt()
@@ -421,8 +421,8 @@ def _mend(lineage: Lineage, findings: Sequence[Finding], mender: Mender, progres
     try:
         if any(f.key is None and f.snapshot is None for f in clear):
             mend_catalog(lineage)
-            left = [name for name in lineage.ended if lineage.store.head(name) is None]
-            outcome.catalog = not left and not check_records(lineage, lineage.needed_records)[0]
+            left = [name for name in lineage.stop_names if lineage.store.head(name) is None]
+            outcome.catalog = not left and not check_records(lineage, lineage.current_record_names)[0]
         for snapshot in [f.snapshot for f in clear if f.snapshot]:
             if mend_manifest(lineage, snapshot):
                 outcome.manifests.add(snapshot)

@@ -37,7 +37,7 @@ from island_fast.repository.integrity.objects import (
     Finding,
 )
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 from island_fast.results import Damage, Touched, Verified
 
 __all__ = ["CATALOG_LOST", "INCOMPLETE", "VerifyRequest", "damage", "remedied", "share", "touched", "verify"]
@@ -81,7 +81,7 @@ class VerifyRequest:
 
 
 def verify(
-    repository: OpenRepository, reference: str | None, request: VerifyRequest, progress: Progress
+    repository: RepositoryBase, reference: str | None, request: VerifyRequest, progress: Progress
 ) -> Verified:
     """Verify the snapshot that `reference` names, or all, and mend what can be mended if that is asked for.
 
@@ -130,7 +130,7 @@ def share(items: Iterable[CheckItem], sample: float | None, since: float | None,
 class _Run:
     """One run: the lineages that are checked, and those whose catalogs cannot be read."""
 
-    def __init__(self, repository: OpenRepository, request: VerifyRequest, progress: Progress) -> None:
+    def __init__(self, repository: RepositoryBase, request: VerifyRequest, progress: Progress) -> None:
         self.checkups: list[LineageCheck] = []
         self.bytes_compared = 0
         self._repository = repository
@@ -290,7 +290,7 @@ def damage(
 
 def _remedy(lineage: Lineage, finding: Finding, *, tried: bool) -> str:
     """What can be done about a finding; `tried` if mending it was in vain."""
-    where = f"'island verify --heal' on host {lineage.owner_host}, which owns the volume,"
+    where = f"'island verify --heal' on host {lineage.owner_hostname}, which owns the volume,"
     if finding.key is not None:
         if tried:
             known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cache.read(finding.name) is not None
