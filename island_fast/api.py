@@ -25,7 +25,7 @@ from island_fast.operations.snapshot import take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.repository.health import has_known_damage
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 from island_fast.results_base import SnapshotTaken
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ _LIST = "snapshots, such as [reference]"
 _LOG = logging.getLogger(__name__)
 
 
-class Repository(OpenRepository):
+class Repository(RepositoryBase):
     """A repository and the verbs on it: the Python API.
 
     `Repository.open(url)` opens one. It is a context manager, and not thread-safe. Several processes and
@@ -272,7 +272,7 @@ class Repository(OpenRepository):
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete([self.find(one) for one in references], dry_run)
+        return delete(self.find_all(references), dry_run)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -321,7 +321,7 @@ class Repository(OpenRepository):
 
     def copy(
         self,
-        to: OpenRepository,
+        to: RepositoryBase,
         references: Sequence[str] | None = None,
         *,
         volume: str | None = None,
@@ -343,7 +343,7 @@ class Repository(OpenRepository):
         if references is None:
             chosen = {one.name: (one, set(one.state.live)) for one in self.lineages(volume)}
         else:
-            for found in map(self.find, references):
+            for found in self.find_all(references):
                 chosen.setdefault(found.lineage.name, (found.lineage, set()))[1].add(found.row.id)
         every = references is None and volume is None
         self.left_out = self.left_out if every else []
@@ -356,7 +356,7 @@ class Repository(OpenRepository):
                 self.left_out += errors
         return answers
 
-    def _check_other(self, to: OpenRepository) -> None:
+    def _check_other(self, to: RepositoryBase) -> None:
         """Raise RefusedError if `to` has this repository's id: local state could not tell them apart."""
         if to.id == self.id:
             raise RefusedError(
@@ -404,7 +404,7 @@ class Repository(OpenRepository):
         """
         from island_fast.operations.diff import diff_snapshots
 
-        before, after = self.find(since), self.find(reference)
+        before, after = self.find_all([since, reference])
         if before.lineage.name != after.lineage.name:
             raise UsageError(
                 f"{since} is a snapshot of volume {before.lineage.name} and {reference} one of "
@@ -436,7 +436,7 @@ class Repository(OpenRepository):
         from island_fast.results import Adopted
 
         lineage = self.existing_lineage(volume)
-        with lineage.locked():
+        with lineage.hold_lock():
             lineage.adopt()
             lineage.files.set_image(None)
             return Adopted(volume, len(lineage.state.live), lineage.epoch)

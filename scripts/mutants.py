@@ -88,9 +88,9 @@ MISTAKES: dict[str, list[Edit]] = {
     "objects are deleted before the sweep's record": [
         (
             "operations/sweep.py",
-            "        with self._lineage.locked():\n            if self._lineage.epoch",
+            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
             "        for name, _ in doomed:\n            self._lineage.store.delete(name)\n"
-            "        with self._lineage.locked():\n            if self._lineage.epoch",
+            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
         ),
     ],
     "a sweep goes on in a later epoch": [
@@ -178,7 +178,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("operations/sweep.py", "info.age >= age:", "True:"),
     ],
     "an id that is used up is gone on with": [
-        ("repository/snapshot_writer.py", "    forget_used(lineage)\n", ""),
+        ("repository/snapshot_writer.py", "    remove_used_registrations(lineage)\n", ""),
         ("formats/catalog.py", "        self._refuse_used(row.id, event.packs)\n", ""),
     ],
     "what an interrupted attempt sent is not compared": [

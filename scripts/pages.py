@@ -293,7 +293,7 @@ def fields(node: ast.ClassDef) -> str:
 
 def reference() -> str:
     """docs/reference.md."""
-    repository, opening = classes("api")["Repository"], classes("repository/open")["OpenRepository"]
+    repository, opening = classes("api")["Repository"], classes("repository/open")["RepositoryBase"]
     progress = parsed("progress").body
     told = next(
         one.value.value

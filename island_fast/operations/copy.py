@@ -32,7 +32,7 @@ from island_fast.repository.health import Health
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.pack_reader import PackReader
-from island_fast.repository.snapshot_writer import Storing, find_interrupted
+from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted
 from island_fast.repository.streams import copy_blocks
 from island_fast.results import Copied
 
@@ -83,7 +83,7 @@ class _Copying:
 
     def run(self, wanted: Collection[str]) -> tuple[list[Copied], list[IslandError]]:
         rows = [row for row in _parents_first(self._near.state.live) if row.id in wanted]
-        with self._far.locked():
+        with self._far.hold_lock():
             self._check_far()
             answers = [_there(self._far, row) for row in rows if row.id in self._far.state.live]
             rows = [row for row in rows if row.id not in self._far.state.live]
@@ -117,18 +117,18 @@ class _Copying:
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
             stack.enter_context(near.deletion_explained(row, "copied"))
-            storing, registration = self._begin(stack, row)
-            if storing is None:
+            writer, registration = self._begin(stack, row)
+            if writer is None:
                 return _there(self._far, row)
             manifest = near.manifest(row)
             plan = self._plan(row, registration.parent)
             sent = copy_blocks(
-                plan.data, self._packs, near.store.range_gap, storing.known(plan.compared),
-                storing.sink(_SENDING), manifest.blocks, self._told,
+                plan.data, self._packs, near.store.range_gap, writer.known(plan.compared),
+                writer.sink(_SENDING), manifest.blocks, self._told,
             )  # fmt: skip
-            stored = storing.stored(sent, plan.parent, plan.replaced)
+            stored = writer.stored(sent, plan.parent, plan.replaced)
             made = self._manifest(manifest, registration, stored.runs)
-            copied = storing.commit(made, stored.packs, stored.dead, self._placed)
+            copied = writer.commit(made, stored.packs, stored.dead, self._placed)
         return Copied(
             snapshot=copied.id,
             volume=near.name,
@@ -140,17 +140,17 @@ class _Copying:
             blocks_kept=sent.kept.count(),
             bytes_read=self._packs.fetched.bytes - read,
             bytes_stored=copied.stored + copied.manifest_size,
-            objects_written=storing.objects,
+            objects_written=writer.objects,
             seconds=time.monotonic() - began,
         )
 
     def _told(self, phase: str, done: int, total: int) -> None:
         self._progress(phase, min(self._done + done, self._total), self._total)
 
-    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[Storing | None, Registration]:
+    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[SnapshotWriter | None, Registration]:
         """Make the far lineage if it is new, choose a parent, and register; None if the snapshot is there."""
         near, far = self._near, self._far
-        with far.locked():
+        with far.hold_lock():
             made = not far.exists
             if made:
                 far.create(near.seed)
@@ -173,9 +173,9 @@ class _Copying:
             if row.id in far.state.live:
                 return None, registration
             stack.enter_context(far.files.registrations.register(registration))
-        storing = Storing(far, registration)
-        storing.objects += made
-        return storing, registration
+        writer = SnapshotWriter(far, registration)
+        writer.objects += made
+        return writer, registration
 
     def _check_far(self) -> None:
         """Refuse a far lineage that holds another volume, or that this host may not write to."""
@@ -190,8 +190,9 @@ class _Copying:
             )
         if not far.owned_here:
             raise ConflictError(
-                f"volume {far.name} in {far.store.location} belongs to host {far.owner_host}; {elsewhere}, "
-                f"or if that host is gone, run 'island -r {far.store.location} adopt {far.name}' here"
+                f"volume {far.name} in {far.store.location} belongs to host {far.owner_hostname}; "
+                f"{elsewhere}, or if that host is gone, run "
+                f"'island -r {far.store.location} adopt {far.name}' here"
             )
         far.require_owner()
 

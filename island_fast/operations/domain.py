@@ -24,7 +24,7 @@ from island_fast.qemu.freeze import FREEZES, Moment, at_one_moment
 from island_fast.qemu.libvirt import Disk, Domain
 from island_fast.repository.health import has_known_damage
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 from island_fast.results import DiskTaken, DomainTaken
 from island_fast.results_base import SnapshotTaken
 
@@ -54,7 +54,7 @@ class _OpenDisk:
     lineage: Lineage
 
 
-def snapshot_domain(repository: OpenRepository, request: DomainRequest, progress: Progress) -> DomainTaken:
+def snapshot_domain(repository: RepositoryBase, request: DomainRequest, progress: Progress) -> DomainTaken:
     """Take the snapshots. If some disks cannot be stored, store the others; raise only if none is stored.
 
     Afterwards `repository.left_out` has an error for each disk that is missing, and one if the guest may
@@ -126,7 +126,7 @@ def _refuse_shared_volume(opened: Sequence[_OpenDisk]) -> None:
 
 
 def _disk_request(
-    repository: OpenRepository, request: DomainRequest, disk: Disk, disks: Sequence[Disk], group: str | None
+    repository: RepositoryBase, request: DomainRequest, disk: Disk, disks: Sequence[Disk], group: str | None
 ) -> SnapshotRequest:
     return SnapshotRequest(
         repository.id,

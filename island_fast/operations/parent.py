@@ -18,7 +18,7 @@ from island_fast.images.pins import pinned_lineage
 from island_fast.images.source import Base, Source
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 
 __all__ = ["ParentChoice", "SnapshotRequest", "choose_parent", "lineage_for_image"]
 
@@ -37,7 +37,7 @@ class SnapshotRequest:
     group: str | None = None
 
 
-def lineage_for_image(repository: OpenRepository, source: Source, volume: str | None) -> Lineage:
+def lineage_for_image(repository: RepositoryBase, source: Source, volume: str | None) -> Lineage:
     """Return the lineage, refreshed, that a snapshot of `source` goes to; it need not exist yet.
 
     It is that of `volume` if that is given, else the one whose pin the image holds, else the one that this
@@ -62,7 +62,7 @@ def lineage_for_image(repository: OpenRepository, source: Source, volume: str | 
     return lineage
 
 
-def _pinned_lineage(repository: OpenRepository, source: Source) -> Lineage | None:
+def _pinned_lineage(repository: RepositoryBase, source: Source) -> Lineage | None:
     """Return the lineage that this host owns and whose valid pin the image holds, refreshed."""
     pinned = [pinned_lineage(repository.id, internal.name) for internal in reversed(source.internals)]
     for name in dict.fromkeys(filter(None, pinned)):
@@ -76,7 +76,7 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
     """Return whether the image holds a pin of the lineage, by its whole identity."""
     pins = [row.pin for row in lineage.state.live.values()]
     for deleted in lineage.files.deleted_snapshots():
-        manifest = lineage.cached_manifest(deleted.snapshot, deleted.attempt)
+        manifest = lineage.read_cached_manifest(deleted.snapshot, deleted.attempt)
         pins += [manifest.pin] if manifest else []
     return any(source.find(pin) for pin in pins)
 
@@ -129,7 +129,7 @@ def _base_of_deleted(
     lineage: Lineage, source: Source, deleted: Registration, ancestor: SnapshotRow
 ) -> Base | None:
     """Return a deleted snapshot's pin as base, with the blocks that it wrote after its ancestor."""
-    manifest = lineage.cached_manifest(deleted.snapshot, deleted.attempt)
+    manifest = lineage.read_cached_manifest(deleted.snapshot, deleted.attempt)
     internal = source.find(manifest.pin) if manifest else None
     if manifest is None or internal is None:
         return None

@@ -28,7 +28,7 @@ from island_fast.images.target import Existing
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.repository.digests import ExpectedDigests
-from island_fast.repository.open import Found
+from island_fast.repository.open import FoundSnapshot
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import compare_blocks, restore_blocks
 from island_fast.results import Restored, RestoredOnto, again
@@ -55,7 +55,7 @@ class RestoreTarget:
             raise UsageError(f"{self.image_format!r} is not a known format; use qcow2 or raw")
 
 
-def restore(found: Found, manifest: Manifest, target: RestoreTarget, progress: Progress) -> Restored:
+def restore(found: FoundSnapshot, manifest: Manifest, target: RestoreTarget, progress: Progress) -> Restored:
     """Write the volume of a snapshot to the new file `target`; see `Repository.restore`."""
     began = time.monotonic()
     lineage = found.lineage
@@ -95,7 +95,7 @@ def _cluster_bits(manifest: Manifest) -> int:
 
 
 def restore_onto(
-    found: Found, manifest: Manifest, target: Existing, dry_run: bool, progress: Progress
+    found: FoundSnapshot, manifest: Manifest, target: Existing, dry_run: bool, progress: Progress
 ) -> RestoredOnto:
     """Turn the open `target` into the volume of a snapshot; see `Repository.restore_onto`.
 
@@ -136,7 +136,7 @@ class _BlocksToWrite:
 
 
 def _compare_target(
-    found: Found, runs: Runs, packs: PackReader, target: Existing, progress: Progress
+    found: FoundSnapshot, runs: Runs, packs: PackReader, target: Existing, progress: Progress
 ) -> _BlocksToWrite:
     """Compare the target with the snapshot.
 

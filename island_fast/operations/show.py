@@ -9,7 +9,7 @@ from island_fast.errors import DamagedError
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.operations.delete import plan_deletion
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import Found
+from island_fast.repository.open import FoundSnapshot
 from island_fast.results import Snapshot, SnapshotShown, timestamp
 
 __all__ = ["show", "snapshot_info"]
@@ -17,7 +17,7 @@ __all__ = ["show", "snapshot_info"]
 _LOG = logging.getLogger(__name__)
 
 
-def show(found: Found) -> SnapshotShown:
+def show(found: FoundSnapshot) -> SnapshotShown:
     """Return a snapshot, and what deleting it would free: None, with a warning, if damage hides that."""
     info = asdict(snapshot_info(found.lineage, found.row))
     try:

@@ -31,7 +31,7 @@ from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
-from island_fast.repository.snapshot_writer import Stored, Storing, find_interrupted
+from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot, find_interrupted
 from island_fast.repository.streams import send_blocks
 from island_fast.results_base import SnapshotTaken
 
@@ -119,11 +119,11 @@ def _try_store(one: _Prepared, moment: PinMoment) -> SnapshotTaken | IslandError
 
 
 class _SnapshotRun:
-    """One snapshot being taken. `_register` sets `_choice`, `_registration` and `_storing`."""
+    """One snapshot being taken. `_register` sets `_choice`, `_registration` and `_writer`."""
 
     _choice: ParentChoice
     _registration: Registration
-    _storing: Storing
+    _writer: SnapshotWriter
 
     def __init__(
         self,
@@ -177,7 +177,7 @@ class _SnapshotRun:
     def _register(self, stack: ExitStack) -> None:
         """Create the lineage if it is new, choose parent and base, and register before the first object."""
         lineage = self._lineage
-        with lineage.locked():
+        with lineage.hold_lock():
             made = not lineage.exists
             if made:
                 lineage.create()
@@ -189,8 +189,8 @@ class _SnapshotRun:
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (make_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
             stack.enter_context(lineage.files.registrations.register(self._registration))
-        self._storing = Storing(lineage, self._registration)
-        self._storing.objects += made
+        self._writer = SnapshotWriter(lineage, self._registration)
+        self._writer.objects += made
 
     # The pin.
 
@@ -250,17 +250,17 @@ class _SnapshotRun:
         """Find what changed, send it and commit."""
         view = self._source.view(internal)
         change = self._source.change(view, self._choice.base, self._choice.why_not, self._progress)
-        parent, storing = self._parent_runs(), self._storing
+        parent, writer = self._parent_runs(), self._writer
         change, whole = resend_damaged(self._lineage, change, parent)
         sent = send_blocks(
-            view.read, change.data, storing.known(whole), storing.sink(), self._progress,
+            view.read, change.data, writer.known(whole), writer.sink(), self._progress,
             compress=self._request.compress,
         )  # fmt: skip
-        stored = storing.stored(sent, parent, change.replaced)
+        stored = writer.stored(sent, parent, change.replaced)
         replaced = subtract_intervals(change.replaced, sent.same.runs())
         pin = internal.identity if internal else self._pin_for_restores(created, view)
         manifest = self._manifest(change, stored.runs, pin, view, created)
-        row = storing.commit(manifest, stored.packs, stored.dead, self._note_commit)
+        row = writer.commit(manifest, stored.packs, stored.dead, self._note_commit)
         return SnapshotTaken(
             snapshot=row.id,
             lineage=self._lineage.name,
@@ -275,7 +275,7 @@ class _SnapshotRun:
             blocks_kept=sent.kept.count(),
             bytes_read=view.bytes_read,
             bytes_stored=row.stored + row.manifest_size,
-            objects_written=self._storing.objects,
+            objects_written=self._writer.objects,
             attempt=row.attempt,
             seconds=0.0,
         )
@@ -326,7 +326,7 @@ def make_id() -> str:
     return os.urandom(16).hex()
 
 
-def _count_changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int:
+def _count_changed(stored: StoredSnapshot, parent: Runs, replaced: Int64s, blocks: int) -> int:
     """Count the volume's blocks that differ from the parent's; `replaced` are those not inherited."""
     gone = subtract_intervals(
         intersect_intervals(replaced, np.array([[0, blocks]])), stored.fresh.intervals()

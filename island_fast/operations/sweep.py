@@ -28,7 +28,7 @@ from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import rebase_rewritten
-from island_fast.repository.snapshot_writer import forget_used
+from island_fast.repository.snapshot_writer import remove_used_registrations
 from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
@@ -50,9 +50,9 @@ def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> 
     with lineage.files.lock_sweeps():
         if not dry_run:
             lineage.files.remove_leftovers()
-        with lineage.locked():
+        with lineage.hold_lock():
             lineage.require_owner()
-            forget_used(lineage)
+            remove_used_registrations(lineage)
             given_up = lineage.files.registrations.find_abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
                 for snapshot in given_up:
@@ -178,7 +178,7 @@ class _SweepRun:
         readable, renamed = self._repack()
         self._plan = replace(self._plan, repacked=readable)
         doomed = list(self._list_doomed())
-        with self._lineage.locked():
+        with self._lineage.hold_lock():
             if self._lineage.epoch != epoch:
                 raise ConflictError(
                     f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from island_fast.images.pins import pinned_lineage, pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 from island_fast.results import Unpinned
 
 __all__ = ["unpin"]
 
 
 def unpin(
-    image: str | Path, qmp: str | Path | None = None, *, orphaned_in: OpenRepository | None = None
+    image: str | Path, qmp: str | Path | None = None, *, orphaned_in: RepositoryBase | None = None
 ) -> Unpinned:
     """Drop every pin in `image`, of whatever repository; the next snapshot of the image scans it in full.
 
@@ -35,7 +35,7 @@ def unpin(
     return Unpinned(str(path), tuple(internal.name for internal in pins), freed)
 
 
-def _is_orphan(pin: str, repository: OpenRepository) -> bool:
+def _is_orphan(pin: str, repository: RepositoryBase) -> bool:
     """Return whether a pin belongs to `repository`, but is neither a live snapshot's nor still a base."""
     name = pinned_lineage(repository.id, pin)
     if name is None:

@@ -54,7 +54,7 @@ _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _CatalogPosition:
     """A place in the catalog: the record last applied."""
 
     epoch: int
@@ -80,13 +80,13 @@ class Lineage:
         self.numbers = SnapshotNumbers()
         self.state = State()
         self._local_state = local_state
-        self._place: _Place | None = None
+        self._position: _CatalogPosition | None = None
         self._stopped = False  # the epoch has ended and no next one has begun
 
     @property
     def exists(self) -> bool:
         """Whether a record was found."""
-        return self._place is not None
+        return self._position is not None
 
     @property
     def owner(self) -> str:
@@ -104,7 +104,7 @@ class Lineage:
         return self.owner == self.writer
 
     @property
-    def owner_host(self) -> str:
+    def owner_hostname(self) -> str:
         """Name of the host that took ownership."""
         return self._at.host
 
@@ -119,25 +119,25 @@ class Lineage:
         return self._at.seed
 
     @property
-    def needed_records(self) -> list[str]:
+    def current_record_names(self) -> list[str]:
         """Names of the records that a host without caches reads: from the newest checkpoint to the end."""
         at = self._at
         first = at.number - at.number % CHECKPOINT_EVERY
         return [catalog_name(self.name, at.epoch, number) for number in range(first, at.number + 1)]
 
     @property
-    def ended(self) -> list[str]:
+    def stop_names(self) -> list[str]:
         """Names of the objects that end the epochs before the present one."""
         return [stop_name(self.name, epoch) for epoch in range(self._at.epoch)]
 
     @property
-    def _at(self) -> _Place:
-        if self._place is None:
+    def _at(self) -> _CatalogPosition:
+        if self._position is None:
             raise NotFoundError(f"volume {self.name} has no snapshots in {self.store.location}")
-        return self._place
+        return self._position
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Hold the local lock, with the outcome of an earlier record settled and the catalog read."""
         with self.files.lock():
             self._settle()
@@ -167,7 +167,7 @@ class Lineage:
 
         NotFoundError if the snapshot was deleted since the catalog was read.
         """
-        cached = self.cached_manifest(row.id, row.attempt, row.checksum)
+        cached = self.read_cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
         name = self.manifest_name(row)
@@ -190,7 +190,7 @@ class Lineage:
         self.files.cache.write(name, data)
         return manifest
 
-    def cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
+    def read_cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
         """The manifest of a snapshot, live or deleted, if the local cache holds it whole.
 
         `wanted` is the checksum that it must have, in hex, where that is known.
@@ -228,14 +228,14 @@ class Lineage:
 
     def refresh(self) -> None:
         """Read what was appended since the last time. ObjectMissingError is never raised: see `exists`."""
-        if self._place is None:
+        if self._position is None:
             self._start()
         while True:
             self._follow()
-            if self._place is None:
+            if self._position is None:
                 return
-            self._stopped = self.store.head(stop_name(self.name, self._place.epoch)) is not None
-            if not self._stopped or not self._enter(self._place.epoch + 1):
+            self._stopped = self.store.head(stop_name(self.name, self._position.epoch)) is not None
+            if not self._stopped or not self._enter(self._position.epoch + 1):
                 return
 
     def _start(self) -> None:
@@ -286,19 +286,19 @@ class Lineage:
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
             found = self._fetch(epoch, number, known=True)
             if found is None:
-                self._place = None
+                self._position = None
                 return False
             self._apply(epoch, number, *found)
         return True
 
     def _follow(self) -> None:
-        """Apply the records that come after the present place."""
-        while self._place is not None:
-            number = self._place.number + 1
-            found = self._fetch(self._place.epoch, number)
+        """Apply the records that come after the present position."""
+        while self._position is not None:
+            number = self._position.number + 1
+            found = self._fetch(self._position.epoch, number)
             if found is None:
                 return
-            self._apply(self._place.epoch, number, *found)
+            self._apply(self._position.epoch, number, *found)
 
     def _enter(self, epoch: int) -> bool:
         """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
@@ -331,13 +331,13 @@ class Lineage:
         return found
 
     def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
-        """Apply one record; it must be the one that follows the present place."""
+        """Apply one record; it must be the one that follows the present position."""
         name = catalog_name(self.name, epoch, number)
-        place = self._place
+        position = self._position
         begins = isinstance(record.event, OwnerChanged)
-        follows = place is None or record.previous == place.checksum or begins
+        follows = position is None or record.previous == position.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
-        if not (follows and named and (place is not None or record.state is not None)):
+        if not (follows and named and (position is not None or record.state is not None)):
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is mended"
@@ -345,7 +345,7 @@ class Lineage:
         if isinstance(record.event, SnapshotsDeleted):
             self._remember_deleted(record.event)
         self.state = record.apply_to(self.state)
-        self._place = _Place(
+        self._position = _CatalogPosition(
             epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
         )
 
@@ -364,7 +364,7 @@ class Lineage:
         `seed` is that of another repository's lineage that this one is to hold copies of.
         """
         self.files.make()
-        self._place = None
+        self._position = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
         self._begin_epoch(0, None, seed, State())
 
@@ -403,7 +403,7 @@ class Lineage:
         self._require_known_features()
         if not self.owned_here:
             raise ConflictError(
-                f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
+                f"volume {self.name} belongs to host {self.owner_hostname}; if that host is gone, or its "
                 f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
             )
 
@@ -422,7 +422,7 @@ class Lineage:
         """
         self._require_known_features()
         epoch = self._at.epoch
-        for ended in [*self.ended, stop_name(self.name, epoch)]:
+        for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
                 meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
@@ -456,7 +456,7 @@ class Lineage:
         self._send(name, data)
         if self.store.head(stop_name(self.name, record.epoch)):
             self.files.pending.remove(name.rpartition("/")[2])
-            self._place = None
+            self._position = None
             raise ConflictError(
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
@@ -485,7 +485,7 @@ class Lineage:
             ) from error
         if not same:
             self.files.pending.remove(name.rpartition("/")[2])
-            self._place = None
+            self._position = None
             raise ConflictError(
                 f"volume {self.name} was written by another host at the same moment; run the command "
                 f"again, and see 'island list --volume {self.name}'"

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -37,7 +37,7 @@ from island_fast.stores.open import open_store
 if TYPE_CHECKING:
     from island_fast.stores.rate_limit import Meters
 
-__all__ = ["Found", "OpenRepository"]
+__all__ = ["FoundSnapshot", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
@@ -45,14 +45,14 @@ _RECORD = re.compile(r".*/catalog/[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundSnapshot:
     """A live snapshot and the lineage, just refreshed, that it is in."""
 
     lineage: Lineage
     row: SnapshotRow
 
 
-class OpenRepository:
+class RepositoryBase:
     """An open repository, and what is found in it. Owns its store; a context manager. Not thread-safe.
 
     `state` is this host's local state. With `create`, a repository that is not there is made by the first
@@ -225,31 +225,77 @@ class OpenRepository:
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
         if lineage.files.pending.all():
-            with lineage.locked():
+            with lineage.hold_lock():
                 return
         lineage.refresh()
 
-    def find(self, reference: str) -> Found:
-        """The snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
-        volume, at, wanted = reference.rpartition("@")
+    def find(self, reference: str) -> FoundSnapshot:
+        """Return the snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        (found,) = self.find_all([reference])
+        return found
+
+    def find_all(self, references: Sequence[str]) -> list[FoundSnapshot]:
+        """Return the snapshots that `references` name, in their order; see `find`.
+
+        The catalog of a volume is read once, however many references name it, and volumes are listed once.
+        Snapshots of one volume share its lineage.
+        """
+        asked = [_Reference.parse(text) for text in references]
+        found: dict[_Reference, list[FoundSnapshot]] = {one: [] for one in asked}
+        self.left_out = []
+        volumes = dict.fromkeys(one.volume for one in asked if one.volume)
+        named = {name: self.existing_lineage(name) for name in volumes}
+        for one in asked:
+            if one.volume:
+                found[one] = one.select(named[one.volume])
+        listed = set()
+        if not all(one.volume for one in asked):
+            for lineage in self.lineages():
+                listed.add(lineage.name)
+                for one in found:
+                    if not one.volume:
+                        found[one] += one.select(named.get(lineage.name, lineage))
+        return [self._require_one(one, found[one], listed) for one in asked]
+
+    def _require_one(
+        self, reference: _Reference, found: list[FoundSnapshot], listed: set[str]
+    ) -> FoundSnapshot:
+        """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
+        text, wanted = reference.text, reference.wanted
+        if len(found) > 1:
+            raise UsageError(f"{text} could be {len(found)} snapshots; give more of the id")
+        if not reference.at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
+            raise self.left_out[0]  # a volume that was skipped can hold it, or another that begins like it
+        if not found:
+            if not reference.at and wanted in listed:
+                raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
+            raise NotFoundError(f"there is no snapshot {text} in {self.store.location}; see 'island list'")
+        return found[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
+
+    text: str
+    volume: str
+    at: bool  # it has an @
+    wanted: str  # an id, the beginning of one, or "latest"
+
+    @classmethod
+    def parse(cls, text: str) -> _Reference:
+        """Parse a reference; UsageError for an empty one."""
+        volume, at, wanted = text.rpartition("@")
         if not at and not wanted:
             raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
-        found, volumes = [], set()
-        for lineage in self.lineages(volume or None):
-            volumes.add(lineage.name)
-            if at and wanted == "latest":
-                rows = [row for row in (lineage.state.newest(),) if row]
-            else:
-                rows = [row for key, row in lineage.state.live.items() if key.startswith(wanted)]
-            found += [Found(lineage, row) for row in rows if wanted]
-        if len(found) > 1:
-            raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
-        if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
-            raise self.left_out[0]  # what is left out may hold it, or another that begins like it
-        if not found:
-            if not at and wanted in volumes:
-                raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
-            raise NotFoundError(
-                f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
-            )
-        return found[0]
+        return cls(text, volume, bool(at), wanted)
+
+    def select(self, lineage: Lineage) -> list[FoundSnapshot]:
+        """Return the snapshots of `lineage` that it can mean."""
+        if not self.wanted:
+            return []
+        if self.at and self.wanted == "latest":
+            rows = [row for row in (lineage.state.newest(),) if row]
+        else:
+            rows = [row for key, row in lineage.state.live.items() if key.startswith(self.wanted)]
+        return [FoundSnapshot(lineage, row) for row in rows]

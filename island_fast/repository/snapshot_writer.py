@@ -30,11 +30,11 @@ from island_fast.repository.pack_reader import PackLocation, PackReader
 from island_fast.repository.pack_writer import PackWriter, WrittenPack
 from island_fast.repository.streams import SendResult
 
-__all__ = ["KeptPacks", "Stored", "Storing", "find_interrupted", "forget_used", "note_sent"]
+__all__ = ["SnapshotWriter", "StoredSnapshot", "find_interrupted", "remove_used_registrations"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredSnapshot:
     """Where a snapshot's blocks are now, and what its record must say of its packs.
 
     `runs` are all its blocks, `fresh` those that are not the parent's; both hold pack keys. `packs` are the
@@ -47,7 +47,7 @@ class Stored:
     dead: Int64s
 
 
-class Storing:
+class SnapshotWriter:
     """One snapshot being stored in `lineage` under `registration`, which stands locked. `packs` reads there.
 
     `objects` counts what was written.
@@ -87,7 +87,7 @@ class Storing:
         mine = keys[keys >> PACK_BITS == self._owner] & MAX_PACK_NUMBER
         return max(self._kept.next_number, int(mine.max(initial=-1)) + 1)
 
-    def stored(self, sent: SendResult, parent: Runs, replaced: Int64s) -> Stored:
+    def stored(self, sent: SendResult, parent: Runs, replaced: Int64s) -> StoredSnapshot:
         """What the snapshot holds when its `replaced` blocks (int64[n, 2]) were sent, found kept, or zero.
 
         Of the rest, and of those found to be the same, it inherits the entries of `parent` (with pack keys).
@@ -97,7 +97,7 @@ class Storing:
         fresh = replace(own, pack=pack_keys(np.full(len(own), self._owner), own.pack))
         runs = merge(parent, subtract_intervals(replaced, sent.same.runs()), fresh)
         self._check_inherited(runs, parent)
-        return Stored(runs, fresh, *self._own_packs(sent, own))
+        return StoredSnapshot(runs, fresh, *self._own_packs(sent, own))
 
     def _check_inherited(self, runs: Runs, parent: Runs) -> None:
         """Every slot must be this snapshot's own, or one that the parent names for blocks there."""
@@ -152,7 +152,7 @@ class Storing:
             pin=manifest.pin,
         )
         event = SnapshotAdded(row, packs, dead)
-        with lineage.locked():
+        with lineage.hold_lock():
             self._still_allowed()
             lineage.append(event, finalize(event))
         self.objects += 2
@@ -179,11 +179,11 @@ def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registratio
     With `copied`, that at copying this snapshot. Under the lineage's lock. Ids that are used up are not
     among them.
     """
-    forget_used(lineage)
+    remove_used_registrations(lineage)
     return lineage.files.registrations.find_interrupted(lineage.epoch, copied)
 
 
-def forget_used(lineage: Lineage) -> None:
+def remove_used_registrations(lineage: Lineage) -> None:
     """Remove registrations of snapshots that have been committed: crashes, and lost answers, leave them.
 
     Under the lineage's lock, and before a sweep takes a deleted snapshot's last trace out of the state. Not

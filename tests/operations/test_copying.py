@@ -20,7 +20,7 @@ from island_fast.errors import (
 from island_fast.formats.pack import read_front
 from island_fast.repository import streams
 from island_fast.repository.local_state import LocalState
-from island_fast.repository.snapshot_writer import Stored, Storing
+from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot
 from island_fast.results import Copied
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
@@ -376,14 +376,14 @@ def test_a_block_that_no_checksum_but_its_digest_proves(
 def test_a_far_copy_that_is_not_what_it_should_be_is_no_parent(
     repository: Repository, far: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Storing.stored
+    real = SnapshotWriter.stored
 
-    def stored(*words: Any) -> Stored:
+    def stored(*words: Any) -> StoredSnapshot:
         whole = real(*words)
         return replace(whole, runs=replace(whole.runs, length=whole.runs.length - np.int64(1)))
 
     first = repository.snapshot(image)
-    monkeypatch.setattr(Storing, "stored", stored)
+    monkeypatch.setattr(SnapshotWriter, "stored", stored)
     repository.copy(far)
     monkeypatch.undo()
     qemu.noise(image, 0, BLOCK, 2)

@@ -68,15 +68,15 @@ class LineageCheck:
         self.packs = PackChecker(lineage)
         self._fetched: set[str] = set()  # manifests that were not cached, and were read whole
         self._unreadable: set[str] = set()  # manifests
-        self.findings, self.bytes_read = check_records(lineage, lineage.needed_records)
+        self.findings, self.bytes_read = check_records(lineage, lineage.current_record_names)
         self.findings += self._check_stops()
         keys = self._check_manifests()
         self._keys = self._needed_packs() if whole else keys
-        self.objects = len(lineage.needed_records) + len(lineage.ended) + len(self._fetched)
-        self.objects_read = len(lineage.needed_records) + len(self._fetched)
+        self.objects = len(lineage.current_record_names) + len(lineage.stop_names) + len(self._fetched)
+        self.objects_read = len(lineage.current_record_names) + len(self._fetched)
 
     def _check_stops(self) -> Iterator[Finding]:
-        for name in self.lineage.ended:
+        for name in self.lineage.stop_names:
             if self.lineage.store.head(name) is None:
                 message = f"{name} is missing: a host may take that epoch for the present one"
                 yield Finding(name, MISSING, message)
@@ -95,7 +95,7 @@ class LineageCheck:
 
     def _read_manifest(self, row: SnapshotRow) -> Manifest | None:
         """Return a manifest, or None if it cannot be read: `run` then finds it damaged or deleted."""
-        manifest = self.lineage.cached_manifest(row.id, row.attempt, row.checksum)
+        manifest = self.lineage.read_cached_manifest(row.id, row.attempt, row.checksum)
         if manifest is not None:
             return manifest
         name = self.lineage.manifest_name(row)
