@@ -13,29 +13,27 @@ from island_fast.errors import NotFoundError, RefusedError
 from island_fast.formats.catalog import SnapshotRow, SnapshotsDeleted
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import add_dead_slots, only_needed_by
-from island_fast.repository.open import Found
+from island_fast.repository.open import FoundSnapshot
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
 
 __all__ = ["Deletion", "delete", "delete_snapshot", "plan_deletion"]
 
 
-def delete(found: Sequence[Found], dry_run: bool) -> list[Deleted]:
+def delete(found: Sequence[FoundSnapshot], dry_run: bool) -> list[Deleted]:
     """Delete snapshots from the catalog, in the order given; with `dry_run` change nothing.
 
-    ConflictError if this host does not own a lineage; RefusedError if a snapshot in progress is based on one
+    Those of one volume share its lineage, as `find_all` returns them. ConflictError if this host does not own a lineage; RefusedError if a snapshot in progress is based on one
     of them.
     """
     answers: list[Deleted] = []
-    rows = {one.row.id: one for one in found}
-    lineages = {one.lineage.name: one.lineage for one in rows.values()}
-    for snapshot, one in rows.items():
-        lineage = lineages[one.lineage.name]
+    lineages = {one.row.id: one.lineage for one in found}  # a snapshot can be named twice
+    for snapshot, lineage in lineages.items():
         if dry_run:
             deletion = plan_deletion(lineage, lineage.state.live[snapshot])
             lineage.state = lineage.state.after(deletion.event)
         else:
-            with lineage.locked():
+            with lineage.hold_lock():
                 deletion = delete_snapshot(lineage, snapshot)
         answers.append(Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed))
     return answers

@@ -146,12 +146,12 @@ def _heal_catalog(lineage: Lineage) -> bool:
     Nobody reads the older records again. This is an adoption by the owner, and it resumes one that was
     interrupted. ConflictError unless this host is the owner.
     """
-    with lineage.locked():
+    with lineage.hold_lock():
         if _find_adopter(lineage) != lineage.writer:
             lineage.require_owner()
         lineage.adopt()
-    missing = [name for name in lineage.ended if lineage.store.head(name) is None]
-    return not missing and not check_records(lineage, lineage.needed_records)[0]
+    missing = [name for name in lineage.stop_names if lineage.store.head(name) is None]
+    return not missing and not check_records(lineage, lineage.current_record_names)[0]
 
 
 def _find_adopter(lineage: Lineage) -> str | None:
@@ -175,10 +175,10 @@ def _heal_manifest(lineage: Lineage, snapshot: str) -> bool:
     The bytes are those that were written under that name, and no others are ever stored there. ConflictError
     unless this host owns the lineage.
     """
-    with lineage.locked():
+    with lineage.hold_lock():
         lineage.require_owner()
         row = lineage.state.live.get(snapshot)
-        if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
+        if row is None or lineage.read_cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
         name = lineage.manifest_name(row)
         data = lineage.files.cache.read(name) or b""
@@ -209,7 +209,7 @@ def _heal_packs(
     keys, done = list(packs), 0
     lost = merge_intervals(np.concatenate(list(packs.values())))
     with lineage.files.lock_sweeps():
-        with lineage.locked():
+        with lineage.hold_lock():
             lineage.require_owner()
         healing = _PackHealing(lineage, lost, views)
         for at in range(0, len(keys), _AT_ONCE):
@@ -380,7 +380,7 @@ class _PackHealing:
     def _switch(self, before: Packs, renamed: Packs) -> None:
         """Append the record that gives the packs their new names."""
         lineage = self._lineage
-        with lineage.locked():
+        with lineage.hold_lock():
             if lineage.epoch != self._epoch:
                 raise ConflictError(
                     f"volume {lineage.name} was adopted meanwhile, so nothing was repaired; run it again"

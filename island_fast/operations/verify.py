@@ -40,7 +40,7 @@ from island_fast.repository.integrity.objects import (
     Finding,
 )
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.open import RepositoryBase
 from island_fast.results import Damage, Touched, Verified
 
 __all__ = ["VerifyRequest", "select_for_reading", "verify"]
@@ -85,7 +85,7 @@ class VerifyRequest:
 
 
 def verify(
-    repository: OpenRepository, reference: str | None, request: VerifyRequest, progress: Progress
+    repository: RepositoryBase, reference: str | None, request: VerifyRequest, progress: Progress
 ) -> Verified:
     """Verify the snapshot that `reference` names, or all; repair what can be repaired if that is asked for.
 
@@ -114,7 +114,7 @@ def verify(
 class _VerifyRun:
     """One run: `checks` are those of the lineages that can be read."""
 
-    def __init__(self, repository: OpenRepository, request: VerifyRequest, progress: Progress) -> None:
+    def __init__(self, repository: RepositoryBase, request: VerifyRequest, progress: Progress) -> None:
         self.checks: list[LineageCheck] = []
         self.bytes_compared = 0
         self._repository = repository
@@ -297,7 +297,7 @@ def _damage(
 
 def _advice(lineage: Lineage, finding: Finding) -> str:
     """Return what can be done about a finding that nobody tried to repair."""
-    command = f"'island verify --heal' on host {lineage.owner_host}, which owns the volume,"
+    command = f"'island verify --heal' on host {lineage.owner_hostname}, which owns the volume,"
     if finding.key is not None:
         return (
             f"{command} takes what is lost from the volume's image, if that still holds it; snapshots that "

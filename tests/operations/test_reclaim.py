@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
+from island_fast.errors import ConflictError, DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.formats.catalog import CHECKPOINT_EVERY
 from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.progress import silent
@@ -151,7 +151,7 @@ def test_the_base_of_a_running_snapshot_cannot_be_deleted(
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
     with (
         files.registrations.register(Registration("d" * 32, 0, base.snapshot)),
-        pytest.raises(RefusedError, match="is based on"),
+        pytest.raises(RefusedError, match="in progress"),
     ):
         repository.delete([base.snapshot])
     repository.delete([base.snapshot])
@@ -314,3 +314,42 @@ def test_a_delete_that_is_settled_later_keeps_the_pin_as_base(
     third = repository.snapshot(image)
     assert (third.rule, third.parent, third.blocks_changed) == ("table-diff", first.snapshot, 16)
     assert {s.snapshot for s in repository.snapshots()} == {first.snapshot, third.snapshot}
+
+
+def test_a_long_lived_repository_sees_what_another_process_did(
+    repository: Repository, store: MemoryStore, image: Path
+) -> None:
+    first = repository.snapshot(image)
+    assert repository.find("vol@latest").row.id == first.snapshot
+    other = Repository(store, repository.state)
+    second = other.snapshot(image)
+    assert [one.row.id for one in repository.find_all(["vol@latest", first.snapshot])] == [
+        second.snapshot,
+        first.snapshot,
+    ]
+    other.delete([first.snapshot])
+    with pytest.raises(NotFoundError):
+        repository.find_all([second.snapshot, first.snapshot])
+
+
+def test_snapshots_found_together_share_the_lineage_of_their_volume(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    taken = [repository.snapshot(image).snapshot for _ in range(3)]
+    other = repository.snapshot(qemu.create(tmp_path / "other.qcow2", MIB)).snapshot
+    found = repository.find_all([f"vol@{taken[0]}", other, taken[1][:30], "vol@latest", taken[0]])
+    assert [one.row.id for one in found] == [taken[0], other, taken[1], taken[2], taken[0]]
+    assert len({id(one.lineage) for one in found}) == 2
+
+
+def test_what_only_reads_makes_no_writer_id(repository: Repository, image: Path, tmp_path: Path) -> None:
+    taken = repository.snapshot(image)
+    state = LocalState(tmp_path / "elsewhere")
+    reader = Repository(repository.store, state)
+    reader.delete([taken.snapshot], dry_run=True)
+    reader.verify(taken.snapshot)
+    reader.restore(taken.snapshot, tmp_path / "target.qcow2")
+    assert not (state.root / "writer").exists()
+    with pytest.raises(ConflictError):
+        reader.delete([taken.snapshot])
+    assert (state.root / "writer").exists()
