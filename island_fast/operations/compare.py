@@ -67,8 +67,8 @@ def compare_with_pin(
             )
         if source.facts.get(_BACKING, "") != manifest.properties.get(_BACKING, ""):
             raise RefusedError(
-                f"the backing files of {path} are not those of snapshot {manifest.snapshot}; list the same "
-                "files as then with --backing"
+                f"the backing files of {path} differ from those of snapshot {manifest.snapshot}, or were "
+                "written to since; list the same files, unchanged, with --backing"
             )
         view = source.view(internal)
         if view.volume_size != manifest.volume_size:

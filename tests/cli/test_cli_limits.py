@@ -84,7 +84,8 @@ def test_workers(island: Island, small: Path, tmp_path: Path, monkeypatch: pytes
         counts.clear()
         island.json(*words, "--workers", 1)
         assert counts, words
-        assert set(counts) == {1}, words
+        asking = {8} if words[0] == "verify" else set()  # threads that ask what is stored move no blocks
+        assert set(counts) - asking == {1}, words
     counts.clear()
     island.json("snapshot", small, "--full")
     assert max(counts) > 1
