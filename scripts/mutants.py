@@ -243,7 +243,7 @@ MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
         ("repository/local_state.py", "if r.copied == (copied is not None) and copied", "if copied"),
     ],
     "the snapshot that was copied last is the newest": [
-        ("operations/copy.py", "        later = self._next_there(row)\n", "        later = None\n"),
+        ("operations/copy.py", "        later = self._find_next(row)\n", "        later = None\n"),
     ],
     "copies stand by their times alone": [
         ("operations/copy.py", "        for one, place in zip(rows[first:], places[first:], strict=True):\n",

@@ -1,9 +1,9 @@
-"""Copying snapshots to the lineage of the same name in another repository, near to far.
+"""`copy`: snapshots to the lineage of the same name in another repository, from near to far.
 
-A copy has the id of its snapshot, and holds the same volume; how it is stored is the far lineage's own: its
-parent is a snapshot that is there, and it inherits what both hold in the near one. So each far snapshot is as
-one that was taken there, and what holds of deletes and sweeps holds, whichever are copied and in whichever
-order (docs/format.md, "Copies").
+A copy has the id of its snapshot and holds the same volume, but the far lineage decides how it is stored. Its
+parent is a snapshot that is there, and it inherits what both hold in the near lineage. So each far snapshot
+is like one that was taken there, and the rules for deletes and sweeps apply, whichever snapshots are copied
+and in whichever order (docs/format.md, "Copies").
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ from island_fast.results import Copied
 __all__ = ["copy"]
 
 _WHOLE = np.array([[0, END]], np.int64)
-_SENDING = 2  # packs at a time, for those that come are in memory, too
-_RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one before
+_SENDING = 2  # packs at a time, because the packs that arrive are in memory, too
+_RECENT = 2  # snapshots whose runs are kept: the parent of a snapshot is often the one before
 
 
 def copy(
     near: Lineage, far: Lineage, wanted: Collection[str], progress: Progress
 ) -> tuple[list[Copied], list[IslandError]]:
-    """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, else in their order there.
+    """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, otherwise in their order.
 
-    Those that are in `far` already stay as they are. Second are the reasons for what could not be copied: it
-    is damaged, or was deleted meanwhile. RefusedError, before anything is sent, if `far` holds another volume
-    or is not this host's. Progress counts bytes of volumes, over all of `wanted`.
+    Snapshots that are in `far` already stay as they are. Return the copies, and the errors of snapshots that
+    could not be copied, because they are damaged or were deleted meanwhile. RefusedError, before anything is
+    sent, if `far` holds another volume or this host does not own it. Progress counts bytes of volumes, over
+    all of `wanted`.
     """
-    return _Copying(near, far, progress).run(wanted)
+    return _CopyRun(near, far, progress).run(wanted)
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """What is to be stored of a snapshot: `replaced` (int64[n, 2]) are the blocks it does not inherit.
+class _CopyPlan:
+    """What is to be stored of a snapshot: `replaced` (int64[n, 2]) are the blocks that it does not inherit.
 
-    `parent` are the far parent's runs with pack keys, `compared` those of them whose digests may tell that a
-    block is what the parent has, and `data` the near runs of the blocks to look at.
+    `parent` are the far parent's runs, with pack keys. `compared` are those of them that a block is compared
+    with by its digest, so that it is not sent if it is equal. `data` are the near runs of the blocks to read.
     """
 
     parent: Runs
@@ -69,8 +70,8 @@ class _Plan:
     data: Runs
 
 
-class _Copying:
-    """Copying between two lineages."""
+class _CopyRun:
+    """Copies between two lineages."""
 
     def __init__(self, near: Lineage, far: Lineage, progress: Progress) -> None:
         self._near = near
@@ -82,53 +83,54 @@ class _Copying:
         self._done = self._total = 0  # bytes
 
     def run(self, wanted: Collection[str]) -> tuple[list[Copied], list[IslandError]]:
-        rows = [row for row in _parents_first(self._near.state.live) if row.id in wanted]
+        """Copy the snapshots `wanted`; see `copy`."""
+        rows = [row for row in _sort_parents_first(self._near.state.live) if row.id in wanted]
         with self._far.hold_lock():
             self._check_far()
-            answers = [_there(self._far, row) for row in rows if row.id in self._far.state.live]
+            answers = [_report_present(self._far, row) for row in rows if row.id in self._far.state.live]
             rows = [row for row in rows if row.id not in self._far.state.live]
-            foreseen = dict(self._foreseen(rows, set(self._far.state.live)))
-        self._total = sum(foreseen.values())
+            sizes = dict(self._estimate_sizes(rows, set(self._far.state.live)))
+        self._total = sum(sizes.values())
         errors: list[IslandError] = []
         for row in rows:
             try:
                 answers.append(self._copy(row))
             except (DamagedError, NotFoundError) as error:
                 errors.append(error)
-            self._done += foreseen.get(row.id, 0)
+            self._done += sizes.get(row.id, 0)
         return sorted(answers, key=lambda one: self._order[one.snapshot]), errors
 
-    def _foreseen(self, rows: list[SnapshotRow], there: set[str]) -> Iterator[tuple[str, int]]:
-        """Bytes that there will be to look at, by snapshot; none where that cannot be told yet."""
+    def _estimate_sizes(self, rows: list[SnapshotRow], present: set[str]) -> Iterator[tuple[str, int]]:
+        """Yield how many bytes there will be to read for each snapshot; not for one that cannot be read."""
         for row in rows:
-            parent = self._relative(row, there)
-            there.add(row.id)
+            parent = self._find_relative(row, present)
+            present.add(row.id)
             try:
                 runs = self._runs(row)
                 replaced = runs.differing(self._runs(self._near.state.live[parent])) if parent else _WHOLE
-            except (DamagedError, NotFoundError):  # which copying it will tell
+            except (DamagedError, NotFoundError):  # copying it will report that
                 continue
             yield row.id, runs.within(replaced).blocks * BLOCK_SIZE
 
     # One snapshot.
 
     def _copy(self, row: SnapshotRow) -> Copied:
-        """Store one snapshot in the far lineage, unless it is there."""
+        """Store one snapshot in the far lineage, unless it is there already."""
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
             stack.enter_context(near.deletion_explained(row, "copied"))
-            writer, registration = self._begin(stack, row)
+            writer, registration = self._register(stack, row)
             if writer is None:
-                return _there(self._far, row)
+                return _report_present(self._far, row)
             manifest = near.manifest(row)
-            plan = self._plan(row, registration.parent)
+            plan = self._plan_copy(row, registration.parent)
             sent = copy_blocks(
                 plan.data, self._packs, near.store.range_gap, writer.known(plan.compared),
-                writer.sink(_SENDING), manifest.blocks, self._told,
+                writer.sink(_SENDING), manifest.blocks, self._report,
             )  # fmt: skip
             stored = writer.stored(sent, plan.parent, plan.replaced)
-            made = self._manifest(manifest, registration, stored.runs)
-            copied = writer.commit(made, stored.packs, stored.dead, self._placed)
+            far_manifest = self._far_manifest(manifest, registration, stored.runs)
+            copied = writer.commit(far_manifest, stored.packs, stored.dead, self._checkpoint)
         return Copied(
             snapshot=copied.id,
             volume=near.name,
@@ -144,11 +146,14 @@ class _Copying:
             seconds=time.monotonic() - began,
         )
 
-    def _told(self, phase: str, done: int, total: int) -> None:
+    def _report(self, phase: str, done: int, total: int) -> None:
         self._progress(phase, min(self._done + done, self._total), self._total)
 
-    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[SnapshotWriter | None, Registration]:
-        """Make the far lineage if it is new, choose a parent, and register; None if the snapshot is there."""
+    def _register(self, stack: ExitStack, row: SnapshotRow) -> tuple[SnapshotWriter | None, Registration]:
+        """Create the far lineage if it is new, choose a parent, and register before the first object.
+
+        The writer is None if the snapshot is there already.
+        """
         near, far = self._near, self._far
         with far.hold_lock():
             made = not far.exists
@@ -164,9 +169,9 @@ class _Copying:
             before = find_interrupted(far, copied=row.id)
             if before is None:
                 far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
-            # The id may have been here before and been deleted; names must be new nevertheless.
+            # A copy of this id can have been here before and been deleted; names must be new nevertheless.
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
-            parent = self._relative(row, far.state.live)
+            parent = self._find_relative(row, far.state.live)
             if parent is None and (newest := far.state.newest()):
                 parent = newest.id
             registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
@@ -178,14 +183,14 @@ class _Copying:
         return writer, registration
 
     def _check_far(self) -> None:
-        """Refuse a far lineage that holds another volume, or that this host may not write to."""
+        """Raise RefusedError if the far lineage holds another volume, or this host does not own it."""
         near, far = self._near, self._far
         if not far.exists:
             return
         elsewhere = f"copy to another repository, such as {far.store.location}/PREFIX"
         if far.seed != near.seed:
             raise RefusedError(
-                f"volume {far.name} in {far.store.location} is no copy of volume {near.name} in "
+                f"volume {far.name} in {far.store.location} is not a copy of volume {near.name} in "
                 f"{near.store.location}; {elsewhere}"
             )
         if not far.owned_here:
@@ -198,21 +203,22 @@ class _Copying:
 
     # What is stored.
 
-    def _relative(self, row: SnapshotRow, there: Collection[str]) -> str | None:
-        """Which of the near snapshots that are `there` is closest to `row`; None if there is none.
+    def _find_relative(self, row: SnapshotRow, present: Collection[str]) -> str | None:
+        """Find which of the near snapshots that are `present` in the far lineage is closest to `row`.
 
-        The nearest ancestor; else the next one after it, else the last one before it.
+        That is the nearest ancestor; else the next snapshot after `row`; else the last one before it; else
+        None.
         """
         live, mine = self._near.state.live, self._order[row.id]
-        for ancestor in _line(live, row):
-            if ancestor in there and ancestor != row.id:
+        for ancestor in _iterate_ancestry(live, row):
+            if ancestor in present and ancestor != row.id:
                 return ancestor
-        places = {self._order[one]: one for one in live if one in self._order and one in there}
+        places = {self._order[one]: one for one in live if one in self._order and one in present}
         after, before = ([p for p in places if p > mine], [p for p in places if p < mine])
         return places[min(after)] if after else places[max(before)] if before else None
 
     def _runs(self, row: SnapshotRow) -> Runs:
-        """The runs of a near snapshot, with pack keys."""
+        """Return the runs of a near snapshot, with pack keys."""
         runs = self._recent.pop(row.id, None)
         if runs is None:
             runs = self._near.manifest(row).runs_by_key(self._near.numbers)
@@ -221,12 +227,13 @@ class _Copying:
             self._recent.popitem(last=False)
         return runs
 
-    def _plan(self, row: SnapshotRow, parent: str | None) -> _Plan:
-        """What the far parent (if any) leaves to be stored of `row`.
+    def _plan_copy(self, row: SnapshotRow, parent: str | None) -> _CopyPlan:
+        """Plan what is to be stored of `row`, given its far parent, if any.
 
-        Where the near repository has that parent, too, the two manifests there tell; else the digests will.
-        Packs of a copy that was deleted stay those of others: what a snapshot shares in packs of its own id,
-        it shares with its descendants alone, and deletes rely on that. What is lost there is sent again.
+        If the near lineage has that parent, too, the two near manifests say what differs; otherwise all
+        blocks are compared by their digests. What an earlier, deleted copy of `row` left in packs is not
+        inherited: deletes rely on it that a snapshot shares packs of its own id only with its descendants.
+        What the far lineage has lost is sent again.
         """
         near, far, runs = self._near, self._far, self._runs(row)
         held = far.manifest(far.state.live[parent]).runs_by_key(far.numbers) if parent else Runs.empty()
@@ -235,30 +242,30 @@ class _Copying:
         usable = held.within(subtract_intervals(held.intervals(), barred))
         theirs = near.state.live.get(parent or "")
         if theirs is None:
-            return _Plan(usable, _WHOLE, usable, runs)
+            return _CopyPlan(usable, _WHOLE, usable, runs)
         near_held = self._runs(theirs)
         if not _same_blocks(near_held, held):
             raise DamagedError(
                 f"snapshot {theirs.id} in {far.store.location} does not hold what it holds in "
-                f"{near.store.location}; delete it there and copy it again"
+                f"{near.store.location}; delete it in {far.store.location} and copy it again"
             )
         replaced = merge_intervals(np.concatenate([runs.differing(near_held), barred]))
-        return _Plan(usable, replaced, Runs.empty(), runs.within(replaced))
+        return _CopyPlan(usable, replaced, Runs.empty(), runs.within(replaced))
 
-    def _manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:
-        """The far manifest: all that the near one says, and where the blocks are there."""
+    def _far_manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:
+        """Make the far manifest: what the near one says, and where the blocks are in the far lineage."""
         table, runs = build_pack_table(runs, self._far.name, self._far.numbers)
         return replace(
             manifest, attempt=registration.attempt, parent=registration.parent, packs=table, runs=runs
         )
 
-    def _placed(self, event: SnapshotAdded) -> State | None:
-        """The checkpoint of a snapshot that is not the newest, or was deleted here before; else None.
+    def _checkpoint(self, event: SnapshotAdded) -> State | None:
+        """Return a checkpoint if the copy is not the newest snapshot, or was deleted here before; else None.
 
-        VOLUME@latest must be the same snapshot on both sides when both have it.
+        VOLUME@latest must be the same snapshot on both sides if both have it.
         """
         row, state = event.snapshot, self._far.state
-        later = self._next_there(row)
+        later = self._find_next(row)
         if later is None and row.id not in state.dropped:
             return None
         dropped = {snapshot: one for snapshot, one in state.dropped.items() if snapshot != row.id}
@@ -271,10 +278,10 @@ class _Copying:
         live.setdefault(row.id, row)
         return replace(after, live=live)
 
-    def _next_there(self, row: SnapshotRow) -> SnapshotRow | None:
-        """The far snapshot before which `row` belongs; None if it is to be the newest.
+    def _find_next(self, row: SnapshotRow) -> SnapshotRow | None:
+        """Find the far snapshot before which `row` belongs; None if it is to be the newest.
 
-        The order of those that both lineages have is the near one's; the others stand by their times.
+        Snapshots that both lineages have are in the near order; the others are placed by their times.
         """
         rows, mine = list(self._far.state.live.values()), self._order[row.id]
         places = [self._order.get(one.id) for one in rows]
@@ -287,8 +294,8 @@ class _Copying:
         return None
 
 
-def _there(far: Lineage, row: SnapshotRow) -> Copied:
-    """What is told of a snapshot that was in the far lineage already."""
+def _report_present(far: Lineage, row: SnapshotRow) -> Copied:
+    """Report a snapshot that was in the far lineage already."""
     copied = far.state.live[row.id]
     return Copied(
         snapshot=row.id, volume=far.name, parent=copied.parent, label=copied.label,
@@ -297,17 +304,17 @@ def _there(far: Lineage, row: SnapshotRow) -> Copied:
     )  # fmt: skip
 
 
-def _parents_first(live: Mapping[str, SnapshotRow]) -> list[SnapshotRow]:
-    """All rows in their order, but each behind its parent."""
+def _sort_parents_first(live: Mapping[str, SnapshotRow]) -> list[SnapshotRow]:
+    """Return all rows in their order, except that each comes after its parent."""
     ordered: dict[str, SnapshotRow] = {}
     for row in live.values():
-        line = list(takewhile(lambda snapshot: snapshot not in ordered, _line(live, row)))
+        line = list(takewhile(lambda snapshot: snapshot not in ordered, _iterate_ancestry(live, row)))
         ordered.update((snapshot, live[snapshot]) for snapshot in reversed(line))
     return list(ordered.values())
 
 
-def _line(live: Mapping[str, SnapshotRow], row: SnapshotRow) -> Iterator[str]:
-    """The snapshot, its parent, that one's parent and so on; ends where a damaged catalog makes it a ring."""
+def _iterate_ancestry(live: Mapping[str, SnapshotRow], row: SnapshotRow) -> Iterator[str]:
+    """Yield the snapshot, its parent, that one's parent and so on; stop if a damaged catalog makes a ring."""
     seen: set[str] = set()
     at: SnapshotRow | None = row
     while at is not None and at.id not in seen:
@@ -317,6 +324,6 @@ def _line(live: Mapping[str, SnapshotRow], row: SnapshotRow) -> Iterator[str]:
 
 
 def _same_blocks(one: Runs, other: Runs) -> bool:
-    """Whether the two name the same blocks."""
+    """Return whether the two name the same blocks."""
     a, b = one.intervals(), other.intervals()
     return not subtract_intervals(a, b).size and not subtract_intervals(b, a).size

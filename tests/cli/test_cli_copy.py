@@ -76,8 +76,8 @@ def test_wrong_usage_and_refusals(island: Island, disk: Path, far: Path, tmp_pat
     (tmp_path / "full/letter").touch()
     island.fails(3, "copy", "--all", "--to", tmp_path / "full")
     island("-r", far, "snapshot", disk)
-    assert "is no copy of volume disk" in island.fails(4, "copy", "disk@latest", "--to", far)
-    assert "is no copy of volume disk" in island.fails(4, "copy", "--all", "--to", far)
+    assert "is not a copy of volume disk" in island.fails(4, "copy", "disk@latest", "--to", far)
+    assert "is not a copy of volume disk" in island.fails(4, "copy", "--all", "--to", far)
 
 
 def test_damage_is_told_and_the_rest_is_copied(island: Island, disk: Path, far: Path) -> None:

@@ -427,10 +427,10 @@ def test_another_volume_of_that_name_is_refused(
     stranger = qemu.create(tmp_path / "stranger.qcow2", MIB)
     far.snapshot(stranger, volume="vol")
     before = dict(far_store.objects)
-    with pytest.raises(RefusedError, match="is no copy of volume vol in memory"):
+    with pytest.raises(RefusedError, match="is not a copy of volume vol in memory"):
         repository.copy(far, ["vol@latest"])
     assert repository.copy(far) == []
-    assert "is no copy" in str(repository.left_out[0])
+    assert "is not a copy" in str(repository.left_out[0])
     assert far_store.objects == before
 
 
