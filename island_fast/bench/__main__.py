@@ -45,8 +45,8 @@ def _tell(text: str) -> None:
 @click.option("--plot", "plot_file", metavar="FILE.png", type=click.Path(path_type=Path, dir_okay=False),
               help="Draw the ratios.")  # fmt: skip
 @click.option("--compare", "baseline_file", metavar="FILE", type=click.Path(path_type=Path, dir_okay=False),
-              help="Say what is worse than in FILE, which --json wrote, by more than the spread; "
-              "then the exit code is 1.")  # fmt: skip
+              help="List what is worse than in FILE (written by --json): ratios by more than their spread, "
+              "counts by more than 0.1 %. If anything is, the exit code is 1.")  # fmt: skip
 @click.pass_obj
 def bench(
     run: Run,
@@ -71,13 +71,13 @@ def bench(
 
     from island_fast.bench import plot, table
     from island_fast.bench.cases.all_cases import ALL
-    from island_fast.bench.compare import check_alike, worse
+    from island_fast.bench.compare import check_same_scale, find_regressions
     from island_fast.bench.report import load
     from island_fast.bench.runner import Plan, chosen, measure
 
     baseline = load(baseline_file) if baseline_file else None
     if baseline:
-        check_alike(quick, baseline)
+        check_same_scale(quick, baseline)
     if plot_file:
         plot.check()
     for path in (json_file, plot_file):
@@ -91,7 +91,7 @@ def bench(
         json_file.write_text(report.as_json())
     if plot_file:
         plot.draw(report, plot_file)
-    found = list(worse(report, baseline)) if baseline else []
+    found = list(find_regressions(report, baseline)) if baseline else []
     found = [f"worse than {baseline_file}: {'; '.join(found)}"] if found else []
     found += [f"{one.name} failed: {one.reason}" for one in report.left_out if one.failed]
     if found:

@@ -16,6 +16,7 @@ from rich.console import Console
 from island_fast.bench import plot, table
 from island_fast.bench.case import MIB, Context, Scale, Size, Work
 from island_fast.bench.cases import full, increments
+from island_fast.bench.compare import COUNT_TOLERANCE
 from island_fast.bench.peers.versions import PEERS
 from island_fast.bench.report import Counter, LeftOut, Report
 from island_fast.bench.runner import Plan, measure
@@ -99,6 +100,12 @@ def test_mistakes_are_told_before_anything_is_measured(words: list[str], code: i
     assert (done.returncode, done.stdout) == (code, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_help_says_how_counts_are_compared() -> None:
+    done = bench("--help", COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"counts by more than {COUNT_TOLERANCE * 100:g} %" in " ".join(done.stdout.split())
 
 
 def test_a_run_is_kept_drawn_and_compared_with_an_earlier_one(tmp_path: Path) -> None:

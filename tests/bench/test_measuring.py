@@ -8,7 +8,7 @@ from itertools import count
 
 import pytest
 
-from island_fast.bench.compare import check_alike, worse
+from island_fast.bench.compare import COUNT_TOLERANCE, check_same_scale, find_regressions
 from island_fast.bench.report import Counter, LeftOut, Report, Row, load
 from island_fast.bench.timing import pairs, row, run, spread
 from island_fast.errors import DamagedError, IslandError, NotFoundError, UsageError
@@ -86,17 +86,24 @@ def test_a_report_is_the_same_after_json(tmp_path) -> None:
 
 def test_what_is_worse_by_more_than_the_spread_is_said() -> None:
     baseline = report(10, 10, 11, 12, 12)
-    assert list(worse(report(9, 9, 10, 11, 11.5), baseline)) == []
-    assert list(worse(report(30, 30, 31, 32, 32), baseline)) == []
-    assert list(worse(report(7, 8, 9), baseline)) == [], "three pairs are not enough for so little"
-    assert len(list(worse(report(4, 5, 6), baseline))) == 1
-    (sentence,) = worse(report(7, 7, 8, 9, 9), baseline)
+    assert list(find_regressions(report(9, 9, 10, 11, 11.5), baseline)) == []
+    assert list(find_regressions(report(30, 30, 31, 32, 32), baseline)) == []
+    assert list(find_regressions(report(7, 8, 9), baseline)) == [], "three pairs are not enough for so little"
+    assert len(list(find_regressions(report(4, 5, 6), baseline))) == 1
+    (sentence,) = find_regressions(report(7, 7, 8, 9, 9), baseline)
     assert sentence == "work, against peer: theirs / ours is 8.00 (7.00 to 9.00), and was 11.0 (10.0 to 12.0)"
-    (sentence,) = worse(report(10, 10, 11, 12, 12, counted=4), baseline)
+    (sentence,) = find_regressions(report(10, 10, 11, 12, 12, counted=4), baseline)
     assert sentence == "requests: 4 requests, and was 3 requests"
-    assert list(worse(report(10, 10, 11, 12, 12, counted=2), baseline)) == []
+    assert list(find_regressions(report(10, 10, 11, 12, 12, counted=2), baseline)) == []
+    for before, now, is_worse in ((1.000958, 1.000962, False), (1000, 1002, True), (0, 1, True)):
+        earlier = report(10, 10, 11, 12, 12, counted=before)
+        found = list(find_regressions(report(10, 10, 11, 12, 12, counted=now), earlier))
+        assert bool(found) is is_worse, f"counts are compared with a tolerance of {COUNT_TOLERANCE:.1%}"
     noisy = replace(baseline, counters=(replace(baseline.counters[0], noise=0.1),))
-    assert list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.2),)), noisy)) == []
-    assert len(list(worse(replace(noisy, counters=(replace(noisy.counters[0], value=3.4),)), noisy))) == 1
+    for now, is_worse in ((3.2, False), (3.4, True)):
+        found = list(
+            find_regressions(replace(noisy, counters=(replace(noisy.counters[0], value=now),)), noisy)
+        )
+        assert bool(found) is is_worse
     with pytest.raises(UsageError, match="measured without --quick"):
-        check_alike(True, baseline)
+        check_same_scale(True, baseline)
