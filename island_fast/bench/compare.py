@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from island_fast.bench.report import Counter, Report, Row, Spread
-from island_fast.bench.table import number
+from island_fast.bench.table import format_number
 from island_fast.errors import UsageError
 
 __all__ = ["COUNT_TOLERANCE", "check_same_scale", "find_regressions"]
@@ -35,18 +35,19 @@ def find_regressions(report: Report, baseline: Report) -> Iterator[str]:
     for row in report.rows:
         before = rows.get(row.name)
         if before and before.ratio_is == row.ratio_is and _is_row_worse(row, before):
-            was, now = before.ratio, row.ratio
-            yield (
-                f"{row.name}: {row.ratio_is} is {number(now.median)} "
-                f"({number(now.sure_low)} to {number(now.sure_high)}), and was {number(was.median)} "
-                f"({number(was.sure_low)} to {number(was.sure_high)})"
-            )
+            now, was = _format_ratio(row.ratio), _format_ratio(before.ratio)
+            yield f"{row.name}: {row.ratio_is} is {now}, and was {was}"
     counters = {counter.name: counter for counter in baseline.counters}
     for counter in report.counters:
         earlier = counters.get(counter.name)
         if earlier and earlier.unit == counter.unit and _is_counter_worse(counter, earlier):
             unit = f" {counter.unit}" if counter.unit else ""
             yield f"{counter.name}: {counter.value:,g}{unit}, and was {earlier.value:,g}{unit}"
+
+
+def _format_ratio(ratio: Spread) -> str:
+    low, high = format_number(ratio.sure_low), format_number(ratio.sure_high)
+    return f"{format_number(ratio.median)} ({low} to {high})"
 
 
 def _is_row_worse(row: Row, before: Row) -> bool:
