@@ -81,7 +81,7 @@ class _Bench:
         return _Run(cost, answer["bytes_stored"])
 
     def measure_pairs(self, peer: Archiver) -> list[tuple[_Run, _Run]]:
-        """Measure increments of both on the same states, after a first, full backup by the peer."""
+        """Measure increments of both on the same states, after the peer has stored a first, full copy."""
         self.context.show_progress(f"{self.name}, against {peer.name}")
         peer.back_up(self.volume.raw)
 
@@ -150,7 +150,7 @@ class _Bench:
         target.unlink()
 
     def check_peer(self, peer: Archiver) -> None:
-        """Restore the last backup of a peer, and raise DamagedError if it differs from the volume."""
+        """Restore what a peer stored last, and raise DamagedError if it differs from the volume."""
         target = self.context.scratch / "back.raw"
         peer.restore(self.volume.raw, target)
         if not is_same_disk(target, self.volume.raw, ("raw", "raw")):

@@ -31,7 +31,7 @@ def runs() -> Runs:
     return Runs.narrow(np.arange(RUNS) * 2, np.ones(RUNS, np.int64), keys, rank // 30 % 256)
 
 
-def measure_bytes_per_run(work: Callable[[], object]) -> float:
+def bytes_per_run(work: Callable[[], object]) -> float:
     """Call `work` and return its peak memory per run, including what it returns."""
     tracemalloc.start()
     try:
@@ -44,15 +44,15 @@ def measure_bytes_per_run(work: Callable[[], object]) -> float:
 
 def test_a_manifest_is_made_and_read_in_few_bytes_a_run(runs: Runs) -> None:
     edited = np.arange(0, 2 * RUNS, 200)[:, None] + [0, 1]
-    assert measure_bytes_per_run(lambda: merge(runs, edited, runs.within(edited))) < 64
-    assert measure_bytes_per_run(lambda: tabulate(runs, "vol", NUMBERS)) < 32
+    assert bytes_per_run(lambda: merge(runs, edited, runs.within(edited))) < 64
+    assert bytes_per_run(lambda: tabulate(runs, "vol", NUMBERS)) < 32
     table, stored = tabulate(runs, "vol", NUMBERS)
     size = 2 * RUNS * 65536
     manifest = Manifest("vol", 32 * "f", 0, None, size, 1, "", "full-scan", "", 7, PIN, table, stored)
     data, _ = encode(NAME, manifest)
-    assert measure_bytes_per_run(lambda: encode(NAME, manifest)) < 56
-    assert measure_bytes_per_run(lambda: decode(NAME, data)) < 60
-    assert measure_bytes_per_run(lambda: max(len(rows) for _, rows in by_pack(runs))) < 24
+    assert bytes_per_run(lambda: encode(NAME, manifest)) < 56
+    assert bytes_per_run(lambda: decode(NAME, data)) < 60
+    assert bytes_per_run(lambda: max(len(rows) for _, rows in by_pack(runs))) < 24
 
 
 def test_what_is_sent_is_kept_by_runs_and_not_by_blocks() -> None:
