@@ -37,10 +37,10 @@ def test_bytes_read_hashed_and_sent_are_those_that_changed(
     monkeypatch.setattr(_diff, "hash_blocks", hash_blocks)
     store.calls.clear()
     store.sent = 0
-    told = volume.snapshot(repository)
-    assert told.bytes_read == hashed == changed * BLOCK
+    taken = volume.snapshot(repository)
+    assert taken.bytes_read == hashed == changed * BLOCK
     assert changed * BLOCK < store.sent < changed * BLOCK + 8192
-    assert store.calls["put"] == told.objects_written == 3
+    assert store.calls["put"] == taken.objects_written == 3
     assert store.calls["get"] == 1, "the record, read back"
     assert store.calls["head"] <= 7, "the end of the catalog, requested three times, and that of its epoch"
     assert not store.calls["list"] + store.calls["get_ranges"] + store.calls["delete"]

@@ -60,9 +60,9 @@ def test_a_map_reads_each_table_once_and_is_that_of_qemu(
     for part in parts:
         data = part.kind == DATA
         ours += np.stack([part.start[data], (part.start + part.length)[data]], axis=1).tolist()
-    told = json.loads(qemu.run("qemu-img", "map", "-f", "qcow2", "--output=json", image.path))
+    mapped = json.loads(qemu.run("qemu-img", "map", "-f", "qcow2", "--output=json", image.path))
     theirs: list[list[int]] = []
-    for row in (row for row in told if row["data"]):
+    for row in (row for row in mapped if row["data"]):
         if theirs and theirs[-1][1] == row["start"]:  # qemu splits what is not together in the file
             theirs[-1][1] += row["length"]
         else:
