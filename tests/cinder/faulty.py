@@ -101,7 +101,9 @@ class FaultyHost:
         """Return when Swift was asked so since faults were set last."""
 
         def asked() -> bool:
-            return any(one["method"] == method and re.search(path, one["path"]) for one in self.swift.seen())
+            return any(
+                one["method"] == method and re.search(path, one["path"]) for one in self.swift.list_requests()
+            )
 
         wait_for(f"{method} {path}", asked, self.service.complaints)
 

@@ -95,7 +95,7 @@ def untouched(services: Services, regions: Regions) -> Any:
     swift = services.swift("one")
     swift.calm()
     yield
-    assert [asked for asked in swift.seen() if asked["method"] not in ("GET", "HEAD")] == []
+    assert [asked for asked in swift.list_requests() if asked["method"] not in ("GET", "HEAD")] == []
     assert swift.count("GET", regions.lineage) > 0
 
 

@@ -125,7 +125,7 @@ def test_a_target_that_differs_at_random(
 ) -> None:  # fmt: skip
     chance = random.Random(seed)
     volume = tmp_path / "vol.qcow2"
-    qemu.lived_in(volume, seed, size, snapshots=1)
+    qemu.create_with_history(volume, seed, size, snapshots=1)
     taken = repository.snapshot(volume)
     truth = qemu.content(volume)
     there = spoil(truth, chance, size + more)

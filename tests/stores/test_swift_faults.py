@@ -83,12 +83,14 @@ def test_only_201_is_success(
     """What is found after a failure may be on one disk only."""
     swift.inject(fault)
     store.put("object", CONTENT)
-    seen = [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen() if r["path"].endswith("object")]
+    seen = [
+        (r["method"], r.get("IF_NONE_MATCH")) for r in swift.list_requests() if r["path"].endswith("object")
+    ]
     assert seen == asked
     assert store.get("object") == WHOLE
     swift.calm()
     store.put("other", CONTENT)
-    assert [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen()] == [("PUT", "*")]
+    assert [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.list_requests()] == [("PUT", "*")]
     with pytest.raises(ConflictError, match="other bytes"):
         store.put("object", [b"else"])
     assert store.get("object") == WHOLE
@@ -236,14 +238,14 @@ def test_a_spoilt_listing_is_asked_for_again(swift: SwiftServer, store: SwiftSto
 def test_absence_is_confirmed_by_every_replica(swift: SwiftServer, store: SwiftStore):
     with pytest.raises(ObjectMissingError):
         store.get("object")
-    assert [r.get("X_NEWEST") for r in swift.seen()] == [None, "true", "true"]
+    assert [r.get("X_NEWEST") for r in swift.list_requests()] == [None, "true", "true"]
     swift.calm()
     assert store.head("object") is None
-    assert [(r["method"], r.get("X_NEWEST")) for r in swift.seen()] == [("HEAD", "true")]
+    assert [(r["method"], r.get("X_NEWEST")) for r in swift.list_requests()] == [("HEAD", "true")]
     swift.calm()
     with pytest.raises(ObjectMissingError):
         store.get("object", newest=True)
-    assert [r.get("X_NEWEST") for r in swift.seen()] == ["true"] * 3
+    assert [r.get("X_NEWEST") for r in swift.list_requests()] == ["true"] * 3
 
 
 def test_a_passing_404_is_not_believed(swift: SwiftServer, store: SwiftStore):
@@ -263,10 +265,10 @@ def test_49_ranges_are_one_request(swift: SwiftServer, store: SwiftStore):
         assert swift.count("GET") == requests
     swift.calm()
     store.get_ranges("object", [(i * 10, 10) for i in range(300)])
-    assert [r["RANGE"] for r in swift.seen()] == ["bytes=0-2999"]
+    assert [r["RANGE"] for r in swift.list_requests()] == ["bytes=0-2999"]
     swift.calm()
     store.get_ranges("object", [(7, 0)])
-    assert swift.seen() == []
+    assert swift.list_requests() == []
 
 
 def test_a_server_that_ignores_ranges_is_understood(swift: SwiftServer, store: SwiftStore):
@@ -279,7 +281,7 @@ def test_a_server_that_ignores_ranges_is_understood(swift: SwiftServer, store: S
 
 def test_a_put_refuses_to_overwrite_from_its_first_try_on(swift: SwiftServer, store: SwiftStore):
     store.put("object", CONTENT)
-    (asked,) = swift.seen()
+    (asked,) = swift.list_requests()
     assert (asked["IF_NONE_MATCH"], asked["method"]) == ("*", "PUT")
     assert "TRANSFER_ENCODING" not in asked
 
@@ -288,7 +290,7 @@ def test_one_connection_serves_one_thread_after_another(swift: SwiftServer, stor
     for i in range(5):
         store.put(f"object-{i}", [b"x"])
         store.head(f"object-{i}")
-    assert len({r["port"] for r in swift.seen()}) == 1
+    assert len({r["port"] for r in swift.list_requests()}) == 1
 
 
 # -- doors that stay shut
