@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import tests.cinder.guest as guest
-import tests.qemu as qemu
+import tests.support.qemu as qemu
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, SnapshotLine, noise
 from tests.cinder.programs import wait_for

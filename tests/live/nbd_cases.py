@@ -57,7 +57,7 @@ def a_volume_that_is_written_to_is_frozen_and_grows(host: Host) -> None:
     with Writer(link) as writer:
         assert eventually(lambda: writer.done > 20)
         flushed = writer.done
-        host.exports.freeze(volume, "one")
+        host.exports.take_internal_snapshot(volume, "one")
         host.exports.grow(volume, 2 * SIZE)
         grown = writer.done
         assert eventually(lambda: writer.done > grown + 20)
@@ -85,7 +85,7 @@ def growth_that_was_cut_off_is_finished(host: Host) -> None:
         assert device.read_direct(2 * SIZE - 4096, 4096) == bytes(4096)
         with (
             mock.patch.object(NbdDevices, "resume", side_effect=CutOffError),
-            mock.patch.object(Daemon, "_add", return_value=None),
+            mock.patch.object(Daemon, "_add_export", return_value=None),
             pytest.raises(CutOffError),
         ):
             host.exports.grow(volume, 3 * SIZE)
@@ -93,7 +93,7 @@ def growth_that_was_cut_off_is_finished(host: Host) -> None:
         assert link.readlink() == before
         assert device.read_direct(0, 4096) == b"x" * 4096
         assert device.read_direct(3 * SIZE - 4096, 4096) == bytes(4096)
-    assert not Daemon(host.run / volume, run_to_the_end).growing.exists()
+    assert not Daemon(host.run / volume, run_to_the_end).growing_mark.exists()
     host.exports.stop(volume)
     check(image)
 

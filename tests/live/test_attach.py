@@ -389,7 +389,7 @@ def test_stale_links_go_and_good_ones_stay(host: Host) -> None:
     good = link.readlink()
     (host.links / gone).symlink_to(good)  # as after a reboot: its number is another's now
     (host.links / "a-note").symlink_to("/etc/hostname")
-    host.exports.forget_stale_links()
+    host.exports.remove_stale_links()
     assert not (host.links / gone).is_symlink()
     assert link.readlink() == good
     (host.links / "a-note").unlink()
@@ -408,7 +408,7 @@ def test_a_device_of_the_wrong_size_is_refused(root_host: Host, monkeypatch: pyt
         root_host.exports.attach(volume, image)
     assert root_host.devices() == []
     monkeypatch.setattr(LoopDevices, "_check_file", lambda *_, **__: None)  # and by the device's own size
-    with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}; it is of no use"):
+    with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}; it is not used"):
         root_host.exports.attach(volume, image)
     assert root_host.devices() == []
     assert root_host.exports.state(volume) is State.SERVED
@@ -421,8 +421,8 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
     daemon = Daemon(root_host.run / volume, run_to_the_end)
     daemon.export()
     os.kill(daemon_of(root_host, volume), signal.SIGKILL)
-    assert eventually(lambda: not daemon.runs())
-    with pytest.raises(IslandError, match="does not answer: Transport endpoint is not connected"):
+    assert eventually(lambda: not daemon.is_running())
+    with pytest.raises(IslandError, match="does not respond: Transport endpoint is not connected"):
         LoopDevices(run_to_the_end).attach(daemon.disk, SIZE)
     assert root_host.devices() == []
     assert not link.is_symlink()
@@ -431,13 +431,13 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
 def test_names_and_folders_are_checked(root_host: Host) -> None:
     exports = root_host.exports
     for name in ("", "..", "volume-1", "0" * 36, str(uuid.uuid4()).upper()):
-        with pytest.raises(UsageError, match="no volume id"):
+        with pytest.raises(UsageError, match="is not a volume id"):
             exports.attach(name, root_host.images / "none")
     with pytest.raises(NotFoundError, match="no image"):
         exports.attach(str(uuid.uuid4()), root_host.images / "none")
     with pytest.raises(UsageError, match="letters, digits"):
         Exports(root_host.run / "a b", root_host.links, run_to_the_end, "loop")
-    with pytest.raises(UsageError, match="no kind"):
+    with pytest.raises(UsageError, match="is not a kind"):
         Exports(root_host.run, root_host.links, run_to_the_end, "floppy")
     with pytest.raises(UsageError, match="too long for a socket"):
         Exports(Path("/tmp/" + "x" * 70), root_host.links, run_to_the_end, "loop").state(str(uuid.uuid4()))

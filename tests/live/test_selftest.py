@@ -53,10 +53,10 @@ def test_direct_io_over_fuse_is_found_out(root_host: Host, monkeypatch: pytest.M
         words = ["--direct-io=on" if word == "--direct-io=off" else word for word in command]
         return run_to_the_end(words, **how)
 
-    with pytest.raises(IslandError, match="came with direct I/O"):
+    with pytest.raises(IslandError, match="has direct I/O"):
         run_check(root_host, direct)
-    monkeypatch.setattr(LoopDevices, "_check", lambda *_: None)
-    with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
+    monkeypatch.setattr(LoopDevices, "_check_device", lambda *_: None)
+    with pytest.raises(DamagedError, match=r"corrupts data: .* do not use it"):
         run_check(root_host, direct)
 
 
@@ -73,7 +73,7 @@ def test_holes_that_are_none_are_found_out(
     if version() >= (8, 0):
         pytest.skip("from QEMU 8.0 on a hole punched through a FUSE export is written as zeros")
     monkeypatch.setattr(daemon, "front_node", lambda: {"node-name": "front", **front})
-    with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
+    with pytest.raises(DamagedError, match=r"corrupts data: .* do not use it"):
         run_check(root_host)
 
 
@@ -157,7 +157,7 @@ def test_the_best_kind_is_chosen_or_all_reasons_given(
     assert choose_kind(*places, run_to_the_end) == "loop"
     root_host.run.chmod(0o755)
     with pytest.raises(
-        IslandError, match=r"no block device .*\(nbd: the module .*; loop: the folder .* open to"
+        IslandError, match=r"no kind of block device .*\(nbd: the module .*; loop: other users have access to"
     ):
         choose_kind(*places, run_to_the_end)
     root_host.run.chmod(0o700)

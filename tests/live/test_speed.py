@@ -63,8 +63,8 @@ def test_a_device_that_is_slow_is_warned_of(
 
     def write_throttled(self: Daemon, *how: object) -> None:
         write(self, *how)  # type: ignore[arg-type]
-        text = self._script.read_text()
-        self._script.write_text(text.replace("--blockdev", f"--object {SLOW} --blockdev", 1))
+        text = self._script_file.read_text()
+        self._script_file.write_text(text.replace("--blockdev", f"--object {SLOW} --blockdev", 1))
 
     monkeypatch.setattr(Daemon, "_write_script", write_throttled)
     monkeypatch.setattr(selftest, "check_data_path", lambda *_: None)  # hundreds of requests

@@ -120,10 +120,10 @@ class _Volume:
 
     def snapshot(self) -> None:
         """Take an internal snapshot, and drop those before, as every day."""
-        old = self.exports.internals(self.name)
-        self.exports.freeze(self.name, uuid.uuid4().hex)
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
         for name in old:
-            self.exports.thaw(self.name, name)
+            self.exports.drop_internal_snapshot(self.name, name)
 
 
 @contextlib.contextmanager
@@ -131,7 +131,7 @@ def _attached(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
     """A volume behind the device of a kind."""
     exports = Exports(place.run, place.links, run_to_the_end, kind)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "attached", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_to_the_end).create_blank(volume.image, size)
     try:
         exports.attach(volume.name, volume.image)
         volume.renew()
@@ -146,7 +146,7 @@ def _served(place: _Place, size: int) -> Iterator[_Volume]:
     """An equal one, that a daemon serves at a socket and no device stands in front of."""
     exports = Exports(place.run, place.links, run_to_the_end, "nbd")
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "served", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_to_the_end).create_blank(volume.image, size)
     try:
         exports.serve(volume.name, volume.image)
         daemon = Daemon(place.run / volume.name, run_to_the_end)
