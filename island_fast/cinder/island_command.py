@@ -85,7 +85,7 @@ class IslandCommand:
         except NotFoundError:
             return []
 
-    def find_label(self, lineage: str, label: str) -> list[SnapshotRef]:
+    def find_by_label(self, lineage: str, label: str) -> list[SnapshotRef]:
         """Return the snapshots of a lineage that have this label."""
         rows = [row for row in self.list_snapshots(lineage) if row["label"] == label]
         return [SnapshotRef(row["lineage"], row["snapshot"], self.name) for row in rows]

@@ -271,7 +271,7 @@ class Volumes:
         with self._lock(f"snapshots-{volume}"), self._hold_daemon(volume) as image:
             record = self.records.read(volume)
             lineage = record.lineage or volume
-            for taken in self.own_repository.find_label(lineage, label) if record.label == label else []:
+            for taken in self.own_repository.find_by_label(lineage, label) if record.label == label else []:
                 self.records.change(volume, lineage=lineage)
                 return taken
             self.records.change(volume, label=label)
@@ -318,7 +318,7 @@ class Volumes:
                 return
             if is_snapshot_running(self.records.image_path(volume)):
                 raise RefusedError(f"a snapshot of volume {volume} is still being taken; try again later")
-            for snapshot in self.own_repository.find_label(record.lineage or volume, label):
+            for snapshot in self.own_repository.find_by_label(record.lineage or volume, label):
                 self.own_repository.delete(snapshot)
             self._unpin(volume, orphans=True)
 
@@ -362,7 +362,7 @@ class Volumes:
     def drop_pins(self, volume: str, *, abort_snapshot: bool) -> int:
         """Drop a volume's pins to free space, and return their number.
 
-        While a snapshot is running, none are dropped. With `abort_snapshot` it is then told to end, and a
+        While a snapshot is running, none are dropped. With `abort_snapshot` it is then asked to end, and a
         later call can drop the pins.
         """
         try:

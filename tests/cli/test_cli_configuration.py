@@ -167,4 +167,4 @@ def test_a_file_that_anybody_may_write_to_decides_nothing(nowhere: Island) -> No
 def test_the_drivers_commands_read_none(island: Island, small: Path) -> None:
     configure(island, "nonsense")
     commands = IslandCommand(str(island.repository), {"ISLAND_STATE": str(island.state)})
-    assert commands.listed() == []
+    assert commands.list_snapshots() == []

@@ -138,6 +138,11 @@ def test_root_s_program_takes_nothing_else(words: list[str], capsys: pytest.Capt
     assert capsys.readouterr().err.startswith("usage: island-nbd")
 
 
+def test_root_s_program_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert nbd_root.main(["--help"]) == 0
+    assert "The Cinder driver runs this command as root" in capsys.readouterr().out
+
+
 def test_root_s_program_connects_to_the_folder_s_owner_alone(
     served: Daemon, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -37,7 +37,7 @@ class State(enum.Enum):
     """How far a volume is attached on this host."""
 
     NONE = "none"
-    SERVED = "served"  # the daemon has the image open; no device leads to the volume
+    SERVED = "served"  # the daemon has the image open; the device or the link is missing
     ATTACHED = "attached"  # daemon, device and link exist
     DEAD = "dead"  # a device, a link or a mount exists, but its daemon is gone
 

@@ -121,7 +121,7 @@ class LoopDevices:
         while (seen := _file_size(file)) != size:
             if time.monotonic() >= deadline:
                 raise IslandError(
-                    f"the export {str(file)!r} has {seen} bytes and the volume {size}; no device was made"
+                    f"the export {str(file)!r} has {seen} bytes and the volume {size}; the device is not used"
                 )
             time.sleep(_STEP)
 

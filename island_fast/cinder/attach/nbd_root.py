@@ -8,8 +8,8 @@
 
 BACKING is a path FOLDER/VOLUME/nbd/TOKEN. Its parent is the socket of the daemon. The whole path is the name
 that the kernel keeps with the device and shows in sysfs, so no command takes a device's number, which can be
-another device's by now. nbd-client does not do: it sets no such name, it cannot take a free device without a
-race, and it can neither find out whether a device is open nor enlarge it.
+another device's by now. nbd-client cannot replace this command: it sets no such name, it cannot take a free
+device without a race, and it can neither find out whether a device is open nor enlarge it.
 
 SIZE is in bytes. Errors go to standard error. Exit status 1: it failed; 2: wrong usage.
 """

@@ -92,7 +92,7 @@ def measure(device: Path, image: Path, execute: Execute) -> Iterator[Speed]:
     This takes about 2 s. No other process has the image open, and this user must be able to open both. Raises
     IslandError if `qemu-img bench` fails.
     """
-    sides = _device_arguments(device), _image_arguments(image)
+    sides = ["-t", "none", "-f", "raw", str(device)], _image_arguments(image)
     for shape in SHAPES:
         yield Speed(shape, tuple(_measure_in_turn(sides, shape, execute)))
 
@@ -109,13 +109,8 @@ def describe_slowness(speeds: Sequence[Speed], kind: str) -> str:
     )
 
 
-def _device_arguments(device: Path) -> list[str]:
-    """Return the arguments with which `qemu-img bench` opens a block device."""
-    return ["-t", "none", "-f", "raw", str(device)]
-
-
 def _image_arguments(image: Path) -> list[str]:
-    """Return the arguments with which it opens an image, with the options that a volume's daemon uses."""
+    """Return arguments with which `qemu-img bench` opens an image the way that a volume's daemon does."""
     with Image.open(image) as opened:
         size, cluster = opened.header.size, opened.header.cluster_size
     direct = takes_direct(image)
