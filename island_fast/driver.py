@@ -127,12 +127,12 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         status = 0
         environment = {**os.environ, "LC_ALL": "C", **(env or {})}
         try:
-            output, complaints = self._execute(*command, run_as_root=root, env_variables=environment)
+            stdout, stderr = self._execute(*command, run_as_root=root, env_variables=environment)
         except processutils.ProcessExecutionError as error:
             if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
                 raise OSError(said_by(error.stderr or str(error))) from error
-            status, output, complaints = error.exit_code, error.stdout, error.stderr
-        return Finished(list(command), status, output or "", complaints or "")
+            status, stdout, stderr = error.exit_code, error.stdout, error.stderr
+        return Finished(list(command), status, stdout or "", stderr or "")
 
     # What Cinder's database keeps of a volume.
 
