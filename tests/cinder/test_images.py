@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import tests.cinder.guest as guest
-import tests.support.qemu as qemu
 from island_fast.qcow2.image import Image
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, noise
 from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
+from tests.support import qemu
 
 _DATA = noise("image", 2 << 20)
 

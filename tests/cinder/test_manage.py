@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 import tests.cinder.guest as guest
-import tests.support.qemu as qemu
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, SnapshotLine, noise
 from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
+from tests.support import qemu
 
 _DATA = noise("managed", 2 << 20)
 
