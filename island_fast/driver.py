@@ -38,7 +38,7 @@ from island_fast.cinder.records import Origin, Record, Records
 from island_fast.cinder.upkeep import Tending
 from island_fast.cinder.volumes import Volumes
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.qemu.programs import Finished, said_by
+from island_fast.qemu.programs import ProgramResult, error_text
 
 __all__ = ["IslandDriver"]
 
@@ -119,7 +119,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def _programs(
         self, command: Sequence[str], /, *, root: bool = False, env: Mapping[str, str] | None = None
-    ) -> Finished:
+    ) -> ProgramResult:
         """Run a program as Cinder runs them, through rootwrap where it needs root's rights."""
         status = 0
         environment = {**os.environ, "LC_ALL": "C", **(env or {})}
@@ -127,9 +127,9 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             output, complaints = self._execute(*command, run_as_root=root, env_variables=environment)
         except processutils.ProcessExecutionError as error:
             if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
-                raise OSError(said_by(error.stderr or str(error))) from error
+                raise OSError(error_text(error.stderr or str(error))) from error
             status, output, complaints = error.exit_code, error.stdout, error.stderr
-        return Finished(list(command), status, output or "", complaints or "")
+        return ProgramResult(list(command), status, output or "", complaints or "")
 
     # What is known of a volume.
 

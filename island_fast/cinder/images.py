@@ -11,7 +11,7 @@ from island_fast.errors import IslandError, RefusedError
 from island_fast.files import sync_folder
 from island_fast.images.pins import pinned_snapshot
 from island_fast.qcow2.image import Image
-from island_fast.qemu.programs import Execute
+from island_fast.qemu.programs import RunProgram
 from island_fast.qemu.sizing import cluster_size
 
 __all__ = ["Images", "holds_pins", "volume_size"]
@@ -34,7 +34,7 @@ def holds_pins(image: Path) -> bool:
 class Images:
     """Makes, copies and resizes images by qemu-img. Formats are stated, and backing files never opened."""
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
 
     def blank(self, target: Path, size: int) -> None:

@@ -25,7 +25,7 @@ from island_fast.cinder.records import Origin, Record, Records
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.files import sync_folder
 from island_fast.qemu.image_lock import ImageLock
-from island_fast.qemu.programs import Execute
+from island_fast.qemu.programs import RunProgram
 
 __all__ = ["Volumes"]
 
@@ -47,7 +47,7 @@ class Volumes:
         self,
         records: Records,
         exports: Exports,
-        execute: Execute,
+        execute: RunProgram,
         repositories: Mapping[str, Commands],
         lock: Lock,
         *,

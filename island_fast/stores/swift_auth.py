@@ -70,12 +70,12 @@ class SwiftAuth:
 
     @property
     def verify(self) -> bool | str:
-        """Whether to verify the server's certificate, or the file of authorities to verify it with."""
+        """Return whether to verify the server's certificate, or the file of authorities to verify it with."""
         return True if self._session.verify is None else self._session.verify
 
     @property
     def cert(self) -> tuple[str | None, str | None]:
-        """The client's certificate and key files."""
+        """Return the names of the client's certificate and key files."""
         cert = self._session.cert
         return (cert, None) if isinstance(cert, str) else cert or (None, None)
 

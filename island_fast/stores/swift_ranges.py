@@ -44,7 +44,7 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """The offset after the last byte."""
+        """Return the offset after the last byte."""
         return self.start + self.data.nbytes
 
 

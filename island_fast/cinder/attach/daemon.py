@@ -38,9 +38,9 @@ from island_fast.qemu.block_nodes import (
     file_node,
     front_node,
     qcow2_node,
-    takes_direct,
+    supports_direct_io,
 )
-from island_fast.qemu.programs import TIMEOUT, Execute, said_by, succeed
+from island_fast.qemu.programs import TIMEOUT, RunProgram, check_run, error_text
 from island_fast.qemu.qmp import Qmp
 
 __all__ = ["Daemon"]
@@ -69,7 +69,7 @@ class Daemon:
     callers of one folder apart.
     """
 
-    def __init__(self, folder: Path, execute: Execute) -> None:
+    def __init__(self, folder: Path, execute: RunProgram) -> None:
         self.folder = folder
         self.volume = folder.name
         self.control = folder / "control"
@@ -191,7 +191,7 @@ class Daemon:
         if pid is None:
             return
         with Qmp(self.control) as qmp:
-            pid = qmp.peer()
+            pid = qmp.peer_pid()
             qmp.command("quit")
         deadline = time.monotonic() + TIMEOUT
         while is_alive(pid):
@@ -264,7 +264,7 @@ class Daemon:
 
     def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
         """The whole start as one file, so that the command which root runs for us is always the same."""
-        direct = takes_direct(image)
+        direct = supports_direct_io(image)
         nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
         if kind != "nbd":
             nodes.append(front_node())
@@ -288,11 +288,11 @@ class Daemon:
         task = f"start the daemon of volume {self.volume}"
         run = ["/bin/sh", str(self._script)]
         if not SYSTEMD.is_dir():
-            succeed(self._execute, ["setsid", "--fork", *run], task)
+            check_run(self._execute, ["setsid", "--fork", *run], task)
             return
         user, group = _user()
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
-        succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
+        check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
     def _wait_until_it_serves(self, image: Path) -> None:
         """It listens only when it has the image open, and that has no bound but the process's life."""
@@ -340,7 +340,7 @@ class Daemon:
     def _said(self) -> str:
         """The end of the daemon's log."""
         try:
-            return said_by(self._log.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
+            return error_text(self._log.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
         except OSError:
             return "it has no log"
 

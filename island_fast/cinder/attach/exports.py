@@ -22,7 +22,7 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.qemu.programs import TIMEOUT, Execute
+from island_fast.qemu.programs import TIMEOUT, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
@@ -52,7 +52,7 @@ class Exports:
     Every call may be repeated, after it was cut off in the middle too.
     """
 
-    def __init__(self, run: Path, links: Path, execute: Execute, kind: str) -> None:
+    def __init__(self, run: Path, links: Path, execute: RunProgram, kind: str) -> None:
         if kind not in KINDS:
             raise UsageError(f"{kind!r} is no kind of block device; there is {', '.join(KINDS)}")
         self._run, self._links = _plain(run), _plain(links)

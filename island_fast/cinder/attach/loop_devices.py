@@ -14,8 +14,8 @@ from pathlib import Path
 
 from island_fast.cinder.attach.mounts import mounted_devices
 from island_fast.errors import ImageInUseError, IslandError
-from island_fast.qemu.open_files import _SYSFS, read_value
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.open_files import SYSFS_BLOCK, read_sysfs
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["LoopDevices", "check_node", "in_use", "is_mounted"]
 
@@ -32,22 +32,22 @@ class LoopDevices:
     `selftest.py` finds it.
     """
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
 
     def over(self, file: Path) -> list[Path]:
         """Return the devices that stand on `file` to stay; one that goes when its last user does is none."""
         return [
             Path("/dev", entry.name)
-            for entry in sorted(_SYSFS.glob("loop*"))
-            if read_value(entry / "loop/backing_file") == str(file)
-            and read_value(entry / "loop/autoclear") == "0"
+            for entry in sorted(SYSFS_BLOCK.glob("loop*"))
+            if read_sysfs(entry / "loop/backing_file") == str(file)
+            and read_sysfs(entry / "loop/autoclear") == "0"
         ]
 
     def stands_on(self, device: Path, file: Path) -> bool:
         """Tell whether a device, by its name alone, stands on `file` now."""
         name = _NAME.fullmatch(str(device))
-        return name is not None and read_value(_SYSFS / name[1] / "loop/backing_file") == str(file)
+        return name is not None and read_sysfs(SYSFS_BLOCK / name[1] / "loop/backing_file") == str(file)
 
     def attach(self, file: Path, size: int) -> Path:
         """Put a new device on `file`, which must be alive and have `size` bytes; checked before and after.
@@ -89,18 +89,20 @@ class LoopDevices:
         """Make the device as big as its file, which has grown to `size` bytes; IslandError if it does not."""
         self._check_file(file, size, patience=30.0)
         command = ["losetup", "--set-capacity", str(device)]
-        succeed(self._execute, command, f"let {device} grow", root=True)
+        check_run(self._execute, command, f"let {device} grow", root=True)
         self._check(device, file, size)
 
     def _set_up(self, file: Path) -> Path:
         command = ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", str(file)]
-        output = succeed(self._execute, command, f"make a loop device over {str(file)!r}", root=True).strip()
+        output = check_run(
+            self._execute, command, f"make a loop device over {str(file)!r}", root=True
+        ).strip()
         if not _NAME.fullmatch(output):
             raise IslandError(f"losetup made a loop device over {str(file)!r}, but names {output[:80]!r}")
         return Path(output)
 
     def _detach(self, device: Path) -> None:
-        succeed(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
+        check_run(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
 
     def _is_gone(self, device: Path, file: Path) -> bool:
         deadline = time.monotonic() + _LETTING_GO
@@ -123,13 +125,13 @@ class LoopDevices:
 
     def _check(self, device: Path, file: Path, size: int) -> None:
         """See that the device is ours and as big as the volume, and that its node is the device's."""
-        entry = _SYSFS / device.name
-        number = int(read_value(entry / "size") or 0) * _SECTOR
+        entry = SYSFS_BLOCK / device.name
+        number = int(read_sysfs(entry / "size") or 0) * _SECTOR
         if not self.stands_on(device, file):
             raise IslandError(f"{device} was put on {str(file)!r}, but stands on another file now")
         if number != size:
             raise IslandError(f"{device} has {number} bytes and the volume {size}; it is of no use")
-        if read_value(entry / "loop/dio") != "0" or read_value(entry / "ro") != "0":
+        if read_sysfs(entry / "loop/dio") != "0" or read_sysfs(entry / "ro") != "0":
             raise IslandError(f"{device} came with direct I/O or read-only; it is of no use")
         check_node(device)
 
@@ -143,15 +145,15 @@ def _file_size(file: Path) -> int:
 
 def is_mounted(device: Path) -> bool:
     """Tell whether the device, or another on top of it, is mounted as this process sees it."""
-    entry = _SYSFS / device.name
-    return read_value(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
+    entry = SYSFS_BLOCK / device.name
+    return read_sysfs(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
 
 
 def check_node(device: Path) -> None:
     """See that a device's node is the device of that name."""
     status = os.stat(device)
     found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    if not stat.S_ISBLK(status.st_mode) or found != read_value(_SYSFS / device.name / "dev"):
+    if not stat.S_ISBLK(status.st_mode) or found != read_sysfs(SYSFS_BLOCK / device.name / "dev"):
         raise IslandError(f"the node {device} is not the device of that name; let udev or devtmpfs make it")
 
 

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from typing import Self
 
-from island_fast.qemu.nbd_handshake import _LONGEST, Client
+from island_fast.qemu.nbd_handshake import Client
 
 __all__ = ["Link"]
 
@@ -30,6 +30,7 @@ _SOCKET_ITEM, _SOCKET_FD = 1, 1
 _NESTED = 0x8000
 _DISCONNECT_ON_CLOSE = 2
 _SECTOR = 512  # bytes
+_MAX_PACKET = 64 << 10  # bytes; what the kernel answers here is far shorter
 _HEADER, _GENERIC, _ATTRIBUTE = struct.Struct("=IHHII"), struct.Struct("=BBH"), struct.Struct("=HH")
 
 
@@ -113,7 +114,7 @@ class Link:
         self._socket.sendall(header + body)
         answer: Mapping[int, bytes] = {}
         while True:
-            packet = self._socket.recv(_LONGEST)
+            packet = self._socket.recv(_MAX_PACKET)
             while packet:
                 length, kind, _, _, _ = _HEADER.unpack_from(packet)
                 message, packet = packet[_HEADER.size : length], packet[-(-length // 4) * 4 :]

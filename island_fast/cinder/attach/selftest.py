@@ -27,7 +27,7 @@ from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.image import Image
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["check_data_path", "choose_kind", "measure_speed"]
 
@@ -45,7 +45,7 @@ _FUSE_CONF = Path("/etc/fuse.conf")
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # root's programs are run with root's path
 
 
-def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
+def choose_kind(run: Path, links: Path, images: Path, execute: RunProgram) -> str:
     """Return the best kind of block device that works here; IslandError with the reasons if none does.
 
     If it is much slower than its disk, the log has a warning that says so.
@@ -63,7 +63,7 @@ def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
     raise IslandError(f"no block device can be put in front of a volume here ({'; '.join(reasons)})")
 
 
-def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> None:
+def check_data_path(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> None:
     """Attach a volume of 32 MiB, whose image is made in `images`, write to it and compare.
 
     IslandError that names what is missing on this host; DamagedError if anything reads back otherwise than it
@@ -79,10 +79,10 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
             exports.stop(VOLUME)
         _compare(_content(image), model, "in the image", kind)
         check = ["qemu-img", "check", "-q", "-f", "qcow2", str(image)]
-        succeed(execute, check, "find the image of the self-test whole")
+        check_run(execute, check, "find the image of the self-test whole")
 
 
-def measure_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> list[Speed]:
+def measure_speed(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> list[Speed]:
     """Measure the device of an attached volume against an image beside its own, in about two seconds.
 
     A slow disk makes it longer: 32 MiB and some hundred requests it must do. IslandError if the volume
@@ -101,7 +101,7 @@ def measure_speed(run: Path, links: Path, images: Path, execute: Execute, kind: 
             exports.stop(VOLUME)
 
 
-def _tell_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> None:
+def _tell_speed(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> None:
     """Log how fast devices are. Nothing depends on it, so a measurement that fails is only told, too."""
     try:
         speeds = measure_speed(run, links, images, execute, kind)
@@ -115,13 +115,13 @@ def _tell_speed(run: Path, links: Path, images: Path, execute: Execute, kind: st
 
 
 @contextmanager
-def _image(images: Path, suffix: str, size: int, execute: Execute) -> Iterator[Path]:
+def _image(images: Path, suffix: str, size: int, execute: RunProgram) -> Iterator[Path]:
     """A new image of the self-test's, in place of one that a killed self-test left, and gone afterwards."""
     image = images / f".{VOLUME}.{suffix}"
     image.unlink(missing_ok=True)
     try:
         make = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(image), str(size)]
-        succeed(execute, make, "make the image of the self-test")
+        check_run(execute, make, "make the image of the self-test")
         yield image
     finally:
         image.unlink(missing_ok=True)
@@ -165,7 +165,7 @@ def _check_nodes() -> None:
         raise IslandError("this user may not open /dev/fuse; give it mode 0666, as udev does")
 
 
-def _write_and_read(exports: Exports, image: Path, execute: Execute, kind: str) -> bytearray:
+def _write_and_read(exports: Exports, image: Path, execute: RunProgram, kind: str) -> bytearray:
     """Write in all ways, then read through the same device and through a new one; what must be there."""
     dice = random.Random(1)
     model = bytearray(_SIZE)
@@ -219,14 +219,14 @@ def _discarded(now: bytes, before: bytes) -> bytes:
 
 
 @contextmanager
-def _opened(link: Path, execute: Execute) -> Iterator[BlockDevice]:
+def _opened(link: Path, execute: RunProgram) -> Iterator[BlockDevice]:
     """The device, opened."""
     with _owned(link.resolve(), execute) as device, BlockDevice(device) as opened:
         yield opened
 
 
 @contextmanager
-def _owned(device: Path, execute: Execute) -> Iterator[Path]:
+def _owned(device: Path, execute: RunProgram) -> Iterator[Path]:
     """The device; it is this user's for as long as the body runs, and then whose it was."""
     owner = os.stat(device)
     ours = (os.geteuid(), os.getegid())
@@ -237,9 +237,9 @@ def _owned(device: Path, execute: Execute) -> Iterator[Path]:
         _give(device, (owner.st_uid, owner.st_gid), execute)
 
 
-def _give(device: Path, to: tuple[int, int], execute: Execute) -> None:
+def _give(device: Path, to: tuple[int, int], execute: RunProgram) -> None:
     if os.geteuid() != 0:
-        succeed(
+        check_run(
             execute, ["chown", f"{to[0]}:{to[1]}", str(device)], f"change the owner of {device}", root=True
         )
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from island_fast.errors import IslandError
 from island_fast.qcow2.image import Image
-from island_fast.qemu.block_nodes import file_node, qcow2_node, takes_direct
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.block_nodes import file_node, qcow2_node, supports_direct_io
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "complaint", "measure"]
 
@@ -86,7 +86,7 @@ class Speed:
         return f"{self.shape.name}: {self.device:.0f}/s for {self.image:.0f}/s ({self.ratio:.2f})"
 
 
-def measure(device: Path, image: Path, execute: Execute) -> Iterator[Speed]:
+def measure(device: Path, image: Path, execute: RunProgram) -> Iterator[Speed]:
     """Write over all of a device, and over an image of the same size that nobody has open; about 2 s.
 
     This user must be able to open both. IslandError if `qemu-img bench` fails on either.
@@ -117,14 +117,14 @@ def _image_words(image: Path) -> list[str]:
     """How it is told of an image: with the options that a volume's daemon uses."""
     with Image.open(image) as opened:
         size, cluster = opened.header.size, opened.header.cluster_size
-    direct = takes_direct(image)
+    direct = supports_direct_io(image)
     node = {**qcow2_node(size, cluster, direct), "file": file_node(image, direct)}
     for one in (node, node["file"]):
         del one["node-name"]  # type: ignore[attr-defined]
     return ["json:" + json.dumps(node)]
 
 
-def _alternate(sides: Sequence[list[str]], shape: Shape, execute: Execute) -> list[tuple[float, float]]:
+def _alternate(sides: Sequence[list[str]], shape: Shape, execute: RunProgram) -> list[tuple[float, float]]:
     """Rates of both sides, run by run in turn; the runs get as long as they must be to be told apart."""
     begun = time.monotonic()
     count, found = shape.first, list[tuple[float, float]]()
@@ -142,10 +142,10 @@ def _next_count(count: int, took: float) -> int:
     return max(1, min(round(count * _RUN / took), count * _GROWTH))
 
 
-def _run(side: list[str], shape: Shape, count: int, execute: Execute) -> float:
+def _run(side: list[str], shape: Shape, count: int, execute: RunProgram) -> float:
     """Seconds that so many requests take."""
     how = ["-c", count, "-d", shape.depth, "-s", shape.length, "-S", shape.step, "-w", "--pattern", 165]
-    said = succeed(execute, ["qemu-img", "bench", *map(str, how), *side], "measure a device's speed")
+    said = check_run(execute, ["qemu-img", "bench", *map(str, how), *side], "measure a device's speed")
     took = _TOOK.search(said)
     if took is None:
         raise IslandError(f"qemu-img bench does not say how long it took, but {said[-100:]!r}")
