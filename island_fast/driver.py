@@ -41,7 +41,7 @@ from island_fast.cinder.records import SnapshotRef, VolumeRecord, VolumeRecords
 from island_fast.cinder.upkeep import Upkeep
 from island_fast.cinder.volumes import Volumes
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.qemu.programs import Finished, said_by
+from island_fast.qemu.programs import ProgramResult, error_text
 
 __all__ = ["IslandDriver"]
 
@@ -122,7 +122,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def _run_program(
         self, command: Sequence[str], /, *, root: bool = False, env: Mapping[str, str] | None = None
-    ) -> Finished:
+    ) -> ProgramResult:
         """Run a program the way Cinder does: with `root`, through rootwrap."""
         status = 0
         environment = {**os.environ, "LC_ALL": "C", **(env or {})}
@@ -130,9 +130,9 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             stdout, stderr = self._execute(*command, run_as_root=root, env_variables=environment)
         except processutils.ProcessExecutionError as error:
             if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
-                raise OSError(said_by(error.stderr or str(error))) from error
+                raise OSError(error_text(error.stderr or str(error))) from error
             status, stdout, stderr = error.exit_code, error.stdout, error.stderr
-        return Finished(list(command), status, stdout or "", stderr or "")
+        return ProgramResult(list(command), status, stdout or "", stderr or "")
 
     # What Cinder's database keeps of a volume.
 

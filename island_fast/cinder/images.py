@@ -11,7 +11,7 @@ from island_fast.errors import IslandError, RefusedError
 from island_fast.files import sync_folder
 from island_fast.images.pins import pinned_snapshot
 from island_fast.qcow2.image import Image
-from island_fast.qemu.programs import Execute
+from island_fast.qemu.programs import RunProgram
 from island_fast.qemu.sizing import cluster_size
 
 __all__ = ["Images", "holds_pins", "volume_size"]
@@ -37,7 +37,7 @@ class Images:
     The format is always stated, never guessed from the content, and backing files are never opened.
     """
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
 
     def create_blank(self, target: Path, size: int) -> None:

@@ -28,7 +28,7 @@ from island_fast.cinder.records import SnapshotRef, VolumeRecord, VolumeRecords
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.files import sync_folder
 from island_fast.qemu.image_lock import ImageLock
-from island_fast.qemu.programs import Execute
+from island_fast.qemu.programs import RunProgram
 
 __all__ = ["Volumes"]
 
@@ -51,7 +51,7 @@ class Volumes:
         self,
         records: VolumeRecords,
         exports: Exports,
-        execute: Execute,
+        execute: RunProgram,
         repositories: Mapping[str, IslandCommand],
         lock: GetLock,
         *,

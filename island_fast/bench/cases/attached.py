@@ -31,7 +31,7 @@ from island_fast.cinder.attach.exports import KINDS, Exports
 from island_fast.cinder.attach.selftest import check_data_path, measure_speed
 from island_fast.cinder.images import Images
 from island_fast.errors import IslandError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 
 __all__ = ["WORKS"]
 
@@ -129,9 +129,9 @@ class _Volume:
 @contextlib.contextmanager
 def _attached(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
     """A volume behind the device of a kind."""
-    exports = Exports(place.run, place.links, run_to_the_end, kind)
+    exports = Exports(place.run, place.links, run_program, kind)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "attached", [])
-    Images(run_to_the_end).create_blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.attach(volume.name, volume.image)
         volume.renew()
@@ -144,12 +144,12 @@ def _attached(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
 @contextlib.contextmanager
 def _served(place: _Place, size: int) -> Iterator[_Volume]:
     """An equal one, that a daemon serves at a socket and no device stands in front of."""
-    exports = Exports(place.run, place.links, run_to_the_end, "nbd")
+    exports = Exports(place.run, place.links, run_program, "nbd")
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "served", [])
-    Images(run_to_the_end).create_blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.serve(volume.name, volume.image)
-        daemon = Daemon(place.run / volume.name, run_to_the_end)
+        daemon = Daemon(place.run / volume.name, run_program)
         daemon.export()
         volume.words = ["--ioengine=nbd", f"--uri=nbd+unix:///volume?socket={daemon.socket}"]
         yield volume
@@ -178,7 +178,7 @@ def _check(place: _Place, kind: str) -> None:
     """IslandError if there are no such devices here, or if what goes through them is not right."""
     if os.geteuid() != 0:
         raise IslandError("block devices are put up by root; run the bench as root")
-    check_data_path(place.run, place.links, place.images, run_to_the_end, kind)
+    check_data_path(place.run, place.links, place.images, run_program, kind)
 
 
 def _rows(context: Context, plan: _Plan, kind: str, sides: tuple[_Volume, _Volume]) -> Iterator[Row]:
@@ -219,7 +219,7 @@ def _row(
 def _bare_rows(context: Context, place: _Place, kind: str) -> Iterator[Row]:
     """What the driver's self-test measures when it starts."""
     context.tell(f"{_NAMES[kind]}: the self-test")
-    for speed in measure_speed(place.run, place.links, place.images, run_to_the_end, kind):
+    for speed in measure_speed(place.run, place.links, place.images, run_program, kind):
         work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
         yield row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
 

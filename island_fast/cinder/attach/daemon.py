@@ -39,9 +39,9 @@ from island_fast.qemu.block_nodes import (
     file_node,
     front_node,
     qcow2_node,
-    takes_direct,
+    supports_direct_io,
 )
-from island_fast.qemu.programs import TIMEOUT, Execute, said_by, succeed
+from island_fast.qemu.programs import TIMEOUT, RunProgram, check_run, error_text
 from island_fast.qemu.qmp import Qmp
 
 __all__ = ["Daemon"]
@@ -71,7 +71,7 @@ class Daemon:
     server.
     """
 
-    def __init__(self, folder: Path, execute: Execute) -> None:
+    def __init__(self, folder: Path, execute: RunProgram) -> None:
         self.folder = folder
         self.volume = folder.name
         self.control = folder / "control"
@@ -202,7 +202,7 @@ class Daemon:
         if pid is None:
             return
         with Qmp(self.control) as qmp:
-            pid = qmp.peer()
+            pid = qmp.peer_pid()
             qmp.command("quit")
         deadline = time.monotonic() + TIMEOUT
         while is_alive(pid):
@@ -270,7 +270,7 @@ class Daemon:
 
     def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
         """Write the start as one file, so that the command that root runs is always the same."""
-        direct = takes_direct(image)
+        direct = supports_direct_io(image)
         nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
         if kind != "nbd":
             nodes.append(front_node())
@@ -295,11 +295,11 @@ class Daemon:
         task = f"start the daemon of volume {self.volume}"
         run = ["/bin/sh", str(self._script_file)]
         if not SYSTEMD.is_dir():
-            succeed(self._execute, ["setsid", "--fork", *run], task)
+            check_run(self._execute, ["setsid", "--fork", *run], task)
             return
         user, group = _user_and_group()
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
-        succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
+        check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
     def _wait_until_serving(self, image: Path) -> None:
         """Wait until the daemon serves the image.
@@ -350,7 +350,7 @@ class Daemon:
     def _read_log_end(self) -> str:
         """Return the end of the daemon's log as one line."""
         try:
-            return said_by(self._log_file.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
+            return error_text(self._log_file.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
         except OSError:
             return "it has no log"
 

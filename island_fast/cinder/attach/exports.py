@@ -22,7 +22,7 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.qemu.programs import TIMEOUT, Execute
+from island_fast.qemu.programs import TIMEOUT, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
@@ -52,7 +52,7 @@ class Exports:
     after it was interrupted.
     """
 
-    def __init__(self, run: Path, links: Path, execute: Execute, kind: str) -> None:
+    def __init__(self, run: Path, links: Path, execute: RunProgram, kind: str) -> None:
         if kind not in KINDS:
             raise UsageError(f"{kind!r} is not a kind of block device; use {' or '.join(KINDS)}")
         self._run, self._links = _resolve_plain(run), _resolve_plain(links)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from island_fast.cinder.attach.mounts import mounted_devices
 from island_fast.errors import ImageInUseError, IslandError
-from island_fast.qemu.open_files import _SYSFS, read_value
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.open_files import SYSFS_BLOCK, read_sysfs
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["LoopDevices", "check_node", "in_use_error", "is_mounted"]
 
@@ -32,22 +32,22 @@ class LoopDevices:
     shows.
     """
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
 
     def find(self, file: Path) -> list[Path]:
         """Return the devices over `file`, except those that go as soon as their last user closes them."""
         return [
             Path("/dev", entry.name)
-            for entry in sorted(_SYSFS.glob("loop*"))
-            if read_value(entry / "loop/backing_file") == str(file)
-            and read_value(entry / "loop/autoclear") == "0"
+            for entry in sorted(SYSFS_BLOCK.glob("loop*"))
+            if read_sysfs(entry / "loop/backing_file") == str(file)
+            and read_sysfs(entry / "loop/autoclear") == "0"
         ]
 
     def stands_on(self, device: Path, file: Path) -> bool:
         """Return whether the device of this name stands on `file` now."""
         name = _NAME.fullmatch(str(device))
-        return name is not None and read_value(_SYSFS / name[1] / "loop/backing_file") == str(file)
+        return name is not None and read_sysfs(SYSFS_BLOCK / name[1] / "loop/backing_file") == str(file)
 
     def attach(self, file: Path, size: int) -> Path:
         """Make a device over `file`, which must have `size` bytes and a live daemon, and return its path.
@@ -90,18 +90,19 @@ class LoopDevices:
         """Enlarge the device to its file's new size, `size` bytes; raise IslandError if that fails."""
         self._check_file(file, size, timeout=30.0)
         command = ["losetup", "--set-capacity", str(device)]
-        succeed(self._execute, command, f"let {device} grow", root=True)
+        check_run(self._execute, command, f"let {device} grow", root=True)
         self._check_device(device, file, size)
 
     def _set_up(self, file: Path) -> Path:
         command = ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", str(file)]
-        output = succeed(self._execute, command, f"make a loop device over {str(file)!r}", root=True).strip()
+        task = f"make a loop device over {str(file)!r}"
+        output = check_run(self._execute, command, task, root=True).strip()
         if not _NAME.fullmatch(output):
             raise IslandError(f"losetup made a loop device over {str(file)!r}, but printed {output[:80]!r}")
         return Path(output)
 
     def _detach(self, device: Path) -> None:
-        succeed(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
+        check_run(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
 
     def _wait_until_gone(self, device: Path, file: Path) -> bool:
         """Wait until the device is gone, and return whether it is."""
@@ -127,13 +128,13 @@ class LoopDevices:
 
     def _check_device(self, device: Path, file: Path, size: int) -> None:
         """Raise IslandError unless the device stands on `file`, has `size` bytes, and has the right node."""
-        entry = _SYSFS / device.name
-        found = int(read_value(entry / "size") or 0) * _SECTOR
+        entry = SYSFS_BLOCK / device.name
+        found = int(read_sysfs(entry / "size") or 0) * _SECTOR
         if not self.stands_on(device, file):
             raise IslandError(f"{device} was made over {str(file)!r}, but stands on another file now")
         if found != size:
             raise IslandError(f"{device} has {found} bytes and the volume {size}; it is not used")
-        if read_value(entry / "loop/dio") != "0" or read_value(entry / "ro") != "0":
+        if read_sysfs(entry / "loop/dio") != "0" or read_sysfs(entry / "ro") != "0":
             raise IslandError(f"{device} has direct I/O or is read-only; it is not used")
         check_node(device)
 
@@ -147,15 +148,15 @@ def _file_size(file: Path) -> int:
 
 def is_mounted(device: Path) -> bool:
     """Return whether this process sees the device mounted, or another device on top of it."""
-    entry = _SYSFS / device.name
-    return read_value(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
+    entry = SYSFS_BLOCK / device.name
+    return read_sysfs(entry / "dev") in mounted_devices() or any((entry / "holders").glob("*"))
 
 
 def check_node(device: Path) -> None:
     """Raise IslandError unless a device's node leads to the device of that name."""
     status = os.stat(device)
     found = f"{os.major(status.st_rdev)}:{os.minor(status.st_rdev)}"
-    if not stat.S_ISBLK(status.st_mode) or found != read_value(_SYSFS / device.name / "dev"):
+    if not stat.S_ISBLK(status.st_mode) or found != read_sysfs(SYSFS_BLOCK / device.name / "dev"):
         raise IslandError(f"the node {device} leads to another device; let udev or devtmpfs make the nodes")
 
 

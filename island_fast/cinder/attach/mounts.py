@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["file_system_type", "is_mounted", "mounted_devices", "unmount_dead"]
 
@@ -32,13 +32,13 @@ def mounted_devices() -> set[str]:
     return {line.split()[2] for line in _MOUNTS.read_text(errors="surrogateescape").splitlines()}
 
 
-def unmount_dead(path: Path, execute: Execute) -> None:
+def unmount_dead(path: Path, execute: RunProgram) -> None:
     """Unmount what a dead server left mounted at `path`; whoever has it open keeps getting errors."""
     for _ in range(_MAX_LAYERS):
         if not is_mounted(path):
             return
         command = ["fusermount3", "-u", "-z", "-q", "--", str(path)]
-        succeed(execute, command, f"unmount {str(path)!r}, whose daemon is gone")
+        check_run(execute, command, f"unmount {str(path)!r}, whose daemon is gone")
 
 
 def file_system_type(path: Path) -> str:

@@ -19,8 +19,8 @@ from pathlib import Path
 from island_fast.cinder.attach.loop_devices import check_node, in_use_error, is_mounted
 from island_fast.cinder.attach.nbd_root import HELD, devices_over
 from island_fast.errors import IslandError
-from island_fast.qemu.open_files import read_value
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.open_files import read_sysfs
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["NbdDevices", "check_kernel"]
 
@@ -35,7 +35,7 @@ _MIN_KERNEL = (5, 14)  # the first Linux that keeps a name with a device
 class NbdDevices:
     """The NBD devices of this host that stand on volumes' exports. `island-nbd` does what needs root."""
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
 
     def find(self, backing: Path) -> list[Path]:
@@ -94,16 +94,16 @@ class NbdDevices:
 
     def has_size(self, device: Path, size: int) -> bool:
         """Return whether the kernel gives the device `size` bytes."""
-        return int(read_value(_SYSFS / device.name / "size") or 0) * _SECTOR == size
+        return int(read_sysfs(_SYSFS / device.name / "size") or 0) * _SECTOR == size
 
     def _run_as_root(self, task: str, *words: str) -> str:
-        return succeed(self._execute, [_PROGRAM, *words], task, root=True)
+        return check_run(self._execute, [_PROGRAM, *words], task, root=True)
 
     def _check_device(self, device: Path, backing: Path, size: int) -> None:
         """Raise IslandError unless the device is over the export, with `size` bytes and the right node."""
         if not self.stands_on(device, backing):
             raise IslandError(f"{device} was made over {str(backing)!r}, but stands on something else now")
-        if not self.has_size(device, size) or read_value(_SYSFS / device.name / "ro") != "0":
+        if not self.has_size(device, size) or read_sysfs(_SYSFS / device.name / "ro") != "0":
             raise IslandError(
                 f"{device} does not have the {size} bytes of its volume, or is read-only; it is not used"
             )
@@ -114,7 +114,7 @@ def check_kernel() -> None:
     """Raise IslandError for the first thing that the kernel lacks for these NBD devices."""
     if not _MODULE.is_dir():
         raise IslandError("the module nbd is not loaded")
-    if read_value(_MODULE / "parameters/max_part") not in ("", "0"):
+    if read_sysfs(_MODULE / "parameters/max_part") not in ("", "0"):
         raise IslandError(
             "the module nbd reads the partition tables that tenants wrote; load it with max_part=0, "
             "by a line 'options nbd max_part=0' in /etc/modprobe.d"

@@ -27,7 +27,7 @@ from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.image import Image
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["check_data_path", "choose_kind", "measure_speed"]
 
@@ -45,7 +45,7 @@ _FUSE_CONF = Path("/etc/fuse.conf")
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # programs for root are found by root's PATH
 
 
-def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
+def choose_kind(run: Path, links: Path, images: Path, execute: RunProgram) -> str:
     """Return the best kind of block device that works here; raise IslandError with the reasons if none does.
 
     Logs its speed, with a warning if it is much slower than its disk.
@@ -63,7 +63,7 @@ def choose_kind(run: Path, links: Path, images: Path, execute: Execute) -> str:
     raise IslandError(f"no kind of block device for volumes works on this host ({'; '.join(reasons)})")
 
 
-def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> None:
+def check_data_path(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> None:
     """Attach a volume of 32 MiB, whose image is made in `images`, write to it, and compare what it reads.
 
     Raises IslandError that names what is missing on this host, or DamagedError if any data differs from what
@@ -79,10 +79,10 @@ def check_data_path(run: Path, links: Path, images: Path, execute: Execute, kind
             exports.stop(VOLUME)
         _require_equal(_read_image(image), model, "in the image", kind)
         check = ["qemu-img", "check", "-q", "-f", "qcow2", str(image)]
-        succeed(execute, check, "find the image of the self-test intact")
+        check_run(execute, check, "find the image of the self-test intact")
 
 
-def measure_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> list[Speed]:
+def measure_speed(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> list[Speed]:
     """Measure the device of an attached volume, and an image on the same disk to compare it with.
 
     This takes about two seconds, and longer on a slow disk, which must write 32 MiB and do some hundred
@@ -102,7 +102,7 @@ def measure_speed(run: Path, links: Path, images: Path, execute: Execute, kind: 
             exports.stop(VOLUME)
 
 
-def _log_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str) -> None:
+def _log_speed(run: Path, links: Path, images: Path, execute: RunProgram, kind: str) -> None:
     """Measure and log how fast devices are. A failure is only logged, because nothing depends on it."""
     try:
         speeds = measure_speed(run, links, images, execute, kind)
@@ -117,7 +117,7 @@ def _log_speed(run: Path, links: Path, images: Path, execute: Execute, kind: str
 
 
 @contextmanager
-def _create_image(images: Path, suffix: str, size: int, execute: Execute) -> Iterator[Path]:
+def _create_image(images: Path, suffix: str, size: int, execute: RunProgram) -> Iterator[Path]:
     """Create an image for the self-test, and remove it when the body ends.
 
     It replaces one that a killed self-test left.
@@ -126,7 +126,7 @@ def _create_image(images: Path, suffix: str, size: int, execute: Execute) -> Ite
     image.unlink(missing_ok=True)
     try:
         make = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "lazy_refcounts=on", str(image), str(size)]
-        succeed(execute, make, "create the image of the self-test")
+        check_run(execute, make, "create the image of the self-test")
         yield image
     finally:
         image.unlink(missing_ok=True)
@@ -170,7 +170,7 @@ def _check_nodes() -> None:
         raise IslandError("this user cannot open /dev/fuse; give it mode 0666, as udev does")
 
 
-def _write_and_read(exports: Exports, image: Path, execute: Execute, kind: str) -> bytearray:
+def _write_and_read(exports: Exports, image: Path, execute: RunProgram, kind: str) -> bytearray:
     """Write in all ways, read through the same device and through a new one; return what must be there."""
     dice = random.Random(1)
     model = bytearray(_SIZE)
@@ -228,14 +228,14 @@ def _check_discarded(now: bytes, before: bytes) -> bytes:
 
 
 @contextmanager
-def _open_device(link: Path, execute: Execute) -> Iterator[BlockDevice]:
+def _open_device(link: Path, execute: RunProgram) -> Iterator[BlockDevice]:
     """Open the device that a link leads to."""
     with _own_device(link.resolve(), execute) as device, BlockDevice(device) as opened:
         yield opened
 
 
 @contextmanager
-def _own_device(device: Path, execute: Execute) -> Iterator[Path]:
+def _own_device(device: Path, execute: RunProgram) -> Iterator[Path]:
     """Make this user the owner of a device while the body runs; then the old owner has it back."""
     owner = os.stat(device)
     _change_owner(device, (os.geteuid(), os.getegid()), execute)
@@ -245,11 +245,11 @@ def _own_device(device: Path, execute: Execute) -> Iterator[Path]:
         _change_owner(device, (owner.st_uid, owner.st_gid), execute)
 
 
-def _change_owner(device: Path, owner: tuple[int, int], execute: Execute) -> None:
+def _change_owner(device: Path, owner: tuple[int, int], execute: RunProgram) -> None:
     """Give a device to a user and a group; root needs no change, because it can open any device."""
     if os.geteuid() != 0:
         command = ["chown", f"{owner[0]}:{owner[1]}", str(device)]
-        succeed(execute, command, f"change the owner of {device}", root=True)
+        check_run(execute, command, f"change the owner of {device}", root=True)
 
 
 def _require_equal(found: bytes | bytearray, wanted: bytes | bytearray, where: str, kind: str) -> None:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from island_fast.errors import IslandError
 from island_fast.qcow2.image import Image
-from island_fast.qemu.block_nodes import file_node, qcow2_node, takes_direct
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.block_nodes import file_node, qcow2_node, supports_direct_io
+from island_fast.qemu.programs import RunProgram, check_run
 
 __all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "describe_slowness", "measure"]
 
@@ -86,7 +86,7 @@ class Speed:
         return f"{self.shape.name}: {self.device:.0f}/s against {self.image:.0f}/s ({self.ratio:.2f})"
 
 
-def measure(device: Path, image: Path, execute: Execute) -> Iterator[Speed]:
+def measure(device: Path, image: Path, execute: RunProgram) -> Iterator[Speed]:
     """Overwrite a device, and an image of the same size; yield the speed of each shape.
 
     This takes about 2 s. No other process has the image open, and this user must be able to open both. Raises
@@ -113,14 +113,16 @@ def _image_arguments(image: Path) -> list[str]:
     """Return arguments with which `qemu-img bench` opens an image the way that a volume's daemon does."""
     with Image.open(image) as opened:
         size, cluster = opened.header.size, opened.header.cluster_size
-    direct = takes_direct(image)
+    direct = supports_direct_io(image)
     node = {**qcow2_node(size, cluster, direct), "file": file_node(image, direct)}
     for one in (node, node["file"]):
         del one["node-name"]  # type: ignore[attr-defined]
     return ["json:" + json.dumps(node)]
 
 
-def _measure_in_turn(sides: Sequence[list[str]], shape: Shape, execute: Execute) -> list[tuple[float, float]]:
+def _measure_in_turn(
+    sides: Sequence[list[str]], shape: Shape, execute: RunProgram
+) -> list[tuple[float, float]]:
     """Return the rates of both sides, run by run in turn; runs get longer until times can be compared."""
     begun = time.monotonic()
     count, found = shape.first, list[tuple[float, float]]()
@@ -134,10 +136,10 @@ def _measure_in_turn(sides: Sequence[list[str]], shape: Shape, execute: Execute)
     return found[1:] or found
 
 
-def _time_run(side: list[str], shape: Shape, count: int, execute: Execute) -> float:
+def _time_run(side: list[str], shape: Shape, count: int, execute: RunProgram) -> float:
     """Return the seconds that `count` requests take."""
     options = ["-c", count, "-d", shape.depth, "-s", shape.length, "-S", shape.step, "-w", "--pattern", 165]
-    said = succeed(execute, ["qemu-img", "bench", *map(str, options), *side], "measure a device's speed")
+    said = check_run(execute, ["qemu-img", "bench", *map(str, options), *side], "measure a device's speed")
     took = _TOOK.search(said)
     if took is None:
         raise IslandError(f"qemu-img bench did not report how long it took, but {said[-100:]!r}")
