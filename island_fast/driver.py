@@ -183,7 +183,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             self._volumes.extend(self._adopt_record(volume), new_size * units.Gi)
 
     def create_volume_from_snapshot(self, volume: Any, snapshot: Any) -> dict[str, Any]:
-        """Record which snapshot a new volume is made from.
+        """Record the snapshot that a new volume is made from.
 
         Its image is made at once if this host could not refuse to delete that snapshot.
         """

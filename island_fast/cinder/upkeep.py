@@ -31,7 +31,7 @@ class Upkeep:
         self._failed_at = -_RETRY_AFTER
 
     def check_volumes(self) -> None:
-        """Log daemons that died, and drop pins before guests run out of space."""
+        """Log every daemon that died, and drop pins before guests run out of space."""
         self._log_dead_daemons()
         if self._has_less_free_than(self._reserve) and time.monotonic() - self._failed_at > _RETRY_AFTER:
             self._drop_pins()

@@ -2,11 +2,11 @@
 
 Three rules hold everywhere:
 
-1. An image is made when it is first needed, under the volume's lock. So whoever needs it meanwhile waits, and
-   then finds it.
-2. Whoever reads or snapshots an image does so through a daemon that has the image open, whether the volume is
-   attached or not. So a volume can be attached, detached or extended meanwhile.
-3. That daemon ends once the volume is not attached and nobody uses it.
+1. An image is made when it is first needed, under the volume's lock. So another caller that needs it waits,
+   and then finds it.
+2. An image is read and snapshotted through a daemon that has it open, whether the volume is attached or not.
+   So a volume can be attached, detached or extended meanwhile.
+3. That daemon ends once the volume is not attached and nothing uses the daemon.
 """
 
 from __future__ import annotations
@@ -96,8 +96,8 @@ class Volumes:
     def adopt_record(self, volume: str, record: VolumeRecord) -> None:
         """Take over what Cinder's database says of a volume, if this host has no record or an older one.
 
-        A record is older if it names another origin: the host had the volume once, and it was
-        migrated away. Raises NotFoundError if Cinder says that there was an image, which then must be lost.
+        A record is older if it names another origin: the host had the volume once, and it was migrated away.
+        Raises NotFoundError if Cinder says that there was an image, which then must be lost.
         """
         known = self._find_record(volume)
         if known is None and record.made:

@@ -24,7 +24,7 @@ Rules:
 - All state is in the kernel, in the daemons and in two folders. A process that starts anew finds it there.
 - Root's rights are used only through `root=True`, and etc/rootwrap.d/island.filters pins every argument.
 - `nbd_root.py` runs as root: it imports only the standard library, `nbd_netlink.py` and
-  `qemu/nbd_handshake.py`, and nothing else may be added.
+  `qemu/nbd_handshake.py`. Never add another import to them.
 
 It may import `qemu/`, `qcow2/` and the rooms below them; the room above and `bench/` import it.
 """
