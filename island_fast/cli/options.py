@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from click.shell_completion import CompletionItem
 
     from island_fast.api import Repository
-    from island_fast.stores.rate_limit import Meters
+    from island_fast.stores.rate_limit import RateLimiters
 
 __all__ = [
     "NAMING",
@@ -107,10 +107,10 @@ def other_opened(run: Run, location: str) -> Repository:
     )
 
 
-def _meters(run: Run) -> Meters | None:
+def _meters(run: Run) -> RateLimiters | None:
     """The run's meters, if a limit is asked for; a signal ends what waits for its turn."""
     if run.meters is None and (run.limit_upload or run.limit_download):
-        from island_fast.stores.rate_limit import Meter, Meters
+        from island_fast.stores.rate_limit import RateLimiter, RateLimiters
 
         def wait(span: float) -> None:
             end = time.monotonic() + span
@@ -118,8 +118,8 @@ def _meters(run: Run) -> Meters | None:
                 run.signals.check()
                 time.sleep(min(left, _STEP))
 
-        up, down = (Meter(limit, wait=wait) for limit in (run.limit_upload, run.limit_download))
-        run.meters = Meters(up, down)
+        up, down = (RateLimiter(limit, wait=wait) for limit in (run.limit_upload, run.limit_download))
+        run.meters = RateLimiters(up, down)
     return run.meters
 
 

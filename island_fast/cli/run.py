@@ -28,7 +28,7 @@ from island_fast.errors import IslandError, UsageError
 
 if TYPE_CHECKING:
     from island_fast.progress import Progress
-    from island_fast.stores.rate_limit import Meters
+    from island_fast.stores.rate_limit import RateLimiters
 
 __all__ = ["Run", "conclude"]
 
@@ -57,7 +57,7 @@ class Run:
     workers: int | None = None
     limit_upload: float | None = None
     limit_download: float | None = None
-    meters: Meters | None = None
+    meters: RateLimiters | None = None
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
     answered: bool = False

@@ -34,8 +34,8 @@ from island_fast.qcow2.image import Image
 from island_fast.qcow2.vectored_io import transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.qemu.image_lock import ImageLock, hold_off_everyone, writer_present
-from island_fast.qemu.open_files import loops_over, refuse_held
-from island_fast.qemu.qemu_nbd import writing
+from island_fast.qemu.open_files import find_loop_devices, refuse_if_open
+from island_fast.qemu.qemu_nbd import open_for_writing
 
 __all__ = ["Existing", "open_existing"]
 
@@ -138,7 +138,7 @@ class _Qcow2(Existing):
                 hold_off_everyone(lock.fd, str(path))
             else:
                 header = self._image.header
-                self._disk = stack.enter_context(writing(path, header.size, header.cluster_size))
+                self._disk = stack.enter_context(open_for_writing(path, header.size, header.cluster_size))
             _refuse_replaced(path, lock.fd, self._image.fd)
             self._look(volume_size)  # again, now that nobody can change it; qemu may have repaired it
             self._point = self._image.active()
@@ -180,7 +180,7 @@ class _Raw(Existing):
             lock = stack.enter_context(ImageLock(path, devices=True))
             hold_off_everyone(lock.fd, str(path))
             self._device = path.is_block_device()
-            if loops := [] if self._device else loops_over(path):
+            if loops := [] if self._device else find_loop_devices(path):
                 raise ImageInUseError(f"{path} is in use by {loops[0]}; detach that first")
             self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
@@ -201,7 +201,7 @@ class _Raw(Existing):
 
     def refuse_held(self) -> None:
         """See Existing.refuse_held."""
-        refuse_held(self.path, self._fd, readers=self._device)
+        refuse_if_open(self.path, self._fd, readers=self._device)
 
     def data(self, progress: Progress) -> DirtyMap:
         """See Existing.data."""

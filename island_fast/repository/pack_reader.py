@@ -193,7 +193,7 @@ class PackReader:
             self._count(data.nbytes)
             return open_pack(place.name, data)
 
-        return get_checked(self._lineage.store, place.name, check, damaged=damaged)
+        return get_checked(self._lineage.store, place.name, check, failed_reads=damaged)
 
     def _blocks(self, place: Place, wanted: Int64s, gap: int) -> tuple[Index, list[memoryview]]:
         index = self.index_at(place)

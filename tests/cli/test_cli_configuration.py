@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.island_command import Commands
+from island_fast.cinder.island_command import IslandCommand
 from tests.cli.conftest import MIB, Island
 from tests.support import qemu
 
@@ -166,5 +166,5 @@ def test_a_file_that_anybody_may_write_to_decides_nothing(nowhere: Island) -> No
 
 def test_the_drivers_commands_read_none(island: Island, small: Path) -> None:
     configure(island, "nonsense")
-    commands = Commands(str(island.repository), {"ISLAND_STATE": str(island.state)})
-    assert commands.listed() == []
+    commands = IslandCommand(str(island.repository), {"ISLAND_STATE": str(island.state)})
+    assert commands.list_snapshots() == []

@@ -98,7 +98,7 @@ def test_a_repository_that_is_none(island: Island, disk: Path, tmp_path: Path) -
             assert hint in island.fails(3, "-r", where, *verb)
         assert fingerprint(where) == before
     assert "does not exist" in island.fails(3, "-r", tmp_path / "nowhere", "list")
-    assert "is no repository" in island.fails(2, "-r", "s3://bucket", "list")
+    assert "is not a repository address" in island.fails(2, "-r", "s3://bucket", "list")
     assert not pins(disk)
 
 
@@ -404,7 +404,7 @@ def test_a_directory_that_may_not_be_written(
     monkeypatch.setattr(os, "mkdir", mkdir)
     for place in (folder, folder / "new"):
         told = island.fails(5, "-r", place, "snapshot", disk)
-        assert told == f"{folder} cannot be written; name a directory that you may write to, with -r"
+        assert told == f"{folder} cannot be written; use -r to name a directory that you can write to"
 
 
 def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> None:

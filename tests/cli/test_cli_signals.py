@@ -18,7 +18,7 @@ import pytest
 
 from island_fast.cli.signals import Interrupted, Signals
 from island_fast.images.new_file import new_file
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
 from tests.support import qemu
 
@@ -217,7 +217,7 @@ def test_a_process_just_started_is_not_forgotten(tmp_path: Path) -> None:
     script = f"kill -TERM {os.getpid()}; sleep 0.2; echo > {tmp_path}/ended"
 
     def work() -> None:
-        assert run_to_the_end(["sh", "-c", script]).returncode == 0
+        assert run_program(["sh", "-c", script]).returncode == 0
         time.sleep(10)
 
     with Signals(), pytest.raises(Interrupted):

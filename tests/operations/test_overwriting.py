@@ -515,7 +515,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
         f"env >{seen}; echo first >&2; yes | head -c 3000000 >&2; echo the end >&2; exit 1",
     )
     texts = []
-    monkeypatch.setattr(qemu_nbd, "said_by", lambda text: texts.append(text) or text[-300:])
+    monkeypatch.setattr(qemu_nbd, "error_text", lambda text: texts.append(text) or text[-300:])
     with pytest.raises(IslandError, match=r"(?s)could not open .* nothing was written: .*the end"):
         repository.restore_onto(taken.snapshot, image)
     assert texts[0].startswith("first\n")

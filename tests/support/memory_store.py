@@ -17,7 +17,7 @@ from island_fast.stores.base import (
     check_name,
     check_prefix,
     check_ranges,
-    views,
+    flat_views,
 )
 
 
@@ -49,7 +49,7 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        data = b"".join(views(parts))
+        data = b"".join(flat_views(parts))
         with self._lock:
             self.calls["put"] += 1
             self.sent += len(data)

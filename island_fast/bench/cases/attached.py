@@ -31,7 +31,7 @@ from island_fast.cinder.attach.exports import KINDS, Exports
 from island_fast.cinder.attach.selftest import check_data_path, measure_speed
 from island_fast.cinder.images import Images
 from island_fast.errors import IslandError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 
 __all__ = ["CASES"]
 
@@ -118,18 +118,18 @@ class _Volume:
 
     def snapshot(self) -> None:
         """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
-        old = self.exports.internals(self.name)
-        self.exports.freeze(self.name, uuid.uuid4().hex)
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
         for name in old:
-            self.exports.thaw(self.name, name)
+            self.exports.drop_internal_snapshot(self.name, name)
 
 
 @contextlib.contextmanager
-def _attach(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
-    """Attach a new volume as a device of a kind while the body runs."""
-    exports = Exports(place.run, place.links, run_to_the_end, kind)
+        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "attached", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.attach(volume.name, volume.image)
         volume.renew()
@@ -140,14 +140,14 @@ def _attach(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
 
 
 @contextlib.contextmanager
-def _serve(place: _Place, size: int) -> Iterator[_Volume]:
-    """Serve an equal volume at a socket, without a device, while the body runs."""
-    exports = Exports(place.run, place.links, run_to_the_end, "nbd")
+        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "served", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.serve(volume.name, volume.image)
-        daemon = Daemon(place.run / volume.name, run_to_the_end)
+        daemon = Daemon(place.run / volume.name, run_program)
         daemon.export()
         volume.options = ["--ioengine=nbd", f"--uri=nbd+unix:///volume?socket={daemon.socket}"]
         yield volume
@@ -175,8 +175,9 @@ def _measure_kind(kind: str, context: Context) -> Iterator[Row | Counter | LeftO
 def _require_devices(place: _Place, kind: str) -> None:
     """Raise IslandError if this machine has no such devices, or if they do not return what was written."""
     if os.geteuid() != 0:
-        raise IslandError("only root can make block devices; run the bench as root")
-    check_data_path(place.run, place.links, place.images, run_to_the_end, kind)
+        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
 
 
 def _measure_jobs(
@@ -221,10 +222,9 @@ def _measure_job(
     return make_row(work, _AGAINST, measured, unit="MiB/s" if job.length == MIB else "requests/s")
 
 
-def _measure_with_qemu_img(context: Context, place: _Place, kind: str) -> Iterator[Row]:
-    """Yield what the driver's self-test measures when the driver starts."""
-    context.show_progress(f"{_NAMES[kind]}: the self-test")
-    for speed in measure_speed(place.run, place.links, place.images, run_to_the_end, kind):
+        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
         work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
         yield make_row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
 
