@@ -60,7 +60,7 @@ class Domain(Monitor):
         with ExitStack() as stack:
             self._connection = self._open_connection(connect)
             stack.callback(self.close)
-            with self._translate_errors("report its host and kind"):
+            with self._translate_errors("report host and kind"):
                 self.uri: str = self._connection.getURI()
                 host, kind = urlsplit(self.uri).hostname, self._connection.getType()
             self._check_kind(host, kind)
@@ -101,7 +101,7 @@ class Domain(Monitor):
         NotFoundError if no disk has one of the names, or if there is no disk to return. RefusedError if one
         is not a qcow2 file: only those can be snapshotted while in use.
         """
-        with self._translate_errors("list its disks"):
+        with self._translate_errors("list the disks"):
             root = fromstring(self._domain.XMLDesc(0))
         found = {_target_name(disk): disk for disk in root.iterfind("devices/disk") if _is_disk(disk)}
         if unknown := [name for name in names if name not in found]:
@@ -188,7 +188,7 @@ class Domain(Monitor):
                 f"there is no {self.who} at {self.uri}; see 'virsh -c {self.uri} list', or name another "
                 "libvirt with --connect"
             ) from error
-        with self._translate_errors("report its state"):
+        with self._translate_errors("report the state"):
             running = domain.isActive()
         if not running:
             raise RefusedError(f"{self.who} is not running; use 'island snapshot IMAGE' for its images")
@@ -200,9 +200,9 @@ class Domain(Monitor):
         try:
             yield
         except self._libvirt.libvirtError as error:
-            raise IslandError(f"libvirt could not, for {self.who}, {what} ({_error_text(error)})") from error
+            raise IslandError(f"libvirt could not {what} for {self.who} ({_error_text(error)})") from error
         except _NONSENSE as error:
-            raise IslandError(f"libvirt could not, for {self.who}, {what} (its answer is invalid)") from error
+            raise IslandError(f"libvirt could not {what} for {self.who} (its answer is invalid)") from error
 
 
 def _import_libvirt() -> tuple[ModuleType, ModuleType]:

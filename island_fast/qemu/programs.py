@@ -77,7 +77,7 @@ def run_program(
     interrupt: BaseException | None = None
     while True:
         try:
-            output, complaints = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            output, error_output = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -87,7 +87,7 @@ def run_program(
             interrupt = error
     if interrupt is not None:
         raise interrupt
-    return subprocess.CompletedProcess(command, process.returncode, output, complaints)
+    return subprocess.CompletedProcess(command, process.returncode, output, error_output)
 
 
 def check_run(execute: RunProgram, command: Sequence[str], task: str, *, root: bool = False) -> str:

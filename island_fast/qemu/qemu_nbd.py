@@ -121,7 +121,7 @@ class WritableImage:
             self._receive_answer()
 
     def flush(self) -> None:
-        """Flush everything that was written to the disk."""
+        """Bring everything that was written from qemu's caches to the disk."""
         with self._lock, self._translate_errors():
             self._send_request(_FLUSH, 0, 0)
             self._receive_answer()
@@ -169,7 +169,7 @@ def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableI
     with tempfile.TemporaryDirectory(prefix="island-nbd-", dir=None if usual else "/tmp") as folder:
         socket_path = Path(folder, "socket")
         node = {**qcow2_node(size, cluster, False), "file": file_node(image, False)}
-        with _ErrorOutput() as errors, _start_qemu_nbd(image, node, socket_path, errors) as process:
+        with _ErrorOutput() as errors, _run_qemu_nbd(image, node, socket_path, errors) as process:
             disk = WritableImage(image, _connect_client(image, process, socket_path, errors))
             try:
                 yield disk
@@ -181,7 +181,7 @@ def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableI
 
 
 @contextlib.contextmanager
-def _start_qemu_nbd(
+def _run_qemu_nbd(
     image: Path, node: object, socket_path: Path, errors: _ErrorOutput
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run qemu-nbd during the body; it ends when its client disconnects, or when this process dies."""
@@ -191,15 +191,8 @@ def _start_qemu_nbd(
         raise UsageError(
             f"the path {str(image)!r} is not UTF-8, so qemu cannot open it; rename it"
         ) from error
-    command = [
-        "setpriv",
-        "--pdeathsig",
-        "TERM",
-        "qemu-nbd",
-        "-k",
-        str(socket_path),
-        "json:" + json.dumps(node),
-    ]
+    start = ["setpriv", "--pdeathsig", "TERM"]
+    command = [*start, "qemu-nbd", "-k", str(socket_path), "json:" + json.dumps(node)]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"}
     try:
         # SIGPIPE stays ignored: qemu-nbd must close the image even if nobody reads its output any more.
@@ -253,13 +246,13 @@ def _connect_client(
 
 def _missing_program_error(image: Path) -> IslandError:
     return IslandError(
-        f"qemu-nbd, which would write to {image}, or setpriv before it is missing; install qemu-utils and "
-        "util-linux"
+        f"qemu-nbd, which would write to {image}, or setpriv, which starts it, is missing; install qemu-utils "
+        "and util-linux"
     )
 
 
 def _qemu_nbd_error(image: Path, errors: _ErrorOutput, *, closing: bool = False) -> IslandError:
-    """Return the exception for qemu-nbd's error when it opened the image or, with `closing`, closed it."""
+    """Return the exception for qemu-nbd's error when it opened or, with `closing`, closed the image."""
     text = errors.read_text()
     if 'Failed to get "' in text and '" lock' in text:
         return ImageInUseError(f"{image} is open in another process; stop that process first")

@@ -228,13 +228,13 @@ class SwiftStore(Store):
 
         An invalid answer can have been damaged on its way, so the request is repeated twice.
         """
-        for looks_left in reversed(range(_LOOKS)):
+        for tries_left in reversed(range(_LOOKS)):
             answer = self._fetch(name, swift_ranges.range_header(few), swift_ranges.max_body_size(few))
             try:
                 got = self._parse_answer(name, answer, sum(few[-1]))
                 swift_ranges.select_ranges(got, few)
             except ValueError as error:
-                if not looks_left:
+                if not tries_left:
                     raise StoreError(
                         f"get {name}: the answer to a range request is invalid ({error}); check the proxies "
                         "between Swift and this host"

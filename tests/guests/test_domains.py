@@ -248,7 +248,7 @@ def test_a_guest_that_ends_while_it_is_stored(
     assert [one["blocks_changed"] for one in json.loads(done.out)["snapshots"]] == [0, 1]
     for disk, told in zip(("vda", "vdb"), done.err.splitlines(), strict=True):
         assert told.startswith(f"island: disk {disk}: the old pin island-")
-        assert " stays until the next snapshot: libvirt could not, for domain " in told
+        assert " stays until the next snapshot: libvirt could not pass on " in told
     for part in "ab":
         assert len(pins(image(guest, part))) == 2
         assert island.json("snapshot", image(guest, part))["rule"] == "table-diff"
