@@ -250,7 +250,7 @@ def image(data: bytes) -> None:
 
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.block_reader import PointReader
-    from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+    from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
     from island_fast.qcow2.extents import extents
     from island_fast.qcow2.image import Image
 
@@ -258,7 +258,7 @@ def image(data: bytes) -> None:
     try:
         os.write(fd, data)
         opened = Image("fuzz", fd)
-        active = opened.active()
+        active = opened.active_point()
         if active.disk_size > 1 << 32:
             return
         read_bitmaps(opened)
@@ -269,15 +269,15 @@ def image(data: bytes) -> None:
             end = int(window.start[-1] + window.length[-1])
         assert end == active.disk_size
         reader, out = PointReader(opened, active), np.empty((16, 65536), np.uint8)
-        for number, blocks in enumerate(allocated(opened, active).batches(16)):
+        for number, blocks in enumerate(find_allocated(opened, active).batches(16)):
             reader.read(blocks, out[: len(blocks)])
             if number > 64:
                 break
         for snapshot in opened.snapshots[:3]:
-            old = opened.at(snapshot)
+            old = opened.point_at(snapshot)
             if old.disk_size < 1 << 32:
-                changed(opened, old, active)
-                find_shared_copied(opened, active, old)
+                find_changed(opened, old, active)
+                count_shared_copied(opened, active, old)
     finally:
         os.close(fd)
 

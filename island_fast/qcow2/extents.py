@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from island_fast import _diff
+from island_fast.arrays import Bools, Int64s, Uint8s, Uint64s
 from island_fast.qcow2.image import L1_OFFSET_MASK, Image, Point
-from island_fast.qcow2.vectored_io import read_transfer, transfers
+from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 
 __all__ = ["DATA", "HOLE", "KINDS", "ZERO", "Extents", "extents"]
 
@@ -28,11 +28,6 @@ _SUBCLUSTERS = 32
 _CHANGED = np.uint8(4)  # added to a kind by map_l2
 _OFFSET = np.uint64(L1_OFFSET_MASK)
 
-_Ints = npt.NDArray[np.int64]
-_Bytes = npt.NDArray[np.uint8]
-_Bools = npt.NDArray[np.bool_]
-_Words = npt.NDArray[np.uint64]
-
 
 @dataclass(frozen=True, slots=True)
 class Extents:
@@ -42,10 +37,10 @@ class Extents:
     whether the tables differ from those of the other point, so that the content may; false without one.
     """
 
-    start: _Ints
-    length: _Ints
-    kind: _Bytes
-    changed: _Bools
+    start: Int64s
+    length: Int64s
+    kind: Uint8s
+    changed: Bools
 
 
 def extents(image: Image, point: Point, since: Point | None = None) -> Iterator[Extents]:
@@ -88,14 +83,14 @@ def _windows(image: Image, point: Point, since: Point | None) -> Iterator[Extent
         yield _bounded(runs, begin, min(stop * header.table_span, end), tail)
 
 
-def _l1(image: Image, point: Point, count: int) -> _Words:
+def _l1(image: Image, point: Point, count: int) -> Uint64s:
     """The L2 offsets of a point for `count` L1 entries; 0 where it has none."""
-    table = image.l1(point)[:count]
+    table = image.read_l1(point)[:count]
     table &= _OFFSET
     return table if len(table) == count else np.pad(table, (0, count - len(table)))
 
 
-def _groups(now: _Words, then: _Words, limit: int) -> Iterator[tuple[int, int, bool]]:
+def _groups(now: Uint64s, then: Uint64s, limit: int) -> Iterator[tuple[int, int, bool]]:
     """Runs [first, stop) of L1 entries, and whether one of them has a table at one of the points.
 
     Those are at most `limit` long; runs without a table are not limited.
@@ -122,7 +117,7 @@ class _Tables:
         units = self.batch * header.table_entries * self._parts
         self._starts, self._kinds = np.empty(units, np.int64), np.empty(units, np.uint8)
 
-    def runs(self, first: int, now: _Words, then: _Words) -> Extents:
+    def runs(self, first: int, now: Uint64s, then: Uint64s) -> Extents:
         """The runs of equal kind and change under L1 entries `first` and on; lengths are not set."""
         header, size = self._image.header, self._image.file_size
         cluster = first * header.table_entries
@@ -140,7 +135,7 @@ class _Tables:
             header.entry_words,
         )
         if bad >= 0:
-            raise self._image.damaged(
+            raise self._image.damage_error(
                 f"the entry of cluster {cluster + bad} in {self._point.title} is invalid or points"
                 f" outside the file of {size} bytes, which may have been cut off"
             )
@@ -148,7 +143,7 @@ class _Tables:
         kinds = self._kinds[:rows]
         return Extents(starts, np.zeros(rows, np.int64), kinds % _CHANGED, kinds >= _CHANGED)
 
-    def _pair(self, now: _Words, then: _Words) -> tuple[_Words, _Words | None]:
+    def _pair(self, now: Uint64s, then: Uint64s) -> tuple[Uint64s, Uint64s | None]:
         """The tables at both points, a row each; None for the other ones if all are the same."""
         tables = self._read(now, np.arange(len(now)), self._now[: len(now)])
         moved = np.flatnonzero(now != then)
@@ -158,16 +153,16 @@ class _Tables:
         np.copyto(other, tables)
         return tables, self._read(then[moved], moved, other)
 
-    def _read(self, offsets: _Words, rows: _Ints, tables: _Words) -> _Words:
+    def _read(self, offsets: Uint64s, rows: Int64s, tables: Uint64s) -> Uint64s:
         """L2 tables as on disk into these rows of `tables`; unallocated entries for offset 0."""
         tables[rows[offsets == 0]] = 0
         used = np.flatnonzero(offsets)
         if len(used):
             flat = tables.reshape(-1).view(np.uint8).data
             size = self._image.header.cluster_size
-            for transfer in transfers(offsets[used].astype(np.int64), rows[used], size, flat):
+            for transfer in plan_transfers(offsets[used].astype(np.int64), rows[used], size, flat):
                 if read_transfer(self._image.fd, transfer) < transfer.length:
-                    raise self._image.damaged(
+                    raise self._image.damage_error(
                         f"L2 tables at {transfer.offset} were cut off while they were read"
                     )
         return tables
@@ -186,9 +181,9 @@ def _bounded(runs: Extents, begin: int, end: int, tail: int) -> Extents:
     return Extents(start, np.diff(start, append=end), kind, changed | (start >= tail))
 
 
-def _turns(kind: _Bytes, changed: _Bools) -> _Bools:
+def _turns(kind: Uint8s, changed: Bools) -> Bools:
     """For each row whether it differs from the row before; true for the first."""
-    differ: _Bools = np.ones(len(kind), np.bool_)
+    differ: Bools = np.ones(len(kind), np.bool_)
     differ[1:] = (kind[1:] != kind[:-1]) | (changed[1:] != changed[:-1])
     return differ
 

@@ -17,12 +17,13 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from island_fast.arrays import Bytes2D, Int64s, Uint64s
 from island_fast.dirtymap import BLOCK_BITS, BLOCK_SIZE
 from island_fast.errors import IslandError
 from island_fast.qcow2.header import COPIED, MAGIC
 from island_fast.qcow2.layout import REFCOUNT_BITS, Layout, plan_layout
-from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, pack_snapshot
-from island_fast.qcow2.vectored_io import transfers, write_all
+from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, encode_snapshot
+from island_fast.qcow2.vectored_io import plan_transfers, write_all
 
 __all__ = ["Qcow2Writer", "RawWriter", "write_rows"]
 
@@ -31,9 +32,6 @@ _FLUSH_EVERY = 16 << 20
 _HEADER = struct.Struct(">4sIQIIQIIQQIIQQQQIIQ")
 _HEADER_LENGTH = 112
 _LAZY_REFCOUNTS = 1
-
-_Ints = npt.NDArray[np.int64]
-_Bytes = npt.NDArray[np.uint8]
 
 
 class RawWriter:
@@ -46,7 +44,7 @@ class RawWriter:
         self._volume_size = volume_size
         self._flushing = _Flushing(fd)
 
-    def write(self, blocks: _Ints, data: _Bytes) -> None:
+    def write(self, blocks: Int64s, data: Bytes2D) -> None:
         """Put row i of `data` (uint8[n, 65536]) at block `blocks[i]`, cut at the volume's end.
 
         Any order, each block at most once; several threads may write at once.
@@ -71,7 +69,7 @@ class Qcow2Writer:
         self,
         fd: int,
         volume_size: int,
-        data_runs: _Ints,
+        data_runs: Int64s,
         cluster_bits: int = 16,
         pin: PinnedBase | None = None,
     ) -> None:
@@ -98,7 +96,7 @@ class Qcow2Writer:
         )
         _size_file(fd, self._layout.clusters << cluster_bits)
 
-    def write(self, blocks: _Ints, data: _Bytes) -> None:
+    def write(self, blocks: Int64s, data: Bytes2D) -> None:
         """Put row i of `data` (uint8[n, 65536]) where block `blocks[i]` belongs.
 
         Any order, each block at most once; several threads may write at once. A block of the data
@@ -170,7 +168,7 @@ class _Flushing:
         self._lock = threading.Lock()
         self._begin = self._end = self._bytes = 0
 
-    def wrote(self, offsets: _Ints) -> None:
+    def wrote(self, offsets: Int64s) -> None:
         """Blocks were written at `offsets` of the file."""
         if not len(offsets):
             return
@@ -187,7 +185,7 @@ class _Flushing:
 
 
 def _pin_entry(pin: PinnedBase, l1_offset: int, l1_size: int) -> bytes:
-    return pack_snapshot(
+    return encode_snapshot(
         InternalSnapshot(
             id=pin.id,
             name=pin.name,
@@ -201,7 +199,7 @@ def _pin_entry(pin: PinnedBase, l1_offset: int, l1_size: int) -> bytes:
     )
 
 
-def _entries(first: int, count: int, cluster_bits: int, flag: int) -> npt.NDArray[np.uint64]:
+def _entries(first: int, count: int, cluster_bits: int, flag: int) -> Uint64s:
     """L1 or L2 entries for `count` consecutive clusters of the file."""
     clusters = np.arange(first, first + count, dtype=np.uint64)
     return (clusters << np.uint64(cluster_bits)) | np.uint64(flag)
@@ -256,18 +254,18 @@ def _size_file(fd: int, size: int) -> None:
         ) from error
 
 
-def _check_rows(blocks: _Ints, data: _Bytes) -> None:
+def _check_rows(blocks: Int64s, data: Bytes2D) -> None:
     if data.shape != (len(blocks), BLOCK_SIZE) or not data.flags.c_contiguous:
         raise ValueError("write wants int64[n] and contiguous uint8[n, 65536]")
 
 
-def write_rows(fd: int, offsets: _Ints, blocks: _Ints, data: _Bytes, volume_size: int) -> None:
+def write_rows(fd: int, offsets: Int64s, blocks: Int64s, data: Bytes2D, volume_size: int) -> None:
     """Write each row at its offset, the row that reaches past the volume only up to its end."""
     whole = (blocks + 1) << BLOCK_BITS <= volume_size
     rows = np.flatnonzero(whole)
     flat = data.reshape(-1).data
     if len(rows):
-        for transfer in transfers(offsets[rows], rows, BLOCK_SIZE, flat):
+        for transfer in plan_transfers(offsets[rows], rows, BLOCK_SIZE, flat):
             write_all(fd, transfer.buffers, transfer.offset)
     for row in np.flatnonzero(~whole).tolist():
         length = max(0, volume_size - (int(blocks[row]) << BLOCK_BITS))

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tests.qemu as qemu
 
 import tests.cinder.guest as guest
-import tests.qemu as qemu
 from island_fast.qcow2.image import Image
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, noise

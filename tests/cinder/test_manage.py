@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tests.qemu as qemu
 
 import tests.cinder.guest as guest
-import tests.qemu as qemu
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, SnapshotLine, noise
 from tests.cinder.programs import wait_for

@@ -16,8 +16,8 @@ from island_fast.bench.report import Counter, Row
 from island_fast.bench.synthetic_image import MappedImage
 from island_fast.bench.timing import Measured, pairs, row, timed
 from island_fast.errors import DamagedError
-from island_fast.images.inspect import image_map
-from island_fast.qcow2.changes import allocated, changed
+from island_fast.images.inspect import map_image
+from island_fast.qcow2.changes import find_allocated, find_changed
 from island_fast.qcow2.image import Image
 
 __all__ = ["WORKS"]
@@ -59,16 +59,16 @@ def _maps(context: Context) -> Iterator[Row | Counter]:
 def _diff_of_few(few: MappedImage, count: int, reach: float | None) -> Iterator[Row | Counter]:
     """What changed where 1 % of the tables differ, against a scan of all."""
     with Image.open(few.path) as image:
-        old, new = (image.at(image.named(name)) for name in "ab")
+        old, new = (image.point_at(image.find_named(name)) for name in "ab")
         found = pairs(
             2 * count,
-            lambda: timed(lambda: changed(image, old, new)),
-            lambda: timed(lambda: allocated(image, new)),
+            lambda: timed(lambda: find_changed(image, old, new)),
+            lambda: timed(lambda: find_allocated(image, new)),
         )
         work = f"diff where {few.tables_moved} of {few.volume // (512 << 20)} L2 tables differ, in process"
         yield row(work, "a scan of one point", found, reach=reach)
-        entries = changed(image, old, new).tables_read * image.header.table_entries
-        whole = int(np.count_nonzero(image.l1(new))) * image.header.table_entries
+        entries = find_changed(image, old, new).tables_read * image.header.table_entries
+        whole = int(np.count_nonzero(image.read_l1(new))) * image.header.table_entries
         yield Counter("L2 entries read for it, of those of a scan", entries / whole, reach=1 / 20)
 
 
@@ -82,7 +82,7 @@ def _island(path: Path, *words: str) -> Measured:
 
 
 def _walked(path: Path) -> int:
-    return sum(len(part.start) for part in image_map(path))
+    return sum(len(part.start) for part in map_image(path))
 
 
 def _check(path: Path) -> None:

@@ -256,7 +256,7 @@ def _compare(found: bytes | bytearray, wanted: bytes | bytearray, where: str, ki
 def _content(image: Path) -> bytes:
     """The volume as our own reader finds it in the image."""
     with Image.open(image) as opened:
-        point = opened.active()
+        point = opened.active_point()
         blocks = np.arange(point.blocks)
         rows = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         PointReader(opened, point).read(blocks, rows)

@@ -10,7 +10,7 @@ import pytest
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated
+from island_fast.qcow2.changes import find_allocated
 from island_fast.qcow2.extents import DATA, extents
 from island_fast.qcow2.image import Image
 from tests.images.interop.images import RECIPES, Made
@@ -32,7 +32,7 @@ def from_allocated(image, point):
     """The volume from the blocks that hold data, the rest zeros: as a full scan stores it."""
     out = np.zeros((point.blocks, BLOCK_SIZE), np.uint8)
     reader = PointReader(image, point)
-    for blocks in allocated(image, point).batches(7):
+    for blocks in find_allocated(image, point).batches(7):
         rows = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         reader.read(blocks, rows)
         out[blocks] = rows
@@ -59,7 +59,7 @@ def test_there_are_enough_images():
 def test_every_point_of(recipe, images):
     made: Made = images[recipe.name]
     with Image.open(made.path) as image:
-        points = {None: image.active()} | {s.name: image.at(s) for s in image.snapshots}
+        points = {None: image.active_point()} | {s.name: image.point_at(s) for s in image.snapshots}
         assert set(points) == set(made.contents)
         for name, truth in made.contents.items():
             point = points[name]
