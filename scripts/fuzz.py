@@ -251,7 +251,7 @@ def image(data: bytes) -> None:
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.block_reader import PointReader
     from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
-    from island_fast.qcow2.extents import extents
+    from island_fast.qcow2.extents import iter_extents
     from island_fast.qcow2.image import Image
 
     fd = os.memfd_create("fuzz")
@@ -263,7 +263,7 @@ def image(data: bytes) -> None:
             return
         read_bitmaps(opened)
         end = 0
-        for window in extents(opened, active):
+        for window in iter_extents(opened, active):
             assert window.start[0] == end
             assert np.all(window.length > 0)
             end = int(window.start[-1] + window.length[-1])

@@ -109,7 +109,7 @@ class _RawLayer(RawView):
 def with_data_below(own: DirtyMap, below: Layer | None, progress: Progress) -> DirtyMap:
     """Return `own` plus the blocks that can show data from `below`.
 
-    The volume below may be smaller: what lies past its end reads as zeros.
+    The volume below can be smaller: what lies past its end reads as zeros.
     """
     if below is not None:
         shown = below.find_data(progress)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from island_fast.errors import ImageInUseError, UsageError
-from island_fast.qcow2.extents import DATA, HOLE, Extents, extents
+from island_fast.qcow2.extents import DATA, HOLE, Extents, iter_extents
 from island_fast.qcow2.image import Image
 from island_fast.qcow2.snapshots import InternalSnapshot
 from island_fast.qemu.image_lock import writer_present
@@ -47,7 +47,7 @@ def map_image(
             )
         point = image.point_at(image.find_named(snapshot)) if snapshot else image.active_point()
         then = image.point_at(image.find_named(since)) if since else None
-        yield from extents(image, point, then)
+        yield from iter_extents(image, point, then)
 
 
 def _raw_map(path: Path) -> Iterator[Extents]:

@@ -86,9 +86,10 @@ class Qcow2Source(Source):
         backing: the image's backing files, nearest first.
 
         Raises NotFoundError: no such file.
-        Raises ImageInUseError: another process has it open for writing, or takes a snapshot of it.
-        Raises RefusedError: not a regular file, replaced meanwhile, in use and not pinnable, or backing files
-            that are named and not listed, or listed and not named.
+        Raises ImageInUseError: another process has it open for writing.
+        Raises RefusedError: another snapshot of it is being taken; it is not a regular file, was replaced
+            meanwhile, or is in use and not pinnable; a backing file is named and not listed, or listed and
+            not named.
         Raises UnsupportedImageError, DamagedImageError: see `Image.open`.
         """
         self.path = path
@@ -101,9 +102,7 @@ class Qcow2Source(Source):
                 self._stack = stack.pop_all()
                 return
             if (qmp or monitor) and (why := self.reason_not_pinnable):
-                raise RefusedError(
-                    f"{path} cannot be read while it is in use: {why}; stop that process first"
-                )
+                raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
             keep_out = unpinned_scan or self.reason_not_pinnable is not None
             held = stack.enter_context(ImageLock(path, hold_off_writers=keep_out))
             if not os.path.samestat(os.fstat(held.fd), os.fstat(self.image.fd)):
@@ -155,7 +154,7 @@ class Qcow2Source(Source):
             self._monitor.snapshot_create(self.node, name)
         elif not os.access(self.path, os.W_OK):
             raise IslandError(
-                f"{self.path} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+                f"{self.path} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
             )
         else:
             QemuImg().snapshot_create(self.path, name)
@@ -215,9 +214,8 @@ class Qcow2Source(Source):
             raise TypeError("a view of another source")
         if base is None:
             return self._scan(view.point, why_not, progress)
-        diff = find_changed(
-            self.image, self.image.point_at(base.internal), view.point, scan_progress(progress)
-        )
+        then = self.image.point_at(base.internal)
+        diff = find_changed(self.image, then, view.point, scan_progress(progress))
         if diff.shared_copied:
             return self._scan(view.point, "the pinned base's clusters were written in place", progress)
         candidates = diff.map | DirtyMap.from_runs(view.blocks, np.minimum(base.extra, view.blocks))
@@ -228,6 +226,7 @@ class Qcow2Source(Source):
         return Change(TABLE_DIFF, _describe(base), candidates, data, replaced)
 
     def _scan(self, point: Point, why: str, progress: Progress) -> Change:
+        """Find all blocks that can hold data, in the image and below it."""
         own = find_allocated(self.image, point, progress=scan_progress(progress))
         return Change.full_scan(with_data_below(own, self._chain.top, progress), why)
 

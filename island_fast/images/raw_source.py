@@ -71,7 +71,8 @@ class RawSource(Source):
 
         Raises NotFoundError: no such file.
         Raises ImageInUseError: another process has it open for writing, or a device is mounted.
-        Raises RefusedError: a volume over 64 TiB, or not a file or block device.
+        Raises RefusedError: another snapshot of it is being taken; the volume is over 64 TiB; or it is not a
+            regular file or block device.
         """
         self.path = path
         with ExitStack() as stack:

@@ -23,7 +23,7 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
-from island_fast.files import punch
+from island_fast.files import punch_hole
 from island_fast.images.qcow2_source import PointView
 from island_fast.images.raw_source import RawView, find_raw_data
 from island_fast.images.source import View, scan_progress
@@ -227,7 +227,7 @@ class _Raw(ExistingImage):
         with self._explain_os_errors():
             if self._device:
                 fcntl.ioctl(self._fd, _BLKZEROOUT, _RANGE.pack(offset, length))
-            elif not punch(self._fd, offset, length):
+            elif not punch_hole(self._fd, offset, length):
                 for at in range(offset, offset + length, len(_ZEROS)):
                     write_all(self._fd, [_ZEROS[: offset + length - at]], at)
 

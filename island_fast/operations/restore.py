@@ -15,7 +15,7 @@ from pathlib import Path
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError, IslandError, UsageError
-from island_fast.files import reserve
+from island_fast.files import reserve_space
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.manifest import Manifest
 from island_fast.formats.runs import Runs
@@ -66,7 +66,7 @@ def restore(
             fits = manifest.pin.disk_size == manifest.volume_size
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
-            reserve(fd)  # all of it is about to be written, in the order in which packs come
+            reserve_space(fd)  # all of it is about to be written, in the order in which packs come
         else:
             writer = RawWriter(fd, manifest.volume_size)
         with deletion_told(lineage, row, "restored"):

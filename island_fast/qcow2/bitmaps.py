@@ -120,12 +120,15 @@ def _read_entry(image: Image, directory: bytes, at: int, number: int, listed: li
     )
     name = escape(directory[end - name_length : end])
     # A granularity like 2^255 bytes is shown as 0.
-    listed.append(Bitmap(name, 1 << bits if bits <= 63 else 0, _state(header.autoclear, flags, bool(good))))
+    listed.append(
+        Bitmap(name, 1 << bits if bits <= 63 else 0, _find_state(header.autoclear, flags, bool(good)))
+    )
     following: int = at + -(-(end - at) // 8) * 8
     return following
 
 
-def _state(autoclear: int, flags: int, good: bool) -> BitmapState:
+def _find_state(autoclear: int, flags: int, good: bool) -> BitmapState:
+    """Return the state of a bitmap from the header's autoclear bits and the flags of its entry, if `good`."""
     if not good:
         return BitmapState.DAMAGED
     if not autoclear & _AUTOCLEAR:

@@ -57,9 +57,9 @@ class Claims:
     """
 
     def __init__(self, header: Header, file_size: int, bytes_on_disk: int) -> None:
-        """Start with nothing claimed; `bytes_on_disk` is the size of the file without its holes."""
+        """Begin with nothing claimed; `bytes_on_disk` is the size of the file without its holes."""
         self._cluster = header.cluster_size
-        # The last cluster may reach past the end of the file.
+        # The last cluster can reach past the end of the file.
         self._room = file_size + header.cluster_size + _SLACK
         self._compressed_room = (bytes_on_disk + _SLACK) * _MAX_RATIO
 

@@ -26,7 +26,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.files import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
+from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
 from island_fast.stores.base import (
     ObjectInfo,
     Range,
@@ -105,7 +105,7 @@ class DirectoryStore(Store):
         # The folder comes second: where the disk is full, not even that shall appear.
         scratch = write_scratch(self._folder(os.path.join(self._root, _SCRATCH)), content)
         try:
-            with opened(self._folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
+            with open_fd(self._folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
                 created = link_new(scratch, path)
                 os.fsync(fd)  # also if the name was taken: its owner may not have come to that yet
         finally:
@@ -204,7 +204,7 @@ class DirectoryStore(Store):
     def _reading(self, name: str) -> Iterator[tuple[int, int]]:
         """The object's file descriptor and size in bytes. An OSError in the block is translated, too."""
         try:
-            with opened(self._path(name), _READ_FLAGS) as fd:
+            with open_fd(self._path(name), _READ_FLAGS) as fd:
                 status = os.fstat(fd)
                 if stat.S_ISDIR(status.st_mode):
                     raise NotADirectoryError

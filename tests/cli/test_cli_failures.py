@@ -384,7 +384,7 @@ def test_an_image_that_may_not_be_written(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write to all
     told = island.fails(1, "snapshot", disk)
-    assert told == f"{disk} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+    assert told == f"{disk} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
     assert pins(disk) == []
     island.json("snapshot", disk, "--no-pin")
 

@@ -382,7 +382,7 @@ def test_a_file_system_without_holes(
     taken = repository.snapshot(image)
     raw = image.with_name("full.raw")
     raw.write_bytes(os.urandom(SIZE + 1000))
-    monkeypatch.setattr(targets, "punch", lambda *_: False)
+    monkeypatch.setattr(targets, "punch_hole", lambda *_: False)
     done = both(repository, taken.snapshot, raw, "raw")
     assert done.bytes_zeroed == SIZE + 1000 - 2 * PACK * BLOCK
     assert raw.read_bytes() == qemu.content(image) + bytes(1000)

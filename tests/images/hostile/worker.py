@@ -22,7 +22,7 @@ from island_fast.errors import IslandError
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
-from island_fast.qcow2.extents import extents
+from island_fast.qcow2.extents import iter_extents
 from island_fast.qcow2.image import Image, Point
 from island_fast.qcow2.snapshots import InternalSnapshot
 
@@ -75,7 +75,7 @@ def examine(path: str) -> dict[str, list[object]]:
             active = image.active_point()
             outcome["volume"] = attempt(lambda: content(image, active))
             outcome["blocks"] = attempt(lambda: whole(image, active))
-            outcome["extents"] = attempt(lambda: sum(len(w.start) for w in extents(image, active)))
+            outcome["extents"] = attempt(lambda: sum(len(w.start) for w in iter_extents(image, active)))
             outcome["bitmaps"] = attempt(lambda: len(read_bitmaps(image).listed))
             for number, snapshot in enumerate(image.snapshots[:POINTS]):
 
@@ -83,7 +83,7 @@ def examine(path: str) -> dict[str, list[object]]:
                     old = image.point_at(snapshot)
                     find_changed(image, old, active)
                     count_shared_copied(image, active, old)
-                    for _ in extents(image, active, old):
+                    for _ in iter_extents(image, active, old):
                         pass
                     return content(image, old)
 

@@ -11,7 +11,7 @@ from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import find_allocated
-from island_fast.qcow2.extents import DATA, extents
+from island_fast.qcow2.extents import DATA, iter_extents
 from island_fast.qcow2.image import Image
 from tests.images.interop.images import RECIPES, Made
 from tests.support import qemu
@@ -42,7 +42,7 @@ def from_allocated(image, point):
 def from_extents(image, point, truth):
     """The truth with everything that no extent calls data made zero."""
     out = bytearray(len(truth))
-    for window in extents(image, point):
+    for window in iter_extents(image, point):
         rows = zip(window.start.tolist(), window.length.tolist(), window.kind.tolist(), strict=True)
         for start, length, kind in rows:
             if kind == DATA:

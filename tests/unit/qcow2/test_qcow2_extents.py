@@ -11,7 +11,7 @@ import pytest
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError
 from island_fast.qcow2.changes import find_changed
-from island_fast.qcow2.extents import DATA, HOLE, KINDS, ZERO, extents
+from island_fast.qcow2.extents import DATA, HOLE, KINDS, ZERO, iter_extents
 from island_fast.qcow2.image import Image
 from tests.support import qemu
 
@@ -44,7 +44,7 @@ def told_by_qemu(path):
 
 
 def found(image, point, since=None):
-    windows = list(extents(image, point, since))
+    windows = list(iter_extents(image, point, since))
     assert all(len(w.start) and w.start.dtype == w.length.dtype == np.int64 for w in windows)
     columns = [np.concatenate([getattr(w, name) for w in windows]) for name in ("start", "length", "kind")]
     flags = np.concatenate([w.changed for w in windows])
@@ -128,7 +128,7 @@ def test_a_wide_and_empty_volume_costs_nothing(tmp_path):
 def test_an_empty_volume_has_no_extents(tmp_path):
     path = qemu.create(tmp_path / "a", 0)
     with Image.open(path) as image:
-        assert list(extents(image, image.active_point())) == []
+        assert list(iter_extents(image, image.active_point())) == []
 
 
 def test_an_invalid_entry_is_damage_inside_the_volume_only(tmp_path):
@@ -144,5 +144,5 @@ def test_an_invalid_entry_is_damage_inside_the_volume_only(tmp_path):
     data[l2 + 8 * 63 : l2 + 8 * 64] = (0x60200).to_bytes(8, "big")
     path.write_bytes(data)
     with Image.open(path) as image, pytest.raises(DamagedImageError, match="cluster 63 in the volume"):
-        list(extents(image, image.active_point()))
+        list(iter_extents(image, image.active_point()))
     assert subprocess.run([qemu.QEMU_IMG, "map", path], capture_output=True, check=False).returncode
