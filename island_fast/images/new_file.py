@@ -14,6 +14,8 @@ from pathlib import Path
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 from island_fast.files import link_new, sync_folder
 
+__all__ = ["create_file"]
+
 
 @contextlib.contextmanager
 def create_file(target: Path) -> Iterator[int]:
