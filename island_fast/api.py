@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.formats.manifest import Manifest
 from island_fast.images.backing import Backing
-from island_fast.images.open import held
+from island_fast.images.open import open_source
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.source import FULL_SCAN, TABLE_DIFF
 from island_fast.operations.parent import Request, choose
@@ -109,10 +109,12 @@ class Repository(OpenRepository):
             raise UsageError(f"{compression!r} is no compression; use zstd or none")
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
-        monitor, as_it_is = Path(qmp) if qmp else None, not pin and at is None
-        with held(image, image_format, qmp=monitor, as_it_is=as_it_is, backing=backing) as source:
+        monitor, unpinned_scan = Path(qmp) if qmp else None, not pin and at is None
+        with open_source(
+            image, image_format, qmp=monitor, unpinned_scan=unpinned_scan, backing=backing
+        ) as source:
             if at is not None:
-                source.named(at)  # before anything is made
+                source.find_named(at)  # before anything is made
             lineage = self.lineage_for(source, volume)
             compress = compression == "zstd"
             facts = dict(properties or {})
@@ -160,16 +162,16 @@ class Repository(OpenRepository):
         Nothing is changed. A snapshot that would be refused is no error here: `next_reason` tells why.
         NotFoundError without the image; UnsupportedImageError and DamagedImageError if it cannot be read.
         """
-        from island_fast.images.inspect import image_info
+        from island_fast.images.inspect import read_image_info
 
         path = Path(os.path.realpath(image))
-        info = image_info(path)
+        info = read_image_info(path)
         if self._id is None:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
-        files = Backing.parsed(backing)
+        files = Backing.parse_all(backing)
         try:
-            with Qcow2Source(path, look_only=True, backing=files) as source:
+            with Qcow2Source(path, lock=False, backing=files) as source:
                 lineage = self.lineage_for(source, volume)
                 start = choose(lineage, source, Request(self.id, writer=""))
         except RefusedError as error:  # so would the next snapshot be
@@ -222,14 +224,14 @@ class Repository(OpenRepository):
         stay as they are. If it ends early the target is partly what it was: the same call goes on,
         by the snapshot's id, for "latest" may name another by then.
         """
-        from island_fast.images.target import open_existing
+        from island_fast.images.target import open_target
         from island_fast.operations.restore import overwrite
 
         found, manifest = self._to_restore(reference)
         path = Path(os.path.realpath(target))
         was_raw = manifest.properties.get("format") == "raw"
-        with open_existing(
-            path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
+        with open_target(
+            path, image_format, manifest.volume_size, read_only=dry_run, was_raw=was_raw
         ) as existing:
             return overwrite(found, manifest, existing, dry_run, progress)
 
@@ -397,7 +399,7 @@ class Repository(OpenRepository):
 
         if sample is not None and not 0 < sample <= 1:
             raise UsageError(f"{sample} is no share; give a fraction above 0, and at most 1")
-        files = Backing.parsed(backing)
+        files = Backing.parse_all(backing)
         image = Path(os.path.realpath(against)) if against is not None else None
         request = verify.Request(self.state.writer, sample, since, image, files, heal)
         return verify.verify(self, reference, request, progress)

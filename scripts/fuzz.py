@@ -253,34 +253,34 @@ def read_image(data: bytes) -> None:
 
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.block_reader import PointReader
-    from island_fast.qcow2.changes import allocated, changed, find_shared_copied
-    from island_fast.qcow2.extents import extents
+    from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
+    from island_fast.qcow2.extents import iter_extents
     from island_fast.qcow2.image import Image
 
     fd = os.memfd_create("fuzz")
     try:
         os.write(fd, data)
         opened = Image("fuzz", fd)
-        active = opened.active()
+        active = opened.active_point()
         if active.disk_size > 1 << 32:
             return
         read_bitmaps(opened)
         end = 0
-        for window in extents(opened, active):
+        for window in iter_extents(opened, active):
             assert window.start[0] == end
             assert np.all(window.length > 0)
             end = int(window.start[-1] + window.length[-1])
         assert end == active.disk_size
         reader, out = PointReader(opened, active), np.empty((16, 65536), np.uint8)
-        for number, blocks in enumerate(allocated(opened, active).batches(16)):
+        for number, blocks in enumerate(find_allocated(opened, active).batches(16)):
             reader.read(blocks, out[: len(blocks)])
             if number > 64:
                 break
         for snapshot in opened.snapshots[:3]:
-            old = opened.at(snapshot)
+            old = opened.point_at(snapshot)
             if old.disk_size < 1 << 32:
-                changed(opened, old, active)
-                find_shared_copied(opened, active, old)
+                find_changed(opened, old, active)
+                count_shared_copied(opened, active, old)
     finally:
         os.close(fd)
 

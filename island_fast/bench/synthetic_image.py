@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.qcow2.header import MAGIC
-from island_fast.qcow2.snapshots import InternalSnapshot, pack_snapshot
+from island_fast.qcow2.snapshots import InternalSnapshot, encode_snapshot
 
 __all__ = ["SyntheticImage", "scatter_clusters"]
 
@@ -103,7 +103,7 @@ def _make_snapshot_table(volume: int, count: int, l1_clusters: int) -> bytes:
     entries = []
     for number, name in enumerate("ab"):
         l1 = (_L1 + (1 - number) * l1_clusters) * CLUSTER
-        entries.append(pack_snapshot(InternalSnapshot(str(number), name, number, 0, volume, l1, count, 0)))
+        entries.append(encode_snapshot(InternalSnapshot(str(number), name, number, 0, volume, l1, count, 0)))
     return b"".join(entries)
 
 

@@ -17,7 +17,7 @@ from island_fast import _diff
 from island_fast.api import Repository
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View
 from island_fast.operations.snapshot import Request, take
 from island_fast.progress import Progress, silent
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
@@ -71,21 +71,21 @@ class SyntheticVolume(Source):
         return {"format": "qcow2"}
 
     @property
-    def internals(self) -> tuple[InternalSnapshot, ...]:
-        """See Source.internals."""
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
+        """See Source.internal_snapshots."""
         return tuple(self._pins)
 
     @property
-    def unpinnable(self) -> str | None:
-        """See Source.unpinnable."""
+    def reason_not_pinnable(self) -> str | None:
+        """See Source.reason_not_pinnable."""
         return None
 
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        """See Source.find."""
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """See Source.find_pinned."""
         return next((one for one in self._pins if one.identity == pin), None)
 
-    def named(self, name: str) -> InternalSnapshot:
-        """See Source.named."""
+    def find_named(self, name: str) -> InternalSnapshot:
+        """See Source.find_named."""
         return next(one for one in self._pins if one.name == name)
 
     def pin(self, name: str) -> InternalSnapshot:
@@ -99,23 +99,23 @@ class SyntheticVolume(Source):
         """See Source.unpin."""
         self._pins.remove(internal)
 
-    def discard(self, name: str) -> None:
-        """See Source.discard."""
+    def discard_pin(self, name: str) -> None:
+        """See Source.discard_pin."""
         self._pins = [one for one in self._pins if one.name != name]
 
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
-        """See Source.evidence."""
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """See Source.reason_unsound."""
         return None
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
         return _Now(self._versions, self._noise)
 
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
-        """See Source.change."""
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """See Source.find_change."""
         edited, self._edited = self._edited, DirtyMap(view.blocks)
         if base is None:
-            return scanned(DirtyMap.from_runs(view.blocks, np.array([[0, view.blocks]])), why_not)
+            return Change.full_scan(DirtyMap.from_runs(view.blocks, np.array([[0, view.blocks]])), why_not)
         replaced = np.concatenate([edited.runs(), [[view.blocks, END]]]).astype(np.int64)
         return Change(TABLE_DIFF, "edited since", edited, edited, replaced)
 

@@ -37,9 +37,9 @@ def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) ->
         with opened(run, create=True) as repository:  # which only a snapshot would make
             found = repository.outlook(image, volume=volume, backing=backing)
     else:
-        from island_fast.images.inspect import image_info
+        from island_fast.images.inspect import read_image_info
 
-        found = image_info(image)
+        found = read_image_info(image)
     run.answer(found.as_json(), _described(found))
 
 

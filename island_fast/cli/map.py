@@ -35,9 +35,9 @@ def map_(run: Run, image: Path, snapshot: str | None, since: str | None, image_f
       island map disk.qcow2
       island map disk.qcow2 --snapshot monday --since sunday --json
     """  # noqa: D301
-    from island_fast.images.inspect import image_map
+    from island_fast.images.inspect import map_image
 
-    windows = image_map(image, snapshot=snapshot, since=since, image_format=image_format)
+    windows = map_image(image, snapshot=snapshot, since=since, image_format=image_format)
     if run.json:
         rows = _written(windows, '{{"start": %d, "length": %d, "kind": "{}"{}}}', _CHANGED_JSON, bool(since))
         run.answer_encoded(f"[{', '.join(rows)}]")

@@ -57,8 +57,8 @@ def compare(
     backing files are not what they were.
     """
     path = Path(os.path.realpath(image))
-    with ImageLock(path), Qcow2Source(path, look_only=True, backing=backing) as source:
-        internal = source.find(manifest.pin)
+    with ImageLock(path), Qcow2Source(path, lock=False, backing=backing) as source:
+        internal = source.find_pinned(manifest.pin)
         if internal is None:
             raise NotFoundError(
                 f"{path} does not hold the pin of snapshot {manifest.snapshot}; name the image that it was "
@@ -74,11 +74,11 @@ def compare(
             raise DamagedObjectError(
                 f"snapshot {manifest.snapshot} states another volume size than its pin in {path} has"
             )
-        data = source.change(view, None, "", progress).data
+        data = source.find_change(view, None, "", progress).data
         runs = manifest.runs_by_key(lineage.numbers)
         looked_at = data | DirtyMap.from_runs(view.blocks, runs.intervals())
         found = differences(view, looked_at, Expected(runs, index), lineage, progress)
         source.image.reload()
-        if source.find(manifest.pin) is None:
+        if source.find_pinned(manifest.pin) is None:
             raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
         return Compared(found[0].runs(), found[1].runs(), view.bytes_read)

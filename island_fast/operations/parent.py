@@ -47,7 +47,7 @@ def choose(lineage: Lineage, source: Source, request: Request) -> Start:
     parent, base, why = _parent_and_base(lineage, source, request)
     if parent is not None and base is not None:
         facts = lineage.manifest(parent).properties
-        why = _refusal(source, request) or source.evidence(base, facts) or ""
+        why = _refusal(source, request) or source.reason_unsound(base, facts) or ""
     return Start(parent, None if why else base, why)
 
 
@@ -55,9 +55,9 @@ def _refusal(source: Source, request: Request) -> str | None:
     """Why no table diff is wanted or possible, whatever base there is."""
     if request.full:
         return "a full scan was asked for"
-    if request.at is None and not request.pin and not source.unpinnable:
+    if request.at is None and not request.pin and not source.reason_not_pinnable:
         return "without a pin, the image as it is cannot be compared with a pinned base"
-    return source.unpinnable
+    return source.reason_not_pinnable
 
 
 def _parent_and_base(
@@ -66,7 +66,7 @@ def _parent_and_base(
     """The newest live snapshot whose pin is in the image; else a deleted one's and its ancestor."""
     live = lineage.state.live
     for row in reversed(live.values()):  # type: ignore[call-overload]
-        if internal := source.find(row.pin):
+        if internal := source.find_pinned(row.pin):
             return row, Base(internal, NO_INTERVALS), ""
     for retired in lineage.files.retired():
         row = live.get(retired.parent or "")
@@ -84,7 +84,7 @@ def _retired_base(
 ) -> Base | None:
     """The pin of a deleted snapshot as base, with the blocks that it wrote after its ancestor."""
     retired = lineage.cached_manifest(deleted.snapshot, deleted.attempt)
-    internal = source.find(retired.pin) if retired else None
+    internal = source.find_pinned(retired.pin) if retired else None
     if retired is None or internal is None:
         return None
     inherited = retired.runs_by_key(lineage.numbers)

@@ -15,12 +15,12 @@ from pathlib import Path
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError, IslandError, UsageError
-from island_fast.files import reserve
+from island_fast.files import reserve_space
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.manifest import Manifest
 from island_fast.formats.runs import Runs
-from island_fast.images.new_file import new_file
-from island_fast.images.target import Existing
+from island_fast.images.new_file import create_file
+from island_fast.images.target import ExistingImage
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.repository.lineage import Lineage, deletion_told
@@ -59,14 +59,14 @@ def restore(
     packs = PackReader(lineage)
     keys = manifest.packs.keys(lineage.numbers)
     runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
-    with new_file(target.path) as fd:
+    with create_file(target.path) as fd:
         writer: Qcow2Writer | RawWriter
         if target.image_format == "qcow2":
             # A pin of another size could not hold what the volume holds: then the next scan is a full one.
             fits = manifest.pin.disk_size == manifest.volume_size
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
-            reserve(fd)  # all of it is about to be written, in the order in which packs come
+            reserve_space(fd)  # all of it is about to be written, in the order in which packs come
         else:
             writer = RawWriter(fd, manifest.volume_size)
         with deletion_told(lineage, row, "restored"):
@@ -94,7 +94,7 @@ def _cluster_bits(manifest: Manifest) -> int:
 
 
 def overwrite(
-    found: Found, manifest: Manifest, target: Existing, dry_run: bool, progress: Progress
+    found: Found, manifest: Manifest, target: ExistingImage, dry_run: bool, progress: Progress
 ) -> RestoredOnto:
     """Make `target` the snapshot's volume, followed by zeros where it is larger; or tell what that would do.
 
@@ -107,7 +107,7 @@ def overwrite(
         plan = _compare(found, runs, packs, target, progress)
         compared = target.view.bytes_read
         if not dry_run:
-            target.refuse_held()  # comparing may have taken hours
+            target.refuse_if_open()  # comparing may have taken hours
             with _half_written_told(target, found.row.id):
                 _write(plan, runs, packs, target, progress)
     return RestoredOnto(
@@ -133,9 +133,9 @@ class _Plan:
     zero: DirtyMap
 
 
-def _compare(found: Found, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> _Plan:
+def _compare(found: Found, runs: Runs, packs: PackReader, target: ExistingImage, progress: Progress) -> _Plan:
     """What differs. Of blocks that the target does not hold, no digest is asked for: they are zero."""
-    held = target.data(progress)
+    held = target.find_data(progress)
     expected = Expected(runs, packs.index)
     differing, unknown = differences(target.view, held, expected, found.lineage, progress)
     if unknown:
@@ -162,7 +162,7 @@ def _planned(differing: DirtyMap, named: DirtyMap, held: DirtyMap) -> _Plan:
     return plan
 
 
-def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progress: Progress) -> None:
+def _write(plan: _Plan, runs: Runs, packs: PackReader, target: ExistingImage, progress: Progress) -> None:
     """Write what differs, bring it to the disk, and close the target."""
     done, total = 0, plan.zero.count()
     progress("zero", 0, total * BLOCK_SIZE)
@@ -176,7 +176,7 @@ def _write(plan: _Plan, runs: Runs, packs: PackReader, target: Existing, progres
 
 
 @contextmanager
-def _half_written_told(target: Existing, snapshot: str) -> Iterator[None]:
+def _half_written_told(target: ExistingImage, snapshot: str) -> Iterator[None]:
     try:
         yield
     except (IslandError, OSError):
@@ -185,5 +185,5 @@ def _half_written_told(target: Existing, snapshot: str) -> Iterator[None]:
         raise
 
 
-def _bytes(target: Existing, blocks: DirtyMap) -> int:
+def _bytes(target: ExistingImage, blocks: DirtyMap) -> int:
     return target.bytes_of(blocks.count(), blocks.blocks - 1 in blocks)

@@ -168,7 +168,7 @@ class _Taking:
         self._request = replace(self._request, properties=properties)
         with stack:
             self._source.reload()
-            internal = self._source.named(name)
+            internal = self._source.find_named(name)
             taken = self._store(internal, moment.created)
         notes = self._drop_old_pins(internal)
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
@@ -176,7 +176,7 @@ class _Taking:
     def _store(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
         """Find the change, send it and commit."""
         view = self._source.view(internal)
-        change = self._source.change(view, self._start.base, self._start.why_not, self._progress)
+        change = self._source.find_change(view, self._start.base, self._start.why_not, self._progress)
         parent, storing = self._parent_runs(), self._storing
         change, whole = resent(self._lineage, change, parent)
         sent = send(
@@ -232,8 +232,8 @@ class _Taking:
     def _internal(self, stack: ExitStack) -> InternalSnapshot | None:
         """The internal snapshot to store: a given one, a new pin, or None for the image as it is."""
         if self._request.at is not None:
-            return self._source.named(self._request.at)
-        if not self._request.pin or self._source.unpinnable:
+            return self._source.find_named(self._request.at)
+        if not self._request.pin or self._source.reason_not_pinnable:
             return None
         return self._source.pin(self._expect_pin(stack))
 
@@ -241,7 +241,7 @@ class _Taking:
         """Make way for the pin, and have it dropped on an error; returns its name."""
         name = self._pin_name
         if self._registration.attempt:
-            self._source.discard(name)  # the one of the attempt that was interrupted
+            self._source.discard_pin(name)  # the one of the attempt that was interrupted
         stack.enter_context(self._unpinned_on_error(name))
         return name
 
@@ -257,7 +257,7 @@ class _Taking:
         except BaseException:
             if not self._committing:
                 with suppress(IslandError, OSError):
-                    self._source.discard(name)
+                    self._source.discard_pin(name)
             raise
 
     def _would_be_pin(self, created: int, view: View) -> PinnedBase:

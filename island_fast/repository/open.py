@@ -239,7 +239,7 @@ class OpenRepository:
 
     def _pinned_lineage(self, source: Source) -> Lineage | None:
         """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
-        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internals)]
+        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internal_snapshots)]
         for name in dict.fromkeys(filter(None, pinned)):
             lineage = self.lineage(name)
             self._refresh(lineage)
@@ -286,4 +286,4 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
     for retired in lineage.files.retired():
         manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
         pins += [manifest.pin] if manifest else []
-    return any(source.find(pin) for pin in pins)
+    return any(source.find_pinned(pin) for pin in pins)

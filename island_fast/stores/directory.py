@@ -26,7 +26,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.files import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
+from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
 from island_fast.stores.base import (
     ObjectInfo,
     Range,
@@ -105,7 +105,7 @@ class DirectoryStore(Store):
         # The object's folder comes after the scratch file: a full disk must not leave even an empty folder.
         scratch = write_scratch(self._ensure_folder(os.path.join(self._root, _SCRATCH)), content)
         try:
-            with opened(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
+            with open_fd(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
                 created = link_new(scratch, path)
                 os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
         finally:
@@ -204,7 +204,7 @@ class DirectoryStore(Store):
     def _open_object(self, name: str) -> Iterator[tuple[int, int]]:
         """Open an object; yield its descriptor and size in bytes. Translates an OSError of the body, too."""
         try:
-            with opened(self._path(name), _READ_FLAGS) as fd:
+            with open_fd(self._path(name), _READ_FLAGS) as fd:
                 status = os.fstat(fd)
                 if stat.S_ISDIR(status.st_mode):
                     raise NotADirectoryError

@@ -180,7 +180,7 @@ def test_a_target_that_will_not_do(island: Island, disk: Path, tmp_path: Path, w
         target = Path(".")
     before = sorted(tmp_path.iterdir())
     sentence = island.fails(3 if what == "nowhere" else 4, "restore", "disk@latest", target)
-    assert ("exists already" in sentence) == (what != "nowhere")
+    assert ("already exists" in sentence) == (what != "nowhere")
     assert sorted(tmp_path.iterdir()) == before
     assert what != "file" or target.read_bytes() == b"precious"
 
@@ -384,7 +384,7 @@ def test_an_image_that_may_not_be_written(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write to all
     told = island.fails(1, "snapshot", disk)
-    assert told == f"{disk} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+    assert told == f"{disk} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
     assert pins(disk) == []
     island.json("snapshot", disk, "--no-pin")
 
@@ -410,7 +410,7 @@ def test_a_directory_that_may_not_be_written(
 def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> None:
     island.json("snapshot", disk)
     told = island.fails(3, "restore", "disk@latest", tmp_path / "nodir/x.qcow2")
-    assert told.endswith(f"there is no folder {tmp_path / 'nodir'}; make it or name another target")
+    assert told.endswith(f"there is no folder {tmp_path / 'nodir'}; create it or name another target")
 
 
 def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:

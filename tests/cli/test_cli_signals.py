@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from island_fast.cli.signals import Interrupted, Signals
-from island_fast.images.new_file import new_file
+from island_fast.images.new_file import create_file
 from island_fast.qemu.programs import run_program
 from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
 from tests.support import qemu
@@ -160,7 +160,7 @@ def test_a_signal_just_when_the_file_was_made(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "open", interrupted)
-    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "out"):
+    with pytest.raises(KeyboardInterrupt), create_file(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 

@@ -281,7 +281,7 @@ def test_names_that_are_not_utf8(island: Island, disk: Path, tmp_path: Path) -> 
     assert island.json("snapshot", name, "--volume", "d", "--no-pin")["blocks_changed"] == 48
     target = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"t\xfe"))
     assert island.json("restore", "d@latest", target)["target"] == target
-    assert "t\\udcfe exists already" in island.fails(4, "restore", "d@latest", target)
+    assert "t\\udcfe already exists" in island.fails(4, "restore", "d@latest", target)
 
 
 def test_as_a_process_and_as_a_console_script(island: Island, disk: Path) -> None:

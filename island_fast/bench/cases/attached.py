@@ -125,9 +125,9 @@ class _Volume:
 
 
 @contextlib.contextmanager
-        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
-        old = self.exports.internal_snapshots(self.name)
-        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
+def _attach(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
+    """Attach a new volume as a device of a kind while the body runs."""
+    exports = Exports(place.run, place.links, run_program, kind)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "attached", [])
     Images(run_program).create_blank(volume.image, size)
     try:
@@ -140,9 +140,9 @@ class _Volume:
 
 
 @contextlib.contextmanager
-        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
-        old = self.exports.internal_snapshots(self.name)
-        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
+def _serve(place: _Place, size: int) -> Iterator[_Volume]:
+    """Serve an equal volume at a socket, without a device, while the body runs."""
+    exports = Exports(place.run, place.links, run_program, "nbd")
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "served", [])
     Images(run_program).create_blank(volume.image, size)
     try:
@@ -175,9 +175,8 @@ def _measure_kind(kind: str, context: Context) -> Iterator[Row | Counter | LeftO
 def _require_devices(place: _Place, kind: str) -> None:
     """Raise IslandError if this machine has no such devices, or if they do not return what was written."""
     if os.geteuid() != 0:
-        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
-        old = self.exports.internal_snapshots(self.name)
-        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
+        raise IslandError("only root can make block devices; run the bench as root")
+    check_data_path(place.run, place.links, place.images, run_program, kind)
 
 
 def _measure_jobs(
@@ -222,9 +221,10 @@ def _measure_job(
     return make_row(work, _AGAINST, measured, unit="MiB/s" if job.length == MIB else "requests/s")
 
 
-        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
-        old = self.exports.internal_snapshots(self.name)
-        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
+def _measure_with_qemu_img(context: Context, place: _Place, kind: str) -> Iterator[Row]:
+    """Yield what the driver's self-test measures when the driver starts."""
+    context.show_progress(f"{_NAMES[kind]}: the self-test")
+    for speed in measure_speed(place.run, place.links, place.images, run_program, kind):
         work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
         yield make_row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
 

@@ -16,8 +16,8 @@ from island_fast.bench.report import Counter, Row
 from island_fast.bench.synthetic_image import SyntheticImage
 from island_fast.bench.timing import Measurement, make_row, run_pairs, time_call
 from island_fast.errors import DamagedError
-from island_fast.images.inspect import image_map
-from island_fast.qcow2.changes import allocated, changed
+from island_fast.images.inspect import map_image
+from island_fast.qcow2.changes import find_allocated, find_changed
 from island_fast.qcow2.image import Image
 
 __all__ = ["CASES"]
@@ -66,16 +66,16 @@ def _measure_maps(context: Context) -> Iterator[Row | Counter]:
 def _measure_diff_of_few(few: SyntheticImage, count: int, reach: float | None) -> Iterator[Row | Counter]:
     """Measure a diff where 1 % of the tables differ, against a scan of all tables."""
     with Image.open(few.path) as image:
-        old, new = (image.at(image.named(name)) for name in "ab")
+        old, new = (image.point_at(image.find_named(name)) for name in "ab")
         found = run_pairs(
             2 * count,
-            lambda: time_call(lambda: changed(image, old, new)),
-            lambda: time_call(lambda: allocated(image, new)),
+            lambda: time_call(lambda: find_changed(image, old, new)),
+            lambda: time_call(lambda: find_allocated(image, new)),
         )
         work = f"diff where {few.tables_moved} of {few.volume // (512 << 20)} L2 tables differ, in process"
         yield make_row(work, "a scan of one point", found, reach=reach)
-        entries = changed(image, old, new).tables_read * image.header.table_entries
-        whole = int(np.count_nonzero(image.l1(new))) * image.header.table_entries
+        entries = find_changed(image, old, new).tables_read * image.header.table_entries
+        whole = int(np.count_nonzero(image.read_l1(new))) * image.header.table_entries
         yield Counter("L2 entries read for it, of those of a scan", entries / whole, reach=1 / 20)
 
 
@@ -89,7 +89,7 @@ def _run_island_map(path: Path, *words: str) -> Measurement:
 
 
 def _walked(path: Path) -> int:
-    return sum(len(part.start) for part in image_map(path))
+    return sum(len(part.start) for part in map_image(path))
 
 
 def _compare_maps(path: Path) -> None:

@@ -13,7 +13,7 @@ import struct
 from pathlib import Path
 from typing import Self
 
-from island_fast.files import punch
+from island_fast.files import punch_hole
 
 __all__ = ["BlockDevice"]
 
@@ -99,7 +99,7 @@ class BlockDevice:
     def punch(self, begin: int, length: int) -> bool:
         """Punch a hole with fallocate; return False, with nothing changed, if the device cannot do that."""
         self.flush()
-        return punch(self._fd, begin, length)
+        return punch_hole(self._fd, begin, length)
 
     def flush(self) -> None:
         """Flush everything that was written to the disk."""

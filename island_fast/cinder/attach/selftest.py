@@ -264,7 +264,7 @@ def _require_equal(found: bytes | bytearray, wanted: bytes | bytearray, where: s
 def _read_image(image: Path) -> bytes:
     """Read the whole volume from the image, with this package's own reader."""
     with Image.open(image) as opened:
-        point = opened.active()
+        point = opened.active_point()
         blocks = np.arange(point.blocks)
         rows = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         PointReader(opened, point).read(blocks, rows)

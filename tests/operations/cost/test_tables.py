@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from island_fast.bench.synthetic_image import SyntheticImage
-from island_fast.images.inspect import image_map
-from island_fast.qcow2.changes import allocated, changed
+from island_fast.images.inspect import map_image
+from island_fast.qcow2.changes import find_allocated, find_changed
 from island_fast.qcow2.extents import DATA
 from island_fast.qcow2.image import Image
 from tests.support import qemu
@@ -29,10 +29,10 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> SyntheticImage:
 
 def test_a_diff_reads_the_tables_that_differ(image: SyntheticImage) -> None:
     with Image.open(image.path) as opened:
-        old, new = (opened.at(opened.named(name)) for name in "ab")
+        old, new = (opened.point_at(opened.find_named(name)) for name in "ab")
         scanned: list[int] = []
-        found = allocated(opened, new, progress=lambda done, total: scanned.append(done))
-        diff = changed(opened, old, new)
+        found = find_allocated(opened, new, progress=lambda done, total: scanned.append(done))
+        diff = find_changed(opened, old, new)
     assert (scanned[-1], image.tables_moved) == (TABLES, TABLES // 100)
     assert diff.tables_read == 2 * image.tables_moved
     assert 20 * diff.tables_read <= scanned[-1]
@@ -54,7 +54,7 @@ def test_a_map_reads_each_table_once_and_is_that_of_qemu(
 
     with monkeypatch.context() as patch:
         patch.setattr("os.preadv", preadv)
-        parts = list(image_map(image.path))
+        parts = list(map_image(image.path))
     assert read <= (TABLES + 4) * 65536
     ours: list[list[int]] = []
     for part in parts:
