@@ -185,9 +185,9 @@ MISTAKES: dict[str, list[Edit]] = {
     "what an interrupted attempt sent is not compared": [
         (
             "repository/streams.py",
-            "    kept = known.kept.same(blocks, digests) & ~same",
+            "    kept = known.kept.matches(blocks, digests) & ~same\n    fresh",
             "    sent = [b for a in known.kept._runs.intervals().tolist() for b in range(*a)]\n"
-            "    kept = np.isin(blocks, sent) & ~same",
+            "    kept = np.isin(blocks, sent) & ~same\n    fresh",
         ),
     ],
     "an attempt numbers its packs like the one before it": [
@@ -231,10 +231,14 @@ MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
         ("operations/copy.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
     ],
     "what differs between two copies is not looked at": [
-        ("operations/copy.py", "np.concatenate([differing(runs, near_held), barred])", "barred"),
+        ("operations/copy.py", "np.concatenate([runs.differing(near_held), barred])", "barred"),
     ],
     "what a far parent has is believed without its digests": [
-        ("repository/carrying.py", "same = self._known.parent.same(blocks, digests)", "same = ~none"),
+        (
+            "repository/streams.py",
+            "    same = known.parent.matches(blocks, digests)\n    return",
+            "    same = ~none\n    return",
+        ),
     ],
     "a snapshot goes on with an interrupted copy": [
         ("repository/local_state.py", "if r.copied == (copied is not None) and copied", "if copied"),

@@ -150,6 +150,6 @@ def test_mypy_strict_has_nothing_to_say() -> None:
 
 
 def test_every_mistake_that_can_be_planted_has_its_place() -> None:
-    for name, edits in mutants.MISTAKES.items():
+    for name, edits in (mutants.MISTAKES | mutants.MISTAKES_OF_COPIES).items():
         for file, text, _ in edits:
             assert (PACKAGE / file).read_text().count(text) == 1, f"{name}: {file}"

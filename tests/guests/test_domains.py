@@ -223,8 +223,8 @@ def test_an_interruption_leaves_what_is_stored_and_no_other_pin(
             raise KeyboardInterrupt
         return real(*words, **options)
 
-    real = snapshot.send
-    monkeypatch.setattr(snapshot, "send", send)
+    real = snapshot.send_blocks
+    monkeypatch.setattr(snapshot, "send_blocks", send)
     done: Done = island(*words(guest))
     assert done.code == 1
     assert "'island list' shows which are stored" in done.err
@@ -242,8 +242,8 @@ def test_a_guest_that_ends_while_it_is_stored(
 
     island.json(*words(guest))
     guest.write(1, MIB, K64, 3)
-    real = snapshot.send
-    monkeypatch.setattr(snapshot, "send", send)
+    real = snapshot.send_blocks
+    monkeypatch.setattr(snapshot, "send_blocks", send)
     done: Done = island(*words(guest), "--json")
     assert [one["blocks_changed"] for one in json.loads(done.out)["snapshots"]] == [0, 1]
     for disk, told in zip(("vda", "vdb"), done.err.splitlines(), strict=True):

@@ -391,10 +391,10 @@ def test_a_file_system_without_holes(
 KILLED = r"""
 import os, signal, sys
 from island_fast.images import target as targets
-from island_fast.repository import streams, pack_reader
+from island_fast.repository import pack_reader
 from island_fast.api import Repository
 url, target, image_format = sys.argv[1:]
-streams.BATCH = pack_reader.BATCH = 8
+pack_reader.BATCH = 8
 real, left = targets.ExistingImage.write, [3]
 def write(self, blocks, rows):
     left[0] -= 1

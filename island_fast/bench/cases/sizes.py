@@ -14,7 +14,7 @@ from island_fast.bench.report import Counter, Row
 from island_fast.dirtymap import merge_intervals
 from island_fast.formats.catalog import Packs, Record, SnapshotRow, encode_record
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
-from island_fast.formats.manifest import Manifest, encode, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table, encode
 from island_fast.formats.names import catalog_name, manifest_name
 from island_fast.formats.runs import Runs, merge
 from island_fast.qcow2.snapshots import PinnedBase
@@ -41,7 +41,7 @@ def compute_metadata_share(volume: int, changed: int, days: int, seed: int) -> f
         fresh = _place_in_packs(blocks, _make_id(day, seed), numbers)
         replaced = merge_intervals(np.stack([blocks, blocks + 1], axis=1))
         runs = merge(runs, replaced, fresh)
-    table, stored = tabulate(runs, "vol", numbers)
+    table, stored = build_pack_table(runs, "vol", numbers)
     snapshot, parent = _make_id(days, seed), _make_id(days - 1, seed)
     manifest = Manifest(
         "vol", snapshot, 0, parent, volume, time.time_ns(), "", "table-diff", "compared with the pinned base",

@@ -27,7 +27,7 @@ from unittest import mock
 from island_fast.api import Repository
 from island_fast.errors import DamagedError, IslandError, StoreError
 from island_fast.images import open as source_module
-from island_fast.repository import local_state, pack_reader, pack_writer, streams
+from island_fast.repository import local_state, pack_reader, pack_writer, workers
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores import retry, swift_connection
@@ -161,10 +161,9 @@ class World:
         replaced(swift_connection, "retry", retry_by_account)
         replaced(source_module, "Qcow2Source", source)
         replaced(pack_writer, "MAX_SLOTS", MAX_SLOTS)
-        replaced(streams, "BATCH", BATCH)
         replaced(pack_reader, "BATCH", BATCH)
         replaced(pack_writer, "PACK_SIZE", 1 << 20)
-        replaced(streams, "ThreadPoolExecutor", Inline)
+        replaced(workers, "ThreadPoolExecutor", Inline)
         replaced(pack_writer, "ThreadPoolExecutor", Inline)
         replaced(os, "urandom", draw.randbytes)
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
