@@ -16,10 +16,10 @@ from pathlib import Path
 
 import click
 
+from island_fast.cli.help import VerbGroup, option_groups
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "island_fast"
-COMMON = ("--repository", "--json-progress", "--json", "--quiet")
-
 Part = tuple[bool, list[str]]
 """A paragraph of a help text: whether its lines stay as they are, and those lines."""
 
@@ -55,17 +55,32 @@ def verbs(group: click.Group) -> list[tuple[str, click.Command, click.Context]]:
     return [(name, verb, click.Context(verb, info_name=name, parent=above)) for name, verb in named]
 
 
-def options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
-    """The options of a command as its help shows them: names with a metavariable, and what is told."""
-    records = [
-        one.get_help_record(context) for one in command.get_params(context) if isinstance(one, click.Option)
-    ]
-    return [(names, told) for names, told in filter(None, records) if "--help" not in names]
+Options = dict[str, list[tuple[str, str]]]
+"""Names with a metavariable, and help texts, by the group that the help lists them in."""
 
 
-def own(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Options that not every verb has."""
-    return [row for row in rows if not set(re.findall(r"--[\w-]+", row[0])) & set(COMMON)]
+def options(command: click.Command, context: click.Context) -> Options:
+    """Return the options of a command as its help shows them, without --help."""
+    found = {
+        group: [row for row in rows if "--help" not in row[0]]
+        for group, rows in option_groups(command, context).items()
+    }
+    return {group: rows for group, rows in found.items() if rows}
+
+
+def common(group: click.Group) -> Options:
+    """Return the options that every verb has."""
+    found = [options(verb, context) for _, verb, context in verbs(group)]
+    return {
+        name: [row for row in rows if all(row in one.get(name, []) for one in found)]
+        for name, rows in options(group, click.Context(group)).items()
+    }
+
+
+def without(found: Options, others: Options) -> Options:
+    """Return the options that are not among the others."""
+    left = {group: [row for row in rows if row not in others.get(group, [])] for group, rows in found.items()}
+    return {group: rows for group, rows in left.items() if rows}
 
 
 def usage(command: click.Command, context: click.Context) -> str:
@@ -74,7 +89,9 @@ def usage(command: click.Command, context: click.Context) -> str:
 
 
 def summary(command: click.Command) -> str:
-    """The first sentence of the help, without its period."""
+    """Return what a command does, as its line in `island --help` says; of `island`, its first sentence."""
+    if command.short_help:
+        return command.short_help
     first = next(parts(command.help or ""))[1][0]
     return re.split(r"\.(?:\s|$)", first)[0]
 
@@ -103,9 +120,11 @@ def markdown(text: str) -> Iterator[str]:
                 yield fenced(below, "sh" if title.startswith("Example") else "text")
 
 
-def listed(rows: Iterable[tuple[str, str]]) -> str:
-    """Options as a list."""
-    return "\n".join(f"- `{names}`: {plain(' '.join(told.split()))}" for names, told in rows)
+def listed(found: Options) -> Iterator[str]:
+    """Yield each group of options: its name, and a list."""
+    for group, rows in found.items():
+        yield f"**{group}**"
+        yield "\n".join(f"- `{names}`: {plain(' '.join(text.split()))}" for names, text in rows)
 
 
 def slug(heading: str) -> str:
@@ -116,34 +135,41 @@ def slug(heading: str) -> str:
 MADE = "<!-- Made by scripts/pages.py from {}; change that, and run it. -->"
 
 
-def commands(group: click.Group) -> str:
+def index(group: VerbGroup) -> Iterator[str]:
+    """Yield each group of verbs: its name, and a list."""
+    for heading, verbs_of_it in group.verb_groups.items():
+        yield f"**{heading}**"
+        yield "\n".join(
+            f"- [{verb.name}](#{slug(f'island {verb.name}')}): {plain(summary(verb))}."
+            for verb in verbs_of_it
+        )
+
+
+def commands(group: VerbGroup) -> str:
     """docs/commands.md."""
     context = click.Context(group, info_name="island")
-    every = [row for row in options(group, context) if row not in own([row])]
+    every = common(group)
     blocks = [
         MADE.format("the help texts"),
         "# The command `island`",
         "`island VERB --help` shows the same, and so do the man pages: `man island-snapshot`. What programs "
         "read (`--json`) has the names of [the Python API's answers](reference.md#answers).",
-        "\n".join(
-            f"- [{name}](#{slug(f'island {name}')}): {plain(summary(verb))}."
-            for name, verb, _ in verbs(group)
-        ),
+        *index(group),
         "## island",
         fenced([usage(group, context)]),
         *markdown(group.help or ""),
         *markdown(group.epilog or ""),
         "### Options of every verb",
-        "They may stand before the verb, too.",
-        listed(every),
+        "They can also be given before the verb.",
+        *listed(every),
         "### Options without a verb",
-        listed(own(options(group, context))),
+        *listed(without(options(group, context), every)),
     ]
     for name, verb, own_context in verbs(group):
         blocks += [f"## island {name}", fenced([usage(verb, own_context)])]
         blocks += [*markdown(verb.help or ""), *markdown(verb.epilog or "")]
-        if rows := own(options(verb, own_context)):
-            blocks += ["Options, beside [those of every verb](#options-of-every-verb):", listed(rows)]
+        if own := without(options(verb, own_context), every):
+            blocks += ["Options, beside [those of every verb](#options-of-every-verb):", *listed(own)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -184,19 +210,21 @@ def body(text: str) -> tuple[list[str], list[str]]:
     return description[1:], sections
 
 
-def tagged(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Options: names bold, metavariables in italics."""
+def tagged(found: Options) -> list[str]:
+    """Return groups of options: names bold, metavariables in italics."""
     lines = []
-    for names, told in rows:
-        shown = ", ".join(
-            re.sub(
-                r"^(\S+)(?: (.*))?$",
-                lambda m: f"\\fB{m[1]}\\fR" + (f" \\fI{m[2]}\\fR" if m[2] else ""),
-                roff(one),
+    for group, rows in found.items():
+        lines.append(f".SS {group}")
+        for names, text in rows:
+            shown = ", ".join(
+                re.sub(
+                    r"^(\S+)(?: (.*))?$",
+                    lambda m: f"\\fB{m[1]}\\fR" + (f" \\fI{m[2]}\\fR" if m[2] else ""),
+                    roff(one),
+                )
+                for one in names.split(", ")
             )
-            for one in names.split(", ")
-        )
-        lines += [".TP", shown, roff(" ".join(told.split()))]
+            lines += [".TP", shown, roff(" ".join(text.split()))]
     return lines
 
 
@@ -224,11 +252,13 @@ def man_page(name: str, command: click.Command, context: click.Context, version:
     return "\n".join(lines) + "\n"
 
 
-def man_pages(group: click.Group, version: str) -> Iterator[tuple[str, str]]:
+def man_pages(group: VerbGroup, version: str) -> Iterator[tuple[str, str]]:
     """Each man page: its name, such as island-list.1, and its text."""
     listing = [".SH COMMANDS"]
-    for name, verb, _ in verbs(group):
-        listing += [".TP", f"\\fBisland\\-{name}\\fR(1)", roff(f"{summary(verb)}.")]
+    for heading, verbs_of_it in group.verb_groups.items():
+        listing.append(f".SS {heading}")
+        for verb in verbs_of_it:
+            listing += [".TP", f"\\fBisland\\-{verb.name}\\fR(1)", roff(f"{summary(verb)}.")]
     yield "island.1", man_page("island", group, click.Context(group, info_name="island"), version, listing)
     see = [".SH SEE ALSO", "\\fBisland\\fR(1)"]
     for name, verb, context in verbs(group):

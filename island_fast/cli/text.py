@@ -1,21 +1,20 @@
-"""How people read values: sizes, durations, tables, and text that a terminal cannot be misled by."""
+"""Values as people read them: sizes, durations, tables, and text that cannot mislead a terminal."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
+__all__ = ["SHORT_ID", "count", "duration", "printable", "sheet", "size", "table", "terminal_width"]
 
-__all__ = ["duration", "printable", "size"]
+SHORT_ID = 12
+"""Digits of an id in tables: they name a snapshot as well as all 32 do."""
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
-SHORT_ID = 12
 
 
 def size(count: int) -> str:
-    """A number of bytes with a binary unit, such as 512 B or 1.5 GiB."""
+    """Return a number of bytes with a binary unit, such as 512 B or 1.5 GiB."""
     value, unit = float(count), 0
     while abs(round(value, 1)) >= 1024 and unit < len(_UNITS) - 1:
         value /= 1024
@@ -24,7 +23,7 @@ def size(count: int) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time span: 0.42 s, 12.3 s, 2 min 5 s, 3 h 20 min."""
+    """Return a time span as 0.42 s, 12.3 s, 2 min 5 s or 3 h 20 min."""
     if round(seconds, 2) < 10:
         return f"{seconds:.2f} s"
     if round(seconds, 1) < 60:
@@ -35,25 +34,25 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min"
 
 
-def printable(text: str) -> str:
-    """`text` on one line, with what is not printable escaped as in a Python string."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def count(number: int, what: str) -> str:
-    """A number of things: 1 object, 2 objects."""
+    """Return a number of things: 1 object, 2 objects."""
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def printable(text: str) -> str:
+    """Return `text` on one line; what cannot be printed is escaped as in a Python string."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+
+
 def sheet(rows: Iterable[tuple[str, str]]) -> str:
-    """Names and values, a line each, the values below each other; what has no value is left out."""
+    """Return names and values, a line each, the values in one column; rows without a value are left out."""
     rows = [(name, value) for name, value in rows if value]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
-    """Columns under a header; those numbered in `right` are aligned to the right."""
+    """Return columns under a header; those whose numbers are in `right` are aligned to the right."""
     lines = [header, *rows]
     widths = [max(len(line[column]) for line in lines) for column in range(len(header))]
     return "\n".join(
@@ -65,4 +64,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
     )
 
 
-# The answers of the verbs.
+def terminal_width() -> int | None:
+    """Return the columns of the terminal on standard output, None if it is not a terminal."""
+    from shutil import get_terminal_size  # here: it imports much that snapshots do without
+
+    try:
+        return get_terminal_size().columns if sys.stdout.isatty() else None
+    except (AttributeError, ValueError):  # there is no standard output, or it is closed
+        return None

@@ -14,7 +14,7 @@ import click
 import pytest
 
 from island_fast.api import Repository
-from island_fast.cli.run import Run, conclude
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.text import printable
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
@@ -241,7 +241,7 @@ def test_a_suggestion_of_click_stays_a_question(capsys: pytest.CaptureFixture[st
     def work(run: Run) -> None:
         raise click.UsageError("No such command 'lst'. Did you mean 'list'?")
 
-    assert conclude(work) == 2
+    assert run_to_exit_code(work) == 2
     told = one_sentence(capsys.readouterr().err)
     assert told == "no such command 'lst'; did you mean 'list'? See 'island --help'"
 
