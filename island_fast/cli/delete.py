@@ -48,11 +48,14 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
 
 def _format_deleted(deleted: Sequence[Deleted], dry_run: bool) -> str:
     """Return a sentence for each snapshot."""
-    did, needed, frees = (
-        ("Would delete", "needs", "would then free") if dry_run else ("Deleted", "needed", "will free")
+    did, frees, needs = (
+        ("Would delete", "would then free", "needs") if dry_run else ("Deleted", "will free", "needed")
     )
-    return "\n".join(
-        f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
-        f"{size(one.bytes_freed)}; only this snapshot {needed} {size(one.bytes_unreferenced)}."
-        for one in deleted
-    )
+    lines = []
+    for one in deleted:
+        line = f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
+        line += size(one.bytes_freed)
+        if one.bytes_unreferenced != one.bytes_freed:
+            line += f"; only this snapshot {needs} {size(one.bytes_unreferenced)}"
+        lines.append(f"{line}.")
+    return "\n".join(lines)

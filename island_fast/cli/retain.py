@@ -81,13 +81,17 @@ def retain(context: click.Context, /, volume: str | None, dry_run: bool, **keeps
 
 def _format_rules(context: click.Context, keeps: dict[str, int]) -> str:
     """Return the rules that applied, and where each is from."""
-    sources = {ParameterSource.COMMANDLINE: "command line", ParameterSource.DEFAULT_MAP: "config.toml"}
-    rules = [
-        f"{name.replace('_', '-')} {number} "
-        f"({sources.get(context.get_parameter_source(name), f'ISLAND_{name.upper()}')})"  # type: ignore[arg-type]
-        for name, number in keeps.items()
-        if number
-    ]
+    rules = []
+    for name in (f"keep_{rule}" for rule in KEEP_RULES):
+        match context.get_parameter_source(name):
+            case ParameterSource.COMMANDLINE:
+                source = "command line"
+            case ParameterSource.DEFAULT_MAP:
+                source = "configuration file"
+            case _:
+                source = f"ISLAND_{name.upper()}"
+        if keeps[name]:
+            rules.append(f"{name.replace('_', '-')} {keeps[name]} ({source})")
     return f"Rules: {', '.join(rules)}."
 
 

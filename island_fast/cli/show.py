@@ -39,10 +39,9 @@ def _format_shown(shown: SnapshotShown) -> str:
     if shown.domain is not None:
         guest = f"domain {shown.domain}, disk {shown.disk}; consistency: {shown.consistency}"
     if shown.bytes_unreferenced is not None and shown.bytes_freed is not None:
-        deleting = (
-            f"lets 'island sweep' free {size(shown.bytes_freed)}; only this snapshot needs "
-            f"{size(shown.bytes_unreferenced)}"
-        )
+        deleting = f"lets 'island sweep' free {size(shown.bytes_freed)}"
+        if shown.bytes_unreferenced != shown.bytes_freed:
+            deleting += f"; only this snapshot needs {size(shown.bytes_unreferenced)}"
     return sheet(
         [
             ("snapshot", shown.snapshot),

@@ -68,7 +68,7 @@ def test_an_interrupted_snapshot_leaves_everything_as_it_was(
     held = pins(large)
     sentence = interrupted_snapshot(island, large, number)
     assert sentence == (
-        "interrupted; no snapshot was made, earlier ones are as they were; "
+        "interrupted; no snapshot was made, earlier ones are unchanged; "
         "what was sent is kept for the next one"
     )
     qemu.check(large)
