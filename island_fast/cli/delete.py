@@ -16,7 +16,7 @@ from island_fast.cli.options import (
     open_repository,
 )
 from island_fast.cli.run import Run
-from island_fast.cli.text import size
+from island_fast.cli.text import freed
 
 if TYPE_CHECKING:
     from island_fast.results import Deleted
@@ -48,14 +48,9 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
 
 def _format_deleted(deleted: Sequence[Deleted], dry_run: bool) -> str:
     """Return a sentence for each snapshot."""
-    did, frees, needs = (
-        ("Would delete", "would then free", "needs") if dry_run else ("Deleted", "will free", "needed")
+    did, frees = ("Would delete", "would then free") if dry_run else ("Deleted", "will free")
+    return "\n".join(
+        f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
+        f"{freed(one.bytes_freed, one.bytes_unreferenced)}."
+        for one in deleted
     )
-    lines = []
-    for one in deleted:
-        line = f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
-        line += size(one.bytes_freed)
-        if one.bytes_unreferenced != one.bytes_freed:
-            line += f"; only this snapshot {needs} {size(one.bytes_unreferenced)}"
-        lines.append(f"{line}.")
-    return "\n".join(lines)

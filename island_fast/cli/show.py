@@ -9,7 +9,7 @@ import click
 from island_fast.cli.help import verb
 from island_fast.cli.options import NAMING, add_common_options, complete_snapshot, open_repository
 from island_fast.cli.run import Run
-from island_fast.cli.text import printable, sheet, size
+from island_fast.cli.text import freed, printable, sheet, size
 
 if TYPE_CHECKING:
     from island_fast.results import SnapshotShown
@@ -39,9 +39,7 @@ def _format_shown(shown: SnapshotShown) -> str:
     if shown.domain is not None:
         guest = f"domain {shown.domain}, disk {shown.disk}; consistency: {shown.consistency}"
     if shown.bytes_unreferenced is not None and shown.bytes_freed is not None:
-        deleting = f"lets 'island sweep' free {size(shown.bytes_freed)}"
-        if shown.bytes_unreferenced != shown.bytes_freed:
-            deleting += f"; only this snapshot needs {size(shown.bytes_unreferenced)}"
+        deleting = f"lets 'island sweep' free {freed(shown.bytes_freed, shown.bytes_unreferenced)}"
     return sheet(
         [
             ("snapshot", shown.snapshot),

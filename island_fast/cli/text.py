@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 
-__all__ = ["SHORT_ID", "count", "duration", "printable", "sheet", "size", "table", "terminal_width"]
+__all__ = ["SHORT_ID", "count", "duration", "freed", "printable", "sheet", "size", "table", "terminal_width"]
 
 SHORT_ID = 12
 """Digits of an id in tables: they name a snapshot as well as all 32 do."""
@@ -39,16 +40,42 @@ def count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
+def freed(by_sweep: int, unneeded: int) -> str:
+    """Return what deleting a snapshot lets a sweep free, and how much only the snapshot needs, if that differs.
+
+    A sweep frees more if it then rewrites a pack that held older garbage, less if a pack stays mostly needed.
+    """
+    if by_sweep == unneeded:
+        return size(by_sweep)
+    if by_sweep > unneeded:
+        return f"{size(by_sweep)} ({size(unneeded)} of it this snapshot's)"
+    return f"{size(by_sweep)} (of {size(unneeded)} that only this snapshot needs)"
+
+
 def printable(text: str) -> str:
     """Return `text` on one line; what cannot be printed is escaped as in a Python string."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def sheet(rows: Iterable[tuple[str, str]]) -> str:
-    """Return names and values, a line each, the values in one column; rows without a value are left out."""
+    """Return names and values, the values in one column; rows without a value are left out.
+
+    On a terminal that is too narrow a value is wrapped, at spaces only.
+    """
     rows = [(name, value) for name, value in rows if value]
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    room = (terminal_width() or sys.maxsize) - width - 2
+    lines = []
+    for name, value in rows:
+        parts = [value] if len(value) <= room else _wrap(value, room)
+        lines += [f"{title:<{width}}  {part}" for title, part in zip_longest([name], parts, fillvalue="")]
+    return "\n".join(lines)
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    from textwrap import wrap  # here: only a narrow terminal needs it
+
+    return wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:
@@ -66,9 +93,11 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[
 
 def terminal_width() -> int | None:
     """Return the columns of the terminal on standard output, None if it is not a terminal."""
-    from shutil import get_terminal_size  # here: it imports much that snapshots do without
-
     try:
-        return get_terminal_size().columns if sys.stdout.isatty() else None
+        if not sys.stdout.isatty():
+            return None
     except (AttributeError, ValueError):  # there is no standard output, or it is closed
         return None
+    from shutil import get_terminal_size  # here: it imports much that a run in a pipe does without
+
+    return get_terminal_size().columns
