@@ -1,8 +1,8 @@
 """Pages that are made from the code: `python scripts/pages.py` writes those that are out of date.
 
 docs/commands.md and man/*.1 come from the help texts, docs/reference.md from the docstrings of the Python
-API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails if one is
-out of date. click-man does not write the man pages, because it lets roff take a line that begins with a quote
+API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails if one
+is out of date. click-man does not write the man pages, because it lets roff take a line that begins with a quote
 for a command, fills lines of tables and examples, and leaves out what is below the options.
 """
 

@@ -41,7 +41,7 @@ def count(number: int, what: str) -> str:
 
 
 def freed(by_sweep: int, unneeded: int) -> str:
-    """Return what deleting a snapshot lets a sweep free, and how much only the snapshot needs, if that differs.
+    """Return what deleting a snapshot lets a sweep free, and what only that snapshot needs if it differs.
 
     A sweep frees more if it then rewrites a pack that held older garbage, less if a pack stays mostly needed.
     """

@@ -172,8 +172,8 @@ def test_as_json(island: Island, large: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (1, b"")
     assert out == (
-        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are unchanged; '
-        b'what was sent is kept for the next one", "exit_code": 1}\n'
+        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are '
+        b'unchanged; what was sent is kept for the next one", "exit_code": 1}\n'
     )
 
 
