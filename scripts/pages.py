@@ -2,8 +2,8 @@
 
 docs/commands.md and man/*.1 come from the help texts, docs/reference.md from the docstrings of the Python
 API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails if one
-is out of date. click-man does not write the man pages, because it lets roff take a line that begins with a quote
-for a command, fills lines of tables and examples, and leaves out what is below the options.
+is out of date. click-man does not write the man pages, because it lets roff take a line that begins with a
+quote for a command, fills lines of tables and examples, and leaves out what is below the options.
 """
 
 from __future__ import annotations

@@ -16,9 +16,9 @@ __all__ = ["completion"]
 @add_common_options
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the completion script for SHELL.
+    """Print the script by which a shell completes verbs, options, files and names of snapshots.
 
-    It completes verbs, options, files and names of snapshots. Names of snapshots come from a repository in a
+    Names of snapshots come from a repository in a
     directory; one in Swift is not asked. bash must be 4.4 or newer.
 
     \b

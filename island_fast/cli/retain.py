@@ -41,7 +41,7 @@ def _add_keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @verb("Delete the snapshots that no rule keeps")
 @_add_keep_options
-@volume_option("Only this volume.")
+@volume_option("Apply the rules only to this volume.")
 @dry_run_option()
 @add_common_options
 @click.pass_context

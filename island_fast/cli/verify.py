@@ -133,7 +133,7 @@ def _format_damage(one: Damage) -> Iterator[str]:
     for touched in one.snapshots:
         needs = "needed" if one.mended else "lacks"
         yield f"  volume {one.volume}, snapshot {touched.snapshot} {needs} {_format_extents(touched)}"
-    if not one.snapshots:
+    if not one.snapshots and not one.mended:
         yield f"  volume {one.volume}: no snapshot that can be read needs what is lost"
     if one.remedy:
         yield f"  {printable(one.remedy)}"
