@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 
 from island_fast.bench.peers.all_peers import PEERS
-from island_fast.cli.run import Run, conclude
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.errors import IslandError, UsageError
 
 __all__ = ["main"]
@@ -109,7 +109,7 @@ def main() -> int:
         with bench.make_context("python -m island_fast.bench", sys.argv[1:], obj=run) as context:
             bench.invoke(context)
 
-    return conclude(work, to_the_end=True)
+    return run_to_exit_code(work, to_the_end=True)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,9 @@ def test_a_signal_leaves_what_was_sent_for_the_next(island: Island, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, out) == (1, b"")
-    assert one_sentence(err.decode()) == "interrupted; what was copied is whole there; the next copy goes on"
+    assert one_sentence(err.decode()) == (
+        "interrupted; snapshots that were copied are complete there; run it again to resume"
+    )
     assert island.text("-r", far, "list", "-q") == ""
     (answer,) = island.json("copy", "--all", "--to", far)
     assert answer["blocks_kept"] >= 200, "at least the first pack"

@@ -114,4 +114,4 @@ def test_option_variable_and_file(
     island.json("sweep", "--limit-upload", "4K")
     assert rates == [(1 << 30, None), (2048, 3072), (4096, 3072)]
     monkeypatch.setenv("ISLAND_LIMIT_UPLOAD", "fast")
-    assert "'fast' is no rate" in island.fails(2, "sweep")
+    assert "'fast' is not a valid rate" in island.fails(2, "sweep")

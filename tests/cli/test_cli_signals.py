@@ -68,7 +68,7 @@ def test_an_interrupted_snapshot_leaves_everything_as_it_was(
     held = pins(large)
     sentence = interrupted_snapshot(island, large, number)
     assert sentence == (
-        "interrupted; no snapshot was made, earlier ones are as they were; "
+        "interrupted; no snapshot was made, earlier ones are unchanged; "
         "what was sent is kept for the next one"
     )
     qemu.check(large)
@@ -172,8 +172,8 @@ def test_as_json(island: Island, large: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (1, b"")
     assert out == (
-        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are as they '
-        b'were; what was sent is kept for the next one", "exit_code": 1}\n'
+        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are '
+        b'unchanged; what was sent is kept for the next one", "exit_code": 1}\n'
     )
 
 
