@@ -102,7 +102,10 @@ class Qcow2Source(Source):
                 self._stack = stack.pop_all()
                 return
             if (qmp or monitor) and (why := self.reason_not_pinnable):
-                raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
+                raise RefusedError(
+                    f"{path} cannot be read while it is in use, because {why}; "
+                    "stop the process that uses it first"
+                )
             keep_out = unpinned_scan or self.reason_not_pinnable is not None
             held = stack.enter_context(ImageLock(path, hold_off_writers=keep_out))
             if not os.path.samestat(os.fstat(held.fd), os.fstat(self.image.fd)):
@@ -211,7 +214,7 @@ class Qcow2Source(Source):
     def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         """See Source.find_change."""
         if not isinstance(view, PointView):
-            raise TypeError("a view of another source")
+            raise TypeError("the view is of another kind of source")
         if base is None:
             return self._scan(view.point, why_not, progress)
         then = self.image.point_at(base.internal)

@@ -34,7 +34,7 @@ _WINDOW = 1 << 16
 _REST = np.uint64(~COPIED & (1 << 64) - 1)
 _OFFSET = np.uint64(L1_OFFSET_MASK)
 _COPIED = np.uint64(COPIED)
-# Masks for entries as they stand on disk, big-endian.
+# Masks for entries as they are on disk, big-endian.
 _DISK_COPIED = _COPIED.byteswap()
 _DISK_COMPRESSED = np.uint64(1 << 62).byteswap()
 _DISK_ZERO = np.uint64(1).byteswap()
@@ -189,7 +189,7 @@ class _Tables:
 
 def _count_compressed(entries: Uint64s) -> int:
     """Count the compressed entries, as on disk."""
-    # Mostly there is none, which this finds fastest.
+    # Most often there is none, which is found fastest this way.
     if not np.bitwise_or.reduce(entries) & _DISK_COMPRESSED:
         return 0
     return int(np.count_nonzero(entries & _DISK_COMPRESSED))

@@ -165,7 +165,7 @@ def _check_arguments(
     size_limit = min(MAX_VOLUME_SIZE, L1_ENTRIES_LIMIT << (2 * cluster_bits - 3))
     if volume_size > size_limit:
         raise UnsupportedImageError(
-            f"a volume of {volume_size} bytes is over the limit of {size_limit >> 40} TiB "
+            f"a volume of {volume_size} bytes is over the limit of {size_limit >> 40} TiB"
         )
     end = volume_size if pin is None else pin[0]
     if end > volume_size:
