@@ -113,7 +113,9 @@ class Domain(Monitor):
         for name in chosen:
             if why := _reason_unfit(found[name]):
                 others = [other for other in writable if not _reason_unfit(found[other])]
-                way_out = f"name others with --disk: {', '.join(others)}" if others else "it has no others"
+                way_out = (
+                    f"name others with --disk: {', '.join(others)}" if others else "it has no other disk"
+                )
                 raise RefusedError(
                     f"disk {name} of {self.who} {why}, and only qcow2 files can be snapshotted while in use; "
                     f"{way_out}"

@@ -246,8 +246,8 @@ def _connect_client(
 
 def _missing_program_error(image: Path) -> IslandError:
     return IslandError(
-        f"qemu-nbd, which would write to {image}, or setpriv, which starts it, is missing; install qemu-utils"
-        " and util-linux"
+        f"qemu-nbd, which would write to {image}, or setpriv, which starts it, is missing; install "
+        "qemu-utils and util-linux"
     )
 
 

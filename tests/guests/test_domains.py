@@ -312,7 +312,7 @@ def test_a_disk_on_the_network_is_refused_by_name(island: Island, libvirt: Libvi
         finally:
             server.terminate()
     assert f"disk vda of domain '{name}' is not a file but of type 'network', and only" in sentence
-    assert sentence.endswith("; it has no other")
+    assert sentence.endswith("; it has no other disk")
 
 
 def test_two_new_images_of_one_name_are_not_mixed(island: Island, libvirt: Libvirt, name: str) -> None:
@@ -346,7 +346,7 @@ def test_a_libvirt_that_cannot_be_used(island: Island, libvirt: Libvirt, tmp_pat
         return island.fails(code, "snapshot", "--domain", "web1", "--connect", uri)
 
     assert "cannot be reached at qemu:///session?socket=" in fails(1, f"qemu:///session?socket={tmp_path}/no")
-    assert "see whether libvirtd runs" in fails(1, f"qemu:///session?socket={tmp_path}/no")
+    assert "check whether libvirtd runs" in fails(1, f"qemu:///session?socket={tmp_path}/no")
     assert "has no qemu guests" in fails(2, "test:///default")
     assert island.repository.exists() is False
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -94,6 +95,41 @@ def test_only_201_is_success(
     with pytest.raises(ConflictError, match="other bytes"):
         store.put("object", [b"else"])
     assert store.get("object") == WHOLE
+
+
+def test_only_a_call_that_writes_leaves_its_outcome_unknown(swift: SwiftServer, swift_store: OpenSwift):
+    store = swift_store(patience=BRIEF)
+    store.put("object", CONTENT)
+    swift.inject(Fault("answer", 503, times=1000))
+    failed = r"Swift at 127.0.0.1:\d+ has not answered for 0 s \(last: 503 Injected\)"
+    reading: list[Callable[[], object]] = [
+        lambda: store.get("object"),
+        lambda: store.get_ranges("object", [(0, 1)]),
+        lambda: store.head("object"),
+        lambda: [*store.list("")],
+        lambda: [*store.folders("")],
+    ]
+    for call in reading:
+        with pytest.raises(StoreError, match=failed + "; run the command again when it does$"):
+            call()
+    writing: list[Callable[[], object]] = [
+        lambda: store.put("object", CONTENT),
+        lambda: store.delete("object"),
+    ]
+    for call in writing:
+        with pytest.raises(StoreError, match=failed + ", so the outcome is unknown; run the command again"):
+            call()
+
+
+def test_an_opening_that_fails_has_changed_nothing(swift: SwiftServer, swift_store: OpenSwift):
+    container = swift_store().location.removeprefix("swift://").partition("/")[0]
+    swift.inject(Fault("answer", 503, method="HEAD", times=1000))
+    with pytest.raises(StoreError) as caught:
+        SwiftStore.open(container, BRIEF)
+    assert re.fullmatch(
+        r"cannot reach Swift at 127.0.0.1:\d+ \(503 Injected, tried for 0 s\); nothing was changed",
+        str(caught.value),
+    )
 
 
 def test_202_is_not_stored(swift: SwiftServer, store: SwiftStore):
