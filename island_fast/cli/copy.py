@@ -42,7 +42,7 @@ def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, 
 
     A copy keeps the id, label and time of its snapshot, and needs nothing from the first repository. Only
     blocks missing from the neighbouring copies are sent, each verified on the way; what an interrupted copy
-    had sent is not sent again. In the other repository this host owns the copied volumes. It is created if
+    had sent is not sent again. This host owns the copied volumes in that repository, which is created if
     WHERE is an empty or new directory, or an empty place in a container.
 
     If both are in Swift and need different credentials, set those for --to in the same variables with

@@ -6,7 +6,7 @@ man pages and docs/commands.md included (scripts/pages.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -84,7 +84,7 @@ class _Formatter(click.HelpFormatter):
         """See click.HelpFormatter."""
         super().write_text(_harden(text))
 
-    def write_dl(self, rows: Sequence[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:  # type: ignore[override]
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
         """See click.HelpFormatter."""
         super().write_dl([(name, _harden(text)) for name, text in rows], col_max, col_spacing)
 
