@@ -14,7 +14,7 @@ import pytest
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.formats.catalog import Packs, Record, State, decode_record, encode_record
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
-from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
 from island_fast.formats.names import catalog_name
 from island_fast.formats.pack import (
     PackHeader,
@@ -105,7 +105,7 @@ def runs_of(snapshots: int, count: int) -> tuple[Runs, SnapshotNumbers]:
 
 
 def manifest_of(runs: Runs, numbers: SnapshotNumbers) -> Manifest:
-    table, stored = tabulate(runs, "vol", numbers)
+    table, stored = build_pack_table(runs, "vol", numbers)
     size = int(runs.start[-1] + 1) * BLOCK_SIZE
     return Manifest(
         "vol", 32 * "f", 0, None, size, 1, "", "full-scan", "it is the first", 7, PIN, table, stored
@@ -115,7 +115,7 @@ def manifest_of(runs: Runs, numbers: SnapshotNumbers) -> Manifest:
 def test_tabulate(benchmark):
     runs, numbers = runs_of(30, RUNS)
     benchmark.extra_info["rows"] = RUNS
-    table, _ = benchmark(tabulate, runs, "vol", numbers)
+    table, _ = benchmark(build_pack_table, runs, "vol", numbers)
     assert len(table) == len(np.unique(runs.pack))
 
 

@@ -409,7 +409,7 @@ class Repository(OpenRepository):
 
         Either may be the older one. Told from manifests: no data is read. UsageError for two volumes.
         """
-        from island_fast.operations.diff import compare
+        from island_fast.operations.diff import diff_snapshots
 
         before, after = self.find(since), self.find(reference)
         if before.lineage.name != after.lineage.name:
@@ -418,7 +418,7 @@ class Repository(OpenRepository):
                 f"{after.lineage.name}; give two of one volume"
             )
         lineage = after.lineage
-        return compare(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
+        return diff_snapshots(lineage.manifest(before.row), lineage.manifest(after.row), lineage.numbers)
 
     def usage(self, volume: str | None = None, *, progress: Progress = silent) -> Usage:
         """What the snapshots take: of `volume`, or of each that a listing shows, and in all.
@@ -426,17 +426,17 @@ class Repository(OpenRepository):
         Told from catalogs and manifests: no data is read. A volume whose manifests cannot be read is passed
         over, when all are meant: see `left_out`.
         """
-        from island_fast.operations.usage import measure, summed
+        from island_fast.operations.usage import add_up, measure_usage
 
         volumes = []
         for lineage in self.lineages(volume):
             try:
-                volumes.append(measure(lineage, progress))
+                volumes.append(measure_usage(lineage, progress))
             except (DamagedError, RefusedError) as error:
                 if volume is not None:
                     raise
                 self.left_out.append(error)
-        return summed(volumes)
+        return add_up(volumes)
 
     def adopt(self, volume: str) -> Adopted:
         """Make this host the owner of `volume`'s lineage; the next snapshot's image becomes its image.

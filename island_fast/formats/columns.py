@@ -1,4 +1,4 @@
-"""Integer columns as bytes: narrowed to the fewest bytes that hold them, then byte-shuffled.
+"""Columns of integers as bytes: narrowed to the fewest bytes that hold them, then byte-shuffled.
 
 A column's plain bytes are its values' lowest bytes, then all their second bytes, and so on (the shuffle of
 the HDF5 and Blosc filters), so that zstd sees long runs of equal bytes. The width is the byte length
@@ -15,13 +15,14 @@ from numpy.typing import NDArray
 from island_fast.arrays import Int64s
 from island_fast.errors import DamagedObjectError
 
-__all__ = ["decode", "encode", "grouped_ends", "undo_grouped", "unzigzag", "zigzag"]
+__all__ = ["Integers", "decode", "encode", "ends_before", "restore_starts", "unzigzag", "zigzag"]
 
 Integers = NDArray[np.signedinteger[Any]]
+"""Signed integers of any width."""
 
 
 def encode(values: Int64s) -> bytes:
-    """Shuffled bytes of a column of int64 values, none negative."""
+    """Return the shuffled bytes of a column of values in [0, 2**63)."""
     if values.size == 0:
         return b""
     width = max(1, (int(values.max()).bit_length() + 7) // 8)
@@ -30,7 +31,10 @@ def encode(values: Int64s) -> bytes:
 
 
 def decode(name: str, data: memoryview | bytes, rows: int) -> Int64s:
-    """The column of `rows` values in `data`, a section of object `name`; each is in [0, 2**63)."""
+    """Return the column of `rows` values, each in [0, 2**63), in `data`, a section of object `name`.
+
+    DamagedObjectError if `data` is not such a column.
+    """
     raw = np.frombuffer(data, np.uint8)
     if rows == 0:
         if raw.size:
@@ -48,17 +52,17 @@ def decode(name: str, data: memoryview | bytes, rows: int) -> Int64s:
 
 
 def zigzag(values: Int64s) -> Int64s:
-    """Signed values as non-negative ones: 0, -1, 1, -2 become 0, 1, 2, 3."""
+    """Return signed values as non-negative ones: 0, -1, 1, -2 become 0, 1, 2, 3."""
     return np.asarray((values << 1) ^ (values >> 63), np.int64)
 
 
 def unzigzag(values: Int64s) -> Int64s:
-    """Inverse of `zigzag`."""
+    """Return the signed values that `zigzag` made non-negative."""
     return np.asarray((values >> 1) ^ -(values & 1), np.int64)
 
 
-def grouped_ends(group: Integers, ends: Integers) -> Int64s:
-    """For each row the `ends` of the last earlier row of the same group, 0 where there is none."""
+def ends_before(group: Integers, ends: Integers) -> Int64s:
+    """Return for each row the value in `ends` of the last earlier row of the same group, or 0."""
     order = np.argsort(group, kind="stable")
     before = np.zeros(group.size, np.int64)
     same = group[order[1:]] == group[order[:-1]]
@@ -66,10 +70,10 @@ def grouped_ends(group: Integers, ends: Integers) -> Int64s:
     return before
 
 
-def undo_grouped(group: Integers, deltas: Int64s, lengths: Integers) -> Int64s:
-    """Inverse of `start - grouped_ends(group, start + length)`: the starts, from their deltas.
+def restore_starts(group: Integers, deltas: Int64s, lengths: Integers) -> Int64s:
+    """Return the starts whose `deltas` are `start - ends_before(group, start + lengths)`.
 
-    Within a group each start is the previous one's end plus the delta.
+    Within a group, each start is the end of the row before plus the delta.
     """
     order = np.argsort(group, kind="stable")
     total = deltas[order]

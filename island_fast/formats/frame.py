@@ -1,11 +1,10 @@
-"""The frame that every object of a repository is wrapped in.
+"""The frame that every object of a repository is.
 
-A frame is a fixed header, a table of sections, and the sections' bytes. The header names the kind and the
-format version, carries the features a reader must know and those a writer must know, the object's own id
-(the XXH3-128 of its name below the repository's prefix, so that an object answered under another's name is
-noticed), a checksum of the whole object and one of header and table alone, for readers that fetch sections
-by range.
-Byte layout: docs/format.md, "Frame". All integers are little-endian. No I/O.
+A frame is a header, a table of sections, and the bytes of the sections. The header states the kind of object
+and the version of the format, the features that a reader and that a writer must understand, an id made from
+the object's name (so that a store that returns the wrong object is detected), a checksum of the whole object,
+and a checksum of header and table alone, for readers that fetch parts of an object. All integers are
+little-endian. Layout: docs/format.md, "Frame".
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Kind(enum.Enum):
 
 
 class Codec(enum.IntEnum):
-    """How a section's bytes are stored. Values from 128 on are kept for sealed (encrypted) sections."""
+    """How a section's bytes are stored. Values from 128 on are reserved for sealed (encrypted) sections."""
 
     PLAIN = 0
     ZSTD = 1
@@ -71,9 +70,9 @@ class Codec(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Section:
-    """One section to be sealed: its kind (a number local to the object's kind) and its plain bytes.
+    """A section to be sealed: its number, whose meaning depends on the kind of object, and its plain bytes.
 
-    The bytes come in parts, which are one after the other; `compress` wants a single part.
+    The bytes are those of `parts`, one after the other; with `compress` there must be one part.
     """
 
     kind: int
@@ -83,7 +82,7 @@ class Section:
 
 @dataclass(frozen=True, slots=True)
 class SectionEntry:
-    """One row of the section table. Offsets and lengths are in bytes, from the start of the object."""
+    """A row of the section table. Offsets and lengths are in bytes, from the start of the object."""
 
     kind: int
     codec: int
@@ -95,9 +94,9 @@ class SectionEntry:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A checked object: its section table, and the buffer (not copied) that the sections lie in.
+    """A checked object: its section table, and the buffer (not copied) that holds the sections.
 
-    `write_features` are bits that whoever writes to the lineage must know; none is defined yet.
+    `write_features` are bits that a writer must understand; none is defined yet.
     """
 
     name: str
@@ -108,12 +107,12 @@ class Frame:
     data: memoryview
 
     def section(self, kind: int, limit: int = _MAX_PLAIN) -> memoryview:
-        """Plain bytes of a section, checked; at most `limit` bytes, else DamagedObjectError."""
+        """Return the plain bytes of a section, checked; DamagedObjectError for more than `limit` bytes."""
         entry = self.entries.get(kind)
         if entry is None:
             raise DamagedObjectError(f"object {self.name} lacks section {kind}; it is damaged")
         stored = self.data[entry.offset : entry.offset + entry.stored]
-        return _plain(self.name, entry, stored, limit)
+        return _decode_section(self.name, entry, stored, limit)
 
 
 def _object_id(name: str) -> bytes:
@@ -121,12 +120,12 @@ def _object_id(name: str) -> bytes:
 
 
 def json_bytes(value: Mapping[str, Any]) -> bytes:
-    """`value` as canonical JSON: sorted keys, no blanks, ASCII with escapes."""
+    """Return `value` as canonical JSON: sorted keys, no whitespace, ASCII with escapes."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
 def read_json(name: str, data: Buffer) -> dict[str, Any]:
-    """The JSON object in `data`, a section of object `name`."""
+    """Return the JSON object in `data`, a section of object `name`."""
     try:
         value = json.loads(bytes(data))
     except (ValueError, RecursionError):
@@ -137,23 +136,22 @@ def read_json(name: str, data: Buffer) -> dict[str, Any]:
 
 
 def integer(value: object, top: int = 1 << 63) -> int:
-    """`value` itself if it is an integer in [0, top), else ValueError. For numbers from JSON."""
+    """Return `value`, a number from JSON, if it is an integer in [0, top), else raise ValueError."""
     if type(value) is not int or not 0 <= value < top:
         raise ValueError(value)
     return value
 
 
 def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffer], bytes]:
-    """Frame `sections` as object `name`.
+    """Frame `sections`, each of another kind, in this order, as object `name`.
 
-    Returns the object as buffers to be sent in order (large plain sections are not copied) and its
-    checksum. Sections keep the order given; each kind occurs once.
+    Return the object as buffers, one after the other (large plain sections are not copied), and its checksum.
     """
     bodies: list[Buffer] = []
     rows = []
     offset = HEADER_SIZE + _ENTRY.size * len(sections)
     for section in sections:
-        parts, codec = _encode(section)
+        parts, codec = _encode_section(section)
         checksum = xxhash.xxh3_64()
         for part in parts:
             checksum.update(part)
@@ -177,8 +175,8 @@ def _size(parts: Sequence[Buffer]) -> int:
     return sum(memoryview(part).nbytes for part in parts)
 
 
-def _encode(section: Section) -> tuple[Sequence[Buffer], Codec]:
-    """A section's stored bytes: compressed where that is wanted and saves."""
+def _encode_section(section: Section) -> tuple[Sequence[Buffer], Codec]:
+    """Return the stored bytes of a section, compressed if that is wanted and makes it smaller."""
     if section.compress:
         (plain,) = section.parts
         packed = zstandard.ZstdCompressor(level=3).compress(plain)
@@ -188,14 +186,14 @@ def _encode(section: Section) -> tuple[Sequence[Buffer], Codec]:
 
 
 def parse_front(kind: Kind, name: str, front: Buffer) -> Frame:
-    """Header and section table from the first bytes of object `name`; its `data` are those bytes.
+    """Check the header and the section table in the first bytes of object `name`; `data` are those bytes.
 
-    `front` may be longer than header and table; if it is shorter, or any field is wrong, DamagedObjectError
-    (or UnsupportedObjectError for a version or feature that this reader does not know).
+    `front` can be longer than header and table. DamagedObjectError if it is shorter or a field is wrong,
+    UnsupportedObjectError for a version or feature that this reader does not know.
     """
     view = memoryview(front).cast("B").toreadonly()
     if view.nbytes < HEADER_SIZE:
-        raise DamagedObjectError(f"object {name} is cut short; restore it or delete its snapshots")
+        raise DamagedObjectError(f"object {name} is truncated; restore it or delete its snapshots")
     magic, version, count, writing, features, length, oid, front_sum, checksum = _HEADER.unpack_from(view)
     if magic != kind.value:
         raise DamagedObjectError(f"object {name} is not a {kind.name.lower()}; it is damaged")
@@ -221,7 +219,7 @@ def parse_front(kind: Kind, name: str, front: Buffer) -> Frame:
 
 
 def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
-    """Check a whole object: header, id, length and the checksum over all of it."""
+    """Check a whole object: its header, its id, its length, and the checksum of all of it."""
     frame = parse_front(kind, name, data)
     view = frame.data
     if view.nbytes != frame.length:
@@ -234,8 +232,8 @@ def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
     return frame
 
 
-def _plain(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> memoryview:
-    """A section's plain bytes from its stored ones; both lengths and the checksum are checked."""
+def _decode_section(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> memoryview:
+    """Decode the stored bytes of a section; both lengths and the checksum are checked."""
     if stored.nbytes != entry.stored or xxhash.xxh3_64_intdigest(stored) != entry.checksum:
         raise DamagedObjectError(f"object {name}, section {entry.kind}: checksum differs")
     if entry.plain > min(limit, _MAX_PLAIN):
@@ -254,7 +252,7 @@ def _plain(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> me
 
 
 def _inflate(name: str, stored: memoryview, size: int) -> bytes:
-    """Decompress one zstd frame that must announce exactly `size` bytes before any is allocated."""
+    """Decompress a zstd frame, which must state that it holds `size` bytes before any memory is allocated."""
     try:
         if zstandard.frame_content_size(stored) != size:
             raise DamagedObjectError(f"object {name} holds a section of the wrong length")

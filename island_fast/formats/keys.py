@@ -1,8 +1,8 @@
-"""Slots as integers, so that sets of them are intervals that numpy can add and subtract.
+"""Packs and slots as integers: a set of slots is a set of intervals, which numpy can add and subtract.
 
-A lineage numbers the snapshots that ever wrote packs (`SnapshotNumbers`, local to one process: nothing of
-it is stored). A pack key is (snapshot number, pack number); a slot key is (pack key, slot). Both order as
-their parts do. No I/O.
+`SnapshotNumbers` numbers the snapshots of a lineage; it belongs to one process, and none of it is stored. A
+pack key is (snapshot number, pack number), and a slot key is (pack key, slot), each in one int64 that orders
+as its parts do.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MAX_SNAPSHOTS = 1 << (63 - PACK_BITS - SLOT_BITS)
 
 
 class SnapshotNumbers:
-    """Numbers for snapshot ids, given in order of first sight and never changed. Not thread-safe."""
+    """Numbers of snapshot ids, in the order in which they were first asked for. Not thread-safe."""
 
     def __init__(self, ids: Iterable[str] = ()) -> None:
         self._ids: list[str] = []
@@ -42,7 +42,7 @@ class SnapshotNumbers:
             self.number(snapshot)
 
     def number(self, snapshot: str) -> int:
-        """The number of `snapshot`, given now if it has none."""
+        """Return the number of `snapshot`, a new one if it has none; it never changes."""
         number = self._numbers.setdefault(snapshot, len(self._ids))
         if number == len(self._ids):
             if number >= _MAX_SNAPSHOTS:
@@ -51,25 +51,25 @@ class SnapshotNumbers:
         return number
 
     def numbers(self, snapshots: Sequence[str]) -> Int64s:
-        """`number` of each, int64[n]."""
+        """Return the number of each of `snapshots`, int64[n]."""
         return np.fromiter((self.number(s) for s in snapshots), np.int64, len(snapshots))
 
     def id(self, number: int) -> str:
-        """The snapshot id that has `number`."""
+        """Return the snapshot id that has `number`."""
         return self._ids[number]
 
 
 def pack_keys(snapshots: Int64s, numbers: Int64s) -> Int64s:
-    """Pack keys from snapshot numbers and pack numbers, column by column."""
+    """Return the pack keys of these snapshot numbers and pack numbers, row by row."""
     return np.asarray((snapshots << PACK_BITS) | numbers, np.int64)
 
 
 def split_pack_key(key: int) -> tuple[int, int]:
-    """Snapshot number and pack number of one pack key."""
+    """Return the snapshot number and the pack number of a pack key."""
     return key >> PACK_BITS, key & MAX_PACK_NUMBER
 
 
 def slot_intervals(packs: Int64s, slots: Int64s, lengths: Int64s) -> NDArray[np.int64]:
-    """Intervals [start, stop) of slot keys, int64[n, 2], from columns of pack keys and slot runs."""
+    """Return `lengths` slots of `packs` from `slots` on, as intervals of slot keys, int64[n, 2]."""
     starts = (packs << SLOT_BITS) | slots
     return np.stack([starts, starts + lengths], axis=1)

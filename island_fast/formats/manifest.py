@@ -1,8 +1,7 @@
-"""Manifests: one write-once object per snapshot, flat and complete.
+"""Manifests: one write-once object for each snapshot, complete by itself.
 
-A manifest maps every block of the volume to (pack, slot), as runs; a block that no run names is zero.
-Packs are named through a table of (lineage, snapshot, number). Digests are in the packs.
-Bytes <-> values only. Layout: docs/format.md, "Manifest".
+A manifest says in which slot of which pack every block of the volume is stored, as runs; a block that no run
+names is zero. Runs refer to a table of packs. Digests are in the packs. Layout: docs/format.md, "Manifest".
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
 from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
-from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys, slot_intervals
+from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.formats.runs import Runs
@@ -30,11 +29,11 @@ from island_fast.qcow2.snapshots import PinnedBase
 __all__ = [
     "Manifest",
     "PackTable",
+    "build_pack_table",
     "check_properties",
     "decode",
     "encode",
     "pin_from_json",
-    "tabulate",
 ]
 
 
@@ -50,7 +49,7 @@ _RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT = 32, 33, 34, 35
 
 @dataclass(frozen=True, slots=True)
 class PackTable:
-    """The packs that a manifest names, in order of their first block: columns of equal length.
+    """The packs that a manifest names, in the order of their first blocks: columns of equal length.
 
     `lineage` and `snapshot` are indices into `lineages` and `snapshots`.
     """
@@ -65,16 +64,16 @@ class PackTable:
         return int(self.number.size)
 
     def keys(self, numbers: SnapshotNumbers) -> Int64s:
-        """Pack key of each row, in the numbering of `numbers`."""
+        """Return the pack key of each row, in the lineage's numbering."""
         return pack_keys(numbers.numbers(self.snapshots)[self.snapshot], self.number)
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """One snapshot, whole. `created` is in nanoseconds since 1970 UTC; `volume_size` in bytes.
+    """What is stored of a snapshot. `created` is in nanoseconds since 1970 UTC; `volume_size` is in bytes.
 
-    `pin` identifies the internal snapshot that holds the same content in the image (and in every image
-    restored from it); `seed` is the digest seed of the lineage; unknown `properties` are kept.
+    `pin` identifies the internal snapshot that holds the same content, in the image and in every image that
+    is restored from it. `seed` is the digest seed of the lineage. Unknown `properties` are kept.
     """
 
     lineage: str
@@ -97,21 +96,20 @@ class Manifest:
 
     @property
     def blocks(self) -> int:
-        """Number of blocks of the volume, the last one perhaps partial."""
+        """The number of blocks of the volume; the last one can be partial."""
         return -(-self.volume_size // BLOCK_SIZE)
 
     def runs_by_key(self, numbers: SnapshotNumbers) -> Runs:
-        """Return the runs with pack keys, in the lineage's numbering, instead of indices into `packs`."""
+        """Return the runs with pack keys, in the lineage's numbering, instead of rows of `packs`."""
         return replace(self.runs, pack=self.packs.keys(numbers)[self.runs.pack])
 
     def slot_intervals(self, numbers: SnapshotNumbers) -> Int64s:
-        """Every slot that the snapshot needs, as intervals of slot keys, int64[n, 2]."""
-        keys = self.packs.keys(numbers)
-        return slot_intervals(keys[self.runs.pack], self.runs.slot, self.runs.length)
+        """Return every slot that the snapshot needs, as intervals of slot keys, int64[n, 2]."""
+        return self.runs_by_key(numbers).slots()
 
 
-def tabulate(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tuple[PackTable, Runs]:
-    """A pack table in order of first use, and `runs` (which hold pack keys) as indices into it."""
+def build_pack_table(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tuple[PackTable, Runs]:
+    """Return a table of the packs that `runs` (with pack keys) name, and the runs with rows of it instead."""
     keys = distinct(runs.pack)
     index = np.searchsorted(keys, runs.pack).astype(np.int32)
     first = np.empty(keys.size, np.int64)
@@ -132,19 +130,19 @@ def tabulate(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tuple[PackTa
 
 
 def encode(name: str, manifest: Manifest) -> tuple[bytes, bytes]:
-    """The manifest as object `name`: its bytes and its checksum."""
-    sections = [Section(_META, [json_bytes(_meta(manifest))])]
-    sections += [Section(kind, [columns.encode(column)]) for kind, column in _columns(manifest)]
+    """Return the manifest as object `name`: its bytes and its checksum."""
+    sections = [Section(_META, [json_bytes(_to_json(manifest))])]
+    sections += [Section(kind, [columns.encode(column)]) for kind, column in _stored_columns(manifest)]
     parts, checksum = seal(Kind.MANIFEST, name, sections)
     return b"".join(parts), checksum
 
 
-def _columns(manifest: Manifest) -> Iterator[tuple[int, Int64s]]:
-    """The columns as they are stored; one at a time, because each is as large as the runs are many."""
+def _stored_columns(manifest: Manifest) -> Iterator[tuple[int, Int64s]]:
+    """Yield the columns as they are stored, one at a time: each has a value for every run."""
     table, runs = manifest.packs, manifest.runs
     yield _PACK_LINEAGE, table.lineage
     yield _PACK_SNAPSHOT, table.snapshot
-    numbers = table.number - columns.grouped_ends(table.snapshot, table.number + 1)
+    numbers = table.number - columns.ends_before(table.snapshot, table.number + 1)
     yield _PACK_NUMBER, columns.zigzag(numbers)
     gap = runs.start.copy()
     gap[1:] -= runs.start[:-1] + runs.length[:-1]
@@ -153,14 +151,14 @@ def _columns(manifest: Manifest) -> Iterator[tuple[int, Int64s]]:
     yield _RUN_LENGTH, runs.length - 1
     newest = np.full(len(runs), -1, np.int64)
     np.maximum.accumulate(runs.pack[:-1], out=newest[1:], dtype=np.int64)
-    newest += 1  # packs are numbered by first use: each new one is the highest so far and 1
+    newest += 1  # rows are in the order of first use: a new one is the highest so far plus 1
     newest -= runs.pack
     yield _RUN_PACK, newest
     del newest
-    yield _RUN_SLOT, columns.zigzag(runs.slot - columns.grouped_ends(runs.pack, runs.slot + runs.length))
+    yield _RUN_SLOT, columns.zigzag(runs.slot - columns.ends_before(runs.pack, runs.slot + runs.length))
 
 
-def _meta(manifest: Manifest) -> dict[str, Any]:
+def _to_json(manifest: Manifest) -> dict[str, Any]:
     pin = manifest.pin
     return {
         "lineage": manifest.lineage,
@@ -187,7 +185,7 @@ def _meta(manifest: Manifest) -> dict[str, Any]:
 
 
 def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
-    """`properties` as they may be stored: few and short, else UsageError."""
+    """Return `properties` as strings; UsageError if they are too many or too long to be stored."""
     kept = {str(key): str(value) for key, value in properties.items()}
     if len(kept) > MAX_PROPERTIES or len(json_bytes(kept)) > MAX_PROPERTIES_BYTES:
         raise UsageError(
@@ -198,14 +196,14 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
 
 
 def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
-    """The manifest in object `name`, every field checked, and the object's checksum.
+    """Return the manifest in object `name`, every field checked, and the object's checksum.
 
-    DamagedObjectError if anything contradicts itself, UnsupportedObjectError for what is not known.
+    DamagedObjectError if a field is wrong, UnsupportedObjectError for what this reader does not know.
     """
     frame = open_frame(Kind.MANIFEST, name, data)
     meta = read_json(name, frame.section(_META, _MAX_META))
     try:
-        header, packs, rows = _header(meta)
+        header, packs, rows = _decode_header(meta)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
         raise DamagedObjectError(f"manifest {name} has damaged metadata") from error
     if header.digest != DIGEST_XXH3_128 or header.key or meta.get("block_size") != BLOCK_SIZE:
@@ -229,19 +227,19 @@ def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
         header.packs,
         lineage=column(_PACK_LINEAGE, packs),
         snapshot=snapshot,
-        number=columns.undo_grouped(
+        number=columns.restore_starts(
             snapshot, columns.unzigzag(column(_PACK_NUMBER, packs)), np.ones(packs, np.int64)
         ),
     )
     runs = _decode_runs(name, column, rows, header.blocks)
-    _check(name, table, runs)
+    _check_ranges(name, table, runs)
     return replace(header, packs=table, runs=runs), frame.checksum
 
 
 def _decode_runs(name: str, column: Callable[[int, int], Int64s], rows: int, blocks: int) -> Runs:
-    """The runs in the sections that `column(kind, rows)` decodes, of a volume of so many `blocks`.
+    """Return the runs in the sections that `column(kind, rows)` decodes, of a volume of `blocks` blocks.
 
-    What is large is worked on in place, and narrowed as soon as it is known to fit.
+    Columns are large: they are changed in place, and narrowed as soon as their values are known to fit.
     """
     start, length = column(_RUN_GAP, rows), column(_RUN_LENGTH, rows)
     if float(start.sum(dtype=float) + length.sum(dtype=float)) + rows > blocks:
@@ -258,25 +256,28 @@ def _decode_runs(name: str, column: Callable[[int, int], Int64s], rows: int, blo
     del back, newest
     lengths = _int32(name, length)
     del length
-    slot = columns.undo_grouped(pack, columns.unzigzag(column(_RUN_SLOT, rows)), lengths)
+    slot = columns.restore_starts(pack, columns.unzigzag(column(_RUN_SLOT, rows)), lengths)
     return Runs(start, lengths, pack, _int32(name, slot))
 
 
 def _int32(name: str, values: Int64s) -> NDArray[np.int32]:
-    """The same as int32; DamagedObjectError if that cannot hold it: no run of a manifest is so large."""
+    """Return `values` as int32; DamagedObjectError if one does not fit: no valid run is that large."""
     if values.size and not -(1 << 31) <= int(values.min()) <= int(values.max()) < 1 << 31:
         raise DamagedObjectError(f"manifest {name} points outside its packs")
     return values.astype(np.int32)
 
 
-def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
-    """The metadata as a manifest without runs, and the numbers of packs and runs."""
+def _decode_header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
+    """Return the metadata as a manifest without runs, and the numbers of packs and runs.
+
+    KeyError, TypeError, ValueError, AttributeError or UsageError if a field is wrong.
+    """
     pin = meta["pin"]
     header = Manifest(
-        lineage=_matching(LINEAGE_PATTERN, meta["lineage"]),
-        snapshot=_matching(SNAPSHOT_PATTERN, meta["snapshot"]),
+        lineage=_check_pattern(LINEAGE_PATTERN, meta["lineage"]),
+        snapshot=_check_pattern(SNAPSHOT_PATTERN, meta["snapshot"]),
         attempt=integer(meta["attempt"]),
-        parent=meta["parent"] and _matching(SNAPSHOT_PATTERN, meta["parent"]),
+        parent=meta["parent"] and _check_pattern(SNAPSHOT_PATTERN, meta["parent"]),
         group=meta["group"] and str(meta["group"]),
         volume_size=integer(meta["volume_size"]),
         created=integer(meta["created"]),
@@ -289,8 +290,8 @@ def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
         pin=pin_from_json(pin),
         properties=check_properties(dict(meta["properties"])),
         packs=PackTable(
-            tuple(_matching(LINEAGE_PATTERN, x) for x in meta["lineages"]),
-            tuple(_matching(SNAPSHOT_PATTERN, x) for x in meta["snapshots"]),
+            tuple(_check_pattern(LINEAGE_PATTERN, x) for x in meta["lineages"]),
+            tuple(_check_pattern(SNAPSHOT_PATTERN, x) for x in meta["snapshots"]),
         ),
         runs=Runs.empty(),
     )
@@ -300,31 +301,32 @@ def _header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
 
 
 def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
-    """The pinned base's identity from its JSON; ValueError, KeyError or TypeError if it is not one."""
+    """Return the identity of a pin from its JSON; ValueError, KeyError or TypeError if it is not valid."""
     return PinnedBase(
-        _pin_text(value["name"]),
-        _pin_text(value["id"]),
+        _check_pin_text(value["name"]),
+        _check_pin_text(value["id"]),
         integer(value["seconds"], 1 << 32),
         integer(value["nanoseconds"], 1 << 32),
         integer(value["disk_size"]),
     )
 
 
-def _pin_text(value: object) -> str:
-    """An escaped name or id that a snapshot table can hold: at most 65535 bytes; else ValueError."""
+def _check_pin_text(value: object) -> str:
+    """Return `value` if it is an escaped name or id that a snapshot table can hold, else raise ValueError."""
     if not isinstance(value, str) or len(unescape(value)) >= 1 << 16:
         raise ValueError("pin")
     return value
 
 
-def _matching(pattern: re.Pattern[str], value: object) -> str:
+def _check_pattern(pattern: re.Pattern[str], value: object) -> str:
+    """Return `value` if it is a string that matches `pattern`, else raise ValueError."""
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise ValueError(value)
     return value
 
 
-def _check(name: str, table: PackTable, runs: Runs) -> None:
-    """Refuse a table or runs with an index, number or slot outside its range."""
+def _check_ranges(name: str, table: PackTable, runs: Runs) -> None:
+    """Refuse a table or runs with an index, number or slot that is out of range."""
     pairs = [
         (table.lineage, len(table.lineages)),
         (table.snapshot, len(table.snapshots)),

@@ -1,8 +1,8 @@
-"""Packs: write-once objects of about 16 MiB that hold stored blocks in volume order.
+"""Packs: write-once objects of about 16 MiB that hold stored blocks and an index of them.
 
-A pack's frame has three sections: its metadata, its index (slot -> offset, length, codec, digest), and the
-stored blocks back to back. The index comes first, so that one ranged read from the front finds it without
-knowing the pack's size. Bytes <-> values only. Layout: docs/format.md, "Pack".
+A pack's frame has three sections: its metadata, its index (offset, length, codec and digest of each slot),
+and the stored blocks back to back. The index comes first, so one ranged read from the start gets it. Layout:
+docs/format.md, "Pack".
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ __all__ = [
 PACK_SIZE = 16 << 20  # the size at which Swift costs least per byte
 MAX_SLOTS = 4096
 DIGEST_XXH3_128 = 1
-ABSENT = 255  # codec of a slot that a repack left out
+ABSENT = 255  # codec of a slot that a repack left out or that was lost before a repair
 _META, _INDEX, _DATA = 1, 2, 3
-_FRONT = 192 + 1024  # frame header, section table and metadata: an upper bound of their size
+_FRONT = 192 + 1024  # frame header, section table and metadata: an upper limit of their size
 
 INDEX_ROW = np.dtype(
     [
@@ -71,7 +71,7 @@ INDEX_ROW = np.dtype(
 
 @dataclass(frozen=True, slots=True)
 class PackHeader:
-    """What a pack says of itself. `seed` is the lineage's digest seed; `key` 0 means not encrypted."""
+    """A pack's metadata. `seed` is the lineage's digest seed; `key` 0 means not encrypted."""
 
     lineage: str
     snapshot: str
@@ -83,7 +83,10 @@ class PackHeader:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """A pack's index: `rows` has one INDEX_ROW a slot; `data_start` is where offsets count from."""
+    """A pack's index: `rows` has one INDEX_ROW for each slot; offsets count from `data_start`.
+
+    `name` is the pack's full name, `length` the size of the object in bytes.
+    """
 
     name: str
     header: PackHeader
@@ -98,23 +101,23 @@ class Index:
 
     @property
     def lengths(self) -> Int64s:
-        """Stored bytes of each slot; 0 for one that is absent."""
+        """Stored bytes of each slot, int64[slots]; 0 for an absent slot."""
         return np.asarray(self.rows["length"], np.int64)
 
 
 def digest_blocks(data: Bytes2D, seed: int) -> Bytes2D:
-    """XXH3-128 of each row of `data` (uint8[n, BLOCK_SIZE]) as uint8[n, 16], canonical byte order."""
+    """Return the XXH3-128 of each row of `data`, uint8[n, BLOCK_SIZE], as uint8[n, 16] in canonical order."""
     digests = np.empty((len(data), 16), np.uint8)
     _diff.hash_blocks(np.ascontiguousarray(data).reshape(-1), BLOCK_SIZE, seed, digests)
     return digests
 
 
 Stored = tuple[list[Buffer], Int64s, NDArray[np.uint8]]
-"""Blocks as they are stored: their bytes in order, and the length and the codec of each."""
+"""Blocks as they are stored: their bytes in order, and the length and codec of each."""
 
 
 def plain_blocks(data: Bytes2D, rows: Int64s) -> Stored:
-    """The blocks `rows` (ascending) of `data` as they are; nothing is copied."""
+    """Return the blocks `rows` (ascending) of `data` to be stored as they are; nothing is copied."""
     view = data.reshape(-1).data if data.size else memoryview(b"")
     breaks = np.flatnonzero(np.diff(rows) > 1) + 1
     runs = [part for part in np.split(rows, breaks) if part.size]
@@ -123,11 +126,10 @@ def plain_blocks(data: Bytes2D, rows: Int64s) -> Stored:
 
 
 def compress_blocks(data: Bytes2D, rows: Int64s, level: int = 1) -> Stored:
-    """The blocks `rows` of `data`, each as a zstd frame if that is smaller.
+    """Return the blocks `rows` of `data`, each as a zstd frame if that is smaller, else as a view of `data`.
 
-    Those that stay as they are, are views of `data`. One Python call per block costs 1.5 us beside
-    zstd's own 15 us and more, and the GIL is free while zstd works; zstandard's call for many blocks at
-    once is no faster.
+    A Python call for each block costs 1.5 us, zstd itself 15 us and more without the GIL; zstandard's call
+    for many blocks at once is no faster.
     """
     zstd = zstandard.ZstdCompressor(level=level)
     view = data.reshape(-1).data if data.size else memoryview(b"")
@@ -147,9 +149,9 @@ def seal_pack(
     codecs: NDArray[np.uint8],
     digests: Bytes2D,
 ) -> tuple[list[Buffer], int]:
-    """Frame a pack: `data` holds the stored blocks back to back, one slot for each row of the columns.
+    """Frame a pack: `data` holds the stored blocks back to back, and each row of the columns is a slot.
 
-    A slot with codec ABSENT has length 0. Returns the object's buffers and its size in bytes.
+    A slot with codec ABSENT has length 0. Return the object's buffers and its size in bytes.
     """
     rows = np.zeros(lengths.size, INDEX_ROW)
     rows["offset"] = np.cumsum(lengths) - lengths
@@ -174,25 +176,25 @@ def seal_pack(
 
 
 def front_size(slots: int) -> int:
-    """Bytes from the front of a pack that surely hold its whole index."""
+    """Return how many bytes from the start of a pack always contain its whole index."""
     return _FRONT + slots * INDEX_ROW.itemsize
 
 
 def open_pack(name: str, data: Buffer) -> tuple[Index, memoryview]:
-    """Check a whole pack; returns its index and the whole object's bytes."""
+    """Check a whole pack; return its index and the object's bytes."""
     frame = open_frame(Kind.PACK, name, data)
-    return _index(frame), frame.data
+    return _decode_index(frame), frame.data
 
 
 def read_front(name: str, front: Buffer) -> Index:
-    """The index from a pack's first bytes (`front_size(slots)` of them, or all there are)."""
-    return _index(parse_front(Kind.PACK, name, front))
+    """Return the index in a pack's first bytes: `front_size(slots)` of them, or all if there are fewer."""
+    return _decode_index(parse_front(Kind.PACK, name, front))
 
 
-def _index(frame: Frame) -> Index:
-    """The index of a pack whose front is in `frame.data`, each field bounded."""
+def _decode_index(frame: Frame) -> Index:
+    """Return the index of a pack whose first bytes are in `frame.data`, each field bounded."""
     data = frame.entries.get(_DATA)
-    header, slots = _header(frame)
+    header, slots = _decode_header(frame)
     raw = frame.section(_INDEX, MAX_SLOTS * INDEX_ROW.itemsize)
     if data is None or data.codec != Codec.PLAIN or raw.nbytes != slots * INDEX_ROW.itemsize:
         raise DamagedObjectError(f"pack {frame.name} has a damaged index")
@@ -203,8 +205,8 @@ def _index(frame: Frame) -> Index:
     return Index(frame.name, header, rows, data.offset, frame.length)
 
 
-def _header(frame: Frame) -> tuple[PackHeader, int]:
-    """The metadata of a pack and its number of slots; what this reader lacks is refused by name."""
+def _decode_header(frame: Frame) -> tuple[PackHeader, int]:
+    """Return the metadata of a pack and its number of slots; UnsupportedObjectError for what is not known."""
     meta = read_json(frame.name, frame.section(_META, 1 << 16))
     try:
         header = PackHeader(
@@ -227,9 +229,9 @@ def _header(frame: Frame) -> tuple[PackHeader, int]:
 
 
 def stored_ranges(index: Index, slots: Int64s) -> tuple[Int64s, Int64s]:
-    """Offset in the object and length of the stored bytes of each of `slots`.
+    """Return the offset in the object, and the length, of the stored bytes of each of `slots`.
 
-    A slot outside the index, or one that is absent, is damage: the manifest names it.
+    A manifest names these slots: DamagedObjectError if one is absent or not in the index.
     """
     if slots.size and not 0 <= int(slots.min()) <= int(slots.max()) < len(index.rows):
         raise DamagedObjectError(f"pack {index.name} lacks a slot that a manifest names")
@@ -259,7 +261,7 @@ def unpack_blocks(index: Index, slots: Int64s, stored: Sequence[memoryview], out
 
 
 def _inflate(name: str, zstd: zstandard.ZstdDecompressor, codec: int, stored: memoryview) -> bytes:
-    """One block from its zstd frame, which must announce exactly one block before any is allocated."""
+    """Decompress a block; its zstd frame must state the size of a block before any memory is allocated."""
     if codec != Codec.ZSTD:
         raise UnsupportedObjectError(
             f"pack {name} uses block codec {codec}, which this island does not know; use a newer one"

@@ -24,7 +24,7 @@ from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 from island_fast.qemu.image_lock import ImageLock, open_image
-from island_fast.qemu.open_files import refuse_held
+from island_fast.qemu.open_files import refuse_if_open
 
 __all__ = ["RawSource", "RawView", "find_extents", "find_raw_data", "open_raw"]
 
@@ -80,7 +80,7 @@ class RawSource(Source):
             self._fd = lock.fd
             _refuse_mounted(path)
             if path.is_block_device():
-                refuse_held(path, self._fd, readers=False)
+                refuse_if_open(path, self._fd, readers=False)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self._size} bytes, over the limit of 64 TiB")

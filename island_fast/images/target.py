@@ -34,8 +34,8 @@ from island_fast.qcow2.image import Image
 from island_fast.qcow2.vectored_io import plan_transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.qemu.image_lock import ImageLock, hold_off_everyone, writer_present
-from island_fast.qemu.open_files import loops_over, refuse_held
-from island_fast.qemu.qemu_nbd import writing
+from island_fast.qemu.open_files import find_loop_devices, refuse_if_open
+from island_fast.qemu.qemu_nbd import open_for_writing
 
 __all__ = ["ExistingImage", "open_target"]
 
@@ -144,7 +144,7 @@ class _Qcow2(ExistingImage):
                 hold_off_everyone(lock.fd, str(path))
             else:
                 header = self._image.header
-                self._disk = stack.enter_context(writing(path, header.size, header.cluster_size))
+                self._disk = stack.enter_context(open_for_writing(path, header.size, header.cluster_size))
             _refuse_replaced(path, lock.fd, self._image.fd)
             self._check_header(volume_size)  # again, because only now nobody can change it; QEMU repairs too
             self._point = self._image.active_point()
@@ -187,7 +187,7 @@ class _Raw(ExistingImage):
             lock = stack.enter_context(ImageLock(path, devices=True))
             hold_off_everyone(lock.fd, str(path))
             self._device = path.is_block_device()
-            if loops := [] if self._device else loops_over(path):
+            if loops := [] if self._device else find_loop_devices(path):
                 raise ImageInUseError(f"{path} is in use by {loops[0]}; detach that first")
             self._fd = _open_raw_target(path, os.O_RDONLY if read_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
@@ -209,7 +209,7 @@ class _Raw(ExistingImage):
 
     def refuse_if_open(self) -> None:
         """See ExistingImage.refuse_if_open."""
-        refuse_held(self.path, self._fd, readers=self._device)
+        refuse_if_open(self.path, self._fd, readers=self._device)
 
     def find_data(self, progress: Progress) -> DirtyMap:
         """See ExistingImage.find_data."""

@@ -1,8 +1,8 @@
-"""Comparing blocks on the host with what a snapshot should hold, without its stored blocks.
+"""Comparing a snapshot with the pin that it was taken from, without reading its stored blocks.
 
-Every block that may hold data is read and hashed, and its digest compared with the one that the pack indexes
-give; a block that the manifest does not name must be zero. What differs in the pinned base that a snapshot
-was taken from is what the snapshot's own scan, or table diff, missed.
+Every block of the pin that can hold data is read and hashed, and its digest compared with the one in the
+index of its pack; a block that the manifest does not name must be zero. A difference is a change that the
+snapshot's full scan or table diff missed.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from island_fast.images.backing import Backing
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.progress import Progress
 from island_fast.qemu.image_lock import ImageLock
+from island_fast.repository.digests import ExpectedDigests
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.streams import Expected, differences
+from island_fast.repository.streams import compare_blocks
 
-__all__ = ["Compared", "compare"]
-
+__all__ = ["Comparison", "compare_with_pin"]
 
 _BACKING = "backing.identity"
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """Blocks that differ, int64[n, 2], those that cannot be compared, and bytes of data read.
+class Comparison:
+    """Blocks that differ, blocks that cannot be compared, both int64[n, 2], and bytes read from the image.
 
-    Blocks cannot be compared where the index of their pack is damaged.
+    A block cannot be compared if the index of its pack is damaged.
     """
 
     differing: Int64s
@@ -42,19 +42,20 @@ class Compared:
     bytes_read: int
 
 
-def compare(
+def compare_with_pin(
     lineage: Lineage,
     manifest: Manifest,
     image: Path,
     backing: Sequence[Backing],
     index: Callable[[int], Index | None],
     progress: Progress,
-) -> Compared:
-    """Compare the snapshot with its pin in `image`, which may be in use meanwhile.
+) -> Comparison:
+    """Compare the snapshot with its pin in `image`, which a process can have open meanwhile.
 
-    `index(key)` gives the index of a pack, None if it cannot be read. NotFoundError if the image does not
-    hold the pin, by its whole identity; RefusedError while a snapshot of the image is taken, or if its
-    backing files are not what they were.
+    `index(key)` returns the index of a pack, or None if it cannot be read. NotFoundError if no internal
+    snapshot of the image has the whole identity of the pin; RefusedError if a snapshot of the image is being
+    taken, or if its backing files are not those of the snapshot; DamagedImageError if the pin was dropped
+    meanwhile.
     """
     path = Path(os.path.realpath(image))
     with ImageLock(path), Qcow2Source(path, lock=False, backing=backing) as source:
@@ -66,8 +67,8 @@ def compare(
             )
         if source.facts.get(_BACKING, "") != manifest.properties.get(_BACKING, ""):
             raise RefusedError(
-                f"the backing files of {path} are not what they were for snapshot {manifest.snapshot}; list "
-                "them as then with --backing"
+                f"the backing files of {path} differ from those of snapshot {manifest.snapshot}, or were "
+                "written to since; list the same files, unchanged, with --backing"
             )
         view = source.view(internal)
         if view.volume_size != manifest.volume_size:
@@ -76,9 +77,10 @@ def compare(
             )
         data = source.find_change(view, None, "", progress).data
         runs = manifest.runs_by_key(lineage.numbers)
-        looked_at = data | DirtyMap.from_runs(view.blocks, runs.intervals())
-        found = differences(view, looked_at, Expected(runs, index), lineage, progress)
+        compared = data | DirtyMap.from_runs(view.blocks, runs.intervals())
+        expected = ExpectedDigests(runs, index)
+        differing, unknown = compare_blocks(view.read, compared, expected, lineage, progress)
         source.image.reload()
         if source.find_pinned(manifest.pin) is None:
             raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
-        return Compared(found[0].runs(), found[1].runs(), view.bytes_read)
+        return Comparison(differing.runs(), unknown.runs(), view.bytes_read)

@@ -24,7 +24,7 @@ from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.formats.catalog import Record, SnapshotRow
 from island_fast.formats.keys import PACK_BITS
-from island_fast.formats.manifest import Manifest, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.source import END
 from island_fast.progress import Progress
@@ -33,7 +33,7 @@ from island_fast.repository.lineage import Lineage, deletion_told
 from island_fast.repository.local_state import Registration
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import Storing, find_interrupted
-from island_fast.repository.streams import carry
+from island_fast.repository.streams import copy_blocks
 from island_fast.results import Copied
 
 __all__ = ["copy"]
@@ -123,7 +123,7 @@ class _Copying:
                 return _there(self._far, row)
             manifest = near.manifest(row)
             plan = self._plan(row, registration.parent)
-            sent = carry(
+            sent = copy_blocks(
                 plan.data, self._packs, near.store.range_gap, storing.known(plan.compared),
                 storing.sink(_SENDING), manifest.blocks, self._told,
             )  # fmt: skip
@@ -247,7 +247,7 @@ class _Copying:
 
     def _manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:
         """The far manifest: all that the near one says, and where the blocks are there."""
-        table, runs = tabulate(runs, self._far.name, self._far.numbers)
+        table, runs = build_pack_table(runs, self._far.name, self._far.numbers)
         return replace(
             manifest, attempt=registration.attempt, parent=registration.parent, packs=table, runs=runs
         )

@@ -88,7 +88,7 @@ def plan_delete(
     record = Record(
         lineage=lineage.name, epoch=0, number=0, writer="", host="", previous=None, time=time,
         event="delete", seed=0, deleted=(row.id,), dead=free,
-        packs=with_more_dead(state.packs, free, packs.index),
+        packs=with_more_dead(state.packs, free, packs.read_index),
     )  # fmt: skip
     after = state.after(record)
     bytes_dead = int(record.packs.dead.sum()) - _dead_before(state.packs, record.packs)

@@ -1,35 +1,35 @@
-"""What changed between two snapshots of one lineage, by their manifests: no pack is read."""
+"""Finding what changed between two snapshots of a lineage from their manifests; no pack is read."""
 
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
-from island_fast.arrays import Int64s
+from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest
 from island_fast.formats.runs import NOT_NAMED
 from island_fast.results import Difference
 
-__all__ = ["compare"]
+__all__ = ["diff_snapshots"]
 
 
-def compare(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Difference:
-    """The extents of `snapshot` whose content may not be what `since` had there.
+def diff_snapshots(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Difference:
+    """Return the extents of `snapshot` whose content can differ from that of `since`.
 
-    Both are of the lineage that `numbers` belongs to, in any order of age. `since` is taken as if its volume
-    had been resized to the size of `snapshot`'s: what lay behind is cut off, what is new was zero. Blocks of
-    one slot are equal, and so are zeros; different slots are told as changed, and may hold equal content.
+    Both are of the lineage that `numbers` belongs to; either can be the older one. `since` counts as resized
+    to the size of `snapshot`: what is past that end is ignored, and what is past its own end is zero. Blocks
+    in the same slot are equal, and so are zeros. Blocks in different slots are reported as changed, although
+    their content can be equal.
     """
     end = snapshot.blocks
     bounds = [np.array([0, end]), since.runs.intervals().ravel(), snapshot.runs.intervals().ravel()]
     edges = np.unique(np.concatenate(bounds))
     edges = edges[edges <= end]
-    start, stop = edges[:-1], edges[1:]  # between two edges runs only go on, so their first blocks decide
+    start, stop = edges[:-1], edges[1:]  # runs begin and end at edges only, so first blocks decide
     now = snapshot.runs_by_key(numbers).slot_keys(start)
     changed = np.flatnonzero(now != since.runs_by_key(numbers).slot_keys(start))
-    start, stop, data = _joined(start[changed], stop[changed], now[changed] != NOT_NAMED)
+    start, stop, data = _join_neighbours(start[changed], stop[changed], now[changed] != NOT_NAMED)
     stop = np.minimum(stop * BLOCK_SIZE, snapshot.volume_size)
     start = start * BLOCK_SIZE
     length = stop - start
@@ -48,8 +48,8 @@ def compare(since: Manifest, snapshot: Manifest, numbers: SnapshotNumbers) -> Di
     )
 
 
-def _joined(start: Int64s, stop: Int64s, data: NDArray[np.bool_]) -> tuple[Int64s, Int64s, NDArray[np.bool_]]:
-    """Intervals with neighbours that touch and are alike joined."""
+def _join_neighbours(start: Int64s, stop: Int64s, data: Bools) -> tuple[Int64s, Int64s, Bools]:
+    """Join intervals that touch and have the same value in `data`."""
     if not start.size:
         return start, stop, data
     begins = np.append(True, (start[1:] != stop[:-1]) | (data[1:] != data[:-1]))

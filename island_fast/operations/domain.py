@@ -19,7 +19,7 @@ from island_fast.images.source import Source
 from island_fast.operations.heal import mend_known
 from island_fast.operations.snapshot import Member, Pinned, Request, take_together
 from island_fast.progress import Progress
-from island_fast.qemu.freeze import FREEZES, Moment, at_one_moment
+from island_fast.qemu.freeze import FREEZES, FreezeResult, run_while_frozen
 from island_fast.qemu.libvirt import Disk, Domain
 from island_fast.repository.health import knows_damage
 from island_fast.repository.lineage import Lineage
@@ -69,7 +69,7 @@ def take_domain(
         raise UsageError(f"{wish.freeze!r} is no way to freeze; use auto, require or never")
     with ExitStack() as stack:
         guest = stack.enter_context(Domain(wish.domain, wish.connect))
-        disks = guest.disks(wish.disks)
+        disks = guest.find_disks(wish.disks)
         if wish.volume and len(disks) > 1:
             raise UsageError(
                 f"--volume names one volume, and {guest.who} has the disks {_names(disks)}; choose one "
@@ -110,7 +110,7 @@ def take_domain(
 class _Pinning:
     """Takes the pins of all disks; `moment` is how the guest was then."""
 
-    moment: Moment
+    moment: FreezeResult
 
     def __init__(self, guest: Domain, sources: Sequence[Qcow2Source], freeze: str) -> None:
         self._guest = guest
@@ -125,7 +125,7 @@ class _Pinning:
             self._created = time.time_ns()  # a freeze may have taken a minute
             self._guest.snapshot_create_all(pins)
 
-        self.moment = at_one_moment(self._guest, self._freeze, pin)
+        self.moment = run_while_frozen(self._guest, self._freeze, pin)
         return Pinned(self._created, {"consistency": self.moment.consistency})
 
 

@@ -43,19 +43,19 @@ from island_fast.images.raw_source import RawSource
 from island_fast.images.source import Source, View
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
-from island_fast.repository.integrity.catalog import record_findings
+from island_fast.repository.integrity.catalog import check_records
 from island_fast.repository.integrity.objects import (
     CONTRADICTION,
-    Examiner,
     Finding,
-    Remains,
-    manifest_finding,
-    readable,
-    slots_of,
+    PackChecker,
+    PackState,
+    check_manifest,
+    readable_slots,
+    slots_in_mask,
 )
 from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
 from island_fast.repository.liveness import as_of_now
-from island_fast.repository.pack_reader import BATCH, unpacked
+from island_fast.repository.pack_reader import BATCH, unpack_slots
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Mender", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
@@ -104,10 +104,10 @@ def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress
     if not keys:
         return
     try:
-        packs = Examiner(lineage)
-        findings = [finding for finding in map(packs.finding, keys) if finding]
+        packs = PackChecker(lineage)
+        findings = [finding for finding in map(packs.check, keys) if finding]
         for key in set(keys) - {finding.key for finding in findings}:
-            health.note_proved(packs.reader.place(key).name, time.time())
+            health.note_proved(packs.reader.locate(key).name, time.time())
         health.save()
         mend_packs(lineage, writer, findings, views_in(source, lineage), progress)
     except (IslandError, OSError) as error:
@@ -139,7 +139,7 @@ class _Mending:
         self._lineage = lineage
         self._writer = writer
         self._views = list(views)
-        self._packs = Examiner(lineage)
+        self._packs = PackChecker(lineage)
         self._epoch = lineage.epoch
         self._homes = self._find_homes(lost)
         self._others = self._find_others(lost)
@@ -175,7 +175,7 @@ class _Mending:
         before, renamed, names = Packs(), Packs(), {}
         still: dict[int, Int64s] = {}
         for key in keys:
-            left = self._packs.remains(key)
+            left = self._packs.read_state(key)
             if left is None or not left.kind:  # mended by another, or gone
                 still[key] = NO_INTERVALS
                 continue
@@ -191,13 +191,13 @@ class _Mending:
             fresh = replace(fresh, size=np.array([self._write(name, left, found, keep)]))
             before, renamed = before.updated(row), renamed.updated(fresh)
             names[name] = left.live & ~keep
-            still[key] = slots_of(key, names[name])
+            still[key] = slots_in_mask(key, names[name])
         if names:
             self._switch(before, renamed)
             self._note(names)
         return still
 
-    def _search(self, key: int, left: Remains) -> _Found:
+    def _search(self, key: int, left: PackState) -> _Found:
         """Blocks of the slots that are needed and cannot be read, from wherever they are."""
         found = _Found()
         wanted = np.flatnonzero(left.live & ~left.good) + (key << SLOT_BITS)
@@ -215,7 +215,7 @@ class _Mending:
         self._borrow(_without(rows, found), left, found)
         return found
 
-    def _lend(self, view: View, rows: Int64s, left: Remains, found: _Found) -> None:
+    def _lend(self, view: View, rows: Int64s, left: PackState, found: _Found) -> None:
         """Take from an image what it has: `rows` are block and slot, ascending by block."""
         assert left.index is not None
         for at in range(0, len(rows), BATCH):
@@ -227,7 +227,7 @@ class _Mending:
             stored, _, codecs = compress_blocks(data, np.flatnonzero(equal))
             found.put(slots[equal].tolist(), stored, codecs.tolist())
 
-    def _borrow(self, rows: Int64s, left: Remains, found: _Found) -> None:
+    def _borrow(self, rows: Int64s, left: PackState, found: _Found) -> None:
         """Take from other packs of the lineage what they have."""
         assert left.index is not None
         others = self._others[np.isin(self._others[:, 0], rows[:, 0])]
@@ -236,7 +236,7 @@ class _Mending:
             theirs = mine[:, 1] - (key << SLOT_BITS)
             slots = rows[np.searchsorted(rows[:, 0], mine[:, 0]), 1]
             with contextlib.suppress(*UNREADABLE):
-                index = self._packs.reader.index(key)
+                index = self._packs.reader.read_index(key)
                 same = index.rows["digest"][theirs] == left.index.rows["digest"][slots]
                 order = np.flatnonzero(same.all(axis=1))
                 order = order[np.argsort(theirs[order], kind="stable")]
@@ -245,11 +245,11 @@ class _Mending:
 
     def _copy(self, key: int, theirs: Int64s, slots: Int64s, found: _Found) -> None:
         """Copy the stored bytes of the slots `theirs` of the pack `key`, each proved."""
-        for batch in unpacked(self._packs.reader, key, theirs, self._lineage.store.range_gap):
+        for batch in unpack_slots(self._packs.reader, key, theirs, self._lineage.store.range_gap):
             codecs = batch.index.rows["codec"][theirs[batch.part]].tolist()
             found.put(slots[batch.part].tolist(), batch.stored, codecs)
 
-    def _write(self, name: str, left: Remains, found: _Found, keep: Bools) -> int:
+    def _write(self, name: str, left: PackState, found: _Found, keep: Bools) -> int:
         """Put the pack under its new name, and read it back; the object's size in bytes."""
         assert left.index is not None
         rows = left.index.rows
@@ -271,7 +271,7 @@ class _Mending:
         sealed, size = seal_pack(name, left.index.header, parts, lengths, codecs, left.index.digests)
         store.put(name, sealed)
         index, data = get_checked(store, name, lambda given: open_pack(name, given))
-        if not readable(index, data, np.flatnonzero(keep))[keep].all():
+        if not readable_slots(index, data, np.flatnonzero(keep))[keep].all():
             raise DamagedObjectError(f"pack {name}, just written, does not hold what it should; run it again")
         return size
 
@@ -332,7 +332,7 @@ def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
         except ConflictError:  # what rotted stands in the way
             lineage.store.delete(name)
             lineage.store.put(name, [data])
-        return manifest_finding(lineage, row, whole=True) is None
+        return check_manifest(lineage, row, whole=True) is None
 
 
 def mend_catalog(lineage: Lineage, writer: str) -> None:
@@ -430,7 +430,7 @@ def _mend(lineage: Lineage, findings: Sequence[Finding], mender: Mender, progres
         if any(f.key is None and f.snapshot is None for f in clear):
             mend_catalog(lineage, mender.writer)
             left = [name for name in lineage.ended if lineage.store.head(name) is None]
-            outcome.catalog = not left and not record_findings(lineage, lineage.needed_records)[0]
+            outcome.catalog = not left and not check_records(lineage, lineage.needed_records)[0]
         for snapshot in [f.snapshot for f in clear if f.snapshot]:
             if mend_manifest(lineage, mender.writer, snapshot):
                 outcome.manifests.add(snapshot)

@@ -23,10 +23,11 @@ from island_fast.images.new_file import create_file
 from island_fast.images.target import ExistingImage
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
+from island_fast.repository.digests import ExpectedDigests
 from island_fast.repository.lineage import Lineage, deletion_told
 from island_fast.repository.open import Found
 from island_fast.repository.pack_reader import PackReader
-from island_fast.repository.streams import Expected, differences, receive
+from island_fast.repository.streams import compare_blocks, restore_blocks
 from island_fast.results import Restored, RestoredOnto, again
 
 __all__ = ["Target", "overwrite", "restore"]
@@ -70,7 +71,7 @@ def restore(
         else:
             writer = RawWriter(fd, manifest.volume_size)
         with deletion_told(lineage, row, "restored"):
-            receive(runs, packs, writer.write, lineage.store.range_gap, progress)
+            restore_blocks(runs, packs, writer.write, lineage.store.range_gap, progress)
         writer.finish()
     return Restored(
         snapshot=row.id,
@@ -136,8 +137,8 @@ class _Plan:
 def _compare(found: Found, runs: Runs, packs: PackReader, target: ExistingImage, progress: Progress) -> _Plan:
     """What differs. Of blocks that the target does not hold, no digest is asked for: they are zero."""
     held = target.find_data(progress)
-    expected = Expected(runs, packs.index)
-    differing, unknown = differences(target.view, held, expected, found.lineage, progress)
+    expected = ExpectedDigests(runs, packs.read_index)
+    differing, unknown = compare_blocks(target.view.read, held, expected, found.lineage, progress)
     if unknown:
         raise DamagedObjectError(f"the manifest of snapshot {found.row.id} names slots that no pack has")
     named = DirtyMap.from_runs(held.blocks, runs.intervals())
@@ -171,7 +172,7 @@ def _write(plan: _Plan, runs: Runs, packs: PackReader, target: ExistingImage, pr
             target.zero(start, stop)
             done += stop - start
             progress("zero", done * BLOCK_SIZE, total * BLOCK_SIZE)
-    receive(runs, packs, target.write, packs.store.range_gap, progress, plan.data)
+    restore_blocks(runs, packs, target.write, packs.store.range_gap, progress, plan.data)
     target.finish()
 
 

@@ -21,7 +21,7 @@ from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError
 from island_fast.formats.catalog import Record
-from island_fast.formats.manifest import Manifest, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
 from island_fast.images.source import Change, Source, View
@@ -32,7 +32,7 @@ from island_fast.repository.health import Health, knows_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.snapshot_writer import Stored, Storing, find_interrupted
-from island_fast.repository.streams import send
+from island_fast.repository.streams import send_blocks
 from island_fast.results_base import SnapshotTaken
 
 __all__ = ["Member", "Pinned", "Request", "resent", "take", "take_together"]
@@ -179,7 +179,7 @@ class _Taking:
         change = self._source.find_change(view, self._start.base, self._start.why_not, self._progress)
         parent, storing = self._parent_runs(), self._storing
         change, whole = resent(self._lineage, change, parent)
-        sent = send(
+        sent = send_blocks(
             view.read, change.data, storing.known(whole), storing.sink(), self._progress,
             compress=self._request.compress,
         )  # fmt: skip
@@ -286,7 +286,7 @@ class _Taking:
         return self._lineage.manifest(parent).runs_by_key(self._lineage.numbers) if parent else Runs.empty()
 
     def _manifest(self, change: Change, runs: Runs, pin: PinnedBase, view: View, created: int) -> Manifest:
-        table, runs = tabulate(runs, self._lineage.name, self._lineage.numbers)
+        table, runs = build_pack_table(runs, self._lineage.name, self._lineage.numbers)
         facts = {
             "tool": f"island {__version__}",
             "host": os.uname().nodename,

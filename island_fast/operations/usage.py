@@ -1,4 +1,4 @@
-"""What a lineage takes, by its catalog and its snapshots' manifests: nothing is listed, no pack is read."""
+"""Measuring the space that volumes use, from catalogs and manifests: nothing is listed, no pack is read."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import freeable, needed_alone
 from island_fast.results import Usage, VolumeUsage
 
-__all__ = ["measure", "summed"]
+__all__ = ["add_up", "measure_usage"]
 
-_NEIGHBOURS = 4  # snapshots whose slots are held: in a lineage without branches each is read once
+_NEIGHBOURS = 4  # snapshots whose slots are kept: enough to read each once in a lineage without branches
 
 
-def measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
-    """What the snapshots of `lineage`, which was refreshed, hold and take.
+def measure_usage(lineage: Lineage, progress: Progress) -> VolumeUsage:
+    """Return how much data the snapshots of `lineage` hold, and how much space they use.
 
-    Progress counts the bytes of the manifests, of which those that are not in the local cache are fetched. If
-    one goes meanwhile because its snapshot was deleted, all is counted again.
+    The lineage must have been refreshed. Manifests that are not in the local cache are fetched; progress
+    counts the bytes of all of them. If a snapshot is deleted meanwhile, everything is counted again.
     """
     while True:
         with contextlib.suppress(NotFoundError):
-            return _measured(lineage, progress)
+            return _measure(lineage, progress)
 
 
-def _measured(lineage: Lineage, progress: Progress) -> VolumeUsage:
+def _measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
     state, numbers = lineage.state, lineage.numbers
     done, sizes = 0, sum(row.manifest_size for row in state.live.values())
     logical = alone = 0  # slots
@@ -47,7 +47,7 @@ def _measured(lineage: Lineage, progress: Progress) -> VolumeUsage:
         progress("usage", done, sizes)
     distinct = int(state.packs.slots.sum()) - total(state.dead)
     dropped = sum(row.manifest_size for row in state.dropped.values())
-    return _figures(
+    return _make_row(
         lineage.name,
         snapshots=len(state.live),
         bytes_logical=logical * BLOCK_SIZE,
@@ -59,13 +59,14 @@ def _measured(lineage: Lineage, progress: Progress) -> VolumeUsage:
     )
 
 
-def summed(volumes: Sequence[VolumeUsage]) -> Usage:
-    """Volumes, and what they take in all."""
+def add_up(volumes: Sequence[VolumeUsage]) -> Usage:
+    """Return the usage of these volumes, with the total."""
     counted = [f.name for f in fields(VolumeUsage) if f.name not in ("volume", "compression")]
     sums = {name: sum(getattr(one, name) for one in volumes) for name in counted}
-    return Usage(tuple(volumes), _figures(None, **sums))
+    return Usage(tuple(volumes), _make_row(None, **sums))
 
 
-def _figures(volume: str | None, **figures: int) -> VolumeUsage:
+def _make_row(volume: str | None, **figures: int) -> VolumeUsage:
+    """Return a row of the answer, with the compression that its figures give."""
     needed = figures["bytes_stored"] - figures["bytes_dead"]
     return VolumeUsage(volume, **figures, compression=figures["bytes_distinct"] / needed if needed else None)

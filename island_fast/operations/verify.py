@@ -23,11 +23,11 @@ from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.names import catalog_name
 from island_fast.formats.pack import Index
 from island_fast.images.backing import Backing
-from island_fast.operations.compare import compare
+from island_fast.operations.compare import compare_with_pin
 from island_fast.operations.heal import Mender, _mend, _Outcome
 from island_fast.progress import Progress
-from island_fast.repository.integrity.catalog import unreadable
-from island_fast.repository.integrity.lineage import Checkup, Item
+from island_fast.repository.integrity.catalog import find_catalog_damage
+from island_fast.repository.integrity.lineage import CheckItem, LineageCheck
 from island_fast.repository.integrity.objects import (
     CONTRADICTION,
     DIFFERS,
@@ -108,7 +108,7 @@ def verify(
     )
 
 
-def share(items: Iterable[Item], sample: float | None, since: float | None, now: float) -> set[str]:
+def share(items: Iterable[CheckItem], sample: float | None, since: float | None, now: float) -> set[str]:
     """Names of the objects to be read whole: those not proved for `since` seconds, up to a share of all.
 
     `sample` is a fraction of the bytes of all `items`; what was not proved for the longest comes first. What
@@ -119,10 +119,10 @@ def share(items: Iterable[Item], sample: float | None, since: float | None, now:
     if sample is None and since is None:
         return names
     left = math.inf if sample is None else math.ceil(sample * sum(item.size for item in items))
-    for item in sorted(items, key=lambda item: item.proved if item.proved <= now else 0.0):
+    for item in sorted(items, key=lambda item: item.verified_at if item.verified_at <= now else 0.0):
         if left <= 0:
             break
-        if since is None or not now - since < item.proved <= now:
+        if since is None or not now - since < item.verified_at <= now:
             names.add(item.name)
             left -= item.size
     return names
@@ -132,29 +132,29 @@ class _Run:
     """One run: the lineages that are checked, and those whose catalogs cannot be read."""
 
     def __init__(self, repository: OpenRepository, request: Request, progress: Progress) -> None:
-        self.checkups: list[Checkup] = []
+        self.checkups: list[LineageCheck] = []
         self.bytes_compared = 0
         self._repository = repository
         self._request = request
         self._progress = progress
         self._broken: list[tuple[Lineage, list[Finding]]] = []
         self._differing: list[Damage] = []
-        self._items: list[list[Item]] = []
+        self._items: list[list[CheckItem]] = []
 
     def begin(self, reference: str | None) -> None:
         """Find what is to be checked; catalogs and manifests are read."""
         if reference is not None:
             found = self._repository.find(reference)
-            self.checkups.append(Checkup(found.lineage, [found.row], whole=False))
+            self.checkups.append(LineageCheck(found.lineage, [found.row], whole=False))
             return
         self._repository.left_out = []
         for lineage, error in self._repository.every_lineage():
             if isinstance(error, DamagedError):
-                self._broken.append((lineage, unreadable(lineage, error)))
+                self._broken.append((lineage, find_catalog_damage(lineage, error)))
             elif error is not None:
                 self._repository.left_out.append(error)
             elif lineage.exists:
-                self.checkups.append(Checkup(lineage, list(lineage.state.live.values()), whole=True))
+                self.checkups.append(LineageCheck(lineage, list(lineage.state.live.values()), whole=True))
             elif next(lineage.store.list(f"{lineage.name}/"), None) is not None:
                 told = f"volume {lineage.name} has objects, and the first record of its catalog is missing"
                 name = catalog_name(lineage.name, 0, 0)
@@ -170,10 +170,10 @@ class _Run:
             for checkup, items in zip(self.checkups, self._items, strict=True):
                 checkup.run([item for item in items if (item.name in deep) == whole], whole, told)
 
-    def _telling(self, phase: str, total: int) -> Callable[[Item], None]:
+    def _telling(self, phase: str, total: int) -> Callable[[CheckItem], None]:
         done = 0
 
-        def told(item: Item) -> None:
+        def told(item: CheckItem) -> None:
             nonlocal done
             done += item.size
             self._progress(phase, done, total)
@@ -198,7 +198,7 @@ class _Run:
         def index(key: int) -> Index | None:
             if key not in unread:
                 try:
-                    return checkup.packs.reader.index(key)
+                    return checkup.packs.reader.read_index(key)
                 except UNREADABLE:
                     unread.add(key)
             return None
@@ -208,10 +208,10 @@ class _Run:
         except (NotFoundError, *UNREADABLE):  # found damaged before
             return
         image, backing = self._request.against, self._request.backing
-        found = compare(lineage, manifest, image, backing, index, self._progress)
+        found = compare_with_pin(lineage, manifest, image, backing, index, self._progress)
         self.bytes_compared = found.bytes_read
         known = {finding.key for finding in checkup.findings}
-        checkup.findings += [f for key in sorted(unread - known) if (f := checkup.packs.finding(key))]
+        checkup.findings += [f for key in sorted(unread - known) if (f := checkup.packs.check(key))]
         if len(found.differing):
             where = extents_of(row.id, row.volume_size, found.differing)
             told = f"snapshot {row.id} is not what its pin in {image} holds"
@@ -286,7 +286,7 @@ def damage(
     volume: str, finding: Finding, whom: tuple[Touched, ...], remedy: str, *, mended: bool = False
 ) -> Damage:
     """A finding as it is told."""
-    return Damage(volume, finding.name, finding.kind, finding.told, whom, mended, remedy)
+    return Damage(volume, finding.name, finding.kind, finding.message, whom, mended, remedy)
 
 
 def _remedy(lineage: Lineage, finding: Finding, *, tried: bool) -> str:

@@ -1,4 +1,7 @@
-"""Filling packs with blocks, and sending them, several at a time."""
+"""Filling packs with blocks and uploading them, several at a time.
+
+In memory: one pack that is filled, and one for each upload.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +20,16 @@ from island_fast.formats.pack import MAX_SLOTS, PACK_SIZE, PackHeader, seal_pack
 from island_fast.formats.runs import Runs
 from island_fast.stores.base import Store
 
-__all__ = ["Batch", "PackRow", "PackSink"]
+__all__ = ["BlockBatch", "PackWriter", "WrittenPack"]
 
 
 @dataclass(frozen=True, slots=True)
-class PackRow:
-    """A pack that was written: its number, attempt, full name, object size in bytes, and slots."""
+class BlockBatch:
+    """Blocks that were read, and what of them is to be stored.
 
-    number: int
-    attempt: int
-    name: str
-    size: int
-    slots: int
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Blocks that were read: how many, those found `same` and `kept`, and what is to be stored.
-
-    Of that: block numbers, the bytes in order (which may be views of the buffer that the blocks were read
-    into), and index columns.
+    `read` is their number; `same` are those equal to the parent's, `kept` those that earlier attempts stored.
+    The other fields are of the blocks to be stored: their numbers, their bytes in order (which can be views
+    of the buffer that the blocks were read into), and their columns of the pack's index.
     """
 
     read: int
@@ -49,9 +42,20 @@ class Batch:
     digests: Bytes2D
 
 
+@dataclass(frozen=True, slots=True)
+class WrittenPack:
+    """A pack in the store: its number, attempt and full name, the object's size in bytes, and its slots."""
+
+    number: int
+    attempt: int
+    name: str
+    size: int
+    slots: int
+
+
 @dataclass(slots=True)
-class _Open:
-    """The pack that is being filled; `data` is one of the sink's buffers, filled up to `size`."""
+class _OpenPack:
+    """The pack that is being filled: `data` is one of the writer's buffers, filled up to `size`."""
 
     data: NDArray[np.uint8]
     blocks: list[Int64s] = field(default_factory=list)
@@ -62,13 +66,14 @@ class _Open:
     slots: int = 0
 
 
-class PackSink:
-    """Fills packs in the order of `add` and uploads them, at most `store.uploads` or `at_once` at a time.
+class PackWriter:
+    """Fills packs in the order of `add`, and uploads at most `store.uploads` or `at_once` at a time.
 
-    A context manager: leaving it normally seals the last pack and waits until all are durable; leaving it
-    by an exception drops what is not sent. `written` is complete only afterwards. `stored(row, blocks,
-    front)` is called from workers as soon as a pack is durable, `told()` by `add` and at the end when
-    `durable` counts its blocks. Packs are numbered from `header.number` on.
+    A context manager: leaving it normally closes the last pack and waits until all packs are durable; leaving
+    it by an exception drops what was not sent. Packs are numbered from `header.number` on, and `written` is
+    complete only at the end. `on_stored(pack, blocks, front)` is called in a worker as soon as a pack is
+    durable, with its blocks in the order of their slots and its bytes before the stored blocks.
+    `on_durable()` is called in the thread of the caller when `durable_blocks` has grown.
     """
 
     def __init__(
@@ -76,49 +81,49 @@ class PackSink:
         store: Store,
         header: PackHeader,
         attempt: int,
-        stored: Callable[[PackRow, Int64s, bytes], None],
+        on_stored: Callable[[WrittenPack, Int64s, bytes], None],
         at_once: int | None = None,
     ) -> None:
         self.seed = header.seed
         self.readers = store.readers
-        self.written: list[PackRow] = []
-        self.told: Callable[[], None] = lambda: None
-        self.durable = 0
+        self.written: list[WrittenPack] = []
+        self.durable_blocks = 0
+        self.on_durable: Callable[[], None] = lambda: None
         self._store = store
         self._header = header
         self._attempt = attempt
-        self._stored = stored
-        self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
+        self._on_stored = on_stored
         self._at_once = min(store.uploads, at_once or store.uploads)
+        self._buffers: SimpleQueue[NDArray[np.uint8]] = SimpleQueue()
         for _ in range(self._at_once + 1):  # kept and reused: what threads allocate and free stays fragmented
             self._buffers.put(np.empty(PACK_SIZE, np.uint8))
-        self._open = _Open(self._buffers.get())
+        self._open = _OpenPack(self._buffers.get())
         self._runs: list[Runs] = []  # of each pack; not its blocks, which would grow with the volume
-        self._uploads: deque[Future[PackRow]] = deque()
+        self._uploads: deque[Future[WrittenPack]] = deque()
         self._pool = ThreadPoolExecutor(self._at_once, thread_name_prefix="island-upload")
 
-    def __enter__(self) -> PackSink:
+    def __enter__(self) -> PackWriter:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
         try:
             if kind is None:
-                self._seal()
-                self._wait(0)
+                self._close_pack()
+                self._await_uploads(0)
         finally:
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def add(self, batch: Batch) -> None:
-        """Put the blocks of `batch` into the pack that is being filled; may wait for an upload.
+    def add(self, batch: BlockBatch) -> None:
+        """Put the blocks of `batch` into the open pack; this can wait for an upload.
 
-        They may come in any order: slots ascend as their blocks do within each pack.
+        Blocks come in any order: within each pack, slots are in the order of block numbers.
         """
-        self._wait(self._store.uploads)
+        self._await_uploads(self._store.uploads)
         if not batch.blocks.size:
             return
         pack, size = self._open, int(batch.lengths.sum())
         if pack.size + size > PACK_SIZE or pack.slots + batch.blocks.size > MAX_SLOTS:
-            self._seal()
+            self._close_pack()
             pack = self._open
         at = pack.size
         for part in batch.parts:  # the only copy on the way to the store
@@ -132,11 +137,11 @@ class PackSink:
         pack.slots += batch.blocks.size
 
     def runs(self) -> Runs:
-        """Where each block went: runs over blocks, slots and pack numbers."""
-        return Runs.together(self._runs)
+        """Return where each block went, by pack number."""
+        return Runs.join(self._runs)
 
-    def _seal(self) -> None:
-        """Send the open pack on its way, when it holds anything, and open the next."""
+    def _close_pack(self) -> None:
+        """Start the upload of the open pack, unless it is empty, and open the next."""
         pack = self._open
         if not pack.slots:
             return
@@ -144,25 +149,26 @@ class PackSink:
         blocks = np.concatenate(pack.blocks)
         order = np.argsort(blocks, kind="stable")
         blocks = blocks[order]
-        self._runs.append(_in_pack(number, blocks))
-        self._wait(self._at_once - 1)
+        self._runs.append(_runs_of_pack(number, blocks))
+        self._await_uploads(self._at_once - 1)
         self._uploads.append(self._pool.submit(self._upload, number, pack, blocks, order))
-        self._open = _Open(self._buffers.get())
+        self._open = _OpenPack(self._buffers.get())
 
-    def _wait(self, most: int) -> None:
+    def _await_uploads(self, most: int) -> None:
+        """Wait until at most `most` uploads run, and take up those that have ended."""
         while len(self._uploads) > most or (self._uploads and self._uploads[0].done()):
             self.written.append(self._uploads.popleft().result())
-            self.durable += self.written[-1].slots
-            self.told()
+            self.durable_blocks += self.written[-1].slots
+            self.on_durable()
 
-    def _upload(self, number: int, pack: _Open, blocks: Int64s, order: Int64s) -> PackRow:
+    def _upload(self, number: int, pack: _OpenPack, blocks: Int64s, order: Int64s) -> WrittenPack:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
         name = pack_name(header.lineage, header.snapshot, number, self._attempt)
         try:
             parts, size = seal_pack(
                 name,
                 header,
-                _ordered(pack, order),
+                _pieces_in_order(pack, order),
                 np.concatenate(pack.lengths)[order],
                 np.concatenate(pack.codecs)[order],
                 np.concatenate(pack.digests)[order],
@@ -170,20 +176,20 @@ class PackSink:
             self._store.put(name, parts)
         finally:
             self._buffers.put(pack.data)
-        row = PackRow(number, self._attempt, name, size, pack.slots)
-        self._stored(row, blocks, b"".join(parts[:-1]))
-        return row
+        written = WrittenPack(number, self._attempt, name, size, pack.slots)
+        self._on_stored(written, blocks, b"".join(parts[:-1]))
+        return written
 
 
-def _in_pack(number: int, blocks: Int64s) -> Runs:
-    """Runs of a pack that holds `blocks`, ascending, in its slots from 0 on."""
+def _runs_of_pack(number: int, blocks: Int64s) -> Runs:
+    """Return the runs of a pack that holds `blocks`, ascending, in its slots from 0 on."""
     slot = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
     length = np.diff(np.append(slot, blocks.size))
     return Runs.narrow(blocks[slot], length, np.full(slot.size, number, np.int32), slot)
 
 
-def _ordered(pack: _Open, order: Int64s) -> list[memoryview]:
-    """The pack's stored blocks in this order: pieces of its buffer, as few as there can be."""
+def _pieces_in_order(pack: _OpenPack, order: Int64s) -> list[memoryview]:
+    """Return the stored blocks of a pack in this order, as the fewest possible pieces of its buffer."""
     lengths = np.concatenate(pack.lengths)
     ends = np.cumsum(lengths)
     first = np.flatnonzero(np.append(True, np.diff(order) != 1))

@@ -23,11 +23,12 @@ from island_fast.formats.manifest import Manifest, encode
 from island_fast.formats.names import manifest_name, pack_name
 from island_fast.formats.pack import Index, PackHeader
 from island_fast.formats.runs import Runs, merge
+from island_fast.repository.digests import KnownBlocks, KnownDigests
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration, SentPack
-from island_fast.repository.pack_reader import KnownDigests, PackReader, Place
-from island_fast.repository.pack_writer import PackRow, PackSink
-from island_fast.repository.streams import Known, Sent
+from island_fast.repository.pack_reader import PackLocation, PackReader
+from island_fast.repository.pack_writer import PackWriter, WrittenPack
+from island_fast.repository.streams import SendResult
 
 __all__ = ["KeptPacks", "Stored", "Storing", "find_interrupted", "forget_used", "note_sent"]
 
@@ -64,11 +65,11 @@ class Storing:
     def _owner(self) -> int:
         return self._lineage.numbers.number(self._registration.snapshot)
 
-    def known(self, parent: Runs) -> Known:
+    def known(self, parent: Runs) -> KnownBlocks:
         """The digests of blocks that need not be sent: those of `parent` (with pack keys), and kept ones."""
-        return Known(KnownDigests(parent, self.packs.index), self._kept.digests)
+        return KnownBlocks(KnownDigests(parent, self.packs.read_index), self._kept.digests)
 
-    def sink(self, at_once: int | None = None) -> PackSink:
+    def sink(self, at_once: int | None = None) -> PackWriter:
         """Where blocks go: packs of this snapshot, each noted as soon as the store has acknowledged it.
 
         At most `at_once` are sent at a time, if the store takes as many.
@@ -76,10 +77,10 @@ class Storing:
         lineage, snapshot = self._lineage, self._registration.snapshot
         header = PackHeader(lineage.name, snapshot, self._next_number(), lineage.seed)
 
-        def stored(row: PackRow, blocks: Int64s, front: bytes) -> None:
+        def stored(row: WrittenPack, blocks: Int64s, front: bytes) -> None:
             note_sent(lineage, snapshot, row, blocks, front)
 
-        return PackSink(lineage.store, header, self._registration.attempt, stored, at_once)
+        return PackWriter(lineage.store, header, self._registration.attempt, stored, at_once)
 
     def _next_number(self) -> int:
         """Behind the packs of earlier attempts, and those that a deleted copy of the snapshot left in use."""
@@ -87,7 +88,7 @@ class Storing:
         mine = keys[keys >> PACK_BITS == self._owner] & MAX_PACK_NUMBER
         return max(self._kept.next_number, int(mine.max(initial=-1)) + 1)
 
-    def stored(self, sent: Sent, parent: Runs, replaced: Int64s) -> Stored:
+    def stored(self, sent: SendResult, parent: Runs, replaced: Int64s) -> Stored:
         """What the snapshot holds when its `replaced` blocks (int64[n, 2]) were sent, found kept, or zero.
 
         Of the rest, and of those found to be the same, it inherits the entries of `parent` (with pack keys).
@@ -107,7 +108,7 @@ class Storing:
             if subtract_intervals(named, near.slots()).size:
                 raise DamagedError("the new manifest names blocks that its parent lacks; nothing was stored")
 
-    def _own_packs(self, sent: Sent, own: Runs) -> tuple[Packs, Int64s]:
+    def _own_packs(self, sent: SendResult, own: Runs) -> tuple[Packs, Int64s]:
         """Rows of the packs written, and of those kept; and the slots in these that are born dead."""
         owner = np.full(len(sent.packs), self._owner, np.int64)
         number, attempt, size, slots = (
@@ -195,7 +196,7 @@ def forget_used(lineage: Lineage) -> None:
             files.unregister(registration.snapshot)
 
 
-def note_sent(lineage: Lineage, snapshot: str, row: PackRow, blocks: Int64s, front: bytes) -> None:
+def note_sent(lineage: Lineage, snapshot: str, row: WrittenPack, blocks: Int64s, front: bytes) -> None:
     """Note that the store has acknowledged a pack, with its `blocks` in order of their slots."""
     first = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
     lengths = np.diff(np.append(first, blocks.size))
@@ -231,17 +232,17 @@ class KeptPacks:
             self._there[number] = info is not None and info.size == place.size
         if self._there[number]:
             try:
-                index = self._packs.index_at(place)
+                index = self._packs.read_index_at(place)
             except (ObjectMissingError, *UNREADABLE):
                 self._there[number] = False
             else:
                 return index if len(index.rows) == place.slots else None
         return None
 
-    def _place(self, number: int) -> Place:
+    def _place(self, number: int) -> PackLocation:
         pack = self._sent[number]
         name = pack_name(self._lineage.name, self._snapshot, number, pack.attempt)
-        return Place(name, pack.slots, pack.size)
+        return PackLocation(name, pack.slots, pack.size)
 
     def rows(self, own: Runs) -> tuple[Packs, Int64s]:
         """What the catalog must know of the kept packs that `own` runs (by pack number) name.
@@ -264,7 +265,7 @@ class KeptPacks:
 
     def index(self, key: int) -> Index:
         """The index of a kept pack, by its key; DamagedObjectError if it cannot be read."""
-        return self._packs.index_at(self._place(key & MAX_PACK_NUMBER))
+        return self._packs.read_index_at(self._place(key & MAX_PACK_NUMBER))
 
 
 def _runs(packs: Iterable[SentPack]) -> Runs:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tests.qemu as qemu
 
 import tests.cinder.guest as guest
 from island_fast.qcow2.image import Image
@@ -15,6 +14,7 @@ from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, noise
 from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
+from tests.support import qemu
 
 _DATA = noise("image", 2 << 20)
 

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tests.qemu as qemu
 
 import tests.cinder.guest as guest
 from tests.cinder.cloud import Cloud
 from tests.cinder.guest import GIB, SnapshotLine, noise
 from tests.cinder.programs import wait_for
 from tests.cinder.services import Services
+from tests.support import qemu
 
 _DATA = noise("managed", 2 << 20)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.repository import pack_reader, pack_writer, streams
+from island_fast.repository import pack_reader, pack_writer
 from island_fast.repository.local_state import LocalState
 from tests.support.memory_store import MemoryStore
 
@@ -34,7 +34,6 @@ def small_packs(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_small_packs(store: MemoryStore, patch: pytest.MonkeyPatch) -> None:
     """The same, for as long as `patch` lasts."""
-    patch.setattr(streams, "BATCH", PACK)
     patch.setattr(pack_reader, "BATCH", PACK)
     patch.setattr(pack_writer, "MAX_SLOTS", PACK)
     store.uploads = 1

@@ -219,7 +219,7 @@ def test_a_copy_that_was_deleted_can_be_made_again(
 def tiny(small_packs: None, far_store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """Packs of PACK blocks; one at a time is on its way."""
     far_store.uploads = 1
-    monkeypatch.setattr(streams, "_FETCHING", 1)
+    monkeypatch.setattr(streams, "_PACKS_FETCHED", 1)
 
 
 def interrupt(repository: Repository, far: Repository, packs: int) -> list[str]:

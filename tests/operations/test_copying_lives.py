@@ -20,7 +20,7 @@ from island_fast.api import Repository
 from island_fast.errors import RefusedError, StoreError
 from island_fast.formats import catalog
 from island_fast.images import open as source_module
-from island_fast.repository import lineage, pack_reader, pack_writer, streams
+from island_fast.repository import lineage, pack_reader, pack_writer, workers
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import PackReader
@@ -246,10 +246,9 @@ class Life:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Packs of four blocks, checkpoints at every fourth record, no threads, nothing flushed."""
-    monkeypatch.setattr(streams, "BATCH", 2)
     monkeypatch.setattr(pack_reader, "BATCH", 2)
     monkeypatch.setattr(pack_writer, "MAX_SLOTS", 4)
-    monkeypatch.setattr(streams, "ThreadPoolExecutor", Inline)
+    monkeypatch.setattr(workers, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(pack_writer, "ThreadPoolExecutor", Inline)
     for module in (catalog, lineage):
         monkeypatch.setattr(module, "CHECKPOINT_EVERY", 4)

@@ -14,7 +14,7 @@ from island_fast.api import Repository
 from island_fast.formats.manifest import decode
 from island_fast.formats.pack import ABSENT, open_pack
 from island_fast.operations.retain import Keep
-from island_fast.repository import pack_reader, pack_writer, streams
+from island_fast.repository import pack_reader, pack_writer
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -25,7 +25,6 @@ MIB = 1 << 20
 @pytest.fixture
 def tree(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Nine snapshots: a trunk of five, two branches of two from its second and fourth; several packs each."""
-    monkeypatch.setattr(streams, "BATCH", 4)
     monkeypatch.setattr(pack_reader, "BATCH", 4)
     monkeypatch.setattr(pack_writer, "MAX_SLOTS", 8)
     draw = random.Random(5)

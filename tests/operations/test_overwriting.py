@@ -125,7 +125,7 @@ def test_a_target_that_differs_at_random(
 ) -> None:  # fmt: skip
     chance = random.Random(seed)
     volume = tmp_path / "vol.qcow2"
-    qemu.lived_in(volume, seed, size, snapshots=1)
+    qemu.create_with_history(volume, seed, size, snapshots=1)
     taken = repository.snapshot(volume)
     truth = qemu.content(volume)
     there = spoil(truth, chance, size + more)
@@ -391,10 +391,10 @@ def test_a_file_system_without_holes(
 KILLED = r"""
 import os, signal, sys
 from island_fast.images import target as targets
-from island_fast.repository import streams, pack_reader
+from island_fast.repository import pack_reader
 from island_fast.api import Repository
 url, target, image_format = sys.argv[1:]
-streams.BATCH = pack_reader.BATCH = 8
+pack_reader.BATCH = 8
 real, left = targets.ExistingImage.write, [3]
 def write(self, blocks, rows):
     left[0] -= 1
@@ -515,7 +515,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
         f"env >{seen}; echo first >&2; yes | head -c 3000000 >&2; echo the end >&2; exit 1",
     )
     texts = []
-    monkeypatch.setattr(qemu_nbd, "said_by", lambda text: texts.append(text) or text[-300:])
+    monkeypatch.setattr(qemu_nbd, "error_text", lambda text: texts.append(text) or text[-300:])
     with pytest.raises(IslandError, match=r"(?s)could not open .* nothing was written: .*the end"):
         repository.restore_onto(taken.snapshot, image)
     assert texts[0].startswith("first\n")

@@ -15,7 +15,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import DamagedError, RefusedError
 from island_fast.formats.catalog import CHECKPOINT_EVERY
-from island_fast.operations.verify import Item, share
+from island_fast.operations.verify import CheckItem, share
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
 from island_fast.stores.base import ObjectInfo, Range, Views
@@ -405,10 +405,10 @@ def test_since_passes_over_what_was_read(history: History, store: NamedCalls) ->
 def test_which_objects_are_due(sample: float | None, since: float | None, names: str) -> None:
     """`a` was never read, `b` long ago, `c` in the future: that clock was wrong; `x` is damaged."""
     items = [
-        Item("b", 10, 100.0),
-        Item("a", 10, 0.0),
-        Item("c", 10, 5000.0),
-        Item("x", 1, 999.0, damaged=True),
+        CheckItem("b", 10, 100.0),
+        CheckItem("a", 10, 0.0),
+        CheckItem("c", 10, 5000.0),
+        CheckItem("x", 1, 999.0, damaged=True),
     ]
     assert share(items, sample, since, now=1000.0) == set(names)
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
-from island_fast.formats.manifest import Manifest, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs, merge
-from island_fast.operations.diff import compare
+from island_fast.operations.diff import diff_snapshots
 from island_fast.qcow2.snapshots import PinnedBase
 
 BLOCK = 65536
@@ -39,7 +39,7 @@ def manifest(found: Blocks, size: int, snapshot: str, numbers: SnapshotNumbers) 
     block, pack, slot = np.array(rows, np.int64).reshape(-1, 3).T.copy()
     keys = pack_keys(numbers.numbers(["a" * 32, "b" * 32, "c" * 32])[pack], pack)
     none = np.zeros((0, 2), np.int64)
-    table, runs = tabulate(
+    table, runs = build_pack_table(
         merge(Runs.empty(), none, Runs(block, np.ones_like(block), keys, slot)), "vol", numbers
     )
     return Manifest(
@@ -53,7 +53,7 @@ def test_it_is_what_dicts_of_blocks_say(data: st.DataObject, before_size: int, s
     before = data.draw(blocks(before_size, {}))
     after = data.draw(blocks(size, before))
     numbers = SnapshotNumbers()
-    found = compare(
+    found = diff_snapshots(
         manifest(before, before_size, "1" * 32, numbers), manifest(after, size, "2" * 32, numbers), numbers
     )
     told = {}

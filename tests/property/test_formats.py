@@ -14,7 +14,7 @@ from island_fast.formats import columns
 from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
 from island_fast.formats.frame import HEADER_SIZE, Kind, Section, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
-from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
 from island_fast.formats.pack import (
     ABSENT,
     PackHeader,
@@ -56,7 +56,7 @@ def runs(draw: st.DrawFn, packs: list[int]) -> Runs:
 
 
 def manifest_of(rows: Runs, numbers: SnapshotNumbers) -> Manifest:
-    table, indexed = tabulate(rows, "vol", numbers)
+    table, indexed = build_pack_table(rows, "vol", numbers)
     return Manifest(
         lineage="vol", snapshot=A, attempt=0, parent=B, volume_size=100_000 * 65536, created=123,
         label="läbel", rule="table-diff", reason="why", seed=2**63 - 5, pin=PIN, packs=table,
@@ -94,8 +94,8 @@ def test_columns_round_trip(values: list[int], signed: list[int]) -> None:
 def test_grouped_deltas_undo(rows: list[tuple[int, int, int]]) -> None:
     table = np.array(rows, np.int64).reshape(-1, 3)
     group, start, length = (np.ascontiguousarray(table[:, i]) for i in range(3))
-    deltas = start - columns.grouped_ends(group, start + length)
-    assert np.array_equal(columns.undo_grouped(group, deltas, length), start)
+    deltas = start - columns.ends_before(group, start + length)
+    assert np.array_equal(columns.restore_starts(group, deltas, length), start)
 
 
 @given(st.data())

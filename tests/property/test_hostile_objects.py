@@ -22,7 +22,7 @@ from island_fast.errors import (
 from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers
-from island_fast.formats.manifest import Manifest, decode, encode, tabulate
+from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
 from island_fast.formats.runs import Runs
 from island_fast.operations.restore import Target, restore
 from island_fast.operations.sweep import plan_sweep
@@ -39,7 +39,7 @@ WRONG = [float("inf"), float("nan"), -1, "5", 1.5, True, 1 << 70, [], {}]
 
 def manifest_bytes() -> bytes:
     one = np.array([1], np.int64)
-    table, runs = tabulate(Runs(one, one, one, one), "vol", SnapshotNumbers([A]))
+    table, runs = build_pack_table(Runs(one, one, one, one), "vol", SnapshotNumbers([A]))
     manifest = Manifest("vol", A, 0, None, 1 << 20, 1, "label", "full-scan", "why", 7, PIN, table, runs)
     return encode("m", manifest)[0]
 

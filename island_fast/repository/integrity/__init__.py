@@ -1,5 +1,5 @@
-"""Whether the objects of a repository are whole, and what is left of those that are not.
+"""Checks of a repository's objects: which are damaged, and what of these can still be read.
 
-`objects.py` reads one pack or manifest, `catalog.py` the records of a catalog, `lineage.py` all of one
-lineage. They find and describe damage; `operations/heal.py` repairs it.
+`objects.py` checks one pack or manifest, `catalog.py` the records of a catalog, `lineage.py` a whole lineage.
+They find and describe damage, and change nothing that is stored; `operations/heal.py` repairs it.
 """

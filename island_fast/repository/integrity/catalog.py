@@ -1,4 +1,4 @@
-"""Whether the records of a catalog are whole and follow each other."""
+"""Checks of the records of a catalog: each is whole, and follows the one before it."""
 
 from __future__ import annotations
 
@@ -15,44 +15,56 @@ from island_fast.repository.integrity.objects import CONTRADICTION, MISSING, ROT
 from island_fast.repository.lineage import Lineage
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["record_findings", "unreadable"]
+__all__ = ["check_records", "find_catalog_damage"]
 
 _RECORD = re.compile(r".*/([0-9]{6})-([0-9]{8})")
 
 
+def check_records(lineage: Lineage, names: Sequence[str]) -> tuple[list[Finding], int]:
+    """Return what is wrong in the store with these records, which follow each other, and the bytes read.
+
+    All are read from the store, also those that this host has in its cache.
+    """
+    found: list[Finding] = []
+    before, size = None, 0
+    for name in names:
+        record = _read_record(lineage, name)
+        if isinstance(record, Finding):
+            found.append(record)
+            before = None
+        else:
+            found += _find_contradictions(lineage, name, record, before)
+            before, size = record, size + len(record.data)
+    return found, size
+
+
+def find_catalog_damage(lineage: Lineage, error: Exception) -> list[Finding]:
+    """Return what is wrong with a catalog that cannot be read to its end, for which `error` was raised."""
+    listed = (_RECORD.fullmatch(info.name) for info in lineage.store.list(f"{lineage.name}/catalog/"))
+    epoch, last = max(((int(m[1]), int(m[2])) for m in listed if m), default=(0, 0))
+    numbers = range(last - last % CHECKPOINT_EVERY, last + 1)
+    found, _ = check_records(lineage, [catalog_name(lineage.name, epoch, number) for number in numbers])
+    return found or [Finding(f"{lineage.name}/catalog", CONTRADICTION, str(error))]
+
+
 @dataclass(frozen=True, slots=True)
-class _Record:
-    """A record in the store: the checksum that it has, that it gives for the one before, and its bytes."""
+class _StoredRecord:
+    """A record in the store: its checksum, the one it states for the record before it, and its bytes.
+
+    `previous` is None for an `owner` record: the record before it need not count.
+    """
 
     checksum: str
     previous: str | None
     data: bytes
 
 
-def record_findings(lineage: Lineage, names: Sequence[str]) -> tuple[list[Finding], int]:
-    """What is wrong with these records, which follow each other, in the store; and the bytes that were read.
+def _read_record(lineage: Lineage, name: str) -> _StoredRecord | Finding:
+    """Read a record from the store; return what is wrong with it if it cannot be read."""
 
-    What this host caches of them is no excuse.
-    """
-    found: list[Finding] = []
-    before, size = None, 0
-    for name in names:
-        record = _stored_record(lineage, name)
-        if isinstance(record, Finding):
-            found.append(record)
-            before = None
-        else:
-            found += _disagreements(lineage, name, record, before)
-            before, size = record, size + len(record.data)
-    return found, size
-
-
-def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
-    """A record as the store has it, or what is wrong with it."""
-
-    def check(data: memoryview) -> _Record:
+    def check(data: memoryview) -> _StoredRecord:
         record, checksum = decode_record(name, data, SnapshotNumbers())
-        return _Record(checksum, None if record.event == "owner" else record.previous, bytes(data))
+        return _StoredRecord(checksum, None if record.event == "owner" else record.previous, bytes(data))
 
     try:
         return get_checked(lineage.store, name, check, newest=True)
@@ -62,8 +74,10 @@ def _stored_record(lineage: Lineage, name: str) -> _Record | Finding:
         return Finding(name, ROT, str(error))
 
 
-def _disagreements(lineage: Lineage, name: str, record: _Record, before: _Record | None) -> Iterator[Finding]:
-    """What a record and the one before it, or this host's copy of it, do not agree on."""
+def _find_contradictions(
+    lineage: Lineage, name: str, record: _StoredRecord, before: _StoredRecord | None
+) -> Iterator[Finding]:
+    """Yield in what a record contradicts the one before it, or this host's copy of it."""
     cached = lineage.files.cached(name)
     if before and record.previous not in (None, before.checksum):
         yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
@@ -76,12 +90,3 @@ def _is_record(name: str, data: bytes) -> bool:
         decode_record(name, data, SnapshotNumbers())
         return True
     return False
-
-
-def unreadable(lineage: Lineage, error: Exception) -> list[Finding]:
-    """What is wrong with a catalog that cannot be read to its end, for which `error` was raised."""
-    listed = (_RECORD.fullmatch(info.name) for info in lineage.store.list(f"{lineage.name}/catalog/"))
-    epoch, last = max(((int(m[1]), int(m[2])) for m in listed if m), default=(0, 0))
-    numbers = range(last - last % CHECKPOINT_EVERY, last + 1)
-    found, _ = record_findings(lineage, [catalog_name(lineage.name, epoch, number) for number in numbers])
-    return found or [Finding(f"{lineage.name}/catalog", CONTRADICTION, str(error))]

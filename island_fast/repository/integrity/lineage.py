@@ -1,112 +1,100 @@
-"""Checking the objects of one lineage: catalog, manifests and packs; what is found, and whom it touches.
+"""The check of one lineage: its catalog, its manifests, and its packs.
 
-Everything is checked that can be, whatever was found before. Nothing is changed but this host's notes on what
-it has proved.
+Damage never ends a check: everything else is checked too. Nothing that is stored is changed; this host notes
+which objects it found intact, and which damaged.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-from numpy.typing import NDArray
 
-from island_fast.arrays import Int64s
+from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import intersect_intervals
 from island_fast.errors import UNREADABLE, NotFoundError
 from island_fast.formats.catalog import SnapshotRow, pack_full_name
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.manifest import Manifest
 from island_fast.repository.health import Health
-from island_fast.repository.integrity.catalog import record_findings
+from island_fast.repository.integrity.catalog import check_records
 from island_fast.repository.integrity.objects import (
     CONTRADICTION,
     MISSING,
-    Examiner,
     Finding,
-    manifest_finding,
+    PackChecker,
+    check_manifest,
 )
 from island_fast.repository.lineage import Lineage, row_manifest_name
+from island_fast.repository.workers import in_order, workers
 
-__all__ = ["Checkup", "Item"]
+__all__ = ["CheckItem", "LineageCheck"]
 
-
-_LOOKS = 8  # objects asked for at a time
+_HEADS_AT_ONCE = 8  # objects whose presence is checked at a time
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class CheckItem:
     """An object to be checked: a pack, by its key, or the manifest of the snapshot in `row`.
 
-    `size` is in bytes; `proved` tells when this host last read it whole, in seconds since 1970, 0.0 for
-    never. What is known to be `damaged` is read whole in any case.
+    `size` is in bytes. `verified_at` is when this host last read the object whole and found it intact, in
+    seconds since 1970, or 0.0 for never. An object that is known to be `damaged` is always read whole.
     """
 
     name: str
     size: int
-    proved: float
+    verified_at: float
     key: int | None = None
     row: SnapshotRow | None = None
     damaged: bool = False
 
 
-class Checkup:
-    """The check of one lineage, refreshed, or of those of its objects that the snapshots `rows` need.
+class LineageCheck:
+    """The check of a lineage, which must have been refreshed, or of what its snapshots `rows` need.
 
-    Of `whole` lineages all packs are checked that hold anything that is needed, also where a manifest that
-    would name them cannot be read.
+    Making it reads the records and the manifests that are not cached; `run` checks the other `items`. If the
+    lineage is checked `whole`, these include every pack with a slot that is not dead, even if the manifest
+    that names it cannot be read. `findings` grows with each step. `objects` and `bytes_read` count what was
+    checked and read, `objects_read` the objects that were read whole.
     """
 
     def __init__(self, lineage: Lineage, rows: Sequence[SnapshotRow], *, whole: bool) -> None:
         self.lineage = lineage
         self.rows = list(rows)
-        self.findings: list[Finding] = []
-        self.objects = 0
-        self.objects_read = 0
         self.health = Health(lineage)
-        self.packs = Examiner(lineage)
-        self._fetched: set[str] = set()  # manifests that were not cached, and came whole
-        self._unread: set[str] = set()  # manifests that could not be read
-        found, self.bytes_read = record_findings(lineage, lineage.needed_records)
-        self.findings += found
-        self.findings += self._epoch_findings()
-        keys = self._manifest_keys()
-        self._keys = self._needed() if whole else keys
-        self.objects += len(lineage.needed_records) + len(lineage.ended) + len(self._fetched)
-        self.objects_read += len(lineage.needed_records) + len(self._fetched)
+        self.packs = PackChecker(lineage)
+        self._fetched: set[str] = set()  # manifests that were not cached, and were read whole
+        self._unreadable: set[str] = set()  # manifests
+        self.findings, self.bytes_read = check_records(lineage, lineage.needed_records)
+        self.findings += self._check_stops()
+        keys = self._check_manifests()
+        self._keys = self._needed_packs() if whole else keys
+        self.objects = len(lineage.needed_records) + len(lineage.ended) + len(self._fetched)
+        self.objects_read = len(lineage.needed_records) + len(self._fetched)
 
-    def _epoch_findings(self) -> Iterator[Finding]:
+    def _check_stops(self) -> Iterator[Finding]:
         for name in self.lineage.ended:
             if self.lineage.store.head(name) is None:
-                told = f"{name} is missing: a host may take that epoch for the present one"
-                yield Finding(name, MISSING, told)
-
-    def _needed(self) -> Int64s:
-        """Keys of all packs with a slot that is not dead."""
-        packs, dead = self.lineage.state.packs, self.lineage.state.dead
-        count = np.zeros(len(packs), np.int64)
-        at = packs.find(dead[:, 0] >> SLOT_BITS)
-        np.add.at(count, at[at >= 0], (dead[:, 1] - dead[:, 0])[at >= 0])
-        return packs.key[count < packs.slots]
+                message = f"{name} is missing: a host may take that epoch for the present one"
+                yield Finding(name, MISSING, message)
 
     # Manifests.
 
-    def _manifest_keys(self) -> Int64s:
-        """Read every manifest, from this host's cache where it is there; keys of the packs that they name."""
+    def _check_manifests(self) -> Int64s:
+        """Read every manifest, from this host's cache if it can; return the keys of the packs they name."""
         keys = np.zeros(0, np.int64)
         for row in self.rows:
-            manifest = self._manifest(row)
+            manifest = self._read_manifest(row)
             if manifest is not None:
-                self.findings += self._contradictions(row, manifest)
+                self.findings += self._find_contradictions(row, manifest)
                 keys = np.union1d(keys, manifest.packs.keys(self.lineage.numbers))
         return keys[self.lineage.state.packs.find(keys) >= 0]
 
-    def _manifest(self, row: SnapshotRow) -> Manifest | None:
-        """The manifest; None, and found damaged, or the snapshot deleted meanwhile, if it cannot be read."""
+    def _read_manifest(self, row: SnapshotRow) -> Manifest | None:
+        """Return a manifest, or None if it cannot be read: `run` then finds it damaged or deleted."""
         manifest = self.lineage.cached_manifest(row.id, row.attempt, row.checksum)
         if manifest is not None:
             return manifest
@@ -114,15 +102,15 @@ class Checkup:
         try:
             manifest = self.lineage.manifest(row)
         except (NotFoundError, *UNREADABLE):
-            self._unread.add(name)
+            self._unreadable.add(name)
             return None
         self.health.note_proved(name, time.time())
         self._fetched.add(name)
         self.bytes_read += row.manifest_size
         return manifest
 
-    def _contradictions(self, row: SnapshotRow, manifest: Manifest) -> Iterator[Finding]:
-        """What the manifest and the catalog do not agree on."""
+    def _find_contradictions(self, row: SnapshotRow, manifest: Manifest) -> Iterator[Finding]:
+        """Yield in what the manifest and the catalog contradict each other."""
         state, name = self.lineage.state, row_manifest_name(self.lineage, row)
         if row.id not in state.live:
             return
@@ -130,55 +118,66 @@ class Checkup:
         at = state.packs.find(runs.pack)
         slots = manifest.slot_intervals(self.lineage.numbers)
         if (at < 0).any():
-            told = f"manifest {name} names packs that the catalog does not"
+            message = f"manifest {name} names packs that the catalog does not"
         elif (runs.slot + runs.length > state.packs.slots[at]).any():
-            told = f"manifest {name} names slots that its packs do not have"
+            message = f"manifest {name} names slots that its packs do not have"
         elif len(intersect_intervals(slots, state.dead)):
-            told = f"the catalog counts blocks that manifest {name} names as needed no more; do not sweep"
+            message = f"the catalog counts blocks as dead that manifest {name} names; do not sweep"
         else:
             return
-        yield Finding(name, CONTRADICTION, told, snapshot=row.id)
+        yield Finding(name, CONTRADICTION, message, snapshot=row.id)
 
-    # Everything else.
+    def _needed_packs(self) -> Int64s:
+        """Return the keys of all packs with a slot that is not dead."""
+        packs, dead = self.lineage.state.packs, self.lineage.state.dead
+        count = np.zeros(len(packs), np.int64)
+        at = packs.find(dead[:, 0] >> SLOT_BITS)
+        np.add.at(count, at[at >= 0], (dead[:, 1] - dead[:, 0])[at >= 0])
+        return packs.key[count < packs.slots]
 
-    def items(self) -> list[Item]:
-        """The objects that `run` checks, but for manifests that were read already."""
+    # Packs, and manifests that are cached.
+
+    def items(self) -> list[CheckItem]:
+        """Return the objects that `run` is to check: all packs, and the manifests that were not read yet."""
         state, health = self.lineage.state, self.health
         found = []
         for row in self.rows:
             name = row_manifest_name(self.lineage, row)
             if name not in self._fetched:
-                damaged = name in self._unread or health.damaged(name)
-                item = Item(name, row.manifest_size, health.proved(name), row=row, damaged=damaged)
-                found.append(item)
+                damaged = name in self._unreadable or health.damaged(name)
+                size, verified_at = row.manifest_size, health.proved(name)
+                found.append(CheckItem(name, size, verified_at, row=row, damaged=damaged))
         rows = state.packs.find(self._keys)
         for at in rows[rows >= 0].tolist():
             name = pack_full_name(self.lineage.name, state.packs, at, self.lineage.numbers)
             size, key = int(state.packs.size[at]), int(state.packs.key[at])
-            found.append(Item(name, size, health.proved(name), key, damaged=health.damaged(name)))
+            verified_at, damaged = health.proved(name), health.damaged(name)
+            found.append(CheckItem(name, size, verified_at, key, damaged=damaged))
         return found
 
-    def run(self, items: Sequence[Item], whole: bool, told: Callable[[Item], None]) -> None:
-        """Read these objects `whole`, or only ask for them; `told` is called after each.
+    def run(self, items: Sequence[CheckItem], whole: bool, on_checked: Callable[[CheckItem], None]) -> None:
+        """Read these objects `whole`, or only check that they are stored; call `on_checked` after each.
 
-        What was proved is noted, however this ends.
+        What was found intact or damaged is noted, however this ends.
         """
         self.objects += len(items)
+        count = self.lineage.store.downloads if whole else _HEADS_AT_ONCE
+        jobs = (partial(self._check, item, whole) for item in items)
         try:
-            workers = self.lineage.store.downloads if whole else _LOOKS
-            for item, finding in _each(items, lambda item: self._check(item, whole), workers):
-                self._note(item, finding, whole)
-                told(item)
+            with workers(count, "verify") as pool:
+                for item, finding in zip(items, in_order(pool, jobs, 2 * count), strict=True):
+                    self._note(item, finding, whole)
+                    on_checked(item)
         finally:
             self.health.save()
 
-    def _check(self, item: Item, whole: bool) -> Finding | None:
+    def _check(self, item: CheckItem, whole: bool) -> Finding | None:
         if item.row is not None:
-            return manifest_finding(self.lineage, item.row, whole=whole)
+            return check_manifest(self.lineage, item.row, whole=whole)
         assert item.key is not None
-        return self.packs.finding(item.key) if whole else self.packs.look(item.key)
+        return self.packs.check(item.key) if whole else self.packs.check_presence(item.key)
 
-    def _note(self, item: Item, finding: Finding | None, whole: bool) -> None:
+    def _note(self, item: CheckItem, finding: Finding | None, whole: bool) -> None:
         if whole:
             self.objects_read += 1
             self.bytes_read += item.size
@@ -189,35 +188,11 @@ class Checkup:
             self.health.note_proved(item.name, time.time())
 
 
-def _lost_mask(finding: Finding) -> NDArray[np.bool_]:
-    """Which slots of a pack are lost, up to the last one that is."""
+def _lost_mask(finding: Finding) -> Bools:
+    """Return which slots of a pack are lost, up to the last one that is."""
     if finding.key is None or not len(finding.lost):
         return np.zeros(0, np.bool_)
     slots = finding.lost[:, 0] - (finding.key << SLOT_BITS)
     mask = np.zeros(int(slots.max()) + 1, np.bool_)
     mask[slots] = True
     return mask
-
-
-def _each(
-    items: Sequence[Item], work: Callable[[Item], Finding | None], workers: int
-) -> Iterator[tuple[Item, Finding | None]]:
-    """`work` of each item by several workers, in order, with a bounded number under way."""
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="island-verify")
-    waiting: deque[tuple[Item, Future[Finding | None]]] = deque()
-    try:
-        for item in items:
-            if len(waiting) == 2 * workers:
-                first, future = waiting.popleft()
-                yield first, future.result()
-            waiting.append((item, pool.submit(work, item)))
-        for first, future in waiting:
-            yield first, future.result()
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-# The catalog.
-
-
-# Whom it touches.

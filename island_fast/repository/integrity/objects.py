@@ -1,7 +1,7 @@
-"""Looking at single objects of a lineage: is it there, is it what was written, and what of it is left.
+"""Checks of single objects of a lineage: is it stored, is it what was written, and what can still be read.
 
-Nothing is changed. An object that is not as it should be is a `Finding`; of a pack, `Remains` tell which of
-its slots can still be read. What a sweep removed or repacked meanwhile is no finding.
+Nothing is changed. A `Finding` describes an object that is not as it should be; `PackState` says which slots
+of a pack can still be read. An object that a sweep removed or repacked meanwhile is not a finding.
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ import contextlib
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
-from island_fast.arrays import Bools, Int64s
+from island_fast.arrays import Bools, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, NO_INTERVALS
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.keys import SLOT_BITS, split_pack_key
-from island_fast.formats.manifest import Manifest, decode
+from island_fast.formats.manifest import decode
 from island_fast.formats.pack import (
     ABSENT,
     MAX_SLOTS,
@@ -31,7 +30,7 @@ from island_fast.formats.pack import (
 )
 from island_fast.repository.lineage import Lineage, row_manifest_name
 from island_fast.repository.liveness import live_slots
-from island_fast.repository.pack_reader import BATCH, PackReader, Place
+from island_fast.repository.pack_reader import BATCH, PackLocation, PackReader
 from island_fast.stores.checked_read import get_checked
 
 __all__ = [
@@ -42,185 +41,187 @@ __all__ = [
     "MISSING",
     "ROT",
     "TRUNCATED",
-    "Examiner",
     "Finding",
-    "Remains",
-    "manifest_finding",
-    "readable",
-    "slots_of",
+    "PackChecker",
+    "PackState",
+    "check_manifest",
+    "readable_slots",
+    "slots_in_mask",
 ]
-
 
 MISSING, TRUNCATED, INDEX, ROT, LOST_BLOCKS, CONTRADICTION, DIFFERS = (
     "missing", "truncated", "index", "rot", "lost-blocks", "contradiction", "differs",
 )  # fmt: skip
-"""Kinds of findings: nothing is stored under the name; too few bytes are; the index of a pack cannot be read;
-bytes changed; a pack that was mended lacks blocks that were not to be had; objects contradict each other; a
-snapshot is not what its pin holds."""
+"""Kinds of findings: nothing is stored under the name; the object is too short; the index of a pack cannot be
+read; bytes changed; a repaired pack lacks blocks that were lost; objects contradict each other; a snapshot
+differs from its pin."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """An object that is not as it should be: its full name, in what way, and a sentence.
+    """An object that is not as it should be: its full name, the kind of the finding, and a message.
 
-    Of a pack, `key` is its key and `lost` the slots that a snapshot needs and that cannot be read, as
-    intervals of slot keys, int64[n, 2]. Of a manifest, `snapshot` is its snapshot. Neither: the catalog.
+    For a pack, `key` is its key and `lost` are the slots that a snapshot needs and that cannot be read, as
+    intervals of slot keys, int64[n, 2]. For a manifest, `snapshot` is its snapshot. For the catalog, neither
+    is set.
     """
 
     name: str
     kind: str
-    told: str
+    message: str
     key: int | None = None
     lost: Int64s = field(default_factory=lambda: NO_INTERVALS)
     snapshot: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Remains:
-    """What is left of a pack. `live` slots are needed, `good` ones among them can be read; bool[slots].
+class PackState:
+    """What of a pack can still be read, and what is wrong with it.
 
-    `index` is this host's copy where the pack's own, `bare`, is lost: no other host can read anything then.
-    None where there is neither. `whole`: the object is as it was written.
-    `kind` and `told` say what is wrong, "" if nothing is. `data` is what the store gave, None for nothing.
+    `live` are the slots that snapshots need, `good` those of them that can be read; both bool[slots]. `index`
+    is the pack's own, or this host's copy if the pack's own is lost (`index_lost`; no other host can read the
+    pack then), or None without either. `data` are the bytes that the store gave, None if the object is
+    missing. `whole`: the object is as it was written. `kind` and `message` say what is wrong, "" if nothing
+    is.
     """
 
-    place: Place
+    location: PackLocation
     index: Index | None
     data: memoryview | None
     live: Bools
     good: Bools
     whole: bool
-    bare: bool
+    index_lost: bool
     kind: str
-    told: str
+    message: str
 
 
-class Examiner:
-    """Packs of one lineage, examined. Thread-safe, while nothing else uses the lineage."""
+class PackChecker:
+    """Checks packs of one lineage. Thread-safe, as long as nothing else uses the lineage."""
 
     def __init__(self, lineage: Lineage) -> None:
         self.reader = PackReader(lineage)
         self._lineage = lineage
 
-    def look(self, key: int) -> Finding | None:
-        """Whether the pack is there and of the right size. Its data is not asked for.
+    def check_presence(self, key: int) -> Finding | None:
+        """Return what is wrong with the pack if it is missing or of the wrong size; its blocks are not read.
 
-        One that was written anew could have been without a block that is needed: its index is looked at,
-        which this host keeps from then on.
+        A pack that was repaired can lack a block that is needed. So its index is read too, and cached.
         """
 
-        def ask(place: Place) -> bool:
-            info = self._lineage.store.head(place.name)
+        def is_present(location: PackLocation) -> bool:
+            info = self._lineage.store.head(location.name)
             if info is None:
-                raise ObjectMissingError(place.name)
-            if info.size != place.size:
+                raise ObjectMissingError(location.name)
+            if info.size != location.size:
                 return False
-            if "." not in place.name.rpartition("/")[2]:
+            if "." not in location.name.rpartition("/")[2]:  # never written again
                 return True
-            rows = self.reader.index_at(place).rows
-            return len(rows) == place.slots and not (rows["codec"][self._live(key, place)] == ABSENT).any()
+            rows = self.reader.read_index_at(location).rows
+            live = live_slots(self._lineage.state, key, location.slots)
+            return len(rows) == location.slots and not (rows["codec"][live] == ABSENT).any()
 
         try:
-            if self.reader.following(key, ask):
+            if self.reader.with_current_location(key, is_present):
                 return None
         except UNREADABLE:
             pass
-        return self.finding(key)
+        return self.check(key)
 
-    def finding(self, key: int) -> Finding | None:
-        """What is wrong with the pack; None if all is well, or if no snapshot needs it any more."""
-        left = self.remains(key)
-        if left is None or not left.kind:
+    def check(self, key: int) -> Finding | None:
+        """Read the pack; return what is wrong, or None if nothing is or no snapshot needs the pack."""
+        state = self.read_state(key)
+        if state is None or not state.kind:
             return None
-        lost = left.live if left.bare else left.live & ~left.good
-        return Finding(left.place.name, left.kind, left.told, key, slots_of(key, lost))
+        lost = state.live if state.index_lost else state.live & ~state.good
+        return Finding(state.location.name, state.kind, state.message, key, slots_in_mask(key, lost))
 
-    def remains(self, key: int) -> Remains | None:
-        """Read the pack whole, and prove every block that a snapshot needs; None if the pack is gone."""
+    def read_state(self, key: int) -> PackState | None:
+        """Read the whole pack, and check every block that a snapshot needs; None if the pack is swept."""
         try:
-            return self.reader.following(key, lambda place: self._read(key, place))
+            return self.reader.with_current_location(key, lambda location: self._read(key, location))
         except DamagedObjectError as error:  # missing, or not in the catalog any more
             with contextlib.suppress(DamagedObjectError):
-                return self._judged(key, self.reader.place(key), None, MISSING, str(error))
+                return self._judge(key, self.reader.locate(key), None, MISSING, str(error))
             return None
 
-    def _live(self, key: int, place: Place) -> Bools:
-        return live_slots(self._lineage.state, key, place.slots)
-
-    def _read(self, key: int, place: Place) -> Remains:
-        """The pack under its present name; ObjectMissingError if there is none."""
-        store = self._lineage.store
+    def _read(self, key: int, location: PackLocation) -> PackState:
+        """Read the pack at `location`; ObjectMissingError if there is none."""
+        store, name = self._lineage.store, location.name
         try:
-            _, data = get_checked(store, place.name, lambda found: open_pack(place.name, found))
+            _, data = get_checked(store, name, lambda found: open_pack(name, found))
         except UNREADABLE as error:
-            data = store.get(place.name)
-            return self._judged(key, place, data, self._kind(place, data), str(error))
-        return self._judged(key, place, data, "", "")
+            data = store.get(name)
+            return self._judge(key, location, data, self._kind_of_damage(location, data), str(error))
+        return self._judge(key, location, data, "", "")
 
-    def _kind(self, place: Place, data: memoryview) -> str:
-        if data.nbytes < min(front_size(place.slots), place.size):
+    def _kind_of_damage(self, location: PackLocation, data: memoryview) -> str:
+        if data.nbytes < min(front_size(location.slots), location.size):
             return TRUNCATED
-        if self._front(place.name, data) is None:
+        if _read_index(location.name, data) is None:
             return INDEX
-        return TRUNCATED if data.nbytes < place.size else ROT
+        return TRUNCATED if data.nbytes < location.size else ROT
 
-    def _judged(self, key: int, place: Place, data: memoryview | None, kind: str, told: str) -> Remains:
-        """What is left of a pack that holds `data`, of which `kind` and `told` say what is wrong so far."""
-        live = self._live(key, place)
-        index = self._front(place.name, data) if data is not None else None
-        stranger = index is not None and not self._is_its(index, key, place)
-        bare = index is None or stranger
-        if bare:
-            index = self._front(place.name, self._lineage.files.cached(place.name))
-        if index is not None and not self._is_its(index, key, place):
+    def _judge(
+        self, key: int, location: PackLocation, data: memoryview | None, kind: str, message: str
+    ) -> PackState:
+        """Return the state of a pack whose object is `data`; `kind` and `message` are known so far."""
+        name, live = location.name, live_slots(self._lineage.state, key, location.slots)
+        index = _read_index(name, data)
+        foreign = index is not None and not self._belongs(index, key, location)
+        index_lost = index is None or foreign
+        if index_lost:
+            index = _read_index(name, self._lineage.files.cached(name))
+        if index is not None and not self._belongs(index, key, location):
             index = None
-        if not kind and stranger:
-            kind, told = CONTRADICTION, f"pack {place.name} is not the one that its catalog record names"
-        good = np.zeros(place.slots, np.bool_)
+        if not kind and foreign:
+            kind, message = CONTRADICTION, f"pack {name} is not the one that its catalog record names"
+        good = np.zeros(location.slots, np.bool_)
         if index is not None and data is not None:
-            good = readable(index, data, np.flatnonzero(live))
+            good = readable_slots(index, data, np.flatnonzero(live))
         whole = not kind
         if whole and not good[live].all():
-            kind, told = ROT, f"pack {place.name} holds blocks that are not what was written (digests differ)"
+            kind, message = ROT, f"pack {name} holds blocks that are not what was written (digests differ)"
             if index is not None and (index.rows["codec"][live & ~good] == ABSENT).all():
-                kind, told = LOST_BLOCKS, f"pack {place.name} lacks blocks that were lost"
-        return Remains(place, index, data, live, good, whole, bare, kind, told)
+                kind, message = LOST_BLOCKS, f"pack {name} lacks blocks that were lost"
+        return PackState(location, index, data, live, good, whole, index_lost, kind, message)
 
-    def _front(self, name: str, data: memoryview | bytes | None) -> Index | None:
-        """The index at the beginning of `data`; None if there is none that can be read."""
-        if data is not None:
-            with contextlib.suppress(*UNREADABLE):
-                return read_front(name, data[: front_size(MAX_SLOTS)])
-        return None
-
-    def _is_its(self, index: Index, key: int, place: Place) -> bool:
-        """Whether an index is that of the pack, by what the catalog says."""
+    def _belongs(self, index: Index, key: int, location: PackLocation) -> bool:
+        """Return whether an index is that of the pack, by what the catalog says."""
         owner, number = split_pack_key(key)
         lineage = self._lineage
-        wanted = PackHeader(lineage.name, lineage.numbers.id(owner), number, lineage.seed)
-        return index.header == wanted and len(index.rows) == place.slots
+        header = PackHeader(lineage.name, lineage.numbers.id(owner), number, lineage.seed)
+        return index.header == header and len(index.rows) == location.slots
 
 
-def slots_of(key: int, mask: Bools) -> Int64s:
-    """The slots of a pack that `mask` marks, each as an interval of slot keys, int64[n, 2]."""
+def _read_index(name: str, data: memoryview | bytes | None) -> Index | None:
+    """Return the index at the beginning of `data`; None if it cannot be read."""
+    if data is not None:
+        with contextlib.suppress(*UNREADABLE):
+            return read_front(name, data[: front_size(MAX_SLOTS)])
+    return None
+
+
+def slots_in_mask(key: int, mask: Bools) -> Int64s:
+    """Return the slots of a pack that `mask` marks, each as an interval of slot keys, int64[n, 2]."""
     slots = np.flatnonzero(mask) + (key << SLOT_BITS)
     return np.stack([slots, slots + 1], axis=1)
 
 
-def readable(index: Index, data: memoryview, slots: Int64s) -> Bools:
-    """Which of a pack's slots, bool[all of them], are among `slots` and hold what their digests say.
+def readable_slots(index: Index, data: memoryview, slots: Int64s) -> Bools:
+    """Return which of all slots of a pack are among `slots` and hold what their digests say, bool[slots].
 
     `data` is the object, or what is left of it.
     """
     good = np.zeros(len(index.rows), np.bool_)
     rows = np.empty((BATCH, BLOCK_SIZE), np.uint8)
     for at in range(0, slots.size, BATCH):
-        _try(index, data, slots[at : at + BATCH], rows, good)
+        _mark_readable(index, data, slots[at : at + BATCH], rows, good)
     return good
 
 
-def _try(index: Index, data: memoryview, slots: Int64s, rows: NDArray[np.uint8], good: Bools) -> None:
-    """Mark those of `slots` that can be read in `good`, by halving until what cannot is alone."""
+def _mark_readable(index: Index, data: memoryview, slots: Int64s, rows: Bytes2D, good: Bools) -> None:
+    """Mark in `good` those of `slots` that can be read, by halving until each that cannot is alone."""
     try:
         offsets, lengths = stored_ranges(index, slots)
         spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
@@ -228,37 +229,37 @@ def _try(index: Index, data: memoryview, slots: Int64s, rows: NDArray[np.uint8],
     except UNREADABLE:
         if slots.size > 1:
             half = slots.size // 2
-            _try(index, data, slots[:half], rows, good)
-            _try(index, data, slots[half:], rows, good)
+            _mark_readable(index, data, slots[:half], rows, good)
+            _mark_readable(index, data, slots[half:], rows, good)
     else:
         good[slots] = True
 
 
-def manifest_finding(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Finding | None:
-    """What is wrong with the manifest of a snapshot in the store; None if nothing is, or if it was deleted.
+def check_manifest(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Finding | None:
+    """Return what is wrong with the manifest of a snapshot, or None if nothing is or it was deleted.
 
-    It is read if `whole`; else only asked for, as long as this host has its content.
+    The manifest is read if `whole`, or if its size is wrong; else only its presence is checked, which is
+    enough while this host has its content.
     """
     name = row_manifest_name(lineage, row)
+
+    def check(data: memoryview) -> None:
+        manifest, checksum = decode(name, data)
+        if checksum.hex() != row.checksum or manifest.snapshot != row.id:
+            raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
+
     try:
         if not whole:
             info = lineage.store.head(name)
             whole = info is None or info.size != row.manifest_size
         if whole:
-            get_checked(lineage.store, name, lambda data: _proved(name, data, row))
+            get_checked(lineage.store, name, check)
         return None
     except ObjectMissingError:
-        kind, told = MISSING, f"manifest {name} is missing from {lineage.store.location}"
+        kind, message = MISSING, f"manifest {name} is missing from {lineage.store.location}"
     except UNREADABLE as error:
-        kind, told = ROT, str(error)
+        kind, message = ROT, str(error)
         with contextlib.suppress(ObjectMissingError):
             kind = TRUNCATED if lineage.store.get(name).nbytes < row.manifest_size else ROT
     lineage.refresh()
-    return Finding(name, kind, told, snapshot=row.id) if row.id in lineage.state.live else None
-
-
-def _proved(name: str, data: memoryview, row: SnapshotRow) -> Manifest:
-    manifest, checksum = decode(name, data)
-    if checksum.hex() != row.checksum or manifest.snapshot != row.id:
-        raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
-    return manifest
+    return Finding(name, kind, message, snapshot=row.id) if row.id in lineage.state.live else None

@@ -23,7 +23,7 @@ from typing import Any
 
 from island_fast.api import Repository
 from island_fast.errors import IslandError
-from island_fast.repository import pack_reader, pack_writer, streams
+from island_fast.repository import pack_reader, pack_writer
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.directory import DirectoryStore
 from tests.faults.crash.watched import ELSEWHERE, Call, Elsewhere, WatchedStore
@@ -93,7 +93,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 def perform(job: Job) -> int:
     """Carry `job` out; the exit code."""
     if job.verb in MAKING:  # a reader refuses packs of more slots
-        streams.BATCH = pack_reader.BATCH = pack_writer.MAX_SLOTS = job.slots
+        pack_reader.BATCH = pack_writer.MAX_SLOTS = job.slots
     if job.programs:
         os.environ["PATH"] = f"{job.programs}:{os.environ['PATH']}"
     waiting = list(job.holds)

@@ -15,7 +15,7 @@ from island_fast.progress import silent
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import live_slots
 from island_fast.repository.pack_reader import PackReader
-from island_fast.repository.streams import receive
+from island_fast.repository.streams import restore_blocks
 from tests.faults.machine.memory_image import PALETTE, Content
 from tests.faults.machine.process import Process
 from tests.faults.machine.world import World
@@ -52,7 +52,7 @@ def volume_of(lineage: Lineage, row: SnapshotRow, packs: PackReader) -> np.ndarr
     manifest = lineage.manifest(row)
     keys = manifest.packs.keys(lineage.numbers)
     runs = replace(manifest.runs, pack=keys[manifest.runs.pack])
-    receive(runs, packs, write, lineage.store.range_gap, silent)
+    restore_blocks(runs, packs, write, lineage.store.range_gap, silent)
     return out
 
 
@@ -86,7 +86,7 @@ def accounted(lineage: Lineage, objects: Mapping[str, bytes]) -> None:
     assert set((alive[:, 0] >> SLOT_BITS).tolist()) == set(state.packs.key.tolist()), "a pack is wholly dead"
     reader = PackReader(lineage)
     for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
-        lengths = reader.index(key).lengths
+        lengths = reader.read_index(key).lengths
         assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
     named = [lineage.manifest(row).slot_intervals(lineage.numbers) for row in state.live.values()]
     needed = merge_intervals(np.concatenate([np.zeros((0, 2), np.int64), *named]))

@@ -61,7 +61,7 @@ def found(image, point, since=None):
 def past(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("map") / "image.qcow2"
     case = dict(CASES[request.param])
-    return path, qemu.lived_in(path, request.param, case.pop("size"), **case)
+    return path, qemu.create_with_history(path, request.param, case.pop("size"), **case)
 
 
 @pytest.mark.parametrize("window", [1, 1 << 18])

@@ -77,7 +77,7 @@ def past(request, tmp_path_factory):
     """(path, content by point name) of one image."""
     path = tmp_path_factory.mktemp("past") / "image.qcow2"
     case = dict(CASES[request.param])
-    names = qemu.lived_in(path, request.param, case.pop("size"), **case)
+    names = qemu.create_with_history(path, request.param, case.pop("size"), **case)
     return path, {name: qemu.content(path, name) for name in [None, *names]}
 
 
