@@ -28,5 +28,6 @@ Rules:
   allocated blocks are read and compared by digest, and the reason is kept with the snapshot.
 
 Imports: `qcow2`, `qemu`, `results`, `dirtymap` and the ground floor; it knows no repository and no store.
-Imported by every room above it; `repository` uses only `pins` and the types `Source` and `View`.
+Imported by `operations`, `cinder`, `api`, `cli` and `bench`; not by `repository`, because an operation brings
+images and repositories together.
 """

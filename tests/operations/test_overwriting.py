@@ -597,7 +597,7 @@ def test_a_raw_target_that_is_none(
     refused(repository, link, ImageInUseError, "detach that first", "raw")
     raw.unlink()
     refused(repository, link, ImageInUseError, "detach that first", "raw")
-    refused(repository, device, RefusedError, "with --format raw", "qcow2")
+    refused(repository, device, RefusedError, "give --format raw", "qcow2")
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         refused(repository, device, ImageInUseError, "unmount it first", "raw")
