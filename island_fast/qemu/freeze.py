@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 CRASH = "crash"
 FILESYSTEM = "filesystem"
 FREEZES = ("auto", "require", "never")
-"""Freeze if the guest's agent does it; fail unless it does; do not freeze."""
+"""In this order: freeze if the guest's agent can; fail if it cannot; do not freeze."""
 
 _STATUS = 5  # seconds for an agent to answer; otherwise there is none
 _FREEZE = 60  # seconds for a guest to write what it has in memory

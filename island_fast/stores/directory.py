@@ -52,7 +52,7 @@ _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class DirectoryStore(Store):
-    """A store in the directory `path`, which may be relative or begin with `~`.
+    """A store in the directory `path`, which can be relative or begin with `~`.
 
     A missing directory is a NotFoundError; with `create_ok` the first `put` creates it, and until then the
     store is empty. Ages are by this host's clock. A deletion is not flushed: after a crash of the host the
