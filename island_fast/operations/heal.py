@@ -115,7 +115,7 @@ def heal_known_damage(lineage: Lineage, source: Source, progress: Progress) -> N
 
 def views_in(source: Source, lineage: Lineage) -> list[View]:
     """Points of an image that may have what a lineage lost: its pins, the newest first, and the present."""
-    pins = [found for row in lineage.state.live.values() if (found := source.find(row.pin))]
+    pins = [found for row in lineage.state.live.values() if (found := source.find_pinned(row.pin))]
     return [*(source.view(pin) for pin in reversed(pins)), source.view(None)]
 
 
@@ -387,7 +387,7 @@ def _source(path: Path, lineage: Lineage, backing: Sequence[Backing]) -> Source:
             pass
     if image_format == "raw":
         return RawSource(path)
-    return Qcow2Source(path, look_only=True, backing=backing)
+    return Qcow2Source(path, lock=False, backing=backing)
 
 
 @dataclass(slots=True)
