@@ -1,9 +1,9 @@
-"""Speed of the formats: packs sealed, opened and unpacked; manifests and records of a large volume.
+"""Measure the speed of the formats: packs, and the manifests and catalog records of a large volume.
 
     pytest benchmarks/test_bench_formats.py --benchmark-enable --benchmark-columns=min,median,rounds
 
-Rows of packs carry `bytes`, the blocks that one call handles: bytes / min is the speed. Rows of manifests and
-records carry `rows`. In ordinary test runs each body runs once and its result is checked.
+A row about packs has `bytes`, the size of the blocks that one call handles: bytes / min is the speed. A row
+about manifests or records has `rows`. In ordinary test runs each body runs once and its result is checked.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def test_unpack(benchmark, blocks):
 
 
 def runs_of(snapshots: int, count: int) -> tuple[Runs, SnapshotNumbers]:
-    """Runs of one block each, four blocks apart, in the packs of many snapshots."""
+    """Make runs of one block each, four blocks apart, in the packs of many snapshots."""
     numbers = SnapshotNumbers(f"{n:032x}" for n in range(snapshots))
     owner = np.random.default_rng(2).integers(0, snapshots, count)
     order = np.argsort(owner, kind="stable")
@@ -135,7 +135,7 @@ def test_decode_a_manifest(benchmark):
 
 
 def test_merge(benchmark):
-    """An increment of 1 % into a manifest of many runs."""
+    """Merge an increment of 1 % into a manifest of many runs."""
     parent, numbers = runs_of(30, RUNS)
     start = parent.start[::100]
     owner = np.full(start.size, numbers.number(32 * "e"))
@@ -148,7 +148,7 @@ def test_merge(benchmark):
 
 
 def state_of(packs: int) -> tuple[State, SnapshotNumbers]:
-    """A lineage with so many packs, of which every second has a few dead slots."""
+    """Make the state of a lineage with `packs` packs; every second one has a few dead slots."""
     numbers = SnapshotNumbers(f"{n:032x}" for n in range(100))
     key = pack_keys(np.arange(packs) % 100, np.arange(packs) // 100)
     key.sort()
@@ -179,7 +179,7 @@ def test_decode_a_checkpoint(benchmark):
 
 
 def test_decode_a_record(benchmark):
-    """One of the up to 31 that every verb reads."""
+    """Decode one of the up to 31 records that every command reads."""
     name, numbers = catalog_name("vol", 0, 33), SnapshotNumbers()
     data, _ = encode_record(name, record_of(None), numbers)
     record, _ = benchmark(decode_record, name, data, numbers)
@@ -187,7 +187,7 @@ def test_decode_a_record(benchmark):
 
 
 def test_follow_a_record(benchmark):
-    """The state after a record that adds packs to many."""
+    """Apply a record that adds packs to a state with many."""
     state, numbers = state_of(PACKS)
     keys = pack_keys(np.full(50, numbers.number(32 * "c")), np.arange(50))
     none = np.zeros(50, np.int64)

@@ -1,8 +1,9 @@
-"""Speed of the kernels and of `DirtyMap`, each on the tables, bitmap or blocks of a large volume.
+"""Measure the speed of the kernels and of `DirtyMap`, on the tables, bitmap or blocks of a large volume.
 
     pytest benchmarks/test_bench_kernels.py --benchmark-enable --benchmark-columns=min,median,rounds
 
-Most rows carry `bytes`, what one call reads: bytes / min is the speed. `test_memory` is the yardstick.
+Most rows have `bytes`, the size of what one call reads: bytes / min is the speed. Compare it with that of
+`test_memory`, which only copies.
 In ordinary test runs each body runs once and its result is checked.
 """
 
@@ -25,14 +26,14 @@ ENTRIES = 1 << 21
 """16 MiB of L2 entries: 128 GiB of volume with 64 KiB clusters."""
 
 BLOCKS = 1 << 24
-"""Of 64 KiB: 1 TiB."""
+"""1 TiB in blocks of 64 KiB."""
 
 DATA = 32 << 20
 COPIED = 1 << 63
 
 
 def in_file(values: np.ndarray) -> np.ndarray:
-    """Entries as they lie in the file, viewed as native words."""
+    """Return entries as they are in the file, viewed as native words."""
     return values.astype(np.uint64).byteswap()
 
 
@@ -42,7 +43,7 @@ def full_table() -> np.ndarray:
 
 
 def rewritten(table: np.ndarray, share: float) -> tuple[np.ndarray, int]:
-    """The table with about `share` of its clusters moved elsewhere, and how many."""
+    """Return the table with about `share` of its clusters moved, and how many those are."""
     moved = np.random.default_rng(1).random(len(table)) < share
     return np.where(moved, table ^ in_file(np.array([1 << 50])), table), int(moved.sum())
 
@@ -116,7 +117,7 @@ def test_batches(benchmark):
 
 
 def test_interval_algebra(benchmark):
-    """Half a million intervals less another half million: slots of two manifests."""
+    """Subtract half a million intervals from another half million, like the slots of two manifests."""
     generator = np.random.default_rng(1)
     starts = generator.integers(0, 1 << 40, (2, 500_000))
     a, b = (merge_intervals(np.stack([s, s + 1 + s % 50], axis=1)) for s in starts)

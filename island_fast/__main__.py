@@ -10,12 +10,12 @@ __all__ = ["main"]
 
 
 def main() -> int:
-    """Run this process's command line; returns the exit code. Ctrl-C is heeded from the first moment."""
-    gc.set_threshold(50_000)  # importing makes much and drops nothing: looking for garbage there is in vain
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts threads that nobody here needs
+    """Run this process's command line and return the exit code. Ctrl-C works from the first moment."""
+    gc.set_threshold(50_000)  # importing makes much and drops nothing: collecting garbage then finds none
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else numpy starts threads that nothing here uses
     try:
         from island_fast.cli.main import main as island
-    except KeyboardInterrupt:  # importing takes a while, and signals are not yet taken care of
+    except KeyboardInterrupt:  # importing takes a while, and signals are not handled yet
         print("island: interrupted; nothing was changed", file=sys.stderr)
         return 1
     return island()

@@ -1,22 +1,21 @@
 """Contracts of the compiled kernels.
 
-All buffers are C-contiguous, native-endian and of the exact dtype named; others raise ValueError,
-as do shapes and numbers that do not fit together. Integers too large for int64 (the seed: uint64)
-raise OverflowError. Each call releases the GIL while it works; the caller lets no other thread
-write to a buffer that a call was given. Two calls that mark one `words` count as two writers even
-when their clusters differ.
+Buffers must be C-contiguous, native-endian and of the exact dtype named. Other buffers raise ValueError, as
+do shapes and numbers that contradict each other. Integers too large for int64 (the seed: uint64) raise
+OverflowError. Each call releases the GIL while it works. No other thread may write to a buffer that a call
+was given; two calls that set bits in the same `words` are two writers, even if their clusters differ.
 
-A bitmap holds block i in bit `i & 63` of `words[i >> 6]`. An `entries` array is an L2 table, or a
-part of one, as it lies in the file: big-endian bytes viewed as native uint64. With extended L2
-(`words_per_entry` = 2, clusters of 2**14 bytes or more) an entry is two words, the second a bitmap: bit i
-of its low half says that subcluster i is stored, bit 32 + i that it reads as zeros.
+A bitmap holds block i in bit `i & 63` of `words[i >> 6]`. An `entries` array is an L2 table, or a part of
+one, as it is in the file: big-endian bytes viewed as native uint64. With extended L2 (`words_per_entry` = 2,
+clusters of 2**14 bytes or more) an entry is two words. The second is a bitmap: bit i of its low half says
+that subcluster i is stored, bit 32 + i that it reads as zeros.
 """
 
 import numpy as np
 from numpy.typing import NDArray
 
 HASH_KERNEL: str
-"""What `hash_blocks` runs on: "libxxhash x.y.z" (compiled in), or "python-xxhash"."""
+"""What `hash_blocks` uses: "libxxhash x.y.z" (compiled in), or "python-xxhash" (the package)."""
 
 def mark_allocated(
     entries: NDArray[np.uint64],
@@ -26,14 +25,14 @@ def mark_allocated(
     blocks: int,
     words_per_entry: int = 1,
 ) -> int:
-    """Set the bit of every block touched by a cluster that stores data.
+    """Set the bit of every block that overlaps a cluster that stores data.
 
-    entries: uint64[n * words_per_entry], the entries of clusters first_cluster ..
-    first_cluster + n - 1 of the volume. One stores data if it is compressed (bit 62), or has no zero
-    flag (bit 0) and an offset; an extended one if it is compressed or any of its subclusters is stored.
-    Nothing is checked here, but an entry whose offset is not aligned is marked as well, so that its
-    reader finds it invalid. A zero flag in a version 2 image is not seen.
-    words: uint64[>= ceil(blocks / 64)]. Bits are only added; those from `blocks` on stay 0.
+    entries: uint64[n * words_per_entry], the entries of clusters first_cluster .. first_cluster + n - 1 of
+        the volume. An entry stores data if it is compressed (bit 62), or has an offset and no zero flag
+        (bit 0); an extended one if it is compressed or any of its subclusters is stored. Entries are not
+        validated, but one whose offset is not aligned counts as data, so that its reader finds it invalid.
+        A zero flag in a version 2 image is not noticed.
+    words: uint64[>= ceil(blocks / 64)]. Bits are only set, never cleared; those from `blocks` on stay 0.
 
     Returns the number of such clusters that begin before the end of the last block.
     """
@@ -47,12 +46,12 @@ def mark_changed(
     blocks: int,
     words_per_entry: int = 1,
 ) -> int:
-    """Set the bit of every block touched by a cluster whose entries differ.
+    """Set the bit of every block that overlaps a cluster whose entries differ.
 
-    COPIED (bit 63) does not count as a difference, every other bit does, those of a bitmap too.
+    COPIED (bit 63) does not count as a difference. Every other bit does, including those of a bitmap.
 
-    a, b: uint64[n * words_per_entry] each, otherwise as `mark_allocated`. Give zeros for a table that one
-    side lacks.
+    a, b: uint64[n * words_per_entry] each; give zeros for a table that one side lacks. All else is as for
+        `mark_allocated`.
 
     Returns the number of such clusters that begin before the end of the last block.
     """
@@ -67,20 +66,22 @@ def decode_l2(
     lengths: NDArray[np.uint32],
     words_per_entry: int = 1,
 ) -> int:
-    """Classify entries in qemu's order and find where in the file their clusters are.
+    """Decode and check entries in QEMU's order: what each is, and where in the file its cluster is.
 
     entries: uint64[n * words_per_entry]; kinds, offsets and lengths have n rows, row i for entry i.
-    kinds: 0 unallocated, 1 normal, 2 zero plain, 3 zero allocated, 4 compressed; with extended L2 these are
-    of entries whose 32 subclusters are alike, and 5 is one that needs its bitmap to be told.
-    offsets: host byte offset, 0 where there is none. lengths: for a compressed cluster the upper
-    bound of its compressed size in bytes, 1 to 4 MiB; its end may lie past the end of the file.
-    Otherwise 0.
-    version: 2 or 3. file_size: bytes.
+    version: 2 or 3.
+    file_size: bytes.
+    kinds: 0 unallocated, 1 normal, 2 zero without an offset, 3 zero with one, 4 compressed. With extended L2
+        these are for entries whose 32 subclusters are alike; 5 is an entry whose subclusters differ, so that
+        its bitmap must be read.
+    offsets: offset in the file in bytes, 0 where there is none.
+    lengths: for a compressed cluster the upper bound of its compressed size in bytes, 1 to 4 MiB, whose end
+        can lie past the end of the file; otherwise 0.
 
-    Returns -1, or the index of the first invalid entry: a host offset that is not a multiple of the
-    cluster size (compressed ones may have any) or is at or past file_size, or a zero flag in a version 2
-    image; with extended L2 also a subcluster that is both stored and zero, or stored without an offset.
-    Rows from that index on are left as they were.
+    Returns -1, or the index of the first invalid entry; rows from that index on are not written. An entry is
+    invalid if its offset is at or past file_size, or not a multiple of the cluster size (a compressed one can
+    have any), or if it has a zero flag in a version 2 image; with extended L2 also if a subcluster is both
+    stored and zero, or stored without an offset.
     """
 
 def map_l2(
@@ -93,38 +94,45 @@ def map_l2(
     kinds: NDArray[np.uint8],
     words_per_entry: int = 1,
 ) -> tuple[int, int]:
-    """Find where in a table something else begins: holes, zeros, data, and what differs from another table.
+    """Find the extents of a table: holes, zeros and data, and which of them differ from another table.
 
-    entries: uint64[n * words_per_entry]. other: None, or a table of the same length; where their entries
-    differ in more than COPIED, the kind has 4 added. starts and kinds: at least n rows each, 32 n with
-    extended L2. A row's start is the number of a cluster, from 0, or with extended L2 of a subcluster; its
-    kind is 0 for a hole, 1 for zeros, 2 for data. It goes on to the next row's start. Neighbours differ.
+    entries: uint64[n * words_per_entry].
+    other: None, or a table of the same length; where the entries differ in more than COPIED, the kind has 4
+        added.
+    starts, kinds: at least n rows each, with extended L2 at least 32 n. Each row that is written begins an
+        extent, which ends where the next row starts; neighbours differ in kind. Its start is the number of a
+        cluster, counted from 0, or with extended L2 of a subcluster. Its kind is 0 for a hole, 1 for zeros,
+        2 for data.
 
-    Returns the number of rows, and -1 or the index of the first entry that is invalid as for `decode_l2`;
-    then the rows tell of those before it.
+    Returns (rows written, -1 or the index of the first invalid entry, see `decode_l2`). If an entry is
+    invalid, the rows are for the entries before it.
     """
 
 def bitmap_runs(words: NDArray[np.uint64], first: int, stop: int, runs: NDArray[np.int64]) -> tuple[int, int]:
     """Find the runs [start, stop) of set bits within [first, stop), in order.
 
-    words: uint64 with at least `stop` bits. runs: int64[m, 2], m > 0; at most m rows are written.
-    Runs are maximal within [first, stop): one that goes on outside is cut there.
+    words: uint64, at least `stop` bits.
+    runs: int64[m, 2], m > 0; at most m rows are written. A run that continues outside of [first, stop) is
+        cut there.
 
-    Returns (rows written, the next bit to look at). The latter is `stop` when nothing is left.
+    Returns (rows written, the bit to continue at), the latter being `stop` if no run is left.
     """
 
 def hash_blocks(data: NDArray[np.uint8], block_size: int, seed: int, digests: NDArray[np.uint8]) -> None:
     """Write the XXH3-128 digest of each block of `data`, in the canonical big-endian form.
 
-    data: uint8[n * block_size]. seed: 0 to 2**64 - 1. digests: uint8[n, 16]. Equal to
-    `xxhash.xxh3_128_digest(block, seed)`, whichever HASH_KERNEL is in use. Without the compiled one
-    the GIL is held between blocks.
+    data: uint8[n * block_size].
+    seed: 0 to 2**64 - 1.
+    digests: uint8[n, 16]; equal to `xxhash.xxh3_128_digest(block, seed)`, whatever HASH_KERNEL is. With
+        "python-xxhash" the GIL is held between blocks.
     """
 
 def zero_blocks(data: NDArray[np.uint8], block_size: int, flags: NDArray[np.uint8]) -> int:
-    """Set flags[i] to 1 where block i of `data` is all zero bytes, else to 0.
+    """Set flags[i] to 1 if all bytes of block i of `data` are zero, otherwise to 0.
 
-    data: uint8[n * block_size]. flags: uint8[n]. Returns the number of zero blocks.
+    data: uint8[n * block_size]. flags: uint8[n].
+
+    Returns the number of zero blocks.
     """
 
 def copy_ranges(
@@ -136,9 +144,10 @@ def copy_ranges(
 ) -> int:
     """Copy ranges of bytes from one buffer to another, in order.
 
-    source_offsets, lengths, target_offsets: int64[n], bytes. All ranges are checked before any is copied:
-    one that is negative or not wholly inside its buffer raises ValueError. Source and target may overlap,
-    each range is then copied as if through a third buffer; the target must not overlap the three columns.
+    source_offsets, lengths, target_offsets: int64[n], bytes. All ranges are checked before any is copied; one
+        that is negative or not completely inside its buffer raises ValueError.
+    source, target: they can overlap; then each range is copied as if through a third buffer. The target must
+        not overlap the three arrays of numbers.
 
     Returns the number of bytes copied.
     """
@@ -146,4 +155,4 @@ def copy_ranges(
 def _hash_with_package(
     data: NDArray[np.uint8], block_size: int, seed: int, digests: NDArray[np.uint8]
 ) -> None:
-    """Do the work of `hash_blocks` without the compiled hash: for shapes already checked, n > 0."""
+    """Do the work of `hash_blocks` with the Python package; shapes must be checked, and n > 0."""

@@ -1,10 +1,10 @@
 """Kernels: loops over L2 entries, bitmap words and block bytes.
 
-Each public function checks the shapes and ranges of what it was given, then releases the GIL and
-runs one loop over borrowed buffers. Nothing is allocated and nothing is kept after the call.
-Contracts: `_diff.pyi`.
+Each public function checks the shapes and ranges of its arguments, then releases the GIL and runs
+one loop over borrowed buffers. It allocates nothing and keeps nothing after the call. `_diff.pyi`
+has the contracts.
 
-L2 entries are compared as they lie in the file, big-endian, with constants swapped at compile time;
+L2 entries are compared as they are in the file, big-endian, with constants swapped at compile time;
 the loops over them are in `_l2.pxi`.
 """
 
@@ -27,14 +27,14 @@ cdef extern from *:
     /* The second word of an extended entry: a bit for each subcluster that is stored. */
     #define BITMAP_STORED __builtin_bswap64(0x00000000ffffffffull)
 
-    /* Times eight bytes that are 0 or 1: they become the bits of the highest byte. */
+    /* Multiplied by eight bytes that are 0 or 1, it gathers them as the bits of the highest byte. */
     #define GATHER_EIGHT 0x0102040810204080ull
 
-    /* An extent's kind: 0 hole, 1 zero, 2 data; by the kind of an entry whose subclusters are alike. */
+    /* Kinds of extents: 0 hole, 1 zero, 2 data. The index is the kind of an entry (see decode_l2). */
     #define EXTENT_CHANGED 4
     static const uint8_t EXTENT_OF_KIND[5] = {0, 2, 1, 1, 2};
 
-    /* ISLAND_FAST_PYTHON_XXHASH builds the other path on a machine that has the header. */
+    /* ISLAND_FAST_PYTHON_XXHASH selects the Python package even if the header exists. */
     #if defined(__has_include) && !defined(ISLAND_FAST_PYTHON_XXHASH)
     #if __has_include(<xxhash.h>)
     #define XXH_INLINE_ALL
@@ -88,7 +88,7 @@ cdef enum:
     MIN_EXTENDED_BITS = 14
     DIGEST_SIZE = 16
 
-# No volume is larger than 2**63 bytes; these keep every shift below inside int64.
+# No volume is larger than 2**63 bytes. With these limits, no shift below overflows int64.
 cdef int64_t MAX_BLOCKS = 1ll << (63 - BLOCK_BITS)
 cdef int64_t MAX_CLUSTERS = 1ll << (63 - MIN_CLUSTER_BITS)
 
@@ -192,7 +192,7 @@ def map_l2(const uint64_t[::1] entries, const uint64_t[::1] other, int cluster_b
 
 cdef inline int64_t find_bit(const uint64_t *words, int64_t at, int64_t stop,
                              uint64_t flip) noexcept nogil:
-    """First set bit of `words ^ flip` within [at, stop), or stop."""
+    """Return the first set bit of `words ^ flip` within [at, stop), or stop."""
     cdef int64_t word = at >> 6, last = (stop - 1) >> 6
     cdef uint64_t bits
     if at >= stop:
@@ -208,7 +208,7 @@ cdef inline int64_t find_bit(const uint64_t *words, int64_t at, int64_t stop,
 
 cdef int64_t fill_runs(const uint64_t *words, int64_t first, int64_t stop, int64_t *runs,
                        int64_t rows, int64_t *reached) noexcept nogil:
-    """Write at most `rows` runs; how many were written, and in `reached` the next bit to look at."""
+    """Write at most `rows` runs; return how many, and in `reached` the bit to continue at."""
     cdef int64_t row = 0, start
     while row < rows:
         start = find_bit(words, first, stop, 0)
@@ -246,7 +246,8 @@ cdef int64_t count_blocks(int64_t size, int64_t block_size) except -1:
 
 
 def _hash_with_package(data, block_size, seed, digests):
-    # Takes what hash_blocks has checked. The one loop over blocks in Python, for want of xxhash.h.
+    # hash_blocks has checked the arguments. This is the only loop over blocks in Python, for builds
+    # without xxhash.h.
     from xxhash import xxh3_128_digest
 
     view = memoryview(data)
@@ -274,7 +275,7 @@ def hash_blocks(const uint8_t[::1] data, int64_t block_size, uint64_t seed,
 
 
 cdef inline bint is_zero(const uint8_t *data, int64_t size) noexcept nogil:
-    """Compare the bytes with themselves 16 further on, behind 16 that are looked at one by one."""
+    """Return whether all bytes are 0: the first 16 are, and all others equal the byte 16 before."""
     cdef int64_t i, head = min(size, 16)
     for i in range(head):
         if data[i]:
@@ -297,7 +298,7 @@ def zero_blocks(const uint8_t[::1] data, int64_t block_size, uint8_t[::1] flags)
 
 cdef int64_t outside(const int64_t *offsets, const int64_t *lengths, int64_t count,
                      int64_t size) noexcept nogil:
-    """Index of the first range that is not within [0, size), or -1."""
+    """Return the index of the first range that is not within [0, size), or -1."""
     cdef int64_t i
     for i in range(count):
         if lengths[i] < 0 or offsets[i] < 0 or lengths[i] > size or offsets[i] > size - lengths[i]:

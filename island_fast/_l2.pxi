@@ -1,17 +1,18 @@
-# Loops over L2 entries, a part of `_diff.pyx`: nothing here checks its arguments or needs the GIL.
+# Loops over L2 entries, a part of `_diff.pyx`. Nothing here checks its arguments or needs the GIL.
 #
-# Entries have one word, or two with extended L2 (`step`): the second says for each of the 32
+# An entry has `step` words: one, or two with extended L2. The second word says for each of the 32
 # subclusters whether it is stored (low half) and whether it reads as zeros (high half).
-# Groups of 64 clusters, counted from cluster 0, become one mask each, laid over the block bitmap.
+# Each group of 64 clusters, counted from cluster 0, becomes one mask, which is then set in the bitmap
+# of blocks.
 
 
 cdef inline uint64_t top_if_any(uint64_t bits) noexcept nogil:
-    """The highest bit if `bits` is not 0, else some number without it; every machine can do it in bulk."""
+    """Return a number whose highest bit says whether `bits` is not 0; compilers vectorize this everywhere."""
     return bits | (0 - bits)
 
 
 cdef inline uint64_t gathered(uint8_t *flags, int count) noexcept nogil:
-    """Bit i: flag i, which is 0 or 1; there is room for 64, and those behind `count` may be anything."""
+    """Return a mask with flag i, 0 or 1, as bit i. `flags` has room for 64; `count` of them count."""
     cdef uint64_t mask = 0, eight
     cdef int i
     if count < 64:
@@ -24,7 +25,7 @@ cdef inline uint64_t gathered(uint8_t *flags, int count) noexcept nogil:
 
 cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
                                     uint64_t inside) noexcept nogil:
-    """Bit i: entry i is NORMAL or compressed, or not aligned, which its reader must find.
+    """Return a mask: bit i if entry i is normal or compressed, or not aligned (see mark_allocated).
 
     inside: the offset bits that are 0 in an aligned entry.
     """
@@ -49,7 +50,7 @@ cdef inline uint64_t allocated_mask(const uint64_t *entries, int count,
 
 cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
                                              uint64_t inside) noexcept nogil:
-    """The same for entries of two words: bit i if any subcluster is stored, or should be."""
+    """Return a mask for extended entries: bit i if stored in part, compressed or not aligned."""
     cdef uint64_t mask = 0, stored
     cdef int i
     for i in range(count):
@@ -60,10 +61,10 @@ cdef inline uint64_t allocated_mask_extended(const uint64_t *entries, int count,
 
 cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int count,
                                   int step) noexcept nogil:
-    """Bit i: entries i differ in more than COPIED."""
+    """Return a mask: bit i if the entries i differ in more than COPIED."""
     cdef uint64_t any_bit = 0, differ
     cdef uint8_t flags[64]
-    # In a bitmap the same bit is a subcluster's.
+    # In a bitmap of subclusters, the bit of COPIED means a subcluster.
     cdef uint64_t last = ~ENTRY_COPIED if step == 1 else <uint64_t>-1
     cdef int i
     for i in range(step * count):
@@ -79,7 +80,7 @@ cdef inline uint64_t changed_mask(const uint64_t *a, const uint64_t *b, int coun
 
 
 cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
-    """Clusters smaller than a block: 1 << shift of them, 2 to 128, share each bit."""
+    """Do it for clusters smaller than a block: 1 << shift of them, 2 to 128, share each bit."""
     cdef int64_t block = (group << 6) >> shift
     cdef uint64_t bits = 0
     cdef int step
@@ -96,7 +97,7 @@ cdef inline void lay_small(uint64_t mask, int64_t group, int shift, uint64_t *wo
 
 
 cdef inline void lay_large(uint64_t mask, int64_t group, int shift, uint64_t *words) noexcept nogil:
-    """Clusters larger than a block: each sets 1 << shift bits, 2 to 32, that lie in one word."""
+    """Do it for clusters larger than a block: each sets 1 << shift bits, 2 to 32, of one word."""
     cdef uint64_t cluster = ((<uint64_t>1) << (1 << shift)) - 1
     cdef int64_t block, word
     if mask == <uint64_t>-1:
@@ -111,7 +112,7 @@ cdef inline void lay_large(uint64_t mask, int64_t group, int shift, uint64_t *wo
 
 cdef inline void lay(uint64_t mask, int64_t group, int cluster_bits,
                      uint64_t *words) noexcept nogil:
-    """Set the bits of the blocks that the clusters in `mask` touch; bit i: cluster 64 group + i."""
+    """Set the bits of the blocks that overlap the clusters in `mask`, whose bit i is cluster 64 group + i."""
     if cluster_bits == BLOCK_BITS:
         words[group] |= mask
     elif cluster_bits < BLOCK_BITS:
@@ -121,7 +122,7 @@ cdef inline void lay(uint64_t mask, int64_t group, int cluster_bits,
 
 
 cdef int64_t clusters_of(int64_t blocks, int cluster_bits) noexcept nogil:
-    """How many clusters begin within `blocks` blocks."""
+    """Return how many clusters begin within `blocks` blocks."""
     if cluster_bits <= BLOCK_BITS:
         return blocks << (BLOCK_BITS - cluster_bits)
     return (blocks + (1ll << (cluster_bits - BLOCK_BITS)) - 1) >> (cluster_bits - BLOCK_BITS)
@@ -136,7 +137,7 @@ cdef inline uint64_t allocated_group(const uint64_t *a, int count, int step,
 
 cdef inline uint64_t changed_group(const uint64_t *a, const uint64_t *b, int count,
                                    int step) noexcept nogil:
-    # Two calls, so that the loops in each know their step.
+    # Two calls, so that the compiler knows the step in each.
     if step == 1:
         return changed_mask(a, b, count, 1)
     return changed_mask(a, b, count, 2)
@@ -160,7 +161,7 @@ cdef int64_t mark(const uint64_t *a, const uint64_t *b, int64_t count, int step,
             found += count_bits(mask)
             lay(mask << position, (first + done) >> 6, cluster_bits, words)
         done += size
-    # Only the last cluster, when larger than a block, can have gone past the end.
+    # Only the last cluster, if larger than a block, can have set bits past the end.
     if found and blocks & 63:
         words[blocks >> 6] &= ((<uint64_t>1) << (blocks & 63)) - 1
     return found
@@ -174,7 +175,7 @@ cdef struct Decoded:
 
 cdef inline bint decode_entry(uint64_t raw, int cluster_bits, bint zero_allowed, uint64_t file_size,
                               Decoded *out) noexcept nogil:
-    """Decode one entry, in the order of qemu's checks; false if it is invalid."""
+    """Decode one entry, with checks in QEMU's order; return whether it is valid."""
     cdef uint64_t entry = bswap64(raw), in_cluster = ((<uint64_t>1) << cluster_bits) - 1
     cdef int offset_bits = 62 - (cluster_bits - 8)
     cdef bint zero, placed
@@ -184,7 +185,7 @@ cdef inline bint decode_entry(uint64_t raw, int cluster_bits, bint zero_allowed,
         entry = (entry >> offset_bits) & (((<uint64_t>1) << (cluster_bits - 8)) - 1)
         out.length = <uint32_t>((entry + 1) * 512 - (out.offset & 511))
         return out.offset < file_size
-    # Without branches from here: which kind comes next cannot be predicted.
+    # No branches from here on, because the kinds of entries cannot be predicted.
     out.offset = bswap64(raw & ENTRY_OFFSET)
     out.length = 0
     placed = out.offset != 0
@@ -196,7 +197,7 @@ cdef inline bint decode_entry(uint64_t raw, int cluster_bits, bint zero_allowed,
 
 cdef inline bint decode_extended(const uint64_t *raw, int cluster_bits, uint64_t file_size,
                                  Decoded *out) noexcept nogil:
-    """The same for an entry of two words: its zero flag means nothing, its bitmap decides."""
+    """Decode an entry of two words, where the bitmap counts and the zero flag does not."""
     cdef uint64_t bitmap = bswap64(raw[1])
     cdef uint32_t stored = <uint32_t>bitmap, zero = <uint32_t>(bitmap >> 32)
     if not decode_entry(raw[0], cluster_bits, True, file_size, out):
@@ -215,7 +216,7 @@ cdef inline bint decode_extended(const uint64_t *raw, int cluster_bits, uint64_t
 cdef int64_t decode(const uint64_t *entries, int64_t count, int step, int cluster_bits,
                     bint zero_allowed, uint64_t file_size, uint8_t *kinds, uint64_t *offsets,
                     uint32_t *lengths) noexcept nogil:
-    """Fill the columns; -1, or the index of the first invalid entry."""
+    """Fill the columns; return -1, or the index of the first invalid entry."""
     cdef int64_t i
     cdef Decoded entry
     cdef bint valid
@@ -234,7 +235,7 @@ cdef int64_t decode(const uint64_t *entries, int64_t count, int step, int cluste
 
 cdef inline bint are_blank(const uint64_t *a, const uint64_t *b, int64_t at,
                            int words) noexcept nogil:
-    """Whether all words from `at` on are 0, in both tables if there are two."""
+    """Return whether `words` words from `at` on are 0, in both tables if there are two."""
     cdef uint64_t bits = 0
     cdef int i
     for i in range(words):
@@ -247,7 +248,7 @@ cdef inline bint are_blank(const uint64_t *a, const uint64_t *b, int64_t at,
 
 cdef inline int64_t skip_blank(const uint64_t *a, const uint64_t *b, int64_t i, int64_t count,
                                int step) noexcept nogil:
-    """The first entry from i on that is not all 0, in both tables if there are two; or count."""
+    """Return the first entry from i on that is not 0 in both tables (or the only one); else count."""
     while i + 32 <= count and are_blank(a, b, step * i, 32 * step):
         i += 32
     while i < count and are_blank(a, b, step * i, step):
@@ -256,21 +257,21 @@ cdef inline int64_t skip_blank(const uint64_t *a, const uint64_t *b, int64_t i, 
 
 
 cdef inline int change_of(const uint64_t *a, const uint64_t *b, int64_t i, int step) noexcept nogil:
-    """EXTENT_CHANGED if entries i differ in more than COPIED, else 0."""
+    """Return EXTENT_CHANGED if the entries i differ in more than COPIED, else 0."""
     if b == NULL or not changed_mask(a + step * i, b + step * i, 1, step):
         return 0
     return EXTENT_CHANGED
 
 
 cdef inline int part_of(uint64_t bitmap, int i) noexcept nogil:
-    """What subcluster i of a valid entry is."""
+    """Return the kind of extent that subcluster i of a valid entry is."""
     return 2 * <int>(bitmap >> i & 1) + <int>(bitmap >> (32 + i) & 1)
 
 
 cdef int64_t map_entries(const uint64_t *a, const uint64_t *b, int64_t count, int step,
                          int cluster_bits, bint zero_allowed, uint64_t file_size, int64_t *starts,
                          uint8_t *kinds, int64_t *bad) noexcept nogil:
-    """Fill a row wherever something begins; how many, and in `bad` -1 or the first invalid entry."""
+    """Write a row where each extent begins; return how many, and in `bad` -1 or the first invalid entry."""
     cdef int64_t i = 0, rows = 0
     cdef int part, parts = 1 if step == 1 else 32, last = -1, kind, change
     cdef Decoded entry

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.images.backing import Backing
-from island_fast.images.open import held
+from island_fast.images.open import open_source
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.source import FULL_SCAN, TABLE_DIFF
 from island_fast.operations.parent import SnapshotRequest, choose_parent, lineage_for_image
@@ -111,10 +111,12 @@ class Repository(RepositoryBase):
         compress = _is_compressed(compression)
         if qmp and (not pin or image_format == "raw"):
             raise UsageError("a volume in use is read through a pin; leave out --no-pin and --format raw")
-        monitor, as_it_is = Path(qmp) if qmp else None, not pin and at is None
-        with held(image, image_format, qmp=monitor, as_it_is=as_it_is, backing=backing) as source:
+        monitor, unpinned_scan = Path(qmp) if qmp else None, not pin and at is None
+        with open_source(
+            image, image_format, qmp=monitor, unpinned_scan=unpinned_scan, backing=backing
+        ) as source:
             if at is not None:
-                source.named(at)  # before anything is made
+                source.find_named(at)  # before anything is made
             lineage = lineage_for_image(self, source, volume)
             facts = dict(properties or {})
             request = SnapshotRequest(self.id, label, pin, at, full, compress, facts)
@@ -163,16 +165,16 @@ class Repository(RepositoryBase):
         the reason. NotFoundError if the image does not exist; UnsupportedImageError or DamagedImageError if
         it cannot be read.
         """
-        from island_fast.images.inspect import image_info
+        from island_fast.images.inspect import read_image_info
 
         path = Path(os.path.realpath(image))
-        info = image_info(path)
+        info = read_image_info(path)
         if not self.exists:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)
-        files = Backing.parsed(backing)
+        files = Backing.parse_all(backing)
         try:
-            with Qcow2Source(path, look_only=True, backing=files) as source:
+            with Qcow2Source(path, lock=False, backing=files) as source:
                 lineage = lineage_for_image(self, source, volume)
                 choice = choose_parent(lineage, source, SnapshotRequest(self.id))
         except RefusedError as error:  # the next snapshot would be refused, too
@@ -229,7 +231,7 @@ class Repository(RepositoryBase):
         NotFoundError if the target does not exist; RefusedError if it is smaller than the volume, or in use
         by another process.
         """
-        from island_fast.images.target import open_existing
+        from island_fast.images.target import open_target
         from island_fast.operations.restore import restore_onto
 
         found = self.find(reference)
@@ -237,8 +239,8 @@ class Repository(RepositoryBase):
         with found.lineage.deletion_explained(found.row, "restored"):
             manifest = found.lineage.manifest(found.row)
             was_raw = manifest.properties.get("format") == "raw"
-            with open_existing(
-                path, image_format, manifest.volume_size, look_only=dry_run, was_raw=was_raw
+            with open_target(
+                path, image_format, manifest.volume_size, read_only=dry_run, was_raw=was_raw
             ) as existing:
                 return restore_onto(found, manifest, existing, dry_run, progress)
 
@@ -391,7 +393,7 @@ class Repository(RepositoryBase):
 
         if sample is not None and not 0 < sample <= 1:
             raise UsageError(f"{sample} is not a valid share; give a fraction above 0 and up to 1")
-        files = Backing.parsed(backing)
+        files = Backing.parse_all(backing)
         image = Path(os.path.realpath(against)) if against is not None else None
         request = VerifyRequest(sample, since, image, files, heal)
         return verify(self, reference, request, progress)

@@ -1,4 +1,4 @@
-"""Files that are written whole, flushed, and given a name that nothing had before."""
+"""Write files durably: whole, flushed to disk, and under a name that nothing had before."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import os
 import stat
 from collections.abc import Iterator
 
-__all__ = ["link_new", "make_folder", "opened", "punch", "reserve", "sync_folder", "write_scratch"]
+__all__ = [
+    "FOLDER_FLAGS",
+    "link_new",
+    "make_folder",
+    "open_fd",
+    "punch_hole",
+    "reserve_space",
+    "sync_folder",
+    "write_scratch",
+]
 
 FOLDER_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_DIRECTORY
+"""Flags that open a directory, and nothing through a symbolic link in the last component."""
 
 _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -21,8 +31,8 @@ _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
 @contextlib.contextmanager
-def opened(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
-    """A file descriptor, closed at the end."""
+def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
+    """Open a file descriptor and close it at the end."""
     fd = os.open(path, flags, mode)
     try:
         yield fd
@@ -31,10 +41,13 @@ def opened(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
 
 
 def write_scratch(folder: str, content: list[memoryview]) -> str:
-    """A new file in `folder` that holds `content` and is on disk; its path. An error leaves no file."""
+    """Write a new file in `folder` that holds `content`, flush it, and return its path.
+
+    If that fails, no file is left.
+    """
     path = os.path.join(folder, f"{os.getpid()}-{os.urandom(8).hex()}")
     try:
-        with opened(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as fd:
+        with open_fd(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as fd:
             _write_all(fd, content)
             os.fsync(fd)
     except BaseException:
@@ -45,7 +58,7 @@ def write_scratch(folder: str, content: list[memoryview]) -> str:
 
 
 def _write_all(fd: int, content: list[memoryview]) -> None:
-    """Write every buffer, however little each call takes."""
+    """Write all buffers, in as many calls as that takes."""
     rest = content
     while rest:
         written = os.writev(fd, rest[:_MAX_BUFFERS])
@@ -58,11 +71,11 @@ def _write_all(fd: int, content: list[memoryview]) -> None:
             rest[0] = rest[0][written:]
 
 
-def reserve(fd: int) -> None:
-    """Reserve room on disk for all of a file, where its file system has it and can do so by itself.
+def reserve_space(fd: int) -> None:
+    """Reserve space on disk for all of a file, if there is enough and its file system supports that.
 
-    Then the file lies in one piece, in whatever order it is written. Where it cannot, nothing happens: the C
-    library's posix_fallocate would write to each page instead.
+    Then the file lies in one piece, in whatever order it is written. Otherwise nothing happens. (The C
+    library's posix_fallocate would write to each page instead.)
     """
     size, free = os.fstat(fd).st_size, os.fstatvfs(fd)
     if 0 < size <= free.f_bavail * free.f_frsize:
@@ -71,8 +84,11 @@ def reserve(fd: int) -> None:
         call(fd, 0, 0, size)
 
 
-def punch(fd: int, offset: int, length: int) -> bool:
-    """Make a range of a file a hole, which is zeros; False, and nothing changed, where there are none."""
+def punch_hole(fd: int, offset: int, length: int) -> bool:
+    """Make a range of a file a hole, which reads as zeros.
+
+    Return False, with nothing changed, if the file system has no holes.
+    """
     call = ctypes.CDLL(None, use_errno=True).fallocate
     call.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
     if call(fd, _PUNCH_HOLE, offset, length) == 0:
@@ -84,9 +100,9 @@ def punch(fd: int, offset: int, length: int) -> bool:
 
 
 def link_new(scratch: str, target: str) -> bool:
-    """Give the file `scratch` the name `target`; False if something has that name already.
+    """Give the file `scratch` the name `target`; return False if something has that name already.
 
-    The name `scratch` may be gone afterwards: where there are no hard links, the file is renamed.
+    The name `scratch` can be gone afterwards: without hard links, the file is renamed.
     """
     try:
         os.link(scratch, target)
@@ -100,7 +116,7 @@ def link_new(scratch: str, target: str) -> bool:
 
 
 def _rename_new(scratch: str, target: str) -> bool:
-    """The same by renameat2(2), which os does not have."""
+    """Do the same by renameat2(2), which the os module lacks."""
     try:
         call = ctypes.CDLL(None, use_errno=True).renameat2
     except AttributeError:
@@ -117,9 +133,9 @@ def _rename_new(scratch: str, target: str) -> bool:
 
 
 def make_folder(path: str) -> None:
-    """Make the directory `path` in an existing one, or find it there; on disk on return.
+    """Create the directory `path`, unless it exists, and flush its entry to disk.
 
-    Another process may have made it an instant ago, so its entry is flushed in either case.
+    The entry is flushed in either case, because another process may have created it an instant ago.
     """
     try:
         os.mkdir(path, 0o700)
@@ -131,5 +147,5 @@ def make_folder(path: str) -> None:
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
     """Flush a directory's entries to disk."""
-    with opened(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
+    with open_fd(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
         os.fsync(fd)

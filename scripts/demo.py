@@ -1,7 +1,7 @@
-"""The whole point of the project in a minute: a real volume, snapshot three times, restored and compared.
+"""Show what island does, in a minute: take three snapshots of a real volume, restore one, and compare.
 
-Everything goes through the command `island`, as a user would type it, and real qemu tools; the table at the
-end is made of what they answered.
+Everything is done with the command `island`, as a user would type it, and with qemu's tools. The table at the
+end shows what they printed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ console = Console(highlight=False)
 
 
 def run(*argv: str | Path) -> str:
-    """Run a program; its standard output."""
+    """Run a program, and return its standard output. Ends this process if the program fails."""
     path = os.environ["PATH"] + ":/usr/sbin:/sbin"
     done = subprocess.run(
         [str(a) for a in argv], capture_output=True, text=True, env=os.environ | {"PATH": path}, check=False
@@ -37,13 +37,13 @@ def run(*argv: str | Path) -> str:
 
 
 def island(*argv: str | Path) -> Any:  # noqa: ANN401 (JSON)
-    """Run `island ... --json`; its answer."""
+    """Run `island ... --json`, and return its answer."""
     console.print(f"[bold]$ island {' '.join(Path(a).name for a in argv)}[/]", soft_wrap=True)
     return json.loads(run(sys.executable, "-m", "island_fast", *argv, "--json"))
 
 
 def write_files(folder: Path, count: int, seed: int) -> None:
-    """Files of 1 MiB: half noise, half text."""
+    """Write files of 1 MiB, each half random bytes and half text."""
     draw = random.Random(seed)
     folder.mkdir()
     for number in range(count):
@@ -52,7 +52,7 @@ def write_files(folder: Path, count: int, seed: int) -> None:
 
 
 def change(disk: Path, volume: Path, work: Path) -> None:
-    """What a guest does: write new files into the file system, here with debugfs, then into the volume."""
+    """Change the volume as a guest would: write files with debugfs, then write what changed to the volume."""
     before = work / "before.raw"
     run("cp", "--sparse=always", disk, before)
     folder = work / f"new{len(STEPS)}"
@@ -70,57 +70,64 @@ def change(disk: Path, volume: Path, work: Path) -> None:
     run("qemu-io", "-f", "qcow2", *writes, volume)
 
 
-def size(count: int) -> str:
-    """A number of bytes for people."""
+def format_size(count: int) -> str:
+    """Return a number of bytes for people."""
     return f"{count / MIB:.1f} MiB" if count >= MIB // 10 else f"{count / 1024:.1f} KiB"
 
 
-def snapshot(volume: Path, label: str) -> str:
-    """Take a snapshot and note what it took; its name."""
-    told = island("snapshot", volume, "--label", label)
+def take_snapshot(volume: Path, label: str) -> str:
+    """Take a snapshot, add what it cost to the table, and return its name."""
+    answer = island("snapshot", volume, "--label", label)
     STEPS.append(
         (
             f"snapshot '{label}'",
-            told["rule"],
-            f"{told['blocks_candidate']:,}",
-            size(told["bytes_read"]),
-            size(told["bytes_stored"]),
-            f"{told['seconds']:.2f} s",
+            answer["rule"],
+            f"{answer['blocks_candidate']:,}",
+            format_size(answer["bytes_read"]),
+            format_size(answer["bytes_stored"]),
+            f"{answer['seconds']:.2f} s",
         )
     )
-    return f"{told['volume']}@{told['snapshot']}"
+    return f"{answer['volume']}@{answer['snapshot']}"
 
 
 def demo(work: Path) -> None:
-    """The steps, in a folder that is removed afterwards."""
+    """Run the steps in `work`, which the caller removes afterwards."""
     os.environ |= {"ISLAND_REPOSITORY": str(work / "repository"), "ISLAND_STATE": str(work / "state")}
     disk, volume = work / "disk.raw", work / "web1.qcow2"
     write_files(work / "files", 100, seed=0)
     run("mke2fs", "-q", "-t", "ext4", "-d", work / "files", disk, "512M")
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", "-o", "lazy_refcounts=on", disk, volume)
     console.print(
-        f"a volume of 512 MiB with 100 files in an ext4, as a qcow2 of {size(volume.stat().st_size)}"
+        f"a volume of 512 MiB with 100 files on ext4, as a qcow2 of {format_size(volume.stat().st_size)}"
     )
 
-    snapshot(volume, "first")
+    take_snapshot(volume, "first")
     change(disk, volume, work)
-    middle = snapshot(volume, "second")
+    middle = take_snapshot(volume, "second")
     change(disk, volume, work)
-    last = snapshot(volume, "third")
+    last = take_snapshot(volume, "third")
 
-    gone = island("delete", middle)[0]
+    deleted = island("delete", middle)[0]
     swept = island("sweep")[0]
-    STEPS.append(("delete 'second'", f"freed {size(swept['bytes_freed'])}", "", "", "", ""))
+    STEPS.append(("delete 'second'", f"freed {format_size(swept['bytes_freed'])}", "", "", "", ""))
     target = work / "restored.qcow2"
-    back = island("restore", last, target)
-    blocks = f"{back['bytes_written'] // BLOCK:,}"
+    restored = island("restore", last, target)
+    blocks = f"{restored['bytes_written'] // BLOCK:,}"
     STEPS.append(
-        ("restore 'third'", "checked", blocks, size(back["bytes_read"]), "", f"{back['seconds']:.2f} s")
+        (
+            "restore 'third'",
+            "checked",
+            blocks,
+            format_size(restored["bytes_read"]),
+            "",
+            f"{restored['seconds']:.2f} s",
+        )
     )
     console.print("[bold]$ qemu-img compare web1.qcow2 restored.qcow2[/]")
     console.print(run("qemu-img", "compare", "-f", "qcow2", "-F", "qcow2", volume, target).strip())
     console.print(run("qemu-img", "check", "-f", "qcow2", target).splitlines()[0])
-    assert gone["bytes_unreferenced"] >= 0
+    assert deleted["bytes_unreferenced"] >= 0
 
 
 def main() -> None:

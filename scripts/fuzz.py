@@ -1,11 +1,11 @@
-"""Feed broken images to the kernels, the header, the tables and the codecs, and see that nothing breaks.
+"""Feed malformed input to the qcow2 reader, its codecs and the kernels, and report what breaks them.
 
-    scripts/fuzz.py SECONDS            kernels built with AddressSanitizer, random mutation
-    scripts/fuzz.py SECONDS --atheris  coverage-guided (pip install atheris), kernels as installed
+    scripts/fuzz.py SECONDS            random mutation; kernels built with AddressSanitizer
+    scripts/fuzz.py SECONDS --atheris  coverage-guided (pip install atheris); kernels as installed
 
-An input ends well if it is read, or refused with an error of ours. Everything else is a finding: another
-exception, a result that differs from the slow twins', 10 seconds without an end, a report of the sanitizer.
-Findings are left as files, named in the output, and make the exit code 1.
+An input is handled correctly if it is read, or refused with an IslandError or CodecError. Anything else is a
+finding: another exception, a result that differs from that of the slow twins, no end after 10 seconds, a
+report of the sanitizer. Findings are kept as files, which the output names, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ NUMBERS = (0, 1, 8, 9, 16, 21, 22, 63, 64, 511, 512, 513, 4095, 65535, 1 << 31, 
 
 
 def main() -> int:
-    """Run what the command line asks for."""
+    """Fuzz as the command line asks."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("seconds", type=int, help="how long to run, in seconds")
     parser.add_argument("--atheris", action="store_true", help="coverage-guided, without AddressSanitizer")
-    parser.add_argument("--seed", type=int, default=None, help="of the random numbers; default: a new one")
+    parser.add_argument("--seed", type=int, default=None, help="seed of the random numbers (a new one)")
     parser.add_argument("--inside", metavar="FILE", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.inside:
         return mutate(options.seconds, options.seed, Path(options.inside))
     if options.atheris:
-        return guide(options.seconds)
+        return run_atheris(options.seconds)
     return supervise(options.seconds, options.seed)
 
 
@@ -50,10 +50,10 @@ def main() -> int:
 
 
 def supervise(seconds: int, seed: int | None) -> int:
-    """Build the kernels with the sanitizer and run this program inside, again after each finding."""
+    """Build the kernels with the sanitizer, and run this program with them, again after each finding."""
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
     folder = Path(tempfile.mkdtemp(prefix="island-fuzz-"))
-    environment = sanitized(folder)
+    environment = build_sanitized(folder)
     end = time.monotonic() + seconds
     last, done, findings = folder / "last", 0, 0
     print(f"seed {seed}, findings go to {folder}", flush=True)
@@ -78,8 +78,8 @@ def supervise(seconds: int, seed: int | None) -> int:
     return 1 if findings else 0
 
 
-def sanitized(folder: Path) -> dict[str, str]:
-    """A copy of the package with its kernels built under AddressSanitizer; the environment to use it."""
+def build_sanitized(folder: Path) -> dict[str, str]:
+    """Copy the package, build its kernels with AddressSanitizer, and return the environment to use it."""
     copy = folder / "build"
     shutil.copytree(
         ROOT / "island_fast", copy / "island_fast", ignore=shutil.ignore_patterns("*.so", "_diff.c")
@@ -107,24 +107,24 @@ def sanitized(folder: Path) -> dict[str, str]:
 
 
 def mutate(seconds: int, seed: int, last: Path) -> int:
-    """Run mutated inputs until the time is over. Each is in the file `last` while it runs."""
+    """Run mutated inputs until the time is over. The file `last` holds the one that is running."""
     import island_fast
 
     assert "island-fuzz-" in str(island_fast.__file__), island_fast.__file__
     chance = random.Random(seed)
-    inputs = corpus()
+    inputs = make_corpus()
     end = time.monotonic() + seconds
-    signal.signal(signal.SIGALRM, too_long)
+    signal.signal(signal.SIGALRM, raise_timeout)
     with open(last, "r+b") as file, mmap.mmap(file.fileno(), LIMIT + 16) as shared:
         done = 0
         while time.monotonic() < end:
-            data = mutated(chance, inputs)
+            data = mutate_one(chance, inputs)
             shared[16 : 16 + len(data)] = data
             shared[8:16] = len(data).to_bytes(8, "little")
             signal.alarm(PATIENCE)
             try:
-                one_input(data)
-            except BaseException:  # noqa: BLE001 - whatever it is, it is a finding
+                run_one_input(data)
+            except BaseException:  # noqa: BLE001 (every exception is a finding)
                 traceback.print_exc()
                 return 1
             finally:
@@ -134,16 +134,16 @@ def mutate(seconds: int, seed: int, last: Path) -> int:
     return 0
 
 
-def too_long(_number: int, _frame: object) -> None:
-    """Make an input that does not end a finding."""
+def raise_timeout(_number: int, _frame: object) -> None:
+    """Raise TimeoutError, which makes an input that takes too long a finding."""
     raise TimeoutError(f"no end after {PATIENCE} seconds")
 
 
-def mutated(chance: random.Random, inputs: list[bytes]) -> bytes:
-    """A corpus input with a few things wrong, mostly where it is not zero."""
+def mutate_one(chance: random.Random, inputs: list[bytes]) -> bytes:
+    """Return an input of the corpus with a few changes, mostly of bytes that are not zero."""
     data = bytearray(chance.choice(inputs))
     for _ in range(chance.choice((1, 1, 1, 2, 3, 8, 30))):
-        at = spot(chance, data)
+        at = choose_offset(chance, data)
         kind = chance.randrange(7)
         width = chance.choice((1, 2, 4, 8))
         if kind == 0:
@@ -162,13 +162,13 @@ def mutated(chance: random.Random, inputs: list[bytes]) -> bytes:
         elif kind == 5 and chance.random() < 0.2:
             del data[at + 1 :]
         else:
-            to = spot(chance, data)
+            to = choose_offset(chance, data)
             data[to : to + width] = data[at : at + width]
     return bytes(data[:LIMIT])
 
 
-def spot(chance: random.Random, data: bytearray) -> int:
-    """A place to change, of a byte that is not zero if one is soon found."""
+def choose_offset(chance: random.Random, data: bytearray) -> int:
+    """Return an offset to change, of a byte that is not zero if one is found soon."""
     for _ in range(20):
         at = chance.randrange(len(data))
         if data[at]:
@@ -180,8 +180,8 @@ def spot(chance: random.Random, data: bytearray) -> int:
 # --- With atheris ---
 
 
-def guide(seconds: int) -> int:
-    """Hand the corpus to atheris; it prints executions and stops at the first finding."""
+def run_atheris(seconds: int) -> int:
+    """Run atheris with the corpus. It prints its progress and stops at the first finding."""
     try:
         import atheris
     except ImportError:
@@ -192,7 +192,7 @@ def guide(seconds: int) -> int:
         import island_fast.qcow2.bitmaps
         import island_fast.qcow2.extents  # noqa: F401
     folder = Path(tempfile.mkdtemp(prefix="island-fuzz-"))
-    for number, data in enumerate(corpus()):
+    for number, data in enumerate(make_corpus()):
         (folder / f"{number}").write_bytes(data)
     arguments = [
         f"-max_total_time={seconds}",
@@ -200,16 +200,18 @@ def guide(seconds: int) -> int:
         f"-max_len={LIMIT}",
         "-rss_limit_mb=1024",
     ]
-    atheris.Setup([sys.argv[0], *arguments, f"-artifact_prefix={folder}/finding-", str(folder)], one_input)
+    atheris.Setup(
+        [sys.argv[0], *arguments, f"-artifact_prefix={folder}/finding-", str(folder)], run_one_input
+    )
     atheris.Fuzz()
     return 0
 
 
-# --- What is run ---
+# --- Targets ---
 
 
-def corpus() -> list[bytes]:
-    """Good inputs for every target: the first byte chooses it."""
+def make_corpus() -> list[bytes]:
+    """Return valid inputs for every target; the first byte of each chooses the target."""
     from tests.images.hostile.samples import Sample, deflate
 
     images = [bytes(Sample(**base).data) for base in (
@@ -218,7 +220,7 @@ def corpus() -> list[bytes]:
     )]  # fmt: skip
     import zstandard
 
-    text = b"some text that is packed, " * 200
+    text = b"some text to compress, " * 200
     packed = zstandard.ZstdCompressor().compress
     streams = [deflate(text[:4096]), packed(text[:4096]), packed(text[:999]) + packed(text[999:4096])]
     kernels = [random.Random(n).randbytes(40) + image[3072:4096] for n, image in enumerate(images[:3] * 3)]
@@ -229,61 +231,62 @@ def corpus() -> list[bytes]:
     return inputs + [b"\5" + data for data in kernels]
 
 
-def one_input(data: bytes) -> None:
-    """Run one input; returns if it ended well."""
+def run_one_input(data: bytes) -> None:
+    """Run one input; raise if it is not handled correctly."""
     from island_fast.errors import IslandError
     from island_fast.qcow2.codecs import CodecError
 
     if not data:
         return
-    target = (image, header, snapshots, inflate, unpack, kernels)[data[0] % 6]
+    targets = (read_image, read_header, read_snapshot_table, inflate, decode_zstd, run_kernels)
+    target = targets[data[0] % 6]
     try:
         target(data[1:])
     except (IslandError, CodecError) as error:
         if "\n" in str(error):
-            raise ValueError("the sentence has more than one line") from error
+            raise ValueError("the message has more than one line") from error
 
 
-def image(data: bytes) -> None:
-    """A whole image, read as a snapshot would, in a file of memory."""
+def read_image(data: bytes) -> None:
+    """Read a whole image, which is in a file in memory, as a snapshot would."""
     import numpy as np
 
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.block_reader import PointReader
-    from island_fast.qcow2.changes import allocated, changed, find_shared_copied
-    from island_fast.qcow2.extents import extents
+    from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
+    from island_fast.qcow2.extents import iter_extents
     from island_fast.qcow2.image import Image
 
     fd = os.memfd_create("fuzz")
     try:
         os.write(fd, data)
         opened = Image("fuzz", fd)
-        active = opened.active()
+        active = opened.active_point()
         if active.disk_size > 1 << 32:
             return
         read_bitmaps(opened)
         end = 0
-        for window in extents(opened, active):
+        for window in iter_extents(opened, active):
             assert window.start[0] == end
             assert np.all(window.length > 0)
             end = int(window.start[-1] + window.length[-1])
         assert end == active.disk_size
         reader, out = PointReader(opened, active), np.empty((16, 65536), np.uint8)
-        for number, blocks in enumerate(allocated(opened, active).batches(16)):
+        for number, blocks in enumerate(find_allocated(opened, active).batches(16)):
             reader.read(blocks, out[: len(blocks)])
             if number > 64:
                 break
         for snapshot in opened.snapshots[:3]:
-            old = opened.at(snapshot)
+            old = opened.point_at(snapshot)
             if old.disk_size < 1 << 32:
-                changed(opened, old, active)
-                find_shared_copied(opened, active, old)
+                find_changed(opened, old, active)
+                count_shared_copied(opened, active, old)
     finally:
         os.close(fd)
 
 
-def header(data: bytes) -> None:
-    """The first cluster of a file that is said to be large."""
+def read_header(data: bytes) -> None:
+    """Parse the first cluster of a large file."""
     from island_fast.qcow2.header import header_span, parse_header
 
     span = header_span(data)
@@ -292,8 +295,8 @@ def header(data: bytes) -> None:
     assert parsed.l1_offset + 8 * parsed.l1_size <= 1 << 40 or not parsed.l1_size
 
 
-def snapshots(data: bytes) -> None:
-    """A table of as many internal snapshots as the first byte says."""
+def read_snapshot_table(data: bytes) -> None:
+    """Read a table of internal snapshots; the first byte is their number."""
     from dataclasses import replace
 
     from island_fast.qcow2.header import parse_header
@@ -314,7 +317,7 @@ def snapshots(data: bytes) -> None:
 
 
 def inflate(data: bytes) -> None:
-    """A deflate stream that is to fill a cluster of 4 KiB."""
+    """Decode a deflate stream into a cluster of 4 KiB."""
     from island_fast.qcow2.codecs import Zlib
 
     target = bytearray(4096)
@@ -322,15 +325,15 @@ def inflate(data: bytes) -> None:
     assert target == zlib.decompressobj(-15).decompress(data, 4096)
 
 
-def unpack(data: bytes) -> None:
-    """A zstd stream that is to fill a cluster of 4 KiB."""
+def decode_zstd(data: bytes) -> None:
+    """Decode a zstd stream into a cluster of 4 KiB."""
     from island_fast.qcow2.codecs import Zstd
 
     Zstd().decode(memoryview(data), memoryview(bytearray(4096)))
 
 
-def kernels(data: bytes) -> None:
-    """Every kernel on buffers of exactly the size it may touch, against its slow twin."""
+def run_kernels(data: bytes) -> None:
+    """Run every kernel on buffers of exactly the size that it can use, and compare it with its slow twin."""
     import numpy as np
     import twins
 

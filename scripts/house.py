@@ -1,19 +1,18 @@
-"""Count what makes the tree easy or hard to find one's way in.
+"""Count what makes it easy or hard to find one's way in the package.
 
-    scripts/house.py [ROOT]            a table about ROOT/island_fast, by default this checkout's
-    scripts/house.py [ROOT] --json     the same figures as JSON
-    scripts/house.py [ROOT] --nouns    functions' docstrings that begin with no verb, to be looked at
+    scripts/house.py [ROOT]            print a table about ROOT/island_fast; ROOT is this checkout by default
+    scripts/house.py [ROOT] --json     print the same figures as JSON
+    scripts/house.py [ROOT] --nouns    list docstrings of functions that do not begin with a verb
 
-Modules are all .py files but __init__.py and __main__.py. A room is a folder at the first level that holds
-.py files, at any depth; a module at the first level, compiled or not, is a room of its own for the imports.
-These are counted wherever they stand, inside functions and under TYPE_CHECKING too; what is imported from
-the package itself (such as __version__) counts as no room. Floors are the rooms on the longest chain of
-imports, where rooms that import each other in a circle count as one.
+Modules are all .py files except __init__.py and __main__.py. A room is a folder at the first level with .py
+files at any depth. For imports, each module at the first level, compiled or not, is a room too. Imports
+inside functions and under TYPE_CHECKING count; names of the package itself, such as __version__, do not.
+Floors are the rooms on the longest chain of imports; rooms that import each other count as one.
 
-Functions are those of modules and classes: what is defined inside a function belongs to it. Lines are
-counted from `def` on, without decorators. A private function is used once if one place names it, outside of
-itself, in its own module or in another that neither defines nor assigns the name. Calls that go through
-text are not seen, nor is what compiled sources do.
+Functions are those of modules and classes; a function inside a function is part of it. Lines are counted
+from `def`, without decorators. A private function is used once if only one place refers to it, outside of
+itself, in its own module or in another that neither defines nor assigns the name. References in strings and
+in compiled sources are not seen.
 """
 
 from __future__ import annotations
@@ -38,13 +37,13 @@ COMPILED = (".pyx", ".pxd", ".pxi")
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
-def _words(text: str) -> frozenset[str]:
+def _split(text: str) -> frozenset[str]:
     return frozenset(re.findall(r"[a-z]+", text))
 
 
-# Hardly anything but verbs at the beginning of a docstring; "Copy of" and the like are nouns all the same,
-# but for those in SPOKEN.
-VERBS = _words("""
+# At the beginning of a docstring these are almost always verbs. Before "of" they are nouns, as in "Copy of",
+# except those in SPOKEN.
+VERBS = _split("""
 accept acquire add adjust adopt advance aim align allocate allow announce append apply arrange ask assemble
 assert assign assume attach await be become begin bind book borrow break bring build bump calculate call
 cancel carry cast catch change check choose claim clamp clean clear climb close collapse collect combine
@@ -73,11 +72,11 @@ unite unlink unload unlock unmap unmount unpack unpin unwrap update upload use v
 wake walk warn watch weigh widen wipe withdraw wrap write yield
 """)
 
-SPOKEN = _words("hear tell")
+SPOKEN = _split("hear tell")
 
-# Words of ours that are nouns or adjectives as often: verbs only if what follows could be their object. Doubt
-# counts against them, because --nouns shows what is not counted, and nothing shows the rest.
-EITHER = _words("""
+# These are nouns or adjectives as often, so they count as verbs only if an object could follow. In doubt they
+# do not count: --nouns lists those, and nothing lists the others.
+EITHER = _split("""
 access address answer back block bound branch bundle cap cluster complete cost count cover cross cut cycle
 date digest display double empty exit export face feed field file filter fit force format frame free group
 guard hand hash head index issue key label last level limit line link live load lock log loop lower map
@@ -86,7 +85,7 @@ queue range rank rate record report request sample scale score seed separate sha
 size slice slot snapshot space spare stage stamp start state step stream sum table tag test text time trace
 value vary view volume weight work zero
 """)
-OBJECTS = _words("""
+OBJECTS = _split("""
 a an the this these those it its them their his her our us one two three several many more most all both
 each every either some any another other everything anything nothing what whatever whether how out up down
 off as on only first
@@ -95,44 +94,44 @@ off as on only first
 
 @dataclass
 class Source:
-    """A .py file of the package, as far as it is counted."""
+    """What is counted of one .py file of the package."""
 
     place: str
-    """its path below the package, with slashes"""
+    """Path below the package, with slashes."""
     tree: ast.Module
     functions: list[Function]
     named: Counter[str]
-    """how often each name is referred to, as a variable or an attribute"""
-    taken: set[str]
-    """names that it defines or assigns"""
+    """How often the file refers to each name, as a variable or an attribute."""
+    defined: set[str]
+    """Names that the file defines or assigns."""
 
     @property
     def room(self) -> str:
-        """The first folder or module on the way to it."""
+        """The room that the file is in."""
         return self.place.split("/")[0].removesuffix(".py")
 
     @property
     def is_module(self) -> bool:
-        """Whether it counts as a module."""
+        """Whether the file counts as a module."""
         return not self.place.endswith(("__init__.py", "__main__.py"))
 
 
-def functions(node: ast.AST) -> Iterator[Function]:
+def find_functions(node: ast.AST) -> Iterator[Function]:
     """Yield the functions of a module or class, and of classes in it, but not those inside functions."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Function):
             yield child
         else:
-            yield from functions(child)
+            yield from find_functions(child)
 
 
-def references(node: ast.AST) -> Counter[str]:
+def count_references(node: ast.AST) -> Counter[str]:
     """Count the names that a node refers to, as variables or attributes."""
     found = (getattr(part, "id", None) or getattr(part, "attr", None) for part in ast.walk(node))
     return Counter(name for name in found if name)
 
 
-def taken(tree: ast.Module) -> set[str]:
+def find_definitions(tree: ast.Module) -> set[str]:
     """Collect the names that a module defines or assigns, those of attributes included."""
     names = {node.name for node in ast.walk(tree) if isinstance(node, Function | ast.ClassDef)}
     for node in ast.walk(tree):
@@ -141,18 +140,20 @@ def taken(tree: ast.Module) -> set[str]:
     return names
 
 
-def read(package: Path) -> list[Source]:
+def read_sources(package: Path) -> list[Source]:
     """Read every .py file of the package, in the order of their paths."""
     found = []
     for path in sorted(package.rglob("*.py")):
         tree = ast.parse(path.read_text(encoding="utf-8"), str(path))
         place = path.relative_to(package).as_posix()
-        found.append(Source(place, tree, list(functions(tree)), references(tree), taken(tree)))
+        found.append(
+            Source(place, tree, list(find_functions(tree)), count_references(tree), find_definitions(tree))
+        )
     return found
 
 
-def imported(source: Source) -> Iterator[str]:
-    """Yield the first name below the package of each of its modules that a file imports."""
+def find_imports(source: Source) -> Iterator[str]:
+    """Yield the room, or other first name below the package, of each import of a file."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
@@ -172,20 +173,20 @@ def imported(source: Source) -> Iterator[str]:
 Graph = dict[str, set[str]]
 
 
-def graph(sources: list[Source], compiled: list[str]) -> Graph:
-    """Map each room to the others that it imports; the package's own __init__ is none."""
+def make_graph(sources: list[Source], compiled: list[str]) -> Graph:
+    """Map each room to the other rooms that it imports; the package's own __init__ is not a room."""
     rooms = {source.room for source in sources} | {
         name.removesuffix(".pyx") for name in compiled if name.endswith(".pyx") and "/" not in name
     }
     found: Graph = {room: set() for room in sorted(rooms - {"__init__"})}
     for source in sources:
         if source.room in found:
-            found[source.room] |= (set(imported(source)) & set(found)) - {source.room}
+            found[source.room] |= (set(find_imports(source)) & set(found)) - {source.room}
     return found
 
 
-def circles(edges: Graph) -> list[list[str]]:
-    """Group the rooms by who reaches whom and back; most groups are a single room."""
+def group_cycles(edges: Graph) -> list[list[str]]:
+    """Group rooms that import each other, directly or through others; most groups are a single room."""
 
     @cache
     def reached(room: str) -> frozenset[str]:
@@ -203,8 +204,8 @@ def circles(edges: Graph) -> list[list[str]]:
     return [list(group) for group in sorted(groups)]
 
 
-def longest_chain(edges: Graph, groups: list[list[str]]) -> list[list[str]]:
-    """Find the longest way down from group to group; among equals the first by name."""
+def find_longest_chain(edges: Graph, groups: list[list[str]]) -> list[list[str]]:
+    """Find the longest chain of imports from group to group; of equally long ones, the first by name."""
     group_of = {room: number for number, group in enumerate(groups) for room in group}
     below = [
         sorted({group_of[other] for room in group for other in edges[room]} - {number})
@@ -219,19 +220,19 @@ def longest_chain(edges: Graph, groups: list[list[str]]) -> list[list[str]]:
 
 
 def is_private(name: str) -> bool:
-    """Whether a name begins with one underscore."""
+    """Return whether a name begins with one underscore."""
     return name.startswith("_") and not name.startswith("__")
 
 
-def used_once(sources: list[Source]) -> list[str]:
-    """List the private functions that one place in the package uses, as file:line name."""
+def find_used_once(sources: list[Source]) -> list[str]:
+    """List the private functions that only one place in the package uses, as "file:line name"."""
     found = []
     for source in sources:
         for function in source.functions:
             if is_private(function.name):
-                uses = source.named[function.name] - references(function)[function.name]
+                uses = source.named[function.name] - count_references(function)[function.name]
                 uses += sum(
-                    other.named[function.name] for other in sources if function.name not in other.taken
+                    other.named[function.name] for other in sources if function.name not in other.defined
                 )
                 if uses == 1:
                     found.append(f"{source.place}:{function.lineno} {function.name}")
@@ -239,7 +240,7 @@ def used_once(sources: list[Source]) -> list[str]:
 
 
 def begins_with_verb(text: str) -> bool:
-    """Whether the first word of a docstring is a verb in the imperative, as far as a list can tell."""
+    """Return whether a docstring begins with a verb, as far as word lists can decide."""
     match = re.match(r"([A-Za-z]+)(?![\w'’-])(\W*)([\w']*)", text)
     if not match:
         return False
@@ -249,8 +250,8 @@ def begins_with_verb(text: str) -> bool:
     return word in VERBS and (word in SPOKEN or not (between.isspace() and after == "of"))
 
 
-def docstrings(sources: list[Source]) -> Iterator[tuple[str, str]]:
-    """Yield file:line name, and the first line, of each function's docstring."""
+def list_docstrings(sources: list[Source]) -> Iterator[tuple[str, str]]:
+    """Yield "file:line name" and the first line of each function's docstring."""
     for source in sources:
         for function in source.functions:
             text = ast.get_docstring(function)
@@ -258,15 +259,15 @@ def docstrings(sources: list[Source]) -> Iterator[tuple[str, str]]:
                 yield f"{PACKAGE}/{source.place}:{function.lineno} {function.name}", text.splitlines()[0]
 
 
-def share(part: int, whole: int) -> float:
-    """Return a part in percent of the whole, to a tenth."""
+def percentage(part: int, whole: int) -> float:
+    """Return `part` as a percentage of `whole`, to a tenth."""
     return round(100 * part / whole, 1) if whole else 0.0
 
 
-def figures(root: Path) -> dict[str, Any]:
-    """Count everything; a dict that JSON takes."""
+def count(root: Path) -> dict[str, Any]:
+    """Count everything, and return the figures as a dict for JSON."""
     package = root / PACKAGE
-    sources = read(package)
+    sources = read_sources(package)
     compiled = sorted(
         path.relative_to(package).as_posix() for path in package.rglob("*") if path.suffix in COMPILED
     )
@@ -275,9 +276,9 @@ def figures(root: Path) -> dict[str, Any]:
     for source in sources:
         if source.is_module and "/" in source.place:
             rooms[source.room] += 1
-    edges = graph(sources, compiled)
-    groups = circles(edges)
-    chain = longest_chain(edges, groups)
+    edges = make_graph(sources, compiled)
+    groups = group_cycles(edges)
+    chain = find_longest_chain(edges, groups)
     return {
         "modules": len(top),
         "ing": sum(name.endswith("ing") for name in top),
@@ -286,16 +287,16 @@ def figures(root: Path) -> dict[str, Any]:
         "floors": len(chain),
         "chain": chain,
         "cycles": [group for group in groups if len(group) > 1],
-        **_of_functions(sources),
+        **_count_functions(sources),
     }
 
 
-def _of_functions(sources: list[Source]) -> dict[str, Any]:
+def _count_functions(sources: list[Source]) -> dict[str, Any]:
     found = [function for source in sources for function in source.functions]
     lines = sorted((function.end_lineno or 0) - function.lineno + 1 for function in found) or [0]
     private = sum(is_private(function.name) for function in found)
-    once = len(used_once(sources))
-    texts = [text for _, text in docstrings(sources)]
+    once = len(find_used_once(sources))
+    texts = [text for _, text in list_docstrings(sources)]
     verbs = sum(map(begins_with_verb, texts))
     return {
         "functions": len(found),
@@ -303,18 +304,18 @@ def _of_functions(sources: list[Source]) -> dict[str, Any]:
         "lines_p90": lines[math.ceil(0.9 * len(lines)) - 1],
         "lines_longest": lines[-1],
         "private": private,
-        "private_percent": share(private, len(found)),
+        "private_percent": percentage(private, len(found)),
         "private_used_once": once,
-        "private_used_once_percent": share(once, len(found)),
+        "private_used_once_percent": percentage(once, len(found)),
         "docstrings": len(texts),
         "verbs": verbs,
-        "verbs_percent": share(verbs, len(texts)),
+        "verbs_percent": percentage(verbs, len(texts)),
         "see": sum(text.startswith("See ") for text in texts),
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """Write the figures in rows: what, how many, and more about it."""
+def make_table(found: dict[str, Any]) -> str:
+    """Return the figures as lines: what, how many, and a remark."""
     once = f"{found['private_used_once_percent']} % of all functions"
     rows = [
         ("modules in the package itself", found["modules"], "without __init__ and __main__"),
@@ -341,22 +342,24 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Print what the command line asks for."""
+    """Print what the command line asks for: the table, the JSON, or the list."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("root", type=Path, nargs="?", default=ROOT, help="the checkout; by default this one")
+    parser.add_argument("root", type=Path, nargs="?", default=ROOT, help="the checkout (this one)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--nouns", action="store_true", help="list docstrings that begin with no verb")
+    parser.add_argument(
+        "--nouns", action="store_true", help="list docstrings of functions that do not begin with a verb"
+    )
     options = parser.parse_args(argv)
     if not (options.root / PACKAGE).is_dir():
-        parser.error(f"{options.root} holds no folder {PACKAGE}")
+        parser.error(f"{options.root} has no folder {PACKAGE}")
     if options.nouns:
-        for where, text in docstrings(read(options.root / PACKAGE)):
+        for where, text in list_docstrings(read_sources(options.root / PACKAGE)):
             if not begins_with_verb(text):
                 print(f"{where}: {text}")
     elif options.json:
-        print(json.dumps(figures(options.root), indent=2))
+        print(json.dumps(count(options.root), indent=2))
     else:
-        print(table(figures(options.root)))
+        print(make_table(count(options.root)))
 
 
 if __name__ == "__main__":

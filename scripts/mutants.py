@@ -1,10 +1,11 @@
-"""Plant mistakes in a copy of the package, one at a time, and see that random lives find each.
+"""Plant mistakes in a copy of the package, one at a time, and check that random lives find each.
 
-    scripts/mutants.py [NAME...]     all of them, or those whose names contain one of the words
+    scripts/mutants.py [WORD...]     plant all mistakes, or those whose names contain one of the words
 
-A mistake is some exact texts, each of which must be there exactly once, and what takes their place. The copy
-lives LIVES lives of tests/faults/machine, or with mistakes about copies to another repository those of
-tests/operations/test_copying_lives.py. The exit code is 1 if a mistake survives them.
+A mistake is a list of edits: an exact text, which must occur exactly once in a file, and its replacement. For
+each mistake the script runs LIVES random lives of tests/faults/machine, or for mistakes about copies to
+another repository the lives of tests/operations/test_copying_lives.py. The exit code is 1 if no life finds a
+mistake.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ LIVES = 240
 LIVES_OF_COPIES = 40
 LIVES_FILE = "tests/operations/test_copying_lives.py"
 
-Edit = tuple[str, str, str]  # file below island_fast/, text, what takes its place
+Edit = tuple[str, str, str]  # file below island_fast/, text, its replacement
 
 MISTAKES: dict[str, list[Edit]] = {
     "the record comes before the manifest": [
@@ -257,13 +258,13 @@ def main() -> int:
     words = sys.argv[1:]
     every = MISTAKES | MISTAKES_OF_COPIES
     chosen = [name for name in every if not words or any(word in name for word in words)]
-    survivors = [name for name in chosen if not found(name, every[name])]
+    survivors = [name for name in chosen if not try_mistake(name, every[name])]
     print(f"{len(chosen)} mistakes, {len(chosen) - len(survivors)} found")
     return 1 if survivors else 0
 
 
-def found(name: str, edits: list[Edit]) -> bool:
-    """Whether the lives find the mistake; says so, with how long it took and by what."""
+def try_mistake(name: str, edits: list[Edit]) -> bool:
+    """Plant a mistake, run the lives, print the outcome, and return whether they found it."""
     with tempfile.TemporaryDirectory(prefix="island-mutant-") as folder:
         copy = Path(folder)
         for part in ("island_fast", "tests/faults/machine"):
@@ -274,14 +275,14 @@ def found(name: str, edits: list[Edit]) -> bool:
         for file, text, instead in edits:
             plant(name, copy / "island_fast" / file, text, instead)
         began = time.monotonic()
-        by = (copies_live if name in MISTAKES_OF_COPIES else machine_lives)(name, copy)
+        by = (run_copying_lives if name in MISTAKES_OF_COPIES else run_machine_lives)(name, copy)
     taken = f"{time.monotonic() - began:5.0f} s"
     print(f"{'found' if by else 'SURVIVED':8} {taken}  {name}{': ' if by else ''}{by}", flush=True)
     return bool(by)
 
 
-def machine_lives(name: str, copy: Path) -> str:
-    """What the state machine finds in the package in `copy`; "" if nothing."""
+def run_machine_lives(name: str, copy: Path) -> str:
+    """Run the state machine on the package in `copy`; return what it finds, or ""."""
     done = subprocess.run(
         [sys.executable, "scripts/random_lives.py", "--seed", str(SEED), "--lives", str(LIVES)],
         cwd=copy, capture_output=True, text=True, check=False,
@@ -292,8 +293,8 @@ def machine_lives(name: str, copy: Path) -> str:
     return "".join(by)[7:]
 
 
-def copies_live(name: str, copy: Path) -> str:
-    """What the lives of copies find in the package in `copy`; "" if nothing."""
+def run_copying_lives(name: str, copy: Path) -> str:
+    """Run the lives of copies on the package in `copy`; return what they find, or ""."""
     environ = os.environ | {"COPIES_SEED": str(SEED), "COPIES_LIVES": str(LIVES_OF_COPIES)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", LIVES_FILE],
@@ -301,15 +302,15 @@ def copies_live(name: str, copy: Path) -> str:
     )  # fmt: skip
     by = [line[4:] for line in done.stdout.splitlines() if line.startswith("E   ")]
     if bool(by) != (done.returncode == 1):
-        raise SystemExit(f"{name}: the lives were not lived:\n{done.stdout}{done.stderr}")
+        raise SystemExit(f"{name}: the lives did not run:\n{done.stdout}{done.stderr}")
     return by[0].strip() if by else ""
 
 
 def plant(name: str, path: Path, text: str, instead: str) -> None:
-    """Put `instead` in the place of `text`, which must be in the file exactly once."""
+    """Replace `text`, which must occur exactly once in the file, by `instead`."""
     source = path.read_text()
     if source.count(text) != 1:
-        raise SystemExit(f"{name}: {path.name} has {source.count(text)} times, not once:\n{text}")
+        raise SystemExit(f"{name}: {path.name} has this text {source.count(text)} times, not once:\n{text}")
     path.write_text(source.replace(text, instead))
 
 

@@ -1,9 +1,9 @@
-"""The pages that are made from the code: `python scripts/pages.py` writes those that are not up to date.
+"""Pages that are made from the code: `python scripts/pages.py` writes those that are out of date.
 
 docs/commands.md and man/*.1 come from the help texts, docs/reference.md from the docstrings of the Python
-API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails on one
-that is stale. The man pages are written here and not by click-man, which lets roff take a line that begins
-with a quote for a command, fills lines of tables and examples, and leaves out what stands below the options.
+API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails if one
+is out of date. click-man does not write the man pages, because it lets roff take a line that begins with a
+quote for a command, fills lines of tables and examples, and leaves out what is below the options.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from pathlib import Path
 
 import click
 
+from island_fast.cli.help import VerbGroup, option_groups
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "island_fast"
-COMMON = ("--repository", "--json-progress", "--json", "--quiet")
-
 Part = tuple[bool, list[str]]
-"""A paragraph of a help text: whether its lines stay as they are, and those lines."""
+"""A paragraph of a help text: whether its lines are kept, and those lines."""
 
 
 # Help texts.
 
 
 def parts(text: str) -> Iterator[Part]:
-    """The paragraphs of a help text; those that click keeps as they are begin with a backspace."""
+    """Yield the paragraphs of a help text; those whose lines click keeps begin with a backspace."""
     for paragraph in re.split(r"\n\s*\n", inspect.cleandoc(text)):
         kept = paragraph.startswith("\b")
         lines = paragraph.removeprefix("\b").strip("\n").splitlines()
@@ -36,7 +36,7 @@ def parts(text: str) -> Iterator[Part]:
 
 
 def groups(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
-    """What a kept paragraph is made of: each line at the margin, and the indented lines below it."""
+    """Yield the parts of a kept paragraph: each line at the margin, and the indented lines below it."""
     title, below = "", []
     for line in lines:
         if line.startswith(" "):
@@ -49,32 +49,49 @@ def groups(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def verbs(group: click.Group) -> list[tuple[str, click.Command, click.Context]]:
-    """Each verb: its name, it, and a context of it."""
+    """Return each verb: its name, its command, and a context."""
     above = click.Context(group, info_name="island")
     named = [(name, group.commands[name]) for name in group.list_commands(above)]
     return [(name, verb, click.Context(verb, info_name=name, parent=above)) for name, verb in named]
 
 
-def options(command: click.Command, context: click.Context) -> list[tuple[str, str]]:
-    """The options of a command as its help shows them: names with a metavariable, and what is told."""
-    records = [
-        one.get_help_record(context) for one in command.get_params(context) if isinstance(one, click.Option)
-    ]
-    return [(names, told) for names, told in filter(None, records) if "--help" not in names]
+Options = dict[str, list[tuple[str, str]]]
+"""Names with a metavariable, and help texts, by the group that the help lists them in."""
 
 
-def own(rows: Iterable[tuple[str, str]]) -> list[tuple[str, str]]:
-    """Options that not every verb has."""
-    return [row for row in rows if not set(re.findall(r"--[\w-]+", row[0])) & set(COMMON)]
+def options(command: click.Command, context: click.Context) -> Options:
+    """Return the options of a command as its help shows them, without --help."""
+    found = {
+        group: [row for row in rows if "--help" not in row[0]]
+        for group, rows in option_groups(command, context).items()
+    }
+    return {group: rows for group, rows in found.items() if rows}
+
+
+def common(group: click.Group) -> Options:
+    """Return the options that every verb has."""
+    found = [options(verb, context) for _, verb, context in verbs(group)]
+    return {
+        name: [row for row in rows if all(row in one.get(name, []) for one in found)]
+        for name, rows in options(group, click.Context(group)).items()
+    }
+
+
+def without(found: Options, others: Options) -> Options:
+    """Return the options that are not among the others."""
+    left = {group: [row for row in rows if row not in others.get(group, [])] for group, rows in found.items()}
+    return {group: rows for group, rows in left.items() if rows}
 
 
 def usage(command: click.Command, context: click.Context) -> str:
-    """How a command is written."""
+    """Return how to write a command."""
     return " ".join([context.command_path, *command.collect_usage_pieces(context)])
 
 
 def summary(command: click.Command) -> str:
-    """The first sentence of the help, without its period."""
+    """Return what a command does, as its line in `island --help` says; of `island`, its first sentence."""
+    if command.short_help:
+        return command.short_help
     first = next(parts(command.help or ""))[1][0]
     return re.split(r"\.(?:\s|$)", first)[0]
 
@@ -83,18 +100,18 @@ def summary(command: click.Command) -> str:
 
 
 def plain(text: str) -> str:
-    """Text in which nothing is markup but `code`."""
+    """Return text in which nothing is markup except `code`."""
     pieces = re.split(r"(`[^`]*`)", text)
     return "".join(p if p.startswith("`") else re.sub(r"([\\*<])", r"\\\1", p) for p in pieces)
 
 
 def fenced(lines: Iterable[str], language: str = "text") -> str:
-    """Lines as they are."""
+    """Return lines that are shown as they are."""
     return "\n".join([f"```{language}", *lines, "```"])
 
 
 def markdown(text: str) -> Iterator[str]:
-    """Paragraphs of a help text in Markdown."""
+    """Yield the paragraphs of a help text in Markdown."""
     for kept, lines in parts(text):
         for title, below in groups(lines) if kept else [(lines[0], [])]:
             if title:
@@ -103,47 +120,56 @@ def markdown(text: str) -> Iterator[str]:
                 yield fenced(below, "sh" if title.startswith("Example") else "text")
 
 
-def listed(rows: Iterable[tuple[str, str]]) -> str:
-    """Options as a list."""
-    return "\n".join(f"- `{names}`: {plain(' '.join(told.split()))}" for names, told in rows)
+def listed(found: Options) -> Iterator[str]:
+    """Yield each group of options: its name, and a list."""
+    for group, rows in found.items():
+        yield f"**{group}**"
+        yield "\n".join(f"- `{names}`: {plain(' '.join(text.split()))}" for names, text in rows)
 
 
 def slug(heading: str) -> str:
-    """The anchor of a heading, as GitHub makes it."""
+    """Return the anchor of a heading, as GitHub makes it."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 MADE = "<!-- Made by scripts/pages.py from {}; change that, and run it. -->"
 
 
-def commands(group: click.Group) -> str:
-    """docs/commands.md."""
+def index(group: VerbGroup) -> Iterator[str]:
+    """Yield each group of verbs: its name, and a list."""
+    for heading, verbs_of_it in group.verb_groups.items():
+        yield f"**{heading}**"
+        yield "\n".join(
+            f"- [{verb.name}](#{slug(f'island {verb.name}')}): {plain(summary(verb))}."
+            for verb in verbs_of_it
+        )
+
+
+def commands(group: VerbGroup) -> str:
+    """Return docs/commands.md."""
     context = click.Context(group, info_name="island")
-    every = [row for row in options(group, context) if row not in own([row])]
+    every = common(group)
     blocks = [
         MADE.format("the help texts"),
         "# The command `island`",
-        "`island VERB --help` shows the same, and so do the man pages: `man island-snapshot`. What programs "
-        "read (`--json`) has the names of [the Python API's answers](reference.md#answers).",
-        "\n".join(
-            f"- [{name}](#{slug(f'island {name}')}): {plain(summary(verb))}."
-            for name, verb, _ in verbs(group)
-        ),
+        "`island VERB --help` shows the same, and so do the man pages: `man island-snapshot`. The fields of "
+        "`--json` are those of [the Python API's answers](reference.md#answers).",
+        *index(group),
         "## island",
         fenced([usage(group, context)]),
         *markdown(group.help or ""),
         *markdown(group.epilog or ""),
         "### Options of every verb",
-        "They may stand before the verb, too.",
-        listed(every),
+        "They can also be given before the verb.",
+        *listed(every),
         "### Options without a verb",
-        listed(own(options(group, context))),
+        *listed(without(options(group, context), every)),
     ]
     for name, verb, own_context in verbs(group):
         blocks += [f"## island {name}", fenced([usage(verb, own_context)])]
         blocks += [*markdown(verb.help or ""), *markdown(verb.epilog or "")]
-        if rows := own(options(verb, own_context)):
-            blocks += ["Options, beside [those of every verb](#options-of-every-verb):", listed(rows)]
+        if own := without(options(verb, own_context), every):
+            blocks += ["Options, beside [those of every verb](#options-of-every-verb):", *listed(own)]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -153,7 +179,7 @@ _SECTIONS = {"Example:": "EXAMPLES", "Environment:": "ENVIRONMENT", "Exit codes:
 
 
 def roff(text: str) -> str:
-    """A line in which nothing is markup."""
+    """Return a line in which nothing is markup."""
     for plain_text, written in (
         ("\\", "\\e"),
         ("-", "\\-"),
@@ -167,12 +193,12 @@ def roff(text: str) -> str:
 
 
 def as_it_is(lines: Iterable[str]) -> list[str]:
-    """Lines that are not filled."""
+    """Return lines that are not filled."""
     return [".EX", *(roff(line) or ".sp" for line in lines), ".EE"]
 
 
 def body(text: str) -> tuple[list[str], list[str]]:
-    """A help text: what belongs to DESCRIPTION, and the sections of their own."""
+    """Return what of a help text belongs to DESCRIPTION, and the other sections."""
     description, sections = [], []
     for kept, lines in parts(text):
         if kept and (name := _SECTIONS.get(lines[0])):
@@ -184,24 +210,26 @@ def body(text: str) -> tuple[list[str], list[str]]:
     return description[1:], sections
 
 
-def tagged(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Options: names bold, metavariables in italics."""
+def tagged(found: Options) -> list[str]:
+    """Return groups of options: names bold, metavariables in italics."""
     lines = []
-    for names, told in rows:
-        shown = ", ".join(
-            re.sub(
-                r"^(\S+)(?: (.*))?$",
-                lambda m: f"\\fB{m[1]}\\fR" + (f" \\fI{m[2]}\\fR" if m[2] else ""),
-                roff(one),
+    for group, rows in found.items():
+        lines.append(f".SS {group}")
+        for names, text in rows:
+            shown = ", ".join(
+                re.sub(
+                    r"^(\S+)(?: (.*))?$",
+                    lambda m: f"\\fB{m[1]}\\fR" + (f" \\fI{m[2]}\\fR" if m[2] else ""),
+                    roff(one),
+                )
+                for one in names.split(", ")
             )
-            for one in names.split(", ")
-        )
-        lines += [".TP", shown, roff(" ".join(told.split()))]
+            lines += [".TP", shown, roff(" ".join(text.split()))]
     return lines
 
 
 def man_page(name: str, command: click.Command, context: click.Context, version: str, more: list[str]) -> str:
-    """One man page; `more` are lines for its end."""
+    """Return a man page; `more` are lines for its end."""
     description, sections = body(command.help or "")
     told, _ = body(command.epilog or "") if command.epilog else ([], [])
     first = summary(command)
@@ -224,11 +252,13 @@ def man_page(name: str, command: click.Command, context: click.Context, version:
     return "\n".join(lines) + "\n"
 
 
-def man_pages(group: click.Group, version: str) -> Iterator[tuple[str, str]]:
-    """Each man page: its name, such as island-list.1, and its text."""
+def man_pages(group: VerbGroup, version: str) -> Iterator[tuple[str, str]]:
+    """Yield each man page: its name, such as island-list.1, and its text."""
     listing = [".SH COMMANDS"]
-    for name, verb, _ in verbs(group):
-        listing += [".TP", f"\\fBisland\\-{name}\\fR(1)", roff(f"{summary(verb)}.")]
+    for heading, verbs_of_it in group.verb_groups.items():
+        listing.append(f".SS {heading}")
+        for verb in verbs_of_it:
+            listing += [".TP", f"\\fBisland\\-{verb.name}\\fR(1)", roff(f"{summary(verb)}.")]
     yield "island.1", man_page("island", group, click.Context(group, info_name="island"), version, listing)
     see = [".SH SEE ALSO", "\\fBisland\\fR(1)"]
     for name, verb, context in verbs(group):
@@ -241,25 +271,25 @@ _METHODS_BEFORE = ("open", "close", "id")  # of the class that Repository is mad
 
 
 def parsed(name: str) -> ast.Module:
-    """A module of the package, which is not imported."""
+    """Parse a module of the package, without importing it."""
     return ast.parse((PACKAGE / f"{name}.py").read_text())
 
 
 def classes(name: str) -> dict[str, ast.ClassDef]:
-    """The public classes of a module, by name."""
+    """Return the public classes of a module, by name."""
     found = [node for node in parsed(name).body if isinstance(node, ast.ClassDef)]
     return {node.name: node for node in found if not node.name.startswith("_")}
 
 
 def documented(node: ast.ClassDef | ast.FunctionDef) -> list[str]:
-    """The paragraphs of a docstring."""
+    """Return the paragraphs of a docstring."""
     text = ast.get_docstring(node) or ""
     told = [plain(" ".join(paragraph.split())) for paragraph in re.split(r"\n\s*\n", text) if paragraph]
     return [re.sub(r"docs/(\w+\.md)", r"[\1](\1)", paragraph) for paragraph in told]
 
 
 def signature(method: ast.FunctionDef) -> str:
-    """How a method is called, an argument to a line if they are many."""
+    """Return how to call a method, an argument to a line if there are many."""
     arguments = ast.unparse(method.args)
     arguments = re.sub(r"^(self|cls)(, )?", "", arguments).replace("=", " = ")
     decorators = {ast.unparse(one) for one in method.decorator_list}
@@ -274,7 +304,7 @@ def signature(method: ast.FunctionDef) -> str:
 
 
 def methods(node: ast.ClassDef, names: Iterable[str] | None = None) -> Iterator[str]:
-    """Public methods and properties of a class: those of `names`, or all."""
+    """Yield public methods and properties of a class: those in `names`, or all."""
     found = {one.name: one for one in node.body if isinstance(one, ast.FunctionDef)}
     for name in names or [name for name in found if not name.startswith("_")]:
         yield f"### Repository.{name}" if names or node.name == "Repository" else f"### {node.name}.{name}"
@@ -283,7 +313,7 @@ def methods(node: ast.ClassDef, names: Iterable[str] | None = None) -> Iterator[
 
 
 def fields(node: ast.ClassDef) -> str:
-    """The fields of a dataclass, in Python."""
+    """Return the fields of a dataclass, in Python."""
     rows = [ast.unparse(one) for one in node.body if isinstance(one, ast.AnnAssign)]
     return fenced(
         [f"class {node.name}({', '.join(map(ast.unparse, node.bases))}):", *(f"    {row}" for row in rows)],
@@ -292,7 +322,7 @@ def fields(node: ast.ClassDef) -> str:
 
 
 def reference() -> str:
-    """docs/reference.md."""
+    """Return docs/reference.md."""
     repository, opening = classes("api")["Repository"], classes("repository/open")["RepositoryBase"]
     progress = parsed("progress").body
     told = next(
@@ -339,7 +369,7 @@ def reference() -> str:
 
 
 def pages() -> dict[Path, str]:
-    """What each page that is made should be."""
+    """Return what each page should be."""
     from island_fast import __version__
     from island_fast.cli.main import island
 
@@ -348,14 +378,14 @@ def pages() -> dict[Path, str]:
 
 
 def stale() -> list[Path]:
-    """Pages that are not as they should be, and man pages of verbs that are no more."""
+    """Return pages that are out of date, and man pages of verbs that no longer exist."""
     wanted = pages()
     wrong = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
     return wrong + [path for path in (ROOT / "man").glob("*.1") if path not in wanted]
 
 
 def main() -> None:
-    """Write what is stale."""
+    """Write the pages that are out of date."""
     wanted = pages()
     for path in stale():
         print(path.relative_to(ROOT))

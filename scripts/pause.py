@@ -1,19 +1,19 @@
-"""How long a guest waits while an internal snapshot of its volume is taken, and while one is dropped.
+"""Measure how long a guest waits while an internal snapshot of its volume is taken, and while one is dropped.
 
-    scripts/pause.py                     the driver's own choices, in ten minutes
+    scripts/pause.py                     the sizes that the Cinder driver chooses, in ten minutes
     scripts/pause.py --volume 1T --cluster 256k --layout scattered --cache covering --runs 5
     scripts/pause.py --volume 1T --cluster 256k --freed 16384 --discard on off
 
-Every volume is wholly mapped, but its data is a hole in the file: only tables are read and written. A real
-qemu-storage-daemon serves it over NBD to a guest that writes 4 KiB at a time at random places (a flush after
-every 256th) and notes when each request began and ended. Meanwhile QMP takes and drops snapshots. A run
-starts a new daemon with nothing in memory: take the first snapshot, take a second one (as every day, with a
-pin there), drop the first (as every day), drop the second. The wait is that of the longest request that
-overlaps the command. Beside it stand the daemon's processor time, reads and writes, which other load on
-the machine changes less.
+Every volume is wholly mapped, but its data is a hole in the file, so only tables are read and written. A real
+qemu-storage-daemon serves it over NBD to a guest that writes 4 KiB at random places, flushes after every
+256th write, and records when each request began and ended. Meanwhile QMP takes and drops snapshots. Each run
+starts a new daemon with nothing in memory and has four steps: take a first snapshot; take a second one (as
+every day, with a pin in the image); drop the first (as every day); drop the second. The wait is that of the
+longest request that overlaps the step. Beside it are the daemon's processor time, reads and writes, which
+other load on the machine affects less.
 
 `in order` is a mapping as `qemu-img create -o preallocation=metadata` makes it; `scattered` is the same with
-all places shuffled, the worst that a long life can do. With `--freed N` the guest loses N clusters at random
+all places shuffled, worse than anything in practice. With `--freed N` the guest zeroes N clusters at random
 places between the snapshots, so that dropping the first one frees them; each has 4 KiB of real data.
 """
 
@@ -62,11 +62,11 @@ class Case:
     cluster: int
     layout: str  # "in order" or "scattered"
     cache: str  # "default" or "covering"
-    discard: str  # "on": freed clusters are punched out of the file; "off": qemu does not pass them on
+    discard: str  # "on": qemu punches holes for freed clusters; "off": it keeps them in the file
     freed: int = 0  # clusters
     extended: bool = False
     direct: bool = True
-    piece: int = 0  # bytes of a table that the L2 cache reads and writes at once; 0: as qemu chooses
+    piece: int = 0  # bytes of a table that the L2 cache reads and writes at once; 0: qemu's default
 
     def name(self) -> str:
         """Return the row's first cells."""
@@ -89,7 +89,7 @@ class Figures:
 
 @dataclass
 class Guest:
-    """A process of its own that writes over NBD, from `start` to `stop`."""
+    """A separate process that writes over NBD, from `start` to `stop`."""
 
     socket_path: str
     volume: int
@@ -98,14 +98,16 @@ class Guest:
     requests: list[tuple[float, float]] = field(default_factory=list)
 
     def start(self) -> None:
-        """Return when the first write is done."""
+        """Start the process; return when its first write is done."""
         self._ours, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.Process(target=write_on, args=(self.socket_path, self.volume, theirs))
+        self._process = multiprocessing.Process(
+            target=write_at_random, args=(self.socket_path, self.volume, theirs)
+        )
         self._process.start()
         self._ours.recv()
 
     def stop(self) -> None:
-        """End it; `requests` then holds when each began and ended, on the monotonic clock."""
+        """End the process; `requests` then holds the start and end of each request (monotonic clock)."""
         assert self._ours is not None
         assert self._process is not None
         self._ours.send(None)
@@ -113,17 +115,17 @@ class Guest:
         self._process.join()
 
     def usual(self, start: float, end: float) -> tuple[int, float]:
-        """Return how many requests began and ended between these times, and the median's seconds."""
+        """Return how many requests began and ended between these times, and their median in seconds."""
         inside = [b - a for a, b in self.requests if a >= start and b <= end]
         return len(inside), statistics.median(inside) if inside else 0.0
 
     def longest(self, start: float, end: float) -> float:
-        """Return the seconds that the longest request took of those under way from `start` to `end`."""
+        """Return the seconds of the longest request of those that were in flight from `start` to `end`."""
         return max((b - a for a, b in self.requests if b >= start and a <= end), default=0.0)
 
 
 class Nbd:
-    """The few bytes of the NBD protocol that a guest needs (NetworkBlockDevice's doc/proto.md)."""
+    """An NBD client with the few requests that a guest needs (NetworkBlockDevice's doc/proto.md)."""
 
     WRITE, DISCONNECT, FLUSH, ZEROES = 1, 2, 3, 6
 
@@ -141,25 +143,25 @@ class Nbd:
         self._socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, kind, 0, offset, length) + data)
 
     def reply(self) -> None:
-        """Wait for one reply; OSError if it tells of one."""
+        """Wait for one reply; raise OSError if it reports an error."""
         magic, error, _ = struct.unpack(">IIQ", self._receive(16))
         if magic != 0x67446698 or error:
             raise OSError(error, f"NBD reply {magic:#x}, error {error}")
 
     def close(self) -> None:
-        """Say good-bye."""
+        """Disconnect from the server."""
         self.ask(self.DISCONNECT)
         self._socket.close()
 
     def _receive(self, length: int) -> bytes:
         data = self._socket.recv(length, socket.MSG_WAITALL)
         if len(data) != length:
-            raise EOFError("the NBD server hung up")
+            raise EOFError("the NBD server closed the connection")
         return data
 
 
-def write_on(path: str, volume: int, pipe: Connection) -> None:
-    """Write at random places until something comes down the pipe; send when each request began and ended."""
+def write_at_random(path: str, volume: int, pipe: Connection) -> None:
+    """Write at random places until the pipe has a message; then send each request's start and end."""
     nbd, chance, requests = Nbd(path), random.Random(1), []
     data = os.urandom(BLOCK)
     while not pipe.poll():
@@ -175,22 +177,22 @@ def write_on(path: str, volume: int, pipe: Connection) -> None:
     nbd.close()
 
 
-def lose(path: str, clusters: np.ndarray[Any, Any], size: int) -> None:
-    """Zero whole clusters of the volume, so that it no longer needs those that it had; 16 at a time."""
-    nbd, under_way = Nbd(path), 0
+def zero_clusters(path: str, clusters: np.ndarray[Any, Any], size: int) -> None:
+    """Zero whole clusters of the volume, 16 at a time, so that it no longer needs the data clusters."""
+    nbd, in_flight = Nbd(path), 0
     for number in clusters.tolist():
         nbd.ask(Nbd.ZEROES, number * size, size)
-        under_way += 1
-        if under_way == 16:
+        in_flight += 1
+        if in_flight == 16:
             nbd.reply()
-            under_way -= 1
-    for _ in range(under_way):
+            in_flight -= 1
+    for _ in range(in_flight):
         nbd.reply()
     nbd.close()
 
 
 def create(path: Path, case: Case) -> None:
-    """Make a wholly mapped image without data."""
+    """Create a wholly mapped image without data."""
     options = f"preallocation=metadata,lazy_refcounts=on,cluster_size={case.cluster}"
     options += ",extended_l2=on" if case.extended else ""
     command = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options, f"{path}", f"{case.volume}"]
@@ -200,10 +202,10 @@ def create(path: Path, case: Case) -> None:
 
 
 def change_places(path: Path, case: Case, shuffled: bool = True) -> np.ndarray[Any, Any]:
-    """Shuffle where the volume's clusters lie, table by table in place; the new places, in guest order.
+    """Shuffle the places of the volume's clusters in the file; return the new places, in guest order.
 
-    Every cluster keeps exactly one reference, so reference counts stay right. qemu leaves the pieces of
-    extended entries unallocated; here all are data, or a write would have nothing to copy.
+    Every cluster keeps exactly one reference, so the reference counts stay right. qemu leaves the subclusters
+    of extended entries unallocated; here all become data, or a write would have nothing to copy.
     """
     words = 2 if case.extended else 1
     per_table = case.cluster // 8 // words
@@ -230,15 +232,15 @@ def change_places(path: Path, case: Case, shuffled: bool = True) -> np.ndarray[A
     return places.astype(np.uint64) & np.uint64(_OFFSET)
 
 
-def put_data(path: Path, places: np.ndarray[Any, Any]) -> None:
+def write_data(path: Path, places: np.ndarray[Any, Any]) -> None:
     """Write 4 KiB into each of these clusters of the file."""
     with path.open("r+b") as file:
         for place in np.sort(places).tolist():
             os.pwrite(file.fileno(), b"d" * BLOCK, place)
 
 
-def forget(path: Path) -> None:
-    """Take the file out of the page cache."""
+def drop_from_cache(path: Path) -> None:
+    """Drop a file from the page cache."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -248,8 +250,8 @@ def forget(path: Path) -> None:
 
 
 @contextmanager
-def daemon(path: Path, case: Case, folder: Path) -> Iterator[int]:
-    """Serve the image; its process id."""
+def serve(path: Path, case: Case, folder: Path) -> Iterator[int]:
+    """Serve the image while the body runs; yield the daemon's process id."""
     node = {
         "driver": "qcow2",
         "node-name": "disk",
@@ -289,8 +291,8 @@ def daemon(path: Path, case: Case, folder: Path) -> Iterator[int]:
             (folder / name).unlink(missing_ok=True)
 
 
-def used(pid: int) -> tuple[float, int, int]:
-    """Return a process's processor seconds, and bytes read and written, so far."""
+def usage(pid: int) -> tuple[float, int, int]:
+    """Return the processor seconds of a process, and the bytes that it read and wrote, so far."""
     stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     io = dict(re.findall(r"(\w+): (\d+)", Path(f"/proc/{pid}/io").read_text()))
     ticks = int(stat[11]) + int(stat[12])
@@ -298,35 +300,35 @@ def used(pid: int) -> tuple[float, int, int]:
 
 
 def peak_memory(pid: int) -> int:
-    """Return the most memory that a process held, in bytes."""
+    """Return the most memory that a process has used, in bytes."""
     found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     return int(found.group(1)) << 10 if found else 0
 
 
 def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> dict[str, Any]:
-    """Take and drop two snapshots of a volume that is written to; what each step and a write cost."""
-    forget(path)
+    """Take and drop two snapshots of a volume in use; return what each step and a write cost."""
+    drop_from_cache(path)
     timed: dict[str, tuple[float, float, tuple[float, ...]]] = {}
-    with daemon(path, case, folder) as pid, Qmp(folder / "qmp") as qmp:
+    with serve(path, case, folder) as pid, Qmp(folder / "qmp") as qmp:
         guest = Guest(f"{folder}/nbd", case.volume)
         guest.start()
 
         def step(name: str, snapshot: str) -> None:
             time.sleep(0.5)
-            before, start = used(pid), time.monotonic()
+            before, start = usage(pid), time.monotonic()
             if name.startswith("take"):
                 qmp.snapshot_create("disk", snapshot)
             else:
                 qmp.snapshot_delete("disk", "1" if snapshot == "first" else "2", snapshot)
             end = time.monotonic()
-            timed[name] = start, end, tuple(b - a for a, b in zip(before, used(pid), strict=True))
+            timed[name] = start, end, tuple(b - a for a, b in zip(before, usage(pid), strict=True))
 
         step("take first", "first")
-        after, start = used(pid), time.monotonic()
+        after, start = usage(pid), time.monotonic()
         time.sleep(1)
-        copied, end = used(pid)[2] - after[2], time.monotonic()
+        copied, end = usage(pid)[2] - after[2], time.monotonic()
         if len(lost):
-            lose(f"{folder}/nbd", lost, case.cluster)
+            zero_clusters(f"{folder}/nbd", lost, case.cluster)
         step("take", "second")
         step("drop", "first")
         step("drop last", "second")
@@ -340,12 +342,12 @@ def run(path: Path, case: Case, folder: Path, lost: np.ndarray[Any, Any]) -> dic
 
 
 def figures(guest: Guest, start: float, end: float, cost: tuple[float, ...]) -> Figures:
-    """Put together what one step cost."""
+    """Return what one step cost."""
     return Figures(guest.longest(start, end), end - start, cost[0], int(cost[1]), int(cost[2]))
 
 
 def measure(case: Case, runs: int, folder: Path) -> list[dict[str, Any]]:
-    """Run a case so many times; prints its row and returns all figures."""
+    """Run a case `runs` times, print its row, and return all figures."""
     path, results = folder / "image.qcow2", []
     chance = np.random.default_rng(2)
     total = case.volume // case.cluster
@@ -357,7 +359,7 @@ def measure(case: Case, runs: int, folder: Path) -> list[dict[str, Any]]:
                 path.unlink()
                 create(path, case)
             lost = np.sort(chance.choice(total, min(case.freed, total), replace=False))
-            put_data(path, change_places(path, case, shuffled=False)[lost])
+            write_data(path, change_places(path, case, shuffled=False)[lost])
         load = os.getloadavg()[0]
         results.append({"case": vars(case), "load": load, **run(path, case, folder, lost)})
     path.unlink()
@@ -366,7 +368,7 @@ def measure(case: Case, runs: int, folder: Path) -> list[dict[str, Any]]:
 
 
 def row(case: Case, results: list[dict[str, Any]]) -> str:
-    """Return a line of the table: for each step the median wait / the worst, processor time, MiB written."""
+    """Return a row of the table: of each step the wait, median and worst, processor time, and MiB."""
     cells = [case.name()]
     for name in STEPS:
         waits = [found["steps"][name]["wait"] for found in results]
@@ -397,7 +399,7 @@ HEADER = (
 
 
 def flush_times(folder: Path) -> str:
-    """Return what writing 4 KiB and flushing it takes on this disk: median and worst of 200."""
+    """Measure how long it takes to write and flush 4 KiB on this disk; return median and worst of 200."""
     times = []
     fd = os.open(folder / "flushed", os.O_RDWR | os.O_CREAT)
     for number in range(200):
@@ -425,7 +427,7 @@ def size_text(size: int) -> str:
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    """Yield every combination of what was asked for."""
+    """Yield every combination of the options."""
     for volume in options.volume:
         rest = (options.layout, options.cache, options.discard, options.freed, options.piece)
         for cluster in options.cluster or [cluster_size(volume)]:
@@ -435,21 +437,43 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 def main() -> int:
-    """Measure what the command line asks for."""
+    """Measure the cases that the command line selects."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     sizes = [10 << 30, 100 << 30, 1 << 40]
-    parser.add_argument("--volume", type=size_bytes, nargs="+", default=sizes, help="10G 100G 1T")
-    parser.add_argument("--cluster", type=size_bytes, nargs="+", help="as the driver chooses")
-    parser.add_argument("--layout", nargs="+", default=["in order", "scattered"])
-    parser.add_argument("--cache", nargs="+", default=["covering"], help="default, covering")
-    parser.add_argument("--freed", type=int, nargs="+", default=[0], help="clusters freed by dropping")
-    parser.add_argument("--discard", nargs="+", default=["off"], help="on, off")
-    parser.add_argument("--piece", type=size_bytes, nargs="+", default=[0], help="l2-cache-entry-size")
-    parser.add_argument("--extended", action="store_true", help="with extended L2 entries")
-    parser.add_argument("--cached", action="store_true", help="through the page cache, not O_DIRECT")
-    parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()))
-    parser.add_argument("--json", type=Path, help="append every figure to this file")
+    parser.add_argument(
+        "--volume",
+        type=size_bytes,
+        nargs="+",
+        default=sizes,
+        help="sizes of the volumes [default: 10G 100G 1T]",
+    )
+    parser.add_argument(
+        "--cluster", type=size_bytes, nargs="+", help="cluster sizes [default: as the driver chooses]"
+    )
+    parser.add_argument("--layout", nargs="+", default=["in order", "scattered"], help="[default: both]")
+    parser.add_argument(
+        "--cache",
+        nargs="+",
+        default=["covering"],
+        help="default or covering (all tables) [default: covering]",
+    )
+    parser.add_argument(
+        "--freed", type=int, nargs="+", default=[0], help="clusters that the guest zeroes between snapshots"
+    )
+    parser.add_argument(
+        "--discard",
+        nargs="+",
+        default=["off"],
+        help="on or off: punch holes for freed clusters [default: off]",
+    )
+    parser.add_argument("--piece", type=size_bytes, nargs="+", default=[0], help="qemu's l2-cache-entry-size")
+    parser.add_argument("--extended", action="store_true", help="use extended L2 entries")
+    parser.add_argument("--cached", action="store_true", help="use the page cache, not O_DIRECT")
+    parser.add_argument("--runs", type=int, default=5, help="runs of each case [default: 5]")
+    parser.add_argument(
+        "--folder", type=Path, default=Path(tempfile.gettempdir()), help="where images are made"
+    )
+    parser.add_argument("--json", type=Path, help="append all figures to this file, as JSON")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pause-", dir=options.folder) as name:
         folder = Path(name)

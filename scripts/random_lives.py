@@ -1,11 +1,12 @@
-"""Live random lives of a repository under attack, round after round, each with a seed of its own.
+"""Run random lives of a repository with crashes and faults, in rounds, each with another seed.
 
-    scripts/random_lives.py SECONDS          new seeds until the time is over
-    scripts/random_lives.py --seed N         the one round that was printed as seed N, again
-    scripts/random_lives.py --seed N --shrink    and the shortest life that fails like it
+    scripts/random_lives.py SECONDS              run rounds with new seeds until the time is over
+    scripts/random_lives.py --seed N             run the round with seed N again
+    scripts/random_lives.py --seed N --shrink    and find the shortest life that fails in the same way
 
-What is attacked, and what must hold, is in tests/faults/machine/machine.py. A failure prints the life, its
-seed and how to run it again, and the exit code is 1. At the end is a table of what happened how often.
+A life is a random sequence of commands, crashes and faults. tests/faults/machine/machine.py has them, and
+what must hold after each step. On a failure the script prints the life, its seed, and how to run it again,
+and the exit code is 1. At the end it prints how often each thing happened.
 """
 
 from __future__ import annotations
@@ -26,10 +27,12 @@ from tests.faults.machine.rounds import interruptions, march, never, round_of, t
 def main() -> int:
     """Run what the command line asks for."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("seconds", type=float, nargs="?", default=0.0, help="how long to go on, in seconds")
-    parser.add_argument("--seed", type=int, help="run this round alone")
-    parser.add_argument("--lives", type=int, default=30, help="lives in a round (30)")
-    parser.add_argument("--shrink", action="store_true", help="look for the shortest life that fails")
+    parser.add_argument(
+        "seconds", type=float, nargs="?", default=0.0, help="how long to run, in seconds (0: one round)"
+    )
+    parser.add_argument("--seed", type=int, help="run only the round with this seed")
+    parser.add_argument("--lives", type=int, default=30, help="number of lives in a round (30)")
+    parser.add_argument("--shrink", action="store_true", help="find the shortest life that fails")
     options = parser.parse_args()
     end, rounds = time.monotonic() + options.seconds, 0
     while True:
@@ -40,9 +43,9 @@ def main() -> int:
                 march()
                 interruptions()
             round_of(seed, options.lives, shrink=options.shrink)
-        except Exception:  # noqa: BLE001 (whatever it is, it is a finding)
+        except Exception:  # noqa: BLE001 (every error is a finding)
             traceback.print_exc()
-            print(f"FOUND: {reason()}\nonce more: MACHINE_SEED={seed} make machine")
+            print(f"FOUND: {describe_error()}\nrun it again: MACHINE_SEED={seed} make machine")
             return 1
         rounds += 1
         if options.seed is not None or time.monotonic() >= end:
@@ -52,8 +55,8 @@ def main() -> int:
     return 0
 
 
-def reason() -> str:
-    """The exception being handled, in one line."""
+def describe_error() -> str:
+    """Return the exception that is being handled as one line."""
     error = sys.exc_info()[1]
     text = str(error).strip() or "an assertion"
     return f"{type(error).__name__}: {text.splitlines()[0][:160]}"

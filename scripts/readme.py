@@ -1,7 +1,10 @@
-"""Examples of README and quickstart, run: `python scripts/readme.py` checks them, `--write` puts output in.
+"""Run the examples of README.md and docs/quickstart.md.
 
-Each ```console block is a part of one session: lines that start with "$ " are typed, what follows is the
-output. The session runs in an empty folder with a local state of its own: nothing of the user's is touched.
+    scripts/readme.py            check that the pages show what the commands print
+    scripts/readme.py --write    write what they print into the pages
+
+All ```console blocks of a page are one session: lines that start with "$ " are commands, the lines after one
+are its output. The session runs in an empty folder with its own local state, so it touches nothing of yours.
 """
 
 from __future__ import annotations
@@ -20,15 +23,15 @@ _BLOCK = re.compile(r"(?<=^```console\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 _MARK = "::end of command::"
 
 
-def commands(text: str) -> list[str]:
-    """Every command of a page, in order."""
+def find_commands(text: str) -> list[str]:
+    """Return the commands of a page, in order."""
     return [
         line[2:] for block in _BLOCK.findall(text) for line in block.splitlines() if line.startswith("$ ")
     ]
 
 
 def run(typed: list[str]) -> list[str]:
-    """The output of each command, standard error included, in one shell session."""
+    """Run commands in one shell session; return the output of each, standard error included."""
     with tempfile.TemporaryDirectory() as folder:
         bin_folder = str(Path(sys.executable).parent)
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("ISLAND", "OS_", "ST_"))}
@@ -47,37 +50,37 @@ def run(typed: list[str]) -> list[str]:
             check=False,
         )
         if done.returncode:
-            raise SystemExit(f"the page's commands fail:\n{done.stdout}")
+            raise SystemExit(f"the commands of the page fail:\n{done.stdout}")
         return [part.removeprefix("\n") for part in done.stdout.split(f"{_MARK}\n")[:-1]]
 
 
-def with_output(text: str, outputs: list[str]) -> str:
-    """The page with each command followed by its output."""
+def insert_output(text: str, outputs: list[str]) -> str:
+    """Return the page with each command followed by its output."""
     left = iter(outputs)
 
-    def filled(match: re.Match[str]) -> str:
+    def fill(match: re.Match[str]) -> str:
         typed = [line for line in match[0].splitlines() if line.startswith("$ ")]
         return "".join(f"{line}\n{next(left)}" for line in typed)
 
-    return _BLOCK.sub(filled, text)
+    return _BLOCK.sub(fill, text)
 
 
-def alike(one: str, other: str) -> bool:
-    """Whether two lines differ in nothing but ids, times and a few bytes of size."""
-    told = [re.sub(r"\b[0-9a-f]{8,32}\b", "ID", line) for line in (one, other)]
-    told = [re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\dZ?", "DATE", line) for line in told]
-    told = [re.sub(r"\b\d+(\.\d+)? (ms|s)\b", "TIME", line) for line in told]
-    told = [re.sub(r'("seconds": )[\d.]+', r"\1TIME", line) for line in told]
-    told = [re.sub(r"\s+", " ", line).rstrip() for line in told]
-    numbers = [[float(n) for n in re.findall(r"\d+(?:\.\d+)?", line)] for line in told]
-    shape = [re.sub(r"\d+(?:\.\d+)?", "N", line) for line in told]
+def is_alike(one: str, other: str) -> bool:
+    """Return whether two lines differ only in ids, dates, times, and sizes by at most a tenth."""
+    lines = [re.sub(r"\b[0-9a-f]{8,32}\b", "ID", line) for line in (one, other)]
+    lines = [re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\dZ?", "DATE", line) for line in lines]
+    lines = [re.sub(r"\b\d+(\.\d+)? (ms|s)\b", "TIME", line) for line in lines]
+    lines = [re.sub(r'("seconds": )[\d.]+', r"\1TIME", line) for line in lines]
+    lines = [re.sub(r"\s+", " ", line).rstrip() for line in lines]
+    numbers = [[float(n) for n in re.findall(r"\d+(?:\.\d+)?", line)] for line in lines]
+    shape = [re.sub(r"\d+(?:\.\d+)?", "N", line) for line in lines]
     return shape[0] == shape[1] and all(abs(a - b) <= 0.1 * max(a, b) for a, b in zip(*numbers, strict=True))
 
 
-def differences(text: str, real: str) -> list[str]:
-    """Lines of a page that are not what a run gives."""
+def find_differences(text: str, real: str) -> list[str]:
+    """Return the lines of a page that differ from a run's."""
     pairs = zip_longest(text.splitlines(), real.splitlines(), fillvalue="")
-    return [f"- {a}\n+ {b}" for a, b in pairs if not alike(a, b)]
+    return [f"- {a}\n+ {b}" for a, b in pairs if not is_alike(a, b)]
 
 
 def main() -> None:
@@ -85,11 +88,11 @@ def main() -> None:
     found = []
     for page in PAGES:
         text = page.read_text()
-        real = with_output(text, run(commands(text)))
+        real = insert_output(text, run(find_commands(text)))
         if "--write" in sys.argv:
             page.write_text(real)
         else:
-            found += differences(text, real)
+            found += find_differences(text, real)
     if found:
         raise SystemExit("\n".join(found))
 

@@ -1,10 +1,10 @@
-"""An sdist, and manylinux wheels built from it and tested without a compiler: what is uploaded, in dist/.
+"""Build what is uploaded, in dist/: an sdist, and manylinux wheels made from it and tested.
 
     scripts/wheels.py [PYTHON...]    one wheel for each interpreter; default: for the one that runs this
 
-Each wheel is installed into a fresh environment from wheels alone, where PATH has no compiler, and must pass
-the tests of a copy of tests/ there. A wheel that would hash slowly, or that needs libxxhash of the system, is
-a failure.
+Each wheel is installed into a new environment, only from wheels and without a compiler on PATH, and must pass
+tests from a copy of tests/ there. A wheel that does not have libxxhash compiled in, and would hash slowly or
+need the system's library, is an error.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ print(island_fast.__file__, _diff.__file__, loaded, _diff.HASH_KERNEL, sep="\\n"
 def run(
     *argv: str | Path, cwd: Path = ROOT, path: str | None = None, more: Mapping[str, str] | None = None
 ) -> str:
-    """Run a program with nothing of Python, compilers or island in its environment; its standard output."""
+    """Run a program without variables of Python, compilers or island, and return its standard output."""
     usual = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
     here = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     environment = usual | {"PATH": here if path is None else path} | (more or {})
@@ -53,20 +53,20 @@ def run(
 def pip(
     python: Path, *words: str | Path, path: str | None = None, more: Mapping[str, str] | None = None
 ) -> None:
-    """Run pip for the environment of that interpreter."""
+    """Run pip in the environment of an interpreter."""
     run(python, "-m", "pip", "--disable-pip-version-check", "-q", *words, path=path, more=more)
 
 
-def environment(python: str, folder: Path) -> Path:
-    """A fresh virtual environment of that interpreter; its own interpreter."""
+def make_environment(python: str, folder: Path) -> Path:
+    """Make a virtual environment for an interpreter, and return its own interpreter."""
     run(python, "-m", "venv", folder)
     return folder / "bin/python"
 
 
 def build_wheel(python: str, sdist: Path, work: Path) -> Path:
-    """A wheel for that interpreter, of nothing but the sdist, with the tags that auditwheel finds."""
-    ours = environment(python, work / "build")
-    # Some interpreters' own command for this leaves the path of their libraries in what it links.
+    """Build a wheel for an interpreter from only the sdist, with the tags that auditwheel finds."""
+    ours = make_environment(python, work / "build")
+    # The linker command of some interpreters leaves the path of their own libraries in the module.
     pip(ours, "wheel", "--no-deps", "-w", work / "plain", sdist, more={"LDSHARED": "cc -shared"})
     (plain,) = (work / "plain").iterdir()
     run(sys.executable, "-m", "auditwheel", "repair", "-w", work / "repaired", plain)
@@ -74,8 +74,8 @@ def build_wheel(python: str, sdist: Path, work: Path) -> Path:
     return wheel
 
 
-def without_compilers(folder: Path) -> Path:
-    """The folder, made and filled with links to all that is on PATH but compilers and other Pythons."""
+def make_path_without_compilers(folder: Path) -> Path:
+    """Make a folder of links to everything on PATH except compilers and other Pythons, and return it."""
     folder.mkdir()
     for place in map(Path, os.get_exec_path()):
         for program in place.iterdir() if place.is_dir() else ():
@@ -85,9 +85,9 @@ def without_compilers(folder: Path) -> Path:
 
 
 def try_wheel(python: str, sdist: Path, wheel: Path, work: Path) -> str:
-    """Install the wheel and test it where no compiler and no source tree are; what was found, in one line."""
-    ours = environment(python, work / "clean")
-    path = os.pathsep.join([str(ours.parent), str(without_compilers(work / "programs"))])
+    """Install the wheel and test it without a compiler and a source tree; return the result as one line."""
+    ours = make_environment(python, work / "clean")
+    path = os.pathsep.join([str(ours.parent), str(make_path_without_compilers(work / "programs"))])
     assert not any(shutil.which(name, path=path) for name in ("cc", "gcc", "c++", "clang", "ld"))
     pip(ours, "install", "--only-binary", ":all:", wheel, *NEEDED_BY_TESTS, path=path)
 
@@ -97,16 +97,20 @@ def try_wheel(python: str, sdist: Path, wheel: Path, work: Path) -> str:
     for name in ("tests", "pyproject.toml"):
         next((work / "unpacked").iterdir()).joinpath(name).rename(tests / name)
     *files, loaded, kernel = run(ours, "-c", PROBE, cwd=tests, path=path).splitlines()
-    assert all(file.startswith(str(work / "clean")) for file in files), f"not what was installed: {files}"
-    assert loaded == "False", "libxxhash of the system is loaded"
-    assert kernel.startswith("libxxhash "), f"the wheel hashes with {kernel}: xxhash.h was not there"
+    assert all(file.startswith(str(work / "clean")) for file in files), (
+        f"imported from elsewhere, not from the wheel: {files}"
+    )
+    assert loaded == "False", "the system's libxxhash is loaded"
+    assert kernel.startswith("libxxhash "), (
+        f"the wheel hashes with {kernel}: xxhash.h was missing when it was built"
+    )
     assert kernel in run("island", "--version", cwd=tests, path=path)
-    told = run(ours, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, cwd=tests, path=path)
-    return f"{kernel} compiled in; {told.splitlines()[-1]}"
+    output = run(ours, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, cwd=tests, path=path)
+    return f"{kernel} compiled in; {output.splitlines()[-1]}"
 
 
 def main() -> None:
-    """Build, check and test everything; only if nothing fails does it replace what is in dist/."""
+    """Build, check and test everything; replace dist/ only if nothing fails."""
     pythons = sys.argv[1:] or [sys.executable]
     with tempfile.TemporaryDirectory(prefix="island-wheels-") as folder:
         out = Path(folder) / "sdist"

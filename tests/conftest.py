@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from island_fast.stores.directory import DirectoryStore
-from island_fast.stores.retry import Patience
+from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
 from tests.support.swift_server import SwiftServer
 
-IMPATIENT = Patience(total=5.0, first=0.01, longest=0.1)
+IMPATIENT = RetryPolicy(total=5.0, first=0.01, longest=0.1)
 
 CINDER = "tests/cinder/"
 
@@ -73,7 +73,7 @@ def swift_store(swift: SwiftServer) -> Iterator[OpenSwift]:
     """`swift_store(prefix, patience)`: a store below `prefix` in a fresh container."""
     opened: list[SwiftStore] = []
 
-    def open_new(prefix: str = "repository", patience: Patience = IMPATIENT) -> SwiftStore:
+    def open_new(prefix: str = "repository", patience: RetryPolicy = IMPATIENT) -> SwiftStore:
         container = f"box-{secrets.token_hex(4)}"
         swift.create_container(container)
         opened.append(SwiftStore.open(f"{container}/{prefix}", patience))

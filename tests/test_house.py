@@ -1,4 +1,4 @@
-"""The figures of scripts/house.py, of a package small enough to count by hand."""
+"""The figures of scripts/house.py for a package that is small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def test_the_figures_are_exact(root: Path) -> None:
-    assert house.figures(root) == {
+    assert house.count(root) == {
         "modules": 3,
         "ing": 1,
         "compiled": ["_fast.pyx"],
@@ -79,7 +79,7 @@ def test_the_figures_are_exact(root: Path) -> None:
         "verbs_percent": 60.0,
         "see": 0,
     }
-    assert "chain: __main__ > front > {low, mending} > base" in house.table(house.figures(root))
+    assert "chain: __main__ > front > {low, mending} > base" in house.make_table(house.count(root))
 
 
 def test_docstrings_without_a_verb_are_listed(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a piece of work is, and what it gets: room, sizes, and which peers are there."""
+"""What a case is, and the context it runs in: its folder, the sizes of volumes, and the installed peers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from island_fast.bench.report import Counter, LeftOut, Row
 
-__all__ = ["GIB", "MIB", "QUICK", "WHOLE", "Context", "Scale", "Size", "Work"]
+__all__ = ["FULL_SCALE", "GIB", "MIB", "QUICK_SCALE", "Case", "Context", "Scale", "Size"]
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -16,14 +16,14 @@ GIB = 1 << 30
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """A volume of `volume` bytes of which `allocated` are written, and how many pairs it is measured in."""
+    """A volume of `volume` bytes, `allocated` of them written; it is measured in `pairs` pairs."""
 
     volume: int
     allocated: int
     pairs: int
 
     def __str__(self) -> str:
-        """As people write it, such as 1 GiB."""
+        """Return the allocated size for people, such as 1 GiB."""
         if self.allocated % GIB:
             return f"{self.allocated // MIB} MiB"
         return f"{self.allocated // GIB} GiB"
@@ -31,22 +31,23 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """How big all is: the small volume and the large one (None: it is left out)."""
+    """The sizes of a run: of the small volume and of the large one (None: the large one is left out)."""
 
     small: Size
     large: Size | None
 
 
-WHOLE = Scale(Size(4 * GIB, 1 * GIB, 7), Size(10 * GIB, 8 * GIB, 3))
-QUICK = Scale(Size(256 * MIB, 64 * MIB, 2), None)
+FULL_SCALE = Scale(Size(4 * GIB, 1 * GIB, 7), Size(10 * GIB, 8 * GIB, 3))
+QUICK_SCALE = Scale(Size(256 * MIB, 64 * MIB, 2), None)
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """What every piece of work gets.
+    """What the runner gives to each case.
 
-    `scratch` is an empty folder of its own, removed afterwards. `versions` are those of the peers that are
-    there and were asked for, by name. `tell` shows one line of progress. All chance comes from `seed`.
+    `scratch` is an empty folder for this case only, which the runner removes afterwards. `versions` has the
+    peers that were asked for and are installed, by name. `show_progress` shows one line of progress. All
+    random data must come from `seed`.
     """
 
     scratch: Path
@@ -54,23 +55,24 @@ class Context:
     quick: bool
     seed: int
     versions: Mapping[str, str]
-    tell: Callable[[str], None]
+    show_progress: Callable[[str], None]
 
-    def has(self, peer: str) -> bool:
-        """Whether a peer is there, and was asked for."""
+    def has_peer(self, peer: str) -> bool:
+        """Return whether a peer was asked for and is installed."""
         return peer in self.versions
 
-    def reach(self, value: float) -> float | None:
-        """What a ratio is to come to; None with --quick, where starting processes outweighs the work."""
+    def target_unless_quick(self, value: float) -> float | None:
+        """Return the target for a ratio; None with --quick, where most of the time is starting processes."""
         return None if self.quick else value
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
-    """A piece of work that gives one row or more.
+class Case:
+    """One thing to measure: `run` yields its rows and counters.
 
-    `needs` are peers without which it is left out; one that gives rows against several asks `Context.has`.
-    `space` is the room that it takes, in bytes, at a scale. `swift` work is done only if that is asked for.
+    A case is left out if one of the peers in `needs` is missing; a case that compares with several peers asks
+    `Context.has_peer` for each. `space` returns the bytes that it needs in the temporary folder at a scale.
+    A case with `swift` runs only with --swift.
     """
 
     name: str

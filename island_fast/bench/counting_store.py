@@ -1,4 +1,4 @@
-"""A store that counts what it is asked."""
+"""A store that counts requests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from island_fast.arrays import Buffer
 from island_fast.stores.base import ObjectInfo, Range, Store, Views
 
-__all__ = ["Counting"]
+__all__ = ["CountingStore"]
 
 
-class Counting(Store):
-    """Passes everything on to `store`, which it owns. `requests` may be set to 0 at any time.
+class CountingStore(Store):
+    """Forwards every call to `store`, which it owns, and counts the requests.
 
-    With `late`, listings show nothing, as Swift's may for a while.
+    `requests` can be set to 0 at any time.
+    With `late`, listings show nothing, as those of Swift can for a while.
     """
 
     def __init__(self, store: Store, *, late: bool = False) -> None:
@@ -37,7 +38,7 @@ class Counting(Store):
         return self._store.get(name, newest=newest)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
-        """See Store.get_ranges. Counts as many requests as it takes."""
+        """See Store.get_ranges. Count the requests that `store` needs for so many ranges."""
         self.requests += -(-len(ranges) // (self.ranges_at_once or len(ranges)))
         return self._store.get_ranges(name, ranges)
 

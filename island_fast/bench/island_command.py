@@ -1,4 +1,4 @@
-"""The command `island` as it is measured: whole processes, with a repository and local state of their own."""
+"""Run and measure the command `island` as whole processes, with a separate repository and local state."""
 
 from __future__ import annotations
 
@@ -11,21 +11,24 @@ from pathlib import Path
 from typing import Any
 
 from island_fast.bench import timing
-from island_fast.bench.timing import Measured
+from island_fast.bench.timing import Measurement
 
-__all__ = ["Island", "environment"]
+__all__ = ["Island", "make_child_environment"]
 
 
-def environment() -> dict[str, str]:
-    """Variables with which Python imports the package that this process runs, compiled as if installed."""
-    place = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [place, os.environ.get("PYTHONPATH", "")]))
+def make_child_environment() -> dict[str, str]:
+    """Return variables with which a child process imports the package that this process runs.
+
+    It also writes and uses .pyc files, as an installed package would.
+    """
+    folder = str(Path(__file__).parents[2])
+    path = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH", "")]))
     return {"PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": ""}
 
 
 @dataclass(slots=True)
 class Island:
-    """A repository below `folder`, or where `location` says, with local state below `folder`.
+    """A repository below `folder`, or at `location` if that is given; its local state is below `folder`.
 
     `compression` is "zstd", "none" or "" for the default.
     """
@@ -34,9 +37,9 @@ class Island:
     compression: str = ""
     location: str = ""
 
-    def __call__(self, verb: str, *words: str | Path) -> tuple[Measured, Any]:
-        """Run one verb; what it cost and what it answered."""
-        variables = environment() | {
+    def __call__(self, verb: str, *words: str | Path) -> tuple[Measurement, Any]:
+        """Run one verb; return its measurement and its JSON answer."""
+        variables = make_child_environment() | {
             "ISLAND_REPOSITORY": self.location or str(self.folder / "repository"),
             "ISLAND_STATE": str(self.folder / "state"),
         }
@@ -46,6 +49,6 @@ class Island:
         measured = timing.run(command, env=variables)
         return measured, json.loads(measured.output)
 
-    def forget(self) -> None:
-        """Remove the repository in its directory, and the local state."""
+    def remove(self) -> None:
+        """Remove the local state, and the repository if it is below `folder`."""
         shutil.rmtree(self.folder, ignore_errors=True)

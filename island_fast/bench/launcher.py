@@ -1,7 +1,9 @@
-"""A small process that starts a program, waits for it, and says what it cost; `measuring.run` starts it.
+"""Start a program, wait for it, and report what it cost; `timing.run` starts this as a small process.
 
-A program's peak memory counts from its fork, so that one started by a big process would seem as big; this
-imports next to nothing, and is run with `-I -S`. It is told a file descriptor to write to, and the command.
+    python -I -S launcher.py DESCRIPTOR COMMAND...
+
+The kernel counts a program's peak memory from its fork, so a program that a large process starts would seem
+as large. This process stays small: it imports next to nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import time
 
 
 def main() -> None:
-    """Run the command; writes "status wall-seconds processor-seconds peak-bytes" to the file descriptor."""
+    """Run the command; write "status wall-seconds processor-seconds peak-bytes" to the file descriptor."""
     answer, command = int(sys.argv[1]), sys.argv[2:]
     os.set_inheritable(answer, False)
     start = time.monotonic()

@@ -1,7 +1,7 @@
-"""A client of qemu-nbd: enough of the protocol to read and write a volume as a guest would, through qemu.
+"""A client of qemu-nbd, with which a volume is read and written through qemu, as a guest would do it.
 
-It imports nothing that takes time, because one of the peers is made of it. The protocol is described in the
-NBD project's doc/proto.md.
+It implements only the part of the protocol (doc/proto.md of the NBD project) that this needs. It imports
+nothing slow, because one of the peers is a process that starts with it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Self
 
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Client", "serving"]
+__all__ = ["NbdClient", "serve_image"]
 
 PIECE = 1 << 20
 """The most that one request reads or writes."""
@@ -31,57 +31,58 @@ _REQUEST = struct.Struct(">IHHQQI")
 _REPLY = struct.Struct(">IIQ")
 _REQUEST_MAGIC, _REPLY_MAGIC = 0x25609513, 0x67446698
 _READ, _WRITE, _DISCONNECT = 0, 1, 2
-_PATIENCE = 60.0  # seconds until qemu-nbd is there
-_SOON = 5.0  # seconds until it listens
+_START_TIMEOUT = 60.0  # seconds until qemu-nbd has made its socket
+_LISTEN_TIMEOUT = 5.0  # seconds until it listens
 
 
 @contextlib.contextmanager
-def serving(image: Path, where: Path, *options: str) -> Iterator[None]:
-    """Have qemu-nbd serve a qcow2 at the socket `where` while the body runs, and wait until it is gone.
+def serve_image(image: Path, socket_path: Path, *options: str) -> Iterator[None]:
+    """Have qemu-nbd serve a qcow2 at a unix socket while the body runs, and wait until it has ended.
 
-    The body connects at least one `Client` and disconnects all: then qemu-nbd closes the image and ends. If
-    the body raises, qemu-nbd is killed.
+    The body must connect at least one `NbdClient` and disconnect all of them: then qemu-nbd closes the image
+    and ends. If the body raises, qemu-nbd is killed. Raises NotFoundError if qemu-nbd is not installed, and
+    IslandError if it fails.
     """
-    command = ["qemu-nbd", "-f", "qcow2", "-k", str(where), *options, str(image)]
+    command = ["qemu-nbd", "-f", "qcow2", "-k", str(socket_path), *options, str(image)]
     try:
         server = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
     except FileNotFoundError as error:
         raise NotFoundError("qemu-nbd is not installed; install qemu-utils") from error
     with server:
         try:
-            deadline = time.monotonic() + _PATIENCE
-            while not where.exists() and server.poll() is None and time.monotonic() < deadline:
+            deadline = time.monotonic() + _START_TIMEOUT
+            while not socket_path.exists() and server.poll() is None and time.monotonic() < deadline:
                 time.sleep(0.001)
             yield
         except BaseException:
             server.kill()
             raise
         finally:
-            said = server.stderr.read() if server.stderr else b""
+            errors = server.stderr.read() if server.stderr else b""
             code = server.wait()
-            where.unlink(missing_ok=True)
+            socket_path.unlink(missing_ok=True)
         if code:
-            raise IslandError(f"qemu-nbd failed on {image}: {said.decode(errors='replace').strip()}")
+            raise IslandError(f"qemu-nbd failed on {image}: {errors.decode(errors='replace').strip()}")
 
 
-class Client:
-    """A connection to the default export of a qemu-nbd; a context manager. Not to be shared by threads."""
+class NbdClient:
+    """A connection to the default export of a qemu-nbd; a context manager. Threads must not share one."""
 
-    def __init__(self, where: Path) -> None:
+    def __init__(self, socket_path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._connect(str(where))
-            self._greet()
+            self._connect(str(socket_path))
+            self._shake_hands()
         except BaseException:
             self._socket.close()
             raise
 
-    def _connect(self, where: str) -> None:
-        """Connect; qemu-nbd makes the socket a moment before it listens."""
-        deadline = time.monotonic() + _SOON
+    def _connect(self, socket_path: str) -> None:
+        """Connect, and retry while qemu-nbd does not listen yet: it makes the socket a moment earlier."""
+        deadline = time.monotonic() + _LISTEN_TIMEOUT
         while True:
             try:
-                return self._socket.connect(where)
+                return self._socket.connect(socket_path)
             except ConnectionRefusedError:
                 if time.monotonic() > deadline:
                     raise
@@ -95,10 +96,10 @@ class Client:
             self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, _DISCONNECT, 0, 0, 0))
         self._socket.close()
 
-    def _greet(self) -> None:
+    def _shake_hands(self) -> None:
         greeting = self._receive(18)
         if greeting[:16] != _GREETING:
-            raise IslandError("what listens there is no NBD server of the newstyle; update qemu-nbd")
+            raise IslandError("qemu-nbd does not speak the newstyle NBD protocol; update it")
         self._socket.sendall(struct.pack(">I8sII", _FLAGS, b"IHAVEOPT", _OPT_EXPORT_NAME, 0))
         self._receive(10)
 
@@ -111,21 +112,24 @@ class Client:
         while view:
             got = self._socket.recv_into(view)
             if not got:
-                raise IslandError("qemu-nbd closed the connection; see what it says")
+                raise IslandError("qemu-nbd closed the connection; its own message should say why")
             view = view[got:]
 
     def _send(self, kind: int, cookie: int, offset: int, length: int) -> None:
         self._socket.sendall(_REQUEST.pack(_REQUEST_MAGIC, 0, kind, cookie, offset, length))
 
-    def _reply(self) -> int:
-        """Receive the head of one reply; its cookie."""
+    def _receive_reply(self) -> int:
+        """Receive the header of one reply, and return its cookie."""
         magic, error, cookie = _REPLY.unpack(self._receive(_REPLY.size))
         if magic != _REPLY_MAGIC or error:
             raise IslandError(f"qemu-nbd refused a request ({os.strerror(error)})")
         return int(cookie)
 
-    def read(self, ranges: Sequence[tuple[int, int]], take: Callable[[int, memoryview], object]) -> None:
-        """Read (offset, length) ranges; `take` gets each piece, in any order, for as long as it runs."""
+    def read(self, ranges: Sequence[tuple[int, int]], receive: Callable[[int, memoryview], object]) -> None:
+        """Read (offset, length) ranges; call `receive(offset, data)` for each piece, in any order.
+
+        `data` is valid only until `receive` returns.
+        """
         wanted = [
             (at, min(PIECE, offset + length - at))
             for offset, length in ranges
@@ -137,19 +141,19 @@ class Client:
             while sent < min(len(wanted), done + _IN_FLIGHT):
                 self._send(_READ, sent, *wanted[sent])
                 sent += 1
-            offset, length = wanted[self._reply()]
+            offset, length = wanted[self._receive_reply()]
             self._receive_into(buffer[:length])
-            take(offset, buffer[:length])
+            receive(offset, buffer[:length])
 
     def write(self, pieces: Iterator[tuple[int, bytes]]) -> None:
-        """Write (offset, content) pieces of at most PIECE bytes each; returns when qemu has answered all."""
+        """Write (offset, content) pieces of at most PIECE bytes each; return when qemu has answered all."""
         waiting = 0
         for offset, content in pieces:
             self._send(_WRITE, 0, offset, len(content))
             self._socket.sendall(content)
             waiting += 1
             if waiting == _IN_FLIGHT:
-                self._reply()
+                self._receive_reply()
                 waiting -= 1
         for _ in range(waiting):
-            self._reply()
+            self._receive_reply()

@@ -1,4 +1,4 @@
-"""What a run of the bench found: values, and the same as JSON."""
+"""The results of a run of the bench, as values and as JSON."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from typing import Any
 
 from island_fast.errors import DamagedError, NotFoundError
 
-__all__ = ["Counter", "LeftOut", "Report", "Row", "Spread", "load"]
+__all__ = ["Counter", "LeftOut", "Report", "Row", "Spread", "load_report"]
 
 FORMAT = 1
-"""Of the JSON; another one is not read."""
+"""Version of the JSON; a report with another one is refused."""
 
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Some measured values: their median and quartiles; the true median lies in `sure_low` to `sure_high`."""
+    """Measured values with their median and quartiles (`low` and `high`).
+
+    `sure_low` to `sure_high` is the confidence interval of the median; see `timing.summarize`.
+    """
 
     median: float
     low: float
@@ -29,10 +32,11 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One piece of work, ours against another's, in pairs. `ours` and `theirs` are in `unit`.
+    """What one piece of work took island and a peer, in pairs. `ours` and `theirs` are in `unit`.
 
-    `ratio` has one value for each pair, and `ratio_is` says which way round; `reach` is what it should come
-    to, from above or below as `better` ("higher" or "lower") says; None: nothing is promised.
+    `ratio` has one value for each pair, and `ratio_is` says which way round it is ("theirs / ours" or "ours /
+    theirs"). `reach` is its target: at least that much if `better` is "higher", at most if it is "lower";
+    None: no target.
     """
 
     work: str
@@ -48,21 +52,21 @@ class Row:
 
     @property
     def name(self) -> str:
-        """What tells this row from all others of a report."""
+        """Identifies the row in its report."""
         return f"{self.work}, against {self.against}"
 
     @property
     def reached(self) -> bool | None:
-        """Whether the median came to what it should; None where nothing is promised."""
-        return _reached(self.ratio.median, self.reach, self.better)
+        """Whether the median meets the target; None if there is no target."""
+        return _is_reached(self.ratio.median, self.reach, self.better)
 
 
 @dataclass(frozen=True, slots=True)
 class Counter:
-    """Something counted, or a size: the same in every run with the same seed on any machine.
+    """A count or a size, which is the same in every run with the same seed on any machine.
 
-    `reach` is the most (or with `better` "higher" the least) that it should come to. What differs from run to
-    run after all, such as memory, differs by less than `noise`, as a share of it.
+    `reach` is its target, the most that it should be (with `better` "higher", the least). A value that does
+    differ from run to run, such as memory, differs by less than `noise`, a share of the value.
     """
 
     name: str
@@ -75,11 +79,11 @@ class Counter:
 
     @property
     def reached(self) -> bool | None:
-        """Whether it is what it should be; None where nothing is promised."""
-        return _reached(self.value, self.reach, self.better)
+        """Whether the value meets the target; None if there is no target."""
+        return _is_reached(self.value, self.reach, self.better)
 
 
-def _reached(value: float, reach: float | None, better: str) -> bool | None:
+def _is_reached(value: float, reach: float | None, better: str) -> bool | None:
     if reach is None:
         return None
     return value >= reach if better == "higher" else value <= reach
@@ -87,7 +91,7 @@ def _reached(value: float, reach: float | None, better: str) -> bool | None:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """A peer, or a piece of work, that was not measured, and why; `failed` if that was tried."""
+    """A peer or a case that was not measured, and why; `failed` if it was tried."""
 
     name: str
     reason: str
@@ -96,7 +100,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """One run: where, with what, how, and what was found."""
+    """One run: when and on which machine, the versions and parameters, and the results."""
 
     started: str
     machine: dict[str, str]
@@ -106,17 +110,17 @@ class Report:
     counters: tuple[Counter, ...]
     left_out: tuple[LeftOut, ...]
 
-    def as_json(self) -> str:
-        """The report as JSON text; `load` reads it back."""
+    def to_json(self) -> str:
+        """Return the report as JSON text, which `from_json` reads."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """The report that `as_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
+        """Read what `to_json` wrote. Raises ValueError, TypeError or KeyError for anything else."""
         value = json.loads(text)
         if value.pop("format") != FORMAT:
-            raise ValueError("it has another format")
-        value["rows"] = tuple(_row(one) for one in value["rows"])
+            raise ValueError("it has another format version")
+        value["rows"] = tuple(_read_row(one) for one in value["rows"])
         value["counters"] = tuple(
             Counter(**{**one, "notes": tuple(one["notes"])}) for one in value["counters"]
         )
@@ -124,18 +128,20 @@ class Report:
         return cls(**value)
 
 
-def _row(value: dict[str, Any]) -> Row:
+def _read_row(value: dict[str, Any]) -> Row:
     for key in ("ours", "theirs", "ratio"):
         value[key] = Spread(**{**value[key], "values": tuple(value[key]["values"])})
     value["notes"] = tuple(value["notes"])
     return Row(**value)
 
 
-def load(path: Path) -> Report:
+def load_report(path: Path) -> Report:
     """Read a report from a file. Raises NotFoundError or DamagedError."""
     try:
         return Report.from_json(path.read_text())
     except FileNotFoundError as error:
         raise NotFoundError(f"{path} does not exist; make one with --json {path}") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise DamagedError(f"{path} is no report of this bench ({error}); make one with --json") from error
+        raise DamagedError(
+            f"{path} is not a valid report of this bench ({error}); make one with --json"
+        ) from error

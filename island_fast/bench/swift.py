@@ -1,7 +1,7 @@
-"""A real Swift for the bench alone: account, container, object and proxy servers on loopback, one replica.
+"""A real Swift for the bench: account, container, object and proxy servers on loopback, with one replica.
 
-It needs the package `swift`, no root, and a file system with extended attributes. Its data lies in memory
-where there is room (/dev/shm), so that what is measured is how bytes get there, and no disk.
+It needs the package `swift` and a file system with extended attributes, but not root. Its data is in memory
+(/dev/shm) if possible, so that a measurement shows the cost of the client and not that of a disk.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from island_fast.bench.island_command import environment
+from island_fast.bench.island_command import make_child_environment
 from island_fast.bench.swift_process import KINDS
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Account", "serving", "signed_in"]
+__all__ = ["Account", "run_swift", "use_account"]
 
 _USER = "bench:bench"
 _KEY = secrets.token_hex(16)
-_PATIENCE = 30.0  # seconds until a server answers
+_TIMEOUT = 30.0  # seconds until a server answers
 
 Conf = Mapping[str, Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """How clients sign in, by environment variables; and what that gives: port, path and token."""
+    """How clients sign in (environment variables), and an account that is signed in: port, path and token."""
 
     variables: Mapping[str, str]
     port: int
@@ -51,27 +51,28 @@ class Account:
 
 
 @contextlib.contextmanager
-def serving(container: str) -> Iterator[Account]:
-    """Run a Swift while the body does, with an empty container.
+def run_swift(container: str) -> Iterator[Account]:
+    """Run a Swift with an empty container while the body runs.
 
-    NotFoundError if the package is not installed, IslandError if a server does not start.
+    Raises NotFoundError if the package is not installed, IslandError if a server does not start.
     """
     if importlib.util.find_spec("swift") is None:
         raise NotFoundError("the package swift is not installed; run: pip install swift")
-    root = Path(tempfile.mkdtemp(prefix="island-bench-swift-", dir=_folder()))
+    root = Path(tempfile.mkdtemp(prefix="island-bench-swift-", dir=_find_folder()))
     running: list[subprocess.Popen[bytes]] = []
     try:
-        ports = _ports()
+        ports = _find_free_ports()
         _configure(root, ports)
         program = [sys.executable, "-m", "island_fast.bench.swift_process"]
-        subprocess.run([*program, "rings", root, json.dumps(ports)], check=True, env=_variables())
+        variables = {**os.environ, **make_child_environment()}
+        subprocess.run([*program, "rings", root, json.dumps(ports)], check=True, env=variables)
         for kind in ("proxy", *KINDS):
             with open(root / f"{kind}.log", "wb") as log:
                 command = [*program, "serve", kind, str(root / f"{kind}.conf")]
-                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=_variables()))
+                running.append(subprocess.Popen(command, stdout=log, stderr=log, env=variables))
         for kind, server in zip(("proxy", *KINDS), running, strict=True):
-            _await(root, kind, ports[kind], server)
-        account = _signed_in(ports["proxy"])
+            _wait_until_ready(root, kind, ports[kind], server)
+        account = _sign_in(ports["proxy"])
         _make_container(account, container)
         yield account
     finally:
@@ -82,8 +83,8 @@ def serving(container: str) -> Iterator[Account]:
 
 
 @contextlib.contextmanager
-def signed_in(account: Account) -> Iterator[None]:
-    """Have this process's clients sign in to this account while the body runs."""
+def use_account(account: Account) -> Iterator[None]:
+    """Set the environment so that clients of this process sign in to this account while the body runs."""
     before = dict(os.environ)
     for name in before:
         if name.startswith(("OS_", "ST_")):
@@ -96,21 +97,19 @@ def signed_in(account: Account) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _variables() -> dict[str, str]:
-    return {**os.environ, **environment()}
-
-
-def _folder() -> str:
-    """A folder whose files can have extended attributes as large as Swift's."""
+def _find_folder() -> str:
+    """Return a folder whose files can have extended attributes as large as those of Swift."""
     for folder in ("/dev/shm", tempfile.gettempdir()):
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as probe:
             os.setxattr(probe.name, "user.swift.metadata", b"x" * 2000)
             return folder
-    raise IslandError("no folder here supports extended attributes, which Swift needs; set TMPDIR to another")
+    raise IslandError(
+        "Swift needs extended attributes, and neither /dev/shm nor TMPDIR supports them; set TMPDIR"
+    )
 
 
-def _ports() -> dict[str, int]:
-    """A free port for each server."""
+def _find_free_ports() -> dict[str, int]:
+    """Return a free port for each server."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(1 + len(KINDS))]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:
@@ -119,8 +118,8 @@ def _ports() -> dict[str, int]:
 
 
 def _configure(root: Path, ports: Mapping[str, int]) -> None:
-    """Write the configuration of every server, and Swift's own."""
-    _write(
+    """Write swift.conf and the configuration of every server."""
+    _write_conf(
         root / "swift.conf",
         {
             "swift-hash": {"swift_hash_path_suffix": "bench"},
@@ -140,7 +139,10 @@ def _configure(root: Path, ports: Mapping[str, int]) -> None:
             "mount_check": "false",
             "disable_fallocate": "true",
         }
-        _write(root / f"{kind}.conf", {"DEFAULT": common, **(_PROXY if kind == "proxy" else _storage(kind))})
+        _write_conf(
+            root / f"{kind}.conf",
+            {"DEFAULT": common, **(_PROXY if kind == "proxy" else _make_storage_conf(kind))},
+        )
 
 
 _PROXY: Conf = {
@@ -151,11 +153,11 @@ _PROXY: Conf = {
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
     "filter:healthcheck": {"use": "egg:swift#healthcheck"},
-    "filter:cache": {"paste.filter_factory": "island_fast.bench.swift_process:cache"},
+    "filter:cache": {"paste.filter_factory": "island_fast.bench.swift_process:make_cache_filter"},
     "filter:tempauth": {
         "use": "egg:swift#tempauth",
         "user_bench_bench": f"{_KEY} .admin",
-        # Tokens that are signed: no server has to remember them.
+        # With signed tokens, no server needs to remember them.
         "fernet_key_1": base64.urlsafe_b64encode(secrets.token_bytes(32)).decode(),
         "active_fernet_key_id": "1",
     },
@@ -163,7 +165,7 @@ _PROXY: Conf = {
 }
 
 
-def _storage(kind: str) -> Conf:
+def _make_storage_conf(kind: str) -> Conf:
     return {
         "pipeline:main": {"pipeline": f"healthcheck {kind}-server"},
         "filter:healthcheck": {"use": "egg:swift#healthcheck"},
@@ -171,41 +173,41 @@ def _storage(kind: str) -> Conf:
     }
 
 
-def _write(path: Path, sections: Conf) -> None:
+def _write_conf(path: Path, sections: Conf) -> None:
     parser = configparser.RawConfigParser()
     parser.read_dict(sections)
     with open(path, "w") as file:
         parser.write(file)
 
 
-def _await(root: Path, kind: str, port: int, server: subprocess.Popen[bytes]) -> None:
-    """Wait until a server answers."""
-    end = time.monotonic() + _PATIENCE
+def _wait_until_ready(root: Path, kind: str, port: int, server: subprocess.Popen[bytes]) -> None:
+    """Wait until a server answers. Raises IslandError with its last output if it does not."""
+    end = time.monotonic() + _TIMEOUT
     while time.monotonic() < end and server.poll() is None:
         with contextlib.suppress(OSError):
-            if _ask(port, "GET", "/healthcheck", {}).status == 200:
+            if _request(port, "GET", "/healthcheck", {}).status == 200:
                 return
         time.sleep(0.02)
-    said = (root / f"{kind}.log").read_text(errors="replace")[-1000:]
-    raise IslandError(f"Swift's {kind} server did not start: {said}")
+    output = (root / f"{kind}.log").read_text(errors="replace")[-1000:]
+    raise IslandError(f"Swift's {kind} server did not start; its last output: {output}")
 
 
-def _ask(port: int, method: str, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
-    """Make one request; the answer, without its body."""
-    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_PATIENCE)) as connection:
+def _request(port: int, method: str, path: str, headers: dict[str, str]) -> http.client.HTTPResponse:
+    """Make one request; return the response, without its body."""
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=_TIMEOUT)) as connection:
         connection.request(method, path, headers=headers)
         with connection.getresponse() as answer:
             return answer
 
 
-def _signed_in(port: int) -> Account:
-    headers = _ask(port, "GET", "/auth/v1.0", {"X-Auth-User": _USER, "X-Auth-Key": _KEY}).headers
+def _sign_in(port: int) -> Account:
+    headers = _request(port, "GET", "/auth/v1.0", {"X-Auth-User": _USER, "X-Auth-Key": _KEY}).headers
     variables = {"ST_AUTH": f"http://127.0.0.1:{port}/auth/v1.0", "ST_USER": _USER, "ST_KEY": _KEY}
     path = urlsplit(headers["X-Storage-Url"] or "").path
     return Account(variables, port, path, headers["X-Auth-Token"] or "")
 
 
 def _make_container(account: Account, name: str) -> None:
-    status = _ask(account.port, "PUT", f"{account.path}/{name}", {"X-Auth-Token": account.token}).status
+    status = _request(account.port, "PUT", f"{account.path}/{name}", {"X-Auth-Token": account.token}).status
     if status not in (201, 202):
-        raise IslandError(f"the bench's Swift makes no container ({status}); report this fault")
+        raise IslandError(f"the bench's Swift refused to create a container ({status}); report this fault")

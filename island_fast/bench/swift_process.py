@@ -1,6 +1,6 @@
-"""The processes of the bench's Swift: one of its servers, or the making of its rings.
+"""The processes of the bench's Swift: run one of its servers, or make its rings.
 
-Run as a program by `swift.py`. It imports nothing that servers do not need.
+`swift.py` starts this as a program. It imports nothing that servers do not need.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["KINDS", "cache"]
+__all__ = ["KINDS", "make_cache_filter"]
 
 KINDS = ("account", "container", "object")
 
-Passed = Any
-"""What only passes through."""
+Opaque = Any
+"""Whatever is only passed on."""
 
 
 def _make_rings(root: Path, ports: Mapping[str, int]) -> None:
-    """Rings with one device."""
+    """Make and save the rings, each with one device."""
     from swift.common.ring import RingBuilder
 
     (root / "node" / "d0").mkdir(parents=True)
@@ -39,7 +39,7 @@ def _make_rings(root: Path, ports: Mapping[str, int]) -> None:
 
 
 def _serve(kind: str, conf: str) -> None:
-    """Become one server, which ends when the process that started it does."""
+    """Become one server. It ends when the process that started it ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     sys.argv = [kind, conf]
@@ -48,26 +48,26 @@ def _serve(kind: str, conf: str) -> None:
 
 
 class _Cache:
-    """WSGI: what a proxy has memcached for, as a filter, for there is one proxy."""
+    """A WSGI filter that the proxy uses instead of memcached. That works because there is only one proxy."""
 
-    def __init__(self, app: Passed) -> None:
+    def __init__(self, app: Opaque) -> None:
         self.app = app
         self._kept: dict[str, tuple[str, float]] = {}
 
-    def __call__(self, env: dict[str, Passed], start: Passed) -> Passed:
+    def __call__(self, env: dict[str, Opaque], start: Opaque) -> Opaque:
         env["swift.cache"] = self
         return self.app(env, start)
 
-    def get(self, key: str, **_: Passed) -> Passed:
-        """What was set, until its time is over; else None."""
+    def get(self, key: str, **_: Opaque) -> Opaque:
+        """Return the value of a key; None if there is none or its time is over."""
         value, end = self._kept.get(key, ("null", 0.0))
         return json.loads(value) if end > time.monotonic() else None
 
-    def set(self, key: str, value: Passed, *_: Passed, time: float = 0, **__: Passed) -> None:
-        """Keep a value for so many seconds."""
+    def set(self, key: str, value: Opaque, *_: Opaque, time: float = 0, **__: Opaque) -> None:
+        """Keep a value for `time` seconds, or for a day."""
         self._kept[key] = json.dumps(value), _now() + (time or 86400)
 
-    def delete(self, key: str, **_: Passed) -> None:
+    def delete(self, key: str, **_: Opaque) -> None:
         """Forget a value."""
         self._kept.pop(key, None)
 
@@ -75,8 +75,8 @@ class _Cache:
 _now = time.monotonic
 
 
-def cache(_global_conf: Mapping[str, str], **_local_conf: str) -> Callable[[Passed], _Cache]:
-    """What paste calls."""
+def make_cache_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Callable[[Opaque], _Cache]:
+    """Return the filter's factory; paste calls this."""
     return _Cache
 
 

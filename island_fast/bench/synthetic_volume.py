@@ -1,6 +1,6 @@
-"""A volume that is only numbers, edited and snapshotted: for histories too long to have qemu make them.
+"""A volume without an image, for histories of snapshots that would take qemu too long to make.
 
-Only the image is a stand-in: packs, manifests, records and local state are what every snapshot writes.
+Only the image is replaced: packs, manifests, records and local state are written as for every snapshot.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from island_fast import _diff
 from island_fast.api import Repository
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View
 from island_fast.operations.snapshot import SnapshotRequest, take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.results_base import SnapshotTaken
 
-__all__ = ["EditedVolume"]
+__all__ = ["SyntheticVolume"]
 
 
 _LONGEST = 16  # blocks of an edit: 1 MiB
 _NOISE = 32 << 20
 
 
-class EditedVolume(Source):
-    """A volume all of whose blocks hold noise, and what was edited since its pin, as tables would tell it.
+class SyntheticVolume(Source):
+    """A volume full of random bytes, which knows what was edited since its last pin, as qcow2 tables would.
 
-    A block's content depends on its number, on how often it was edited, and on the seed. Random bytes take
-    32 MiB, whatever the volume's size.
+    A block's content depends on its number, on how often it was edited, and on the seed. It takes 32 MiB of
+    memory, whatever the size of the volume.
     """
 
     def __init__(self, path: Path, blocks: int, seed: int) -> None:
@@ -47,9 +47,9 @@ class EditedVolume(Source):
         self._pins: list[InternalSnapshot] = []
 
     def edit(self, blocks: int) -> int:
-        """Write other bytes over `blocks` blocks, in pieces of 64 KiB to 1 MiB that lie anywhere.
+        """Overwrite `blocks` blocks, in pieces of 64 KiB to 1 MiB anywhere in the volume.
 
-        Pieces may meet, so fewer blocks may differ; how many differ since the last snapshot is returned.
+        Pieces can overlap. Returns how many blocks differ since the last snapshot.
         """
         while blocks:
             length = min(int(self._draw.integers(1, _LONGEST + 1)), blocks)
@@ -60,7 +60,7 @@ class EditedVolume(Source):
         return self._edited.count()
 
     def snapshot(self, repository: Repository, volume: str = "vol") -> SnapshotTaken:
-        """Take a snapshot of it as it is now."""
+        """Take a snapshot of the volume as it is now."""
         lineage = repository.lineage(volume)
         lineage.refresh()
         return take_snapshot(lineage, self, SnapshotRequest(repository.id), silent)
@@ -71,21 +71,21 @@ class EditedVolume(Source):
         return {"format": "qcow2"}
 
     @property
-    def internals(self) -> tuple[InternalSnapshot, ...]:
-        """See Source.internals."""
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
+        """See Source.internal_snapshots."""
         return tuple(self._pins)
 
     @property
-    def unpinnable(self) -> str | None:
-        """See Source.unpinnable."""
+    def reason_not_pinnable(self) -> str | None:
+        """See Source.reason_not_pinnable."""
         return None
 
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        """See Source.find."""
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """See Source.find_pinned."""
         return next((one for one in self._pins if one.identity == pin), None)
 
-    def named(self, name: str) -> InternalSnapshot:
-        """See Source.named."""
+    def find_named(self, name: str) -> InternalSnapshot:
+        """See Source.find_named."""
         return next(one for one in self._pins if one.name == name)
 
     def pin(self, name: str) -> InternalSnapshot:
@@ -99,29 +99,29 @@ class EditedVolume(Source):
         """See Source.unpin."""
         self._pins.remove(internal)
 
-    def discard(self, name: str) -> None:
-        """See Source.discard."""
+    def discard_pin(self, name: str) -> None:
+        """See Source.discard_pin."""
         self._pins = [one for one in self._pins if one.name != name]
 
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
-        """See Source.evidence."""
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """See Source.reason_unsound."""
         return None
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
         return _Now(self._versions, self._noise)
 
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
-        """See Source.change."""
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """See Source.find_change."""
         edited, self._edited = self._edited, DirtyMap(view.blocks)
         if base is None:
-            return scanned(DirtyMap.from_runs(view.blocks, np.array([[0, view.blocks]])), why_not)
+            return Change.full_scan(DirtyMap.from_runs(view.blocks, np.array([[0, view.blocks]])), why_not)
         replaced = np.concatenate([edited.runs(), [[view.blocks, END]]]).astype(np.int64)
         return Change(TABLE_DIFF, "edited since", edited, edited, replaced)
 
 
 class _Now(View):
-    """The volume's blocks: pieces of the noise, at places that their numbers and versions give."""
+    """The blocks of the volume: pieces of the noise, whose places follow from block numbers and versions."""
 
     def __init__(self, versions: Int64s, noise: NDArray[np.uint8]) -> None:
         self.volume_size = versions.size * BLOCK_SIZE

@@ -1,4 +1,4 @@
-"""The table that a person reads."""
+"""Print a report as tables for people."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rich.table import Table
 from island_fast.bench.report import Counter, Report, Row, Spread
 from island_fast.cli import text as show
 
-__all__ = ["draw", "number", "reach_text"]
+__all__ = ["format_number", "format_target", "print_report"]
 
 
-def number(value: float) -> str:
-    """Three digits, whatever the size."""
+def format_number(value: float) -> str:
+    """Return a number with about three digits."""
     if value == 0 or abs(value) >= 100:
         return f"{value:,.0f}"
     if abs(value) >= 10:
@@ -23,39 +23,39 @@ def number(value: float) -> str:
     return f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}"
 
 
-def reach_text(reach: float | None, better: str) -> str:
-    """Such as "at least 12"; "" for none."""
+def format_target(reach: float | None, better: str) -> str:
+    """Return a target as text, such as "at least 12"; "" if there is none."""
     if reach is None:
         return ""
     return f"at {'least' if better == 'higher' else 'most'} {reach:.3g}"
 
 
-def draw(report: Report, console: Console) -> None:
-    """Write the report as tables to a console."""
+def print_report(report: Report, console: Console) -> None:
+    """Print a report as tables, with what was left out, and notes."""
     console.print(f"island {report.versions['island']}, {report.started}", highlight=False)
-    console.print("; ".join(_sizes(report)), highlight=False)
+    console.print("; ".join(_describe_volumes(report)), highlight=False)
     console.print("; ".join(f"{key} {value}" for key, value in report.machine.items()), highlight=False)
     if report.rows:
-        console.print(_rows(report))
+        console.print(_make_row_table(report))
     if report.counters:
-        console.print(_counters(report))
+        console.print(_make_counter_table(report))
     for one in report.left_out:
         how = "failed" if one.failed else "left out"
         console.print(f"{how}: {one.name}: {one.reason}", highlight=False, markup=False)
-    for note in _notes(report):
+    for note in _list_notes(report):
         console.print(note, highlight=False, markup=False)
 
 
-def _sizes(report: Report) -> Iterator[str]:
-    """How big the volumes were."""
+def _describe_volumes(report: Report) -> Iterator[str]:
+    """Yield the size of each volume."""
     for name in ("small", "large"):
         if size := report.parameters.get(name):
             data, volume = (show.size(size[key]) for key in ("allocated", "volume"))
             yield f"the {name} volume: {data} of data in {volume}"
 
 
-def _rows(report: Report) -> Table:
-    """A line for each work, and below it one for each peer: medians, ratios, and how sure they are."""
+def _make_row_table(report: Report) -> Table:
+    """Return a table with a heading for each work, and below it a line for each peer."""
     table = Table("", "ours", "theirs", "ratio", "95 %", "to reach", "pairs", box=box.SIMPLE, padding=(0, 1))
     for column in table.columns[1:]:
         column.no_wrap = True
@@ -67,43 +67,44 @@ def _rows(report: Report) -> Table:
             named = row.work
         table.add_row(
             f"  against {row.against}",
-            _median(row.ours, row.unit),
-            _median(row.theirs, row.unit),
-            _ratio(row),
-            f"{number(row.ratio.sure_low)} to {number(row.ratio.sure_high)}",
-            reach_text(row.reach, row.better),
+            _format_median(row.ours, row.unit),
+            _format_median(row.theirs, row.unit),
+            _format_ratio(row),
+            f"{format_number(row.ratio.sure_low)} to {format_number(row.ratio.sure_high)}",
+            format_target(row.reach, row.better),
             str(len(row.ratio.values)),
         )
     return table
 
 
-def _median(spread: Spread, unit: str) -> str:
-    """The median, and half of what lies between the quartiles as a share of it."""
+def _format_median(spread: Spread, unit: str) -> str:
+    """Return the median, and half the distance between the quartiles as a share of it."""
     share = (spread.high - spread.low) / 2 / spread.median if spread.median else 0.0
-    return f"{number(spread.median)} {unit} ±{share:3.0%}"
+    return f"{format_number(spread.median)} {unit} ±{share:3.0%}"
 
 
-def _ratio(row: Row) -> str:
-    """The ratio; bold where it was reached, red where not."""
-    text = f"{number(row.ratio.median)}x"
+def _format_ratio(row: Row) -> str:
+    """Return the ratio, green if it meets its target and red if not."""
+    text = f"{format_number(row.ratio.median)}x"
     return {True: f"[bold green]{text}[/]", False: f"[bold red]{text}[/]", None: text}[row.reached]
 
 
-def _counters(report: Report) -> Table:
+def _make_counter_table(report: Report) -> Table:
     table = Table("counted", "value", "unit", "to reach", box=box.SIMPLE)
     for column in table.columns[1:]:
         column.justify = "right"
     for counter in report.counters:
-        table.add_row(counter.name, _value(counter), counter.unit, reach_text(counter.reach, counter.better))
+        target = format_target(counter.reach, counter.better)
+        table.add_row(counter.name, _format_value(counter), counter.unit, target)
     return table
 
 
-def _value(counter: Counter) -> str:
-    text = f"{counter.value:,.0f}" if counter.value == int(counter.value) else number(counter.value)
+def _format_value(counter: Counter) -> str:
+    text = f"{counter.value:,.0f}" if counter.value == int(counter.value) else format_number(counter.value)
     return f"[bold red]{text}[/]" if counter.reached is False else text
 
 
-def _notes(report: Report) -> Iterator[str]:
+def _list_notes(report: Report) -> Iterator[str]:
     noted = {row.name: row.notes for row in report.rows} | {one.name: one.notes for one in report.counters}
     for name, notes in noted.items():
         if notes:

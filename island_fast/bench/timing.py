@@ -1,7 +1,7 @@
-"""How times are taken: whole processes and calls, in alternating pairs; and what is said of them.
+"""Measure whole processes and calls in alternating pairs, and summarize the values.
 
-All medians come with an interval that needs no assumption about how times are spread: between which two of
-the sorted values the median of all possible runs lies (the sign test turned round).
+Every median comes with a confidence interval that assumes nothing about how the values are distributed: it
+reaches from one of the sorted values to another, so that the true median is in between (inverted sign test).
 """
 
 from __future__ import annotations
@@ -23,23 +23,34 @@ from typing import TypeVar
 from island_fast.bench.report import Row, Spread
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Measured", "costs", "pairs", "row", "run", "spread", "status", "timed", "until_on_disk", "warm"]
+__all__ = [
+    "Measurement",
+    "describe_costs",
+    "flush_to_disk",
+    "make_row",
+    "run",
+    "run_for_status",
+    "run_pairs",
+    "summarize",
+    "time_call",
+    "warm_page_cache",
+]
 
 _LAUNCHER = Path(__file__).with_name("launcher.py")
 _SURE = 0.95
-_MAX_SAID = 500
+_MAX_OUTPUT = 500
 
 Ours = TypeVar("Ours")
 Theirs = TypeVar("Theirs")
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """One run of a whole process.
+class Measurement:
+    """What one run of a whole process cost.
 
-    Seconds from before its start until it is gone; `processor` seconds of it and all processes that it
-    waited for; `memory`, in bytes, is the most that one of them held. `output` is what it wrote on
-    standard output.
+    `wall` is the seconds from before its start until it has ended; `processor` the processor seconds of it
+    and of all processes that it waited for; `memory` the peak, in bytes, of the largest of them. `output` is
+    what it wrote to standard output.
     """
 
     wall: float
@@ -50,17 +61,18 @@ class Measured:
 
 def run(
     command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, cwd: Path | None = None
-) -> Measured:
-    """Run a program to its end and say what it cost.
+) -> Measurement:
+    """Run a program to its end and return what it cost.
 
-    `env` is added to the environment. Raises NotFoundError if there is no such program, IslandError with its
-    last words if it fails. If this process is interrupted, the program and all that it started are killed.
+    `env` is added to the environment. Raises NotFoundError if the program is not installed, IslandError with
+    the end of its output if it fails. If this process is interrupted, it kills the program and everything
+    that the program started.
     """
     words = [str(word) for word in command]
     ours, theirs = os.pipe()
     with (
         tempfile.TemporaryFile() as output,
-        tempfile.TemporaryFile() as said,
+        tempfile.TemporaryFile() as errors,
         os.fdopen(ours, "rb") as answer,
     ):
         try:
@@ -68,7 +80,7 @@ def run(
                 [sys.executable, "-I", "-S", str(_LAUNCHER), str(theirs), *words],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
-                stderr=said,
+                stderr=errors,
                 env={**os.environ, **(env or {})},
                 cwd=cwd,
                 pass_fds=[theirs],
@@ -76,17 +88,17 @@ def run(
             )
         finally:
             os.close(theirs)
-        with _killed_if_interrupted(launcher):
-            told = answer.read().split()
+        with _kill_if_interrupted(launcher):
+            costs = answer.read().split()
             launcher.wait()
         output.seek(0)
-        said.seek(0)
-        return _measured(words, told, output.read(), said.read())
+        errors.seek(0)
+        return _read_measurement(words, costs, output.read(), errors.read())
 
 
 @contextlib.contextmanager
-def _killed_if_interrupted(launcher: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill the launcher and what it started if the body is left by an exception."""
+def _kill_if_interrupted(launcher: subprocess.Popen[bytes]) -> Iterator[None]:
+    """Kill the launcher and everything that it started if the body raises."""
     try:
         yield
     except BaseException:
@@ -96,36 +108,38 @@ def _killed_if_interrupted(launcher: subprocess.Popen[bytes]) -> Iterator[None]:
         raise
 
 
-def _measured(words: Sequence[str], told: Sequence[bytes], output: bytes, said: bytes) -> Measured:
-    """Read what the launcher told."""
-    if not told and b"FileNotFoundError" in said:
+def _read_measurement(
+    words: Sequence[str], costs: Sequence[bytes], output: bytes, errors: bytes
+) -> Measurement:
+    """Return what the launcher reported. Raises NotFoundError or IslandError if the program failed."""
+    if not costs and b"FileNotFoundError" in errors:
         raise NotFoundError(f"{words[0]} is not installed; install it, or leave it out with --peers")
-    if not told or int(told[0]):
-        last = (said or output).decode(errors="replace").strip()[-_MAX_SAID:]
-        raise IslandError(f"{' '.join(words)!r} failed, and the measurement with it; it said: {last}")
-    return Measured(float(told[1]), float(told[2]), int(told[3]), output)
+    if not costs or int(costs[0]):
+        last = (errors or output).decode(errors="replace").strip()[-_MAX_OUTPUT:]
+        raise IslandError(f"{' '.join(words)!r} failed, so there is no measurement; its last output: {last}")
+    return Measurement(float(costs[1]), float(costs[2]), int(costs[3]), output)
 
 
-def status(command: Sequence[str]) -> int:
-    """Run a program to its end, unmeasured, and return its exit status."""
+def run_for_status(command: Sequence[str]) -> int:
+    """Run a program to its end without measuring it, and return its exit status."""
     return subprocess.run(command, capture_output=True, check=False).returncode
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that one call takes in this process."""
+def time_call(work: Callable[[], object]) -> float:
+    """Call `work` in this process, and return the seconds that it took."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
 
 
-def until_on_disk(path: Path) -> None:
-    """Wait until a file, or every file below a folder, is on disk, so that nobody pays for it later."""
+def flush_to_disk(path: Path) -> None:
+    """Flush a file, or every file below a folder, so that no later flush has to wait for it."""
     for file in [path] if path.is_file() else [one for one in path.rglob("*") if one.is_file()]:
         with open(file, "rb") as opened:
             os.fsync(opened.fileno())
 
 
-def warm(path: Path) -> None:
+def warm_page_cache(path: Path) -> None:
     """Read a file into the page cache."""
     with open(path, "rb", buffering=0) as opened:
         buffer = bytearray(1 << 20)
@@ -133,16 +147,16 @@ def warm(path: Path) -> None:
             pass
 
 
-def pairs(
+def run_pairs(
     count: int,
     ours: Callable[[], Ours],
     theirs: Callable[[], Theirs],
     before: Callable[[], object] = lambda: None,
 ) -> list[tuple[Ours, Theirs]]:
-    """Run both on the same state, `count` times, ours first, theirs first, and so on in turn.
+    """Run both on the same state, `count` times; ours runs first in one pair, theirs in the next.
 
-    `before` is called before each pair and makes its state. One pair more is run first and not counted: it
-    warms caches.
+    `before` is called before each pair and prepares its state. An extra pair runs at the beginning and is not
+    counted; it warms the caches.
     """
     results = []
     for number in range(count + 1):
@@ -156,24 +170,24 @@ def pairs(
     return results[1:]
 
 
-def costs(found: Sequence[tuple[Measured, Measured]]) -> str:
-    """Say what both used beside time, by their medians."""
-    told = []
+def describe_costs(found: Sequence[tuple[Measurement, Measurement]]) -> str:
+    """Describe what both used besides time: the median of processor seconds, and the peak of memory."""
+    parts = []
     for name, of in (("ours", [our for our, _ in found]), ("theirs", [their for _, their in found])):
         processor = statistics.median(one.processor for one in of)
         memory = max(one.memory for one in of) / 2**20
-        told.append(f"{name} {processor:.2f} s and {memory:.0f} MiB")
-    return f"processor and memory: {', '.join(told)}"
+        parts.append(f"{name} {processor:.2f} s and {memory:.0f} MiB")
+    return f"processor and memory: {', '.join(parts)}"
 
 
-def spread(values: Sequence[float]) -> Spread:
-    """Median, quartiles, and what holds the true median with 95 %, or as surely as so few can say."""
+def summarize(values: Sequence[float]) -> Spread:
+    """Return median, quartiles, and the 95 % interval of the median; a weaker one if there are few values."""
     ordered = sorted(values)
     if len(ordered) == 1:
         quartiles = [ordered[0]] * 3
     else:
         quartiles = statistics.quantiles(ordered, n=4, method="inclusive")
-    at = _rank(len(ordered))
+    at = _find_rank(len(ordered))
     return Spread(
         statistics.median(ordered),
         quartiles[0],
@@ -184,8 +198,8 @@ def spread(values: Sequence[float]) -> Spread:
     )
 
 
-def _rank(count: int) -> int:
-    """How many values may be left out at either end for an interval of 95 %; 0 if none may."""
+def _find_rank(count: int) -> int:
+    """Return how many of `count` values are outside the 95 % interval at either end; 0 for few values."""
     outside, rank = 0.0, -1
     while rank + 1 < count - 1 - rank:
         outside += 2 * math.comb(count, rank + 1) / 2**count
@@ -195,7 +209,7 @@ def _rank(count: int) -> int:
     return max(rank, 0)
 
 
-def row(
+def make_row(
     work: str,
     against: str,
     measured: Sequence[tuple[float, float]],
@@ -205,11 +219,10 @@ def row(
     unit: str = "s",
     notes: Sequence[str] = (),
 ) -> Row:
-    """Make a row of pairs (ours, theirs).
+    """Make a row from pairs (ours, theirs), with a ratio for each pair.
 
-    The ratio of a time that should be short is theirs / ours ("times faster") if `better` is "higher", and
-    ours / theirs ("times its time") if it is "lower"; of a rate (a `unit` per second) it is ours / theirs.
-    Each ratio is of one pair.
+    For times and sizes the ratio is theirs / ours ("times faster") if `better` is "higher", and ours / theirs
+    ("times as long") if it is "lower". For rates (a `unit` per second) it is ours / theirs.
     """
     upside_down = better == "higher" and not unit.endswith("/s")
     ratios = [theirs / ours if upside_down else ours / theirs for ours, theirs in measured]
@@ -217,9 +230,9 @@ def row(
         work=work,
         against=against,
         unit=unit,
-        ours=spread([ours for ours, _ in measured]),
-        theirs=spread([theirs for _, theirs in measured]),
-        ratio=spread(ratios),
+        ours=summarize([ours for ours, _ in measured]),
+        theirs=summarize([theirs for _, theirs in measured]),
+        ratio=summarize(ratios),
         ratio_is="theirs / ours" if upside_down else "ours / theirs",
         reach=reach,
         better=better,

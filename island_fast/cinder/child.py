@@ -1,7 +1,7 @@
-"""Programs that a service runs beside itself and must not wait for in one piece.
+"""Run a program from a service on eventlet, without stopping the service's other work.
 
-A service on eventlet stands still while it waits for a pipe or a process in any way that eventlet did not
-patch. So nothing is waited for here but time: the program writes to files, and it is looked at now and then.
+Such a service stands still while it waits for a pipe or a process, except in ways that eventlet has patched.
+So this module waits for nothing but time: the program writes to files, which are read now and then.
 """
 
 from __future__ import annotations
@@ -16,36 +16,36 @@ from typing import IO
 
 __all__ = ["run_child"]
 
-_SOON, _LATER = 0.01, 0.25  # seconds between two looks, at first and at last
-_GRACE = 15.0  # seconds from being asked to end until it is killed
-_MAX_LINE = 1 << 16  # bytes of a line that is told
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.25  # seconds between two looks at the program
+_GRACE = 15.0  # seconds between SIGTERM and SIGKILL
+_MAX_LINE = 1 << 16  # bytes; the rest of a longer line is cut off
 
 
 def run_child(
     command: Sequence[str],
     env: Mapping[str, str],
-    tell: Callable[[str], None],
+    on_line: Callable[[str], None],
     cancelled: Callable[[], bool] = lambda: False,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program to its end, and return what it said on standard output.
+    """Run a program to its end, and return its exit status and standard output.
 
-    `env` is all of its environment. `tell` gets each line of its standard error, soon after it was written.
-    Once `cancelled` says so it is asked to end (SIGTERM), and killed if it has not after 15 s: it may wait
-    for a store that says nothing. It is asked, too, when this process ends. Raises OSError if it does not
-    start.
+    `env` is its whole environment. `on_line` gets each line of its standard error soon after it was written.
+    When `cancelled` returns true, the program is sent SIGTERM, and 15 s later SIGKILL: it may be waiting for
+    a store that does not answer. It also gets SIGTERM when this process ends. Raises OSError if the program
+    does not start.
     """
     command = ["setpriv", "--pdeathsig", "TERM", *command]
-    with tempfile.TemporaryFile() as answer, tempfile.TemporaryFile() as complaints:
+    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
-            stdout=answer,
-            stderr=complaints,
+            stdout=stdout,
+            stderr=stderr,
             env=dict(env),
             start_new_session=True,
         )
-        lines = _Lines(complaints, tell)
-        pause, deadline = _SOON, math.inf
+        lines = _LineReader(stderr, on_line)
+        pause, deadline = _FIRST_PAUSE, math.inf
         while process.poll() is None:
             if deadline == math.inf and cancelled():
                 deadline = time.monotonic() + _GRACE
@@ -53,31 +53,31 @@ def run_child(
             elif time.monotonic() > deadline:
                 process.kill()
             time.sleep(pause)
-            pause = min(_LATER, pause * 1.5)
-            lines.look()
-        lines.look(at_end=True)
-        answer.seek(0)
-        output = answer.read().decode("utf-8", "backslashreplace")
+            pause = min(_LONGEST_PAUSE, pause * 1.5)
+            lines.read()
+        lines.read(at_end=True)
+        stdout.seek(0)
+        output = stdout.read().decode("utf-8", "backslashreplace")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
 
 
-class _Lines:
-    """Tells the whole lines that have come into a file since it was last looked at."""
+class _LineReader:
+    """Passes on the lines that are added to a file."""
 
-    def __init__(self, file: IO[bytes], tell: Callable[[str], None]) -> None:
+    def __init__(self, file: IO[bytes], on_line: Callable[[str], None]) -> None:
         self._fd = file.fileno()
-        self._tell = tell
+        self._on_line = on_line
         self._at = 0
         self._rest = b""
 
-    def look(self, *, at_end: bool = False) -> None:
-        """Tell what is new; with `at_end`, an unfinished line, too."""
+    def read(self, *, at_end: bool = False) -> None:
+        """Pass on the whole lines that are new; with `at_end`, an unfinished last line too."""
         while data := os.pread(self._fd, _MAX_LINE, self._at):
             self._at += len(data)
             *lines, self._rest = (self._rest + data).split(b"\n")
             self._rest = self._rest[:_MAX_LINE]
             for line in lines:
-                self._tell(line.decode("utf-8", "backslashreplace"))
+                self._on_line(line.decode("utf-8", "backslashreplace"))
         if at_end and self._rest:
-            self._tell(self._rest.decode("utf-8", "backslashreplace"))
+            self._on_line(self._rest.decode("utf-8", "backslashreplace"))
             self._rest = b""

@@ -1,4 +1,4 @@
-"""What Cinder's database knows of volumes that this host may not have."""
+"""What Cinder's database knows of volumes that may not be on this host."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import contextlib
 from cinder import context, exception, objects
 from cinder.volume import volume_utils
 
-__all__ = ["hosts_of", "names_awaiting"]
+__all__ = ["find_hosts", "find_names_by_location"]
 
 
-def hosts_of(name: str) -> set[str]:
-    """The hosts that volumes of this `name_id` are on, deleted ones too.
+def find_hosts(name: str) -> set[str]:
+    """Return the hosts of the volumes that have this `name_id`, deleted volumes included.
 
-    One that Cinder copied has the `name_id` of its copy, and a deleted row with that as its id tells the
-    host that it was copied from.
+    A volume that Cinder migrated by copying has the `name_id` of the copy. The copy's own row, which has that
+    as its id and is deleted, names the host that the volume was copied from.
     """
     admin = context.get_admin_context(read_deleted="yes")
     rows = list(objects.VolumeList.get_all(admin, filters={"_name_id": name}))
@@ -23,7 +23,7 @@ def hosts_of(name: str) -> set[str]:
     return {volume_utils.extract_host(row.host) for row in rows if row.name_id == name}
 
 
-def names_awaiting(location: str) -> set[str]:
-    """The `name_id` of each volume of which Cinder keeps this `provider_location`."""
+def find_names_by_location(location: str) -> set[str]:
+    """Return the `name_id` of each volume that has this `provider_location`."""
     admin = context.get_admin_context()
     return {row.name_id for row in objects.VolumeList.get_all(admin, filters={"provider_location": location})}

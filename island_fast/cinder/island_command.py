@@ -1,7 +1,7 @@
-"""The command `island` on one repository, as a process for each call.
+"""The command `island` on one repository, one process for each call.
 
-Its answers are those of the command line with --json; its errors become the same classes of the one tree
-again. Credentials go by the environment, never as arguments.
+It reads the answer of the command line's --json, and turns an error back into the class that it had in the
+process. Credentials are passed in the environment, never as arguments.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from typing import Any
 
 from island_fast import errors
 from island_fast.cinder.child import run_child
-from island_fast.cinder.records import Origin
+from island_fast.cinder.records import SnapshotRef
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Commands"]
+__all__ = ["IslandCommand"]
 
 _LOG = logging.getLogger(__name__)
-_TELL_EVERY = 30.0  # seconds between two lines of progress in the log
-_OURS = ("OS_", "ST_", "ISLAND_")  # the settings of whoever started the service say nothing to the command
+_PROGRESS_EVERY = 30.0  # seconds between two lines of progress in the log
+_SETTINGS = ("OS_", "ST_", "ISLAND_")  # those of the service's own environment are not passed on
 
 
 @dataclass(frozen=True, slots=True)
-class Commands:
-    """One repository, as the command `island` is told of it.
+class IslandCommand:
+    """Runs `island` on one repository.
 
-    `name` is "" for one's own repository. `environment` holds the credentials and ISLAND_STATE; of this
-    process's own a command gets the rest.
+    `name` is "" for the host's own repository. `environment` holds the credentials and ISLAND_STATE; the rest
+    of a command's environment is this process's own.
     """
 
     url: str
@@ -43,8 +43,8 @@ class Commands:
 
     def snapshot(
         self, image: Path, lineage: str, label: str, qmp: Path, cancelled: Callable[[], bool]
-    ) -> Origin:
-        """Take a snapshot of an image that the process behind `qmp` has open."""
+    ) -> SnapshotRef:
+        """Take a snapshot of an image that the process at the socket `qmp` has open."""
         words = [image, "--volume", lineage, "--label", label, "--qmp", qmp]
         answer = self._run("snapshot", *words, cancelled=cancelled)
         for note in answer["notes"]:
@@ -54,52 +54,55 @@ class Commands:
             *(answer[key] for key in ("snapshot", "lineage", "rule", "reason", "blocks_changed")),
             *(answer[key] for key in ("blocks_candidate", "bytes_read", "bytes_stored", "seconds")),
         )
-        return Origin(answer["lineage"], answer["snapshot"], self.name)
+        return SnapshotRef(answer["lineage"], answer["snapshot"], self.name)
 
-    def restore(self, origin: Origin, target: Path, *, pin: bool) -> None:
+    def restore(self, snapshot: SnapshotRef, target: Path, *, pin: bool) -> None:
         """Write a snapshot's volume to the new file `target`."""
-        answer = self._run("restore", origin.reference, target, *([] if pin else ["--no-pin"]))
+        answer = self._run("restore", snapshot.reference, target, *([] if pin else ["--no-pin"]))
         _LOG.info(
             "restored snapshot %s: %d B read, %d B written in %.1f s",
             *(answer[key] for key in ("snapshot", "bytes_read", "bytes_written", "seconds")),
         )
 
-    def delete(self, origin: Origin) -> None:
-        """Delete a snapshot; nothing happens if it is not there."""
+    def delete(self, snapshot: SnapshotRef) -> None:
+        """Delete a snapshot; do nothing if it does not exist."""
         try:
-            self._run("delete", origin.reference)
+            self._run("delete", snapshot.reference)
         except NotFoundError as error:
             _LOG.info("nothing to delete: %s", error)
 
-    def size(self, origin: Origin) -> int:
-        """The size of a snapshot's volume, in bytes; NotFoundError if the snapshot is not there."""
-        return int(self._run("show", origin.reference)["volume_size"])
+    def volume_size(self, snapshot: SnapshotRef) -> int:
+        """Return the size of a snapshot's volume in bytes; raise NotFoundError if it does not exist."""
+        return int(self._run("show", snapshot.reference)["volume_size"])
 
-    def listed(self, lineage: str | None = None) -> list[dict[str, Any]]:
-        """The snapshots of a lineage, or of all, as `island list --json` tells them; none where it is not."""
+    def list_snapshots(self, lineage: str | None = None) -> list[dict[str, Any]]:
+        """Return the snapshots of one lineage, or of all, as `island list --json` shows them.
+
+        The list is empty if the lineage or the repository does not exist.
+        """
         try:
             return list(self._run("list", *(["--volume", lineage] if lineage else [])))
         except NotFoundError:
             return []
 
-    def labelled(self, lineage: str, label: str) -> list[Origin]:
-        """The snapshots of a lineage that have this label."""
-        rows = [row for row in self.listed(lineage) if row["label"] == label]
-        return [Origin(row["lineage"], row["snapshot"], self.name) for row in rows]
+    def find_by_label(self, lineage: str, label: str) -> list[SnapshotRef]:
+        """Return the snapshots of a lineage that have this label."""
+        rows = [row for row in self.list_snapshots(lineage) if row["label"] == label]
+        return [SnapshotRef(row["lineage"], row["snapshot"], self.name) for row in rows]
 
     def adopt(self, lineage: str) -> None:
-        """Make this host the owner of a lineage; nothing happens if it has no catalog yet."""
+        """Make this host the owner of a lineage; do nothing if the lineage has no catalog yet."""
         try:
             self._run("adopt", lineage)
         except NotFoundError as error:
             _LOG.info("nothing to adopt: %s", error)
 
     def unpin(self, image: Path, qmp: Path, *, orphans: bool) -> int:
-        """Drop an image's pins, or only the orphans among them; how many."""
+        """Drop an image's pins, or only the orphans among them, and return their number."""
         return len(self._run("unpin", image, "--qmp", qmp, *(["--orphans"] if orphans else []))["pins"])
 
     def sweep(self) -> None:
-        """Remove what no snapshot needs any more, from every lineage that this host owns."""
+        """Remove what no snapshot needs any more from every lineage that this host owns."""
         for one in self._run("sweep"):
             if one["steps"]:
                 _LOG.info(
@@ -108,57 +111,57 @@ class Commands:
                 )
 
     def _run(self, verb: str, *words: object, cancelled: Callable[[], bool] = lambda: False) -> Any:  # noqa: ANN401
-        """The answer of `island VERB --json`, or the error that it ended with."""
+        """Run `island VERB --json` and return its answer, or raise the error that it ended with."""
         command = [sys.executable, "-m", "island_fast", verb, *map(str, words), "--json", "--json-progress"]
-        told = _Told(" ".join([verb, *map(str, words[:1])]))
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_OURS)}
+        log = _StderrLog(" ".join([verb, *map(str, words[:1])]))
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_SETTINGS)}
         env = inherited | {"ISLAND_CONFIG": os.devnull, "ISLAND_REPOSITORY": self.url, **self.environment}
         try:
-            done = run_child(command, env, told, cancelled)
+            done = run_child(command, env, log, cancelled)
         except OSError as error:
             raise IslandError(f"'island {verb}' did not start: {error}") from error
-        answer = _decoded(done.stdout)
+        answer = _parse_json(done.stdout)
         if done.returncode:
-            raise _error(verb, answer, done.returncode, told.last)
+            raise _rebuild_error(verb, answer, done.returncode, log.last_line)
         return answer
 
 
-class _Told:
-    """Logs what a process says: its progress now and then, all else at once."""
+class _StderrLog:
+    """Logs each line of a process's standard error: progress every 30 s, everything else at once."""
 
-    def __init__(self, what: str) -> None:
-        self._what = what
+    def __init__(self, task: str) -> None:
+        self._task = task
         self._logged = time.monotonic()
-        self.last = ""
+        self.last_line = ""
 
     def __call__(self, line: str) -> None:
-        progress = _decoded(line) if line.startswith("{") else None
+        progress = _parse_json(line) if line.startswith("{") else None
         if not isinstance(progress, dict):
-            self.last = line
-            _LOG.warning("%s: %s", self._what, line.removeprefix("island: "))
-        elif time.monotonic() - self._logged >= _TELL_EVERY:
+            self.last_line = line
+            _LOG.warning("%s: %s", self._task, line.removeprefix("island: "))
+        elif time.monotonic() - self._logged >= _PROGRESS_EVERY:
             self._logged = time.monotonic()
-            _LOG.info("%s: %s, %s of %s B", self._what, *map(progress.get, ("phase", "done", "total")))
+            _LOG.info("%s: %s, %s of %s B", self._task, *map(progress.get, ("phase", "done", "total")))
 
 
-def _decoded(text: str) -> Any:  # noqa: ANN401 (whatever the text says)
+def _parse_json(text: str) -> Any:  # noqa: ANN401 (whatever the text holds)
+    """Return the value of a JSON text, or None if it is not JSON."""
     try:
         return json.loads(text)
     except ValueError:
         return None
 
 
-_KINDS = {
+_ERROR_CLASSES = {  # by the codes of --json: "image-in-use" for ImageInUseError
     re.sub(r"(?<=.)(?=[A-Z])", "-", name.removesuffix("Error")).lower(): getattr(errors, name)
     for name in errors.__all__
     if name.endswith("Error")
 }
 
 
-def _error(verb: str, answer: object, status: int, last: str) -> IslandError:
-    """The error that the process told, as the class that it was there."""
+def _rebuild_error(verb: str, answer: object, status: int, last_line: str) -> IslandError:
+    """Return the error that a process ended with, in the class that it had there."""
     if isinstance(answer, dict) and isinstance(answer.get("message"), str):
-        kind = _KINDS.get(str(answer.get("error")), IslandError)
-        error: IslandError = kind(answer["message"])
+        error: IslandError = _ERROR_CLASSES.get(str(answer.get("error")), IslandError)(answer["message"])
         return error
-    return IslandError(f"'island {verb}' ended with status {status}{': ' if last else ''}{last}")
+    return IslandError(f"'island {verb}' ended with status {status}{': ' if last_line else ''}{last_line}")

@@ -2,9 +2,9 @@
 
 Layout, below the folder of volumes (0700, files 0600):
 
-    <volume>/volume.json        the record
+    <volume>/volume.json        the record: the fields of `VolumeRecord`, as JSON
     <volume>/image.qcow2        the image, once it is made
-    <volume>/<other names>      images that are being made; what a crash left is used or removed
+    <volume>/<other names>      images that are being made; what a crash leaves is used or removed later
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from island_fast.errors import DamagedError, NotFoundError, UsageError
 from island_fast.files import make_folder, sync_folder, write_scratch
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 
-__all__ = ["NAME", "Origin", "Record", "Records"]
+__all__ = ["VOLUME_PATTERN", "SnapshotRef", "VolumeRecord", "VolumeRecords"]
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
-"""What a volume's folder may be called."""
+VOLUME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
+"""What the folder of a volume can be called."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 _MAX_RECORD = 1 << 16  # bytes
 _MAX_SIZE = 1 << 60  # bytes of a volume
 
 
 @dataclass(frozen=True, slots=True)
-class Origin:
-    """The snapshot that a volume's content comes from; `repository` is another's name, "" for one's own."""
+class SnapshotRef:
+    """The name of one snapshot. `repository` is "" for the host's own repository.
+
+    Its text form, [REPOSITORY:]LINEAGE@SNAPSHOT, is what volume records and Cinder's database hold.
+    """
 
     lineage: str
     snapshot: str
@@ -45,118 +48,124 @@ class Origin:
 
     @property
     def reference(self) -> str:
-        """The name that the command `island` knows it by."""
+        """The name that the command `island` takes: LINEAGE@SNAPSHOT."""
         return f"{self.lineage}@{self.snapshot}"
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read [REPOSITORY:]LINEAGE@SNAPSHOT; UsageError if it is not that."""
+        """Read [REPOSITORY:]LINEAGE@SNAPSHOT; raise UsageError if the text has another form."""
         repository, _, reference = text.rpartition(":")
         lineage, _, snapshot = reference.partition("@")
-        known = not repository or _REPOSITORY.fullmatch(repository)
-        if not (known and LINEAGE_PATTERN.fullmatch(lineage) and SNAPSHOT_PATTERN.fullmatch(snapshot)):
+        valid = not repository or _REPOSITORY.fullmatch(repository)
+        if not (valid and LINEAGE_PATTERN.fullmatch(lineage) and SNAPSHOT_PATTERN.fullmatch(snapshot)):
             raise UsageError(
-                f"{text!r} names no snapshot; write LINEAGE@SNAPSHOT with all 32 digits of its id, as "
+                f"{text!r} does not name a snapshot; write LINEAGE@SNAPSHOT with all 32 digits of its id, as "
                 "'island list --json' shows them"
             )
         return cls(lineage, snapshot, repository)
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class VolumeRecord:
     """What is known of a volume. `size` is in bytes.
 
-    `lineage` is where its snapshots are, None before the first. `origin` is the snapshot that the image is to
-    be made from, None if it is made or is to be blank. With `passing`, that snapshot was taken only to bring
-    the volume to this host, and is deleted once the image is made. `made`: there is an image, or it was lost.
-    `label` is that of the snapshot that was begun last.
+    `lineage` holds the volume's snapshots; it is None before the first one. `origin` is the snapshot that the
+    image is to be made from; it is None if the image is made already or is to be blank. With `passing`, that
+    snapshot was taken only to bring the volume to this host, and is deleted once the image is made. With
+    `made`, an image has been made; if the file is missing, it was lost. `label` is the label of the last
+    snapshot that was started.
     """
 
     size: int
     lineage: str | None = None
-    origin: Origin | None = None
+    origin: SnapshotRef | None = None
     passing: bool = False
     made: bool = False
     label: str | None = None
 
     @property
-    def on_its_way(self) -> bool:
-        """Whether the volume's content is on its way between hosts, and this host may have given it away."""
+    def in_transit(self) -> bool:
+        """Whether a migration has put the content into the repository, and another host may have it now."""
         return self.passing and not self.made
 
 
-class Records:
-    """The folder of a host's volumes; made when first written to. Not locked: `Volumes` sees to that."""
+class VolumeRecords:
+    """The records of a host's volumes, in one folder, which the first write creates.
+
+    Nothing here locks: `Volumes` makes sure that one call at a time works on a volume.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
-    def place(self, volume: str) -> Path:
-        """The folder of one volume; UsageError if that cannot be one's name."""
-        if not NAME.fullmatch(volume):
+    def folder_of(self, volume: str) -> Path:
+        """Return the path of a volume's folder; raise UsageError if a volume cannot have that name."""
+        if not VOLUME_PATTERN.fullmatch(volume):
             raise UsageError(f"{volume!r} cannot name a volume")
         return self.folder / volume
 
-    def image(self, volume: str) -> Path:
-        """Where the volume's image is, or will be."""
-        return self.place(volume) / "image.qcow2"
+    def image_path(self, volume: str) -> Path:
+        """Return where the volume's image is, or will be."""
+        return self.folder_of(volume) / "image.qcow2"
 
     def volumes(self) -> list[str]:
-        """The volumes that have a record, by name."""
+        """Return the names of the volumes that have a record, sorted."""
         with contextlib.suppress(FileNotFoundError):
             return sorted(
                 entry.name
                 for entry in os.scandir(self.folder)
-                if NAME.fullmatch(entry.name) and os.path.exists(os.path.join(entry.path, "volume.json"))
+                if VOLUME_PATTERN.fullmatch(entry.name)
+                and os.path.exists(os.path.join(entry.path, "volume.json"))
             )
         return []
 
-    def all(self) -> Iterator[tuple[str, Record]]:
-        """Every volume with its record; one that is removed meanwhile is left out. DamagedError as `read`."""
+    def read_all(self) -> Iterator[tuple[str, VolumeRecord]]:
+        """Yield every volume with its record, except one that is removed meanwhile; errors as in `read`."""
         for volume in self.volumes():
             with contextlib.suppress(NotFoundError):
                 yield volume, self.read(volume)
 
-    def sound(self) -> Iterator[tuple[str, Record]]:
-        """Every volume whose record can be read, where nothing is lost by leaving others out."""
+    def read_undamaged(self) -> Iterator[tuple[str, VolumeRecord]]:
+        """Yield every volume whose record can be read, for callers that can do without the others."""
         for volume in self.volumes():
             with contextlib.suppress(NotFoundError, DamagedError):
                 yield volume, self.read(volume)
 
-    def read(self, volume: str) -> Record:
-        """The volume's record; NotFoundError if there is none, DamagedError if it is not as written."""
-        path = self.place(volume) / "volume.json"
+    def read(self, volume: str) -> VolumeRecord:
+        """Return the volume's record; raise NotFoundError without one, DamagedError if it is not valid."""
+        path = self.folder_of(volume) / "volume.json"
         try:
             with open(path, "rb") as file:
-                return _record(json.loads(file.read(_MAX_RECORD)))
+                return _parse_record(json.loads(file.read(_MAX_RECORD)))
         except FileNotFoundError as error:
             raise NotFoundError(f"volume {volume} is not on this host") from error
         except (ValueError, TypeError, KeyError, UsageError) as error:
-            raise DamagedError(f"{path} is damaged; put back what it held or delete the volume") from error
+            raise DamagedError(f"{path} is damaged; restore the file or delete the volume") from error
 
-    def write(self, volume: str, record: Record) -> None:
-        """Keep `record`; it is on disk on return."""
-        place = self.prepare(volume).parent
+    def write(self, volume: str, record: VolumeRecord) -> None:
+        """Store `record`; on return it is on disk."""
+        folder = self.create_folder(volume)
         value = asdict(record) | {"origin": str(record.origin) if record.origin else None}
-        scratch = write_scratch(str(place), [memoryview(json.dumps(value).encode())])
-        os.replace(scratch, place / "volume.json")
-        sync_folder(place)
+        scratch = write_scratch(str(folder), [memoryview(json.dumps(value).encode())])
+        os.replace(scratch, folder / "volume.json")
+        sync_folder(folder)
 
-    def prepare(self, volume: str) -> Path:
-        """Where a new volume's image goes, its folder made."""
+    def create_folder(self, volume: str) -> Path:
+        """Create the volume's folder if it does not exist, and return its path."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        make_folder(str(self.place(volume)))
-        return self.image(volume)
+        folder = self.folder_of(volume)
+        make_folder(str(folder))
+        return folder
 
-    def tidy(self, volume: str, keep: str) -> None:
-        """Remove images that were being made when their makers died; all but the one called `keep`."""
-        kept = {"volume.json", self.image(volume).name, keep}
-        for entry in os.scandir(self.place(volume)):
+    def remove_leftovers(self, volume: str, keep: str) -> None:
+        """Remove images whose makers died before they were finished, except the one called `keep`."""
+        kept = {"volume.json", self.image_path(volume).name, keep}
+        for entry in os.scandir(self.folder_of(volume)):
             if entry.name not in kept:
                 os.unlink(entry.path)
 
-    def change(self, volume: str, **changes: object) -> Record:
-        """Replace fields of a record; the new one."""
+    def change(self, volume: str, **changes: object) -> VolumeRecord:
+        """Replace fields of a record, and return the new record."""
         record = self.read(volume)
         changed = replace(record, **changes)  # type: ignore[arg-type]
         if changed != record:
@@ -164,28 +173,29 @@ class Records:
         return changed
 
     def remove(self, volume: str) -> None:
-        """Remove the image, and then all else; nothing happens if nothing is there."""
-        place = self.place(volume)
-        if not place.is_dir():
+        """Remove the volume's image, then the rest of its folder; do nothing if there is no folder."""
+        folder = self.folder_of(volume)
+        if not folder.is_dir():
             return
-        self.image(volume).unlink(missing_ok=True)
-        sync_folder(place)
-        shutil.rmtree(place)
+        self.image_path(volume).unlink(missing_ok=True)
+        sync_folder(folder)
+        shutil.rmtree(folder)
         sync_folder(self.folder)
 
     def rename(self, volume: str, name: str) -> None:
-        """Give a volume another name; nothing happens if that is done already."""
-        old, new = self.place(volume), self.place(name)
+        """Give a volume another name; do nothing if that is done already."""
+        old, new = self.folder_of(volume), self.folder_of(name)
         if old.exists() or not new.exists():
             os.rename(old, new)
         sync_folder(self.folder)
 
 
-def _record(value: dict[str, Any]) -> Record:
+def _parse_record(value: dict[str, Any]) -> VolumeRecord:
+    """Return the record that `volume.json` holds; raise ValueError or KeyError if it is not valid."""
     size, lineage, origin = value["size"], value["lineage"], value["origin"]
     passing, made, label = value["passing"], value["made"], value["label"]
-    sound = type(size) is int and 0 <= size <= _MAX_SIZE and type(passing) is type(made) is bool
-    sound = sound and (label is None or isinstance(label, str))
-    if not (sound and (lineage is None or LINEAGE_PATTERN.fullmatch(lineage))):
+    valid = type(size) is int and 0 <= size <= _MAX_SIZE and type(passing) is type(made) is bool
+    valid = valid and (label is None or isinstance(label, str))
+    if not (valid and (lineage is None or LINEAGE_PATTERN.fullmatch(lineage))):
         raise ValueError(value)
-    return Record(size, lineage, Origin.parse(origin) if origin else None, passing, made, label)
+    return VolumeRecord(size, lineage, SnapshotRef.parse(origin) if origin else None, passing, made, label)

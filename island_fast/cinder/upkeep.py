@@ -1,4 +1,4 @@
-"""What is looked after while a service runs: daemons that died, free space, sweeps."""
+"""What a running service does regularly: report daemons that died, keep space free, sweep."""
 
 from __future__ import annotations
 
@@ -10,69 +10,71 @@ from island_fast.cinder.attach.exports import State
 from island_fast.cinder.volumes import Volumes
 from island_fast.errors import IslandError
 
-__all__ = ["Tending"]
+__all__ = ["Upkeep"]
 
 _LOG = logging.getLogger(__name__)
-_PATIENCE = 60.0  # seconds after pins could not be dropped, until it is tried again
+_RETRY_AFTER = 60.0  # seconds after pins could not be dropped
 
 
-class Tending:
-    """Looks after a host's volumes, a little at each call; an error is told, and met again next time.
+class Upkeep:
+    """Looks after a host's volumes, a little at each call. Errors are logged, and retried at a later call.
 
-    `reserve` is the part of the volumes' file system that is kept free: with less, pins are dropped, those of
-    the largest images first, and with less than half of it snapshots under way are given up. An image keeps
-    the space that its pin held, and uses it before it grows again.
+    `reserve` is the share of the volumes' file system that is kept free. With less than that free, pins are
+    dropped, those of the largest images first. With less than half of it, running snapshots are aborted. The
+    space that a pin held stays in its image, which uses it before it grows again.
     """
 
     def __init__(self, volumes: Volumes, reserve: float) -> None:
         self._volumes = volumes
         self._reserve = reserve
         self._dead: set[str] = set()
-        self._failed = -_PATIENCE
+        self._failed_at = -_RETRY_AFTER
 
-    def look(self) -> None:
-        """Tell of daemons that died, and see that guests do not run out of space."""
-        self._tell_of_the_dead()
-        if self._is_below(self._reserve) and time.monotonic() - self._failed > _PATIENCE:
+    def check_volumes(self) -> None:
+        """Log every daemon that died, and drop pins before guests run out of space."""
+        self._log_dead_daemons()
+        if self._has_less_free_than(self._reserve) and time.monotonic() - self._failed_at > _RETRY_AFTER:
             self._drop_pins()
 
-    def _tell_of_the_dead(self) -> None:
+    def _log_dead_daemons(self) -> None:
         exports = self._volumes.exports
         dead = {volume for volume in exports.volumes() if exports.state(volume) is State.DEAD}
         for volume in dead - self._dead:
             _LOG.error(
-                "the daemon of volume %s died, and its device gives errors: detach the volume and attach it "
-                "again, or stop and start the server; the daemon's log is beside its sockets",
+                "the daemon of volume %s died, and its device returns errors: detach the volume and attach "
+                "it again, or stop and start the server; the daemon's log is in island_run_dir",
                 volume,
             )
         self._dead = dead
 
-    def _is_below(self, part: float) -> bool:
+    def _has_less_free_than(self, share: float) -> bool:
         try:
             disk = os.statvfs(self._volumes.records.folder)
         except OSError as error:
-            _LOG.error("the space for volumes cannot be told: %s", error)
+            _LOG.error("cannot find out how much space is free for volumes: %s", error)
             return False
-        return disk.f_bavail < disk.f_blocks * part
+        return disk.f_bavail < disk.f_blocks * share
 
     def _drop_pins(self) -> None:
-        give_up = self._is_below(self._reserve / 2)
-        for volume in self._volumes.pinned():
+        abort_snapshot = self._has_less_free_than(self._reserve / 2)
+        for volume in self._volumes.volumes_with_pins():
             try:
-                dropped = self._volumes.drop_pins(volume, give_up=give_up)
+                dropped = self._volumes.drop_pins(volume, abort_snapshot=abort_snapshot)
             except IslandError as error:
-                _LOG.error("space is short, and the pins of volume %s stay: %s", volume, error)
-                self._failed = time.monotonic()
+                _LOG.error(
+                    "space is short, and the pins of volume %s could not be dropped: %s", volume, error
+                )
+                self._failed_at = time.monotonic()
                 continue
             if dropped:
                 _LOG.warning(
-                    "space is short: %d pins of volume %s dropped; its next snapshot scans it in full",
+                    "space is short: %d pins of volume %s dropped; its next snapshot is a full scan",
                     *(dropped, volume),
                 )
 
     def sweep(self) -> None:
-        """Sweep what this host writes, deleted volumes' lineages included."""
+        """Sweep every lineage that this host owns, those of deleted volumes included."""
         try:
-            self._volumes.own.sweep()
+            self._volumes.own_repository.sweep()
         except IslandError as error:
-            _LOG.warning("the sweep failed, and is tried again at its next time: %s", error)
+            _LOG.warning("the sweep failed and is retried after island_sweep_interval: %s", error)

@@ -1,9 +1,12 @@
 """The life of a host's volumes.
 
-Three rules hold everywhere. An image is made when it is first needed, under the volume's lock, so that
-whoever needs it meanwhile waits and finds it. Whoever reads or snapshots an image does so through a daemon
-that has it open, be it attached or not, so that a volume may be attached, detached or extended meanwhile.
-That daemon ends when the volume is not attached and nobody uses it.
+Three rules hold everywhere:
+
+1. An image is made when it is first needed, under the volume's lock. So another caller that needs it waits,
+   and then finds it.
+2. An image is read and snapshotted through a daemon that has it open, whether the volume is attached or not.
+   So a volume can be attached, detached or extended meanwhile.
+3. That daemon ends once the volume is not attached and nothing uses the daemon.
 """
 
 from __future__ import annotations
@@ -20,36 +23,37 @@ from pathlib import Path
 
 from island_fast.cinder.attach.exports import Exports, State
 from island_fast.cinder.images import Images, holds_pins, volume_size
-from island_fast.cinder.island_command import Commands
-from island_fast.cinder.records import Origin, Record, Records
+from island_fast.cinder.island_command import IslandCommand
+from island_fast.cinder.records import SnapshotRef, VolumeRecord, VolumeRecords
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.files import sync_folder
 from island_fast.qemu.image_lock import ImageLock
-from island_fast.qemu.programs import Execute
+from island_fast.qemu.programs import RunProgram
 
 __all__ = ["Volumes"]
 
 _LOG = logging.getLogger(__name__)
-_COPY = "copy-"  # begins the name of an internal snapshot that lasts as long as its content is read
+_COPY_PREFIX = "copy-"  # of internal snapshots that exist only while their content is read
 
-Lock = Callable[[str], AbstractContextManager[object]]
-"""Gives a lock by its name: held by one at a time in this process, and not by the same one twice."""
+GetLock = Callable[[str], AbstractContextManager[object]]
+"""Returns the lock of a name. One caller in this process holds it at a time; it is not reentrant."""
 
 
 class Volumes:
-    """The volumes of a host. Every call may be repeated: what is done already is left as it is.
+    """The volumes of a host. Every call can be repeated: it leaves alone what is done already.
 
-    `repositories` are by name, one's own under "". `lock` is the service's: waiting for one must let the
-    service go on. `lazy` says whether an image may be made later than its volume.
+    `repositories` are keyed by name; the host's own one has the name "". `lock` is the service's: the service
+    must keep running while a caller waits for a lock. With `lazy`, an image can be made later than its
+    volume.
     """
 
     def __init__(
         self,
-        records: Records,
+        records: VolumeRecords,
         exports: Exports,
-        execute: Execute,
-        repositories: Mapping[str, Commands],
-        lock: Lock,
+        execute: RunProgram,
+        repositories: Mapping[str, IslandCommand],
+        lock: GetLock,
         *,
         lazy: bool = True,
     ) -> None:
@@ -59,60 +63,61 @@ class Volumes:
         self._repositories = repositories
         self._lock = lock
         self._lazy = lazy
-        self._users: Counter[str] = Counter()
-        self._given_up: set[str] = set()
-        self._copies: set[str] = set()
+        self._users: Counter[str] = Counter()  # of each volume's daemon, besides its device
+        self._aborted: set[str] = set()  # volumes whose running snapshot is to end
+        self._copies: set[str] = set()  # internal snapshots that this process holds
 
     @property
-    def own(self) -> Commands:
+    def own_repository(self) -> IslandCommand:
         """The repository that this host writes to."""
         return self._repositories[""]
 
-    def repository(self, origin: Origin) -> Commands:
-        """The repository that a snapshot is in; NotFoundError if no such one is configured."""
+    def repository_of(self, snapshot: SnapshotRef) -> IslandCommand:
+        """Return the repository of a snapshot; raise NotFoundError if it is not configured."""
         try:
-            return self._repositories[origin.repository]
+            return self._repositories[snapshot.repository]
         except KeyError as error:
             raise NotFoundError(
-                f"no repository {origin.repository!r} is configured; add it to island_other_repositories"
+                f"no repository {snapshot.repository!r} is configured; add it to island_other_repositories"
             ) from error
 
     # From nothing to an image.
 
-    def create(self, volume: str, record: Record, *, at_once: bool = False) -> None:
-        """Keep a record of a new volume; its image is made now if it may not wait."""
+    def create(self, volume: str, record: VolumeRecord, *, at_once: bool = False) -> None:
+        """Store the record of a new volume, and make its image with `at_once` or without `lazy`."""
         with self._lock(volume):
             with contextlib.suppress(NotFoundError):
                 self.records.read(volume)
                 return
             self.records.write(volume, record)
         if at_once or not self._lazy:
-            self.make(volume)
+            self.ensure_image(volume)
 
-    def learn(self, volume: str, kept: Record) -> None:
-        """Know a volume that came here by what is kept of it elsewhere.
+    def adopt_record(self, volume: str, record: VolumeRecord) -> None:
+        """Take over what Cinder's database says of a volume, if this host has no record or an older one.
 
-        What this host knows of it is older where it says another origin: it had the volume once, and gave it
-        away. NotFoundError if there was an image, which must have been lost.
+        A record is older if it names another origin: the host had the volume once, and it was migrated away.
+        Raises NotFoundError if Cinder says that there was an image, which then must be lost.
         """
-        known = self._known(volume)
-        if known is None and kept.made:
+        known = self._find_record(volume)
+        if known is None and record.made:
             raise NotFoundError(
                 f"volume {volume} has no image on this host, its host or its files were lost; revert it to "
                 "its newest snapshot, or create a volume from one"
             )
-        if known is not None and kept.origin and not known.made and known.origin != kept.origin:
+        if known is not None and record.origin and not known.made and known.origin != record.origin:
             with self._lock(volume):
-                self.records.write(volume, kept)
-        self.create(volume, kept)
+                self.records.write(volume, record)
+        self.create(volume, record)
 
-    def make(self, volume: str) -> Path:
-        """The volume's image, made if it is not there yet."""
+    def ensure_image(self, volume: str) -> Path:
+        """Make the volume's image if it is not made yet, and return its path."""
         with self._lock(volume):
-            return self._make(volume)
+            return self._ensure_image(volume)
 
-    def _make(self, volume: str) -> Path:
-        record, image = self.records.read(volume), self.records.image(volume)
+    def _ensure_image(self, volume: str) -> Path:
+        """Do the work of `ensure_image`; the caller holds the volume's lock."""
+        record, image = self.records.read(volume), self.records.image_path(volume)
         if record.made:
             if not image.exists():
                 raise NotFoundError(
@@ -121,22 +126,22 @@ class Volumes:
             return image
         if not image.exists():
             if record.origin:
-                self._restore(volume, record.origin, pin=record.passing)
+                self._restore_image(volume, record.origin, pin=record.passing)
             else:
-                self._images.blank(image, record.size)
+                self._images.create_blank(image, record.size)
         if record.origin and record.passing:
-            self.own.adopt(record.origin.lineage)
-            self.own.delete(record.origin)
+            self.own_repository.adopt(record.origin.lineage)
+            self.own_repository.delete(record.origin)
         self.records.change(volume, origin=None, passing=False, made=True)
         return image
 
-    def _restore(self, volume: str, origin: Origin, *, pin: bool) -> None:
-        """Make the image from a snapshot, or replace it; it is of the record's size, at least."""
-        image = self.records.image(volume)
-        scratch = image.with_name(f"from-{origin.snapshot}.qcow2")
-        self.records.tidy(volume, keep=scratch.name)  # each could be as large as the volume
-        if not scratch.exists():  # what is there under its own name is whole, from an attempt before
-            self.repository(origin).restore(origin, scratch, pin=pin)
+    def _restore_image(self, volume: str, snapshot: SnapshotRef, *, pin: bool) -> None:
+        """Make or replace the image from a snapshot; it gets at least the size of the record."""
+        image = self.records.image_path(volume)
+        scratch = image.with_name(f"from-{snapshot.snapshot}.qcow2")
+        self.records.remove_leftovers(volume, keep=scratch.name)  # each can be as large as the volume
+        if not scratch.exists():  # a file under this name is whole: an earlier attempt restored it
+            self.repository_of(snapshot).restore(snapshot, scratch, pin=pin)
         size = max(self.records.read(volume).size, volume_size(scratch))
         self._images.resize(scratch, size)
         os.replace(scratch, image)
@@ -144,78 +149,84 @@ class Volumes:
         self.records.change(volume, size=size)
 
     def clone(self, source: str, volume: str, size: int) -> None:
-        """A new volume with the content of another one as it is now; nothing goes through the store."""
+        """Create a volume with the present content of another one; nothing goes through the store."""
         with self._lock(source):
             record = self.records.read(source)
-            if self._known(volume) is not None:
+            if self._find_record(volume) is not None:
                 return
             if not record.made and not record.passing:
-                self.records.write(volume, Record(max(size, record.size), origin=record.origin))
+                self.records.write(volume, VolumeRecord(max(size, record.size), origin=record.origin))
                 return
-        with self.frozen(source) as (image, internal):
-            target = self.records.prepare(volume)
+        with self.hold_internal_snapshot(source) as (image, internal):
+            self.records.create_folder(volume)
             size = max(size, self.records.read(source).size)
-            self._images.copy(image, internal, target, size)
-            self.records.write(volume, Record(size, made=True))
+            self._images.copy(image, internal, self.records.image_path(volume), size)
+            self.records.write(volume, VolumeRecord(size, made=True))
 
     def delete(self, volume: str) -> None:
-        """Remove a volume from this host; ImageInUseError if someone has its device open."""
+        """Remove a volume from this host; raise ImageInUseError if its device is open."""
         with self._lock(volume):
             self.exports.stop(volume)
             record = None
-            with contextlib.suppress(DamagedError):  # it goes all the same
-                record = self._known(volume)
+            with contextlib.suppress(DamagedError):  # a damaged record is removed as well
+                record = self._find_record(volume)
             if record and record.passing and record.origin:
-                self.own.adopt(record.origin.lineage)
-                self.own.delete(record.origin)
+                self.own_repository.adopt(record.origin.lineage)
+                self.own_repository.delete(record.origin)
             self.records.remove(volume)
 
     def extend(self, volume: str, size: int) -> None:
-        """Make a volume larger, attached or not; `size` in bytes."""
+        """Enlarge a volume to `size` bytes, whether it is attached or not."""
         with self._lock(volume):
             if self.records.read(volume).made:
                 if self.exports.state(volume) in (State.SERVED, State.ATTACHED):
                     self.exports.grow(volume, size)
                 else:
-                    self._images.resize(self.records.image(volume), size)
+                    self._images.resize(self.records.image_path(volume), size)
             self.records.change(volume, size=max(size, self.records.read(volume).size))
 
     # In use.
 
     def attach(self, volume: str) -> Path:
-        """The path of the volume's block device, the image made first if need be."""
+        """Return the path of the volume's block device; make the image first if it is not made yet."""
         with self._lock(volume):
-            return self.exports.attach(volume, self._make(volume))
+            return self.exports.attach(volume, self._ensure_image(volume))
 
     def detach(self, volume: str) -> None:
-        """Take the block device away; ImageInUseError if someone has it open."""
+        """Remove the block device; raise ImageInUseError if it is open."""
         with self._lock(volume):
             self.exports.detach(volume)
-            self._settle(volume)
+            self._stop_if_idle(volume)
 
-    def leave(self, volume: str) -> None:
-        """Stop a volume that nobody knows from now on but this host; its content is on it."""
-        known = self._known(volume)
-        if known is not None and known.on_its_way:
-            self.make(volume)
+    def release(self, volume: str) -> None:
+        """Stop a volume that Cinder no longer manages. If it is in transit, its image is made first.
+
+        After that the whole content is on this host, which alone knows of the volume.
+        """
+        known = self._find_record(volume)
+        if known is not None and known.in_transit:
+            self.ensure_image(volume)
         self.stop(volume)
 
     def stop(self, volume: str) -> None:
-        """Take the block device away, and end the daemon, whoever uses it."""
+        """Remove the block device and end the daemon, whoever uses it."""
         with self._lock(volume):
             self.exports.stop(volume)
 
-    def _settle(self, volume: str) -> None:
-        """End a daemon that nobody uses. A snapshot of an earlier run of the service may still use it."""
+    def _stop_if_idle(self, volume: str) -> None:
+        """End the daemon if nobody uses it: not a device, not this process, and no running snapshot.
+
+        A snapshot that an earlier run of the service started may still be running.
+        """
         idle = self.exports.state(volume) is State.SERVED and not self._users[volume]
-        if idle and not snapshot_under_way(self.records.image(volume)):
+        if idle and not is_snapshot_running(self.records.image_path(volume)):
             self.exports.stop(volume)
 
     @contextmanager
-    def _served(self, volume: str) -> Iterator[Path]:
-        """Have a daemon serve the volume's image while the body runs."""
+    def _hold_daemon(self, volume: str) -> Iterator[Path]:
+        """Keep a daemon serving the volume's image while the body runs; yield the image's path."""
         with self._lock(volume):
-            image = self._make(volume)
+            image = self._ensure_image(volume)
             self.exports.serve(volume, image)
             self._users[volume] += 1
         try:
@@ -223,193 +234,198 @@ class Volumes:
         finally:
             with self._lock(volume):
                 self._users[volume] -= 1
-                self._settle(volume)
+                self._stop_if_idle(volume)
 
     @contextmanager
-    def frozen(self, volume: str) -> Iterator[tuple[Path, str]]:
-        """The volume's image and an internal snapshot of it as it is now, while the body runs."""
-        name = f"{_COPY}{secrets.token_hex(8)}"
-        with self._served(volume) as image:
+    def hold_internal_snapshot(self, volume: str) -> Iterator[tuple[Path, str]]:
+        """Take an internal snapshot, and drop it when the body ends; yield the image's path and its name."""
+        name = f"{_COPY_PREFIX}{secrets.token_hex(8)}"
+        with self._hold_daemon(volume) as image:
             with self._lock(volume):
-                for left in self.exports.internals(volume):
-                    if left.startswith(_COPY) and left not in self._copies:
-                        self.exports.thaw(volume, left)  # by a process that was killed
+                for left in self.exports.internal_snapshots(volume):
+                    if left.startswith(_COPY_PREFIX) and left not in self._copies:
+                        self.exports.drop_internal_snapshot(volume, left)  # of a process that was killed
                 self._copies.add(name)
-                self.exports.freeze(volume, name)
+                self.exports.take_internal_snapshot(volume, name)
             try:
                 yield image, name
             finally:
                 with self._lock(volume):
-                    self.exports.thaw(volume, name)
+                    self.exports.drop_internal_snapshot(volume, name)
                 self._copies.discard(name)
 
     def export(self, volume: str, target: Path, image_format: str) -> None:
-        """Write the volume as it is now to a file, such as "raw" or "vmdk"."""
-        with self.frozen(volume) as (image, internal):
+        """Write the volume's present content to a file of a format, such as "raw" or "vmdk"."""
+        with self.hold_internal_snapshot(volume) as (image, internal):
             self._images.export(image, internal, target, image_format)
 
     # Snapshots.
 
-    def snapshot(self, volume: str, label: str) -> Origin:
-        """Take a snapshot, after those of this volume that were asked for before.
+    def snapshot(self, volume: str, label: str) -> SnapshotRef:
+        """Take a snapshot of a volume, after those that were requested before.
 
-        The lineage is the one that the volume has, or a new one of its name. Asked for again with the label
-        of the last one, which may be finished though nobody was told, it is that one.
+        It goes into the volume's lineage, or into a new one with the volume's name. If `label` is that of the
+        last snapshot that was started, and it was stored although no caller learned of it, it is returned and
+        no new one is taken.
         """
-        with self._lock(f"snapshots-{volume}"), self._served(volume) as image:
+        with self._lock(f"snapshots-{volume}"), self._hold_daemon(volume) as image:
             record = self.records.read(volume)
             lineage = record.lineage or volume
-            for taken in self.own.labelled(lineage, label) if record.label == label else []:
+            for taken in self.own_repository.find_by_label(lineage, label) if record.label == label else []:
                 self.records.change(volume, lineage=lineage)
                 return taken
             self.records.change(volume, label=label)
-            monitor = self._monitor(volume)
-            self._given_up.discard(volume)
+            monitor = self._require_monitor(volume)
+            self._aborted.discard(volume)
             try:
-                taken = self.own.snapshot(image, lineage, label, monitor, lambda: volume in self._given_up)
+                taken = self.own_repository.snapshot(
+                    image, lineage, label, monitor, lambda: volume in self._aborted
+                )
             except IslandError as error:
-                if volume not in self._given_up:
+                if volume not in self._aborted:
                     raise
                 raise IslandError(
-                    f"the snapshot of volume {volume} was given up, because the host's disk is nearly full; "
-                    "take it again when there is room"
+                    f"the snapshot of volume {volume} was aborted because the host's disk is nearly full; "
+                    "take it again when there is more space"
                 ) from error
             self.records.change(volume, lineage=taken.lineage)
             return taken
 
-    def delete_snapshot(self, volume: str, snapshot: Origin) -> None:
-        """Delete a snapshot of the volume; RefusedError names the volumes that are yet to be made from it."""
-        if needing := self.needing(snapshot):
+    def delete_snapshot(self, volume: str, snapshot: SnapshotRef) -> None:
+        """Delete a snapshot of a volume; raise RefusedError if volumes are yet to be made from it."""
+        if dependants := self.find_dependants(snapshot):
             raise RefusedError(
-                f"snapshot {snapshot} is needed by {', '.join(needing)}, whose image is not made yet; attach "
-                "or delete them first"
+                f"snapshot {snapshot} is needed by {', '.join(dependants)}, whose image is not made yet; "
+                "attach or delete them first"
             )
         with self._lock(f"snapshots-{volume}"):
-            self._inherit(volume, snapshot.lineage)
-            self.own.delete(snapshot)
+            self._adopt_if_image_lost(volume, snapshot.lineage)
+            self.own_repository.delete(snapshot)
 
-    def _inherit(self, volume: str, lineage: str) -> None:
-        """Own the lineage of a volume whose image is not here: the host that had it is lost."""
-        if not self.records.image(volume).exists():
-            self.own.adopt(lineage)
+    def _adopt_if_image_lost(self, volume: str, lineage: str) -> None:
+        """Adopt the lineage of a volume whose image is not on this host: the host that had it is lost."""
+        if not self.records.image_path(volume).exists():
+            self.own_repository.adopt(lineage)
 
     def forget_snapshot(self, volume: str, label: str) -> None:
         """Remove what a failed or interrupted snapshot with this label left, its pin in the image included.
 
-        RefusedError if it is still being sent, by a process of an earlier run of this service.
+        Raises RefusedError if a process of an earlier run of this service is still sending it.
         """
         with self._lock(f"snapshots-{volume}"):
-            record = self._known(volume)
+            record = self._find_record(volume)
             if record is None or not record.made:
                 return
-            if snapshot_under_way(self.records.image(volume)):
+            if is_snapshot_running(self.records.image_path(volume)):
                 raise RefusedError(f"a snapshot of volume {volume} is still being taken; try again later")
-            for snapshot in self.own.labelled(record.lineage or volume, label):
-                self.own.delete(snapshot)
+            for snapshot in self.own_repository.find_by_label(record.lineage or volume, label):
+                self.own_repository.delete(snapshot)
             self._unpin(volume, orphans=True)
 
-    def _known(self, volume: str) -> Record | None:
+    def _find_record(self, volume: str) -> VolumeRecord | None:
+        """Return the volume's record, or None if this host does not know the volume."""
         with contextlib.suppress(NotFoundError):
             return self.records.read(volume)
         return None
 
-    def needing(self, snapshot: Origin) -> list[str]:
-        """The volumes whose image is yet to be made from a snapshot."""
-        return [name for name, record in self.records.all() if record.origin == snapshot]
+    def find_dependants(self, snapshot: SnapshotRef) -> list[str]:
+        """Return the volumes whose image is yet to be made from a snapshot."""
+        return [name for name, record in self.records.read_all() if record.origin == snapshot]
 
     def _unpin(self, volume: str, *, orphans: bool) -> int:
-        with self._served(volume) as image:
-            return self.own.unpin(image, self._monitor(volume), orphans=orphans)
+        """Drop the pins of a volume's image, or only the orphans, and return their number."""
+        with self._hold_daemon(volume) as image:
+            return self.own_repository.unpin(image, self._require_monitor(volume), orphans=orphans)
 
-    def _monitor(self, volume: str) -> Path:
+    def _require_monitor(self, volume: str) -> Path:
         monitor = self.exports.monitor(volume)
         if monitor is None:
             raise IslandError(f"the daemon of volume {volume} ended just now; try again")
         return monitor
 
-    def revert(self, volume: str, record: Record, snapshot: Origin) -> None:
-        """Give a volume that is not attached the content of a snapshot of its own lineage.
+    def revert(self, volume: str, record: VolumeRecord, snapshot: SnapshotRef) -> None:
+        """Give a detached volume the content of a snapshot of its own lineage.
 
-        `record` is for a volume that this host does not know, because the host that had it was lost: then
-        this one becomes the owner of its lineage. Until the content is there the volume has no image, and is
-        never a blank one.
+        `record` is used if this host does not know the volume, because its host was lost; this host then
+        becomes the owner of the lineage. Until the content is restored, the volume counts as lost: it has no
+        image and cannot be attached, so no guest ever sees a blank disk.
         """
         with self._lock(f"snapshots-{volume}"), self._lock(volume):
             self.exports.stop(volume)
-            self._inherit(volume, snapshot.lineage)
-            known = self._known(volume)
+            self._adopt_if_image_lost(volume, snapshot.lineage)
+            known = self._find_record(volume)
             if known is None or not known.made:
                 self.records.write(volume, replace(record, made=True))
-            self._restore(volume, snapshot, pin=True)
+            self._restore_image(volume, snapshot, pin=True)
             self.records.change(volume, lineage=snapshot.lineage, origin=None, passing=False, made=True)
 
-    def drop_pins(self, volume: str, *, give_up: bool) -> int:
-        """Drop a volume's pins to win space; how many.
+    def drop_pins(self, volume: str, *, abort_snapshot: bool) -> int:
+        """Drop a volume's pins to free space, and return their number.
 
-        While a snapshot is being taken none go; with `give_up` that is ended, and they can go afterwards.
+        While a snapshot is running, none are dropped. With `abort_snapshot` it is then asked to end, and a
+        later call can drop the pins.
         """
         try:
             return self._unpin(volume, orphans=False)
         except RefusedError:
-            if not snapshot_under_way(self.records.image(volume)):
-                return self._unpin(volume, orphans=False)  # one has just ended; or this tells what else it is
-            if give_up and volume not in self._given_up:
-                self._given_up.add(volume)
-                _LOG.warning(
-                    "space is short: the snapshot of volume %s that is being taken is given up", volume
-                )
+            if not is_snapshot_running(self.records.image_path(volume)):
+                return self._unpin(volume, orphans=False)  # it has just ended, or this raises the real cause
+            if abort_snapshot and volume not in self._aborted:
+                self._aborted.add(volume)
+                _LOG.warning("space is short: aborting the running snapshot of volume %s", volume)
             return 0
 
-    def pinned(self) -> list[str]:
-        """The volumes whose images hold pins, those with the largest files first."""
+    def volumes_with_pins(self) -> list[str]:
+        """Return the volumes whose images hold pins, the largest image files first."""
         sizes = {}
-        for volume, record in self.records.sound():
+        for volume, record in self.records.read_undamaged():
+            image = self.records.image_path(volume)
             with contextlib.suppress(IslandError, OSError):
-                if record.made and holds_pins(self.records.image(volume)):
-                    sizes[volume] = self.records.image(volume).stat().st_blocks
+                if record.made and holds_pins(image):
+                    sizes[volume] = image.stat().st_blocks
         return sorted(sizes, key=lambda volume: -sizes[volume])
 
-    def provisioned(self) -> int:
-        """Bytes that the volumes could come to take: their sizes, and once more what pins may hold."""
-        held = 0
-        for volume in self.pinned():
+    def provisioned_bytes(self) -> int:
+        """Return the bytes that the volumes can grow to: their sizes, and once more what pins can hold."""
+        pinned = 0
+        for volume in self.volumes_with_pins():
             with contextlib.suppress(OSError):
-                held += self.records.image(volume).stat().st_blocks * 512
-        return held + sum(record.size for _, record in self.records.sound())
+                pinned += self.records.image_path(volume).stat().st_blocks * 512
+        return pinned + sum(record.size for _, record in self.records.read_undamaged())
 
     # To other names and hosts.
 
-    def depart(self, volume: str, label: str) -> Record:
-        """Bring a detached volume to where another host can make it; what that host must keep of it.
+    def prepare_migration(self, volume: str, label: str) -> VolumeRecord:
+        """Bring a detached volume to where another host can make it; return the record for that host.
 
-        The image goes; the record stays, so that it can be made here again if it was not taken over. One that
-        is to be made from a snapshot is made first, for no other host can see that the snapshot is kept. Of
-        one that is to be blank nothing is left.
+        The image is removed. The record stays, so that the image can be made here again if no host takes the
+        volume over. If the image is yet to be made from a snapshot, it is made first, because no other host
+        can know that this snapshot must be kept. A volume that is yet to be blank is removed altogether.
         """
         record = self.records.read(volume)
         if not record.made and not record.origin:
             self.delete(volume)
             return record
-        if not record.on_its_way:
+        if not record.in_transit:
             snapshot = self.snapshot(volume, label)
             self.records.change(volume, origin=snapshot, passing=True, made=False)
             with self._lock(volume):
                 self.exports.stop(volume)
-                self.records.image(volume).unlink(missing_ok=True)
+                self.records.image_path(volume).unlink(missing_ok=True)
         return self.records.read(volume)
 
     def rename(self, volume: str, name: str) -> None:
-        """Go on with a volume under another name, its lineage as it is."""
+        """Give a volume another name; it keeps its lineage."""
         with self._lock(volume), self._lock(name):
             self.exports.stop(volume)
             self.records.rename(volume, name)
             record = self.records.read(name)
             if record.lineage:
-                self.own.adopt(record.lineage)  # its image has another path now
+                self.own_repository.adopt(record.lineage)  # the path of its image has changed
 
 
-def snapshot_under_way(image: Path) -> bool:
-    """Whether some process is taking a snapshot of the image."""
+def is_snapshot_running(image: Path) -> bool:
+    """Return whether some process is taking a snapshot of the image."""
     try:
         with ImageLock(image):
             return False

@@ -1,8 +1,8 @@
-"""The configuration file of the command: what it may say, and what options it gives values to.
+"""The configuration file of the command: its keys, and the options that they give values to.
 
-TOML, at $ISLAND_CONFIG, else $XDG_CONFIG_HOME/island/config.toml, else ~/.config/island/config.toml. An
-option on the command line goes before its variable (ISLAND_...), that before the file, that before the
-default: click looks them up in this order. Only the command reads it; the Python API does not.
+It is TOML, at $ISLAND_CONFIG, else $XDG_CONFIG_HOME/island/config.toml, else ~/.config/island/config.toml. An
+option on the command line wins over its variable (ISLAND_...), that over the file, and that over the default:
+click looks them up in this order. Only the command reads the file; the Python API does not.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import click
+from island_fast.cli.run import FullUsageError
 
-__all__ = ["COMPRESSIONS", "KEEP_RULES", "configured", "rate"]
+__all__ = ["COMPRESSIONS", "KEEP_RULES", "parse_rate", "read_config"]
 
 COMPRESSIONS = ("zstd", "none")
-"""What --compression, ISLAND_COMPRESSION and the key compression may be; the first is the default."""
+"""Values of --compression, ISLAND_COMPRESSION and the key compression; the first is the default."""
 
 KEEP_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
 """The rules of a retention policy: options --keep-..., variables ISLAND_KEEP_..., keys of [retain]."""
@@ -28,7 +28,7 @@ _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMG])")
 _BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 _METERED = ("snapshot", "restore", "copy", "verify", "sweep")  # the verbs that move data
 
-_Wanted = type | tuple[str, ...] | re.Pattern[str]  # a type, or some texts, or a rate
+_Wanted = type | tuple[str, ...] | re.Pattern[str]  # a type, one of some texts, or a rate
 _TABLES: Mapping[str, Mapping[str, _Wanted]] = {
     "": {
         "repository": str,
@@ -39,49 +39,54 @@ _TABLES: Mapping[str, Mapping[str, _Wanted]] = {
     },
     "retain": {f"keep-{rule}": int for rule in KEEP_RULES},
 }
-_NAMES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
+_TYPES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
 
 
-def rate(text: str) -> float | None:
-    """Bytes in a second, more than 0, from a text such as 500K, 10M or 1.5G (of 1024 each); else None."""
+def parse_rate(text: str) -> float | None:
+    """Return bytes per second, more than 0, of a text such as 500K, 10M or 1.5G (1024 each); else None."""
     match = _RATE.fullmatch(text)
     return (float(match[1]) * _BYTES[match[2]] or None) if match else None
 
 
-def configured() -> dict[str, Any]:
-    """Values for options, as click's `default_map`: those of verbs below their names. Empty without a file.
+def read_config() -> dict[str, Any]:
+    """Read the file and return values for options, as click's `default_map`; {} if there is no file.
 
-    click.UsageError if there is anything in the file that would have no effect, or is of another type.
+    Options of a verb are in a dict under its name. FullUsageError if anything in the file would have no
+    effect, or is of another type.
     """
     named = os.environ.get("ISLAND_CONFIG")
-    path = Path(named) if named else _usual()
+    path = Path(named) if named else _default_path()
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             text = file.read()
     except FileNotFoundError as error:
         if named:
-            raise click.UsageError(f"{path}, which ISLAND_CONFIG names, does not exist") from error
+            raise FullUsageError(
+                f"{path}, which ISLAND_CONFIG names, does not exist; create it, or unset the variable"
+            ) from error
         return {}
     except OSError as error:
-        raise click.UsageError(f"{path} cannot be read ({error.strerror})") from error
+        raise FullUsageError(
+            f"{path} cannot be read ({error.strerror}); mend that, or name another in ISLAND_CONFIG"
+        ) from error
     if stat.S_ISREG(mode) and mode & stat.S_IWOTH:
-        raise click.UsageError(f"anybody may write to {path}, and redirect snapshots; run 'chmod o-w' on it")
-    return _parsed(path, text)
+        raise FullUsageError(f"anybody can write to {path}, and redirect snapshots; run 'chmod o-w' on it")
+    return _parse(path, text)
 
 
-def _usual() -> Path:
+def _default_path() -> Path:
     base = os.environ.get("XDG_CONFIG_HOME", "")
     return Path(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "island/config.toml")
 
 
-def _parsed(path: Path, text: bytes) -> dict[str, Any]:
+def _parse(path: Path, text: bytes) -> dict[str, Any]:
     import tomllib
 
     try:
         found = tomllib.loads(text.decode())
     except ValueError as error:
-        raise click.UsageError(f"{path} is not TOML ({error})") from error
+        raise FullUsageError(f"{path} is not valid TOML ({error})") from error
     values: dict[str, Any] = {}
     for table, keys in _TABLES.items():
         held = found.pop(table, {}) if table else {key: found.pop(key) for key in keys if key in found}
@@ -89,14 +94,14 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
         for key, value in held.items():
             name = f"{table}.{key}" if table else key
             if key not in keys:
-                _refuse(path, name)
+                raise _unknown(path, name)
             _check(path, name, value, keys[key])
         options = {key.replace("-", "_"): value for key, value in held.items()}
         if "repository" in options:
-            options["repository"] = _place(path, options["repository"])
+            options["repository"] = _absolute(path, options["repository"])
         values |= {table: options} if table else options
     for name in found:
-        _refuse(path, name)
+        raise _unknown(path, name)
     if "compression" in values:
         values["snapshot"] = {"compression": values.pop("compression")}
     limits = {
@@ -107,27 +112,34 @@ def _parsed(path: Path, text: bytes) -> dict[str, Any]:
     return values
 
 
-def _place(path: Path, repository: str) -> str:
-    """A repository that is the same one in whatever folder the command is called; ~ is the user's home."""
+def _absolute(path: Path, repository: str) -> str:
+    """Return the repository's place, which must not depend on the current folder; ~ is the user's home."""
     place = os.path.expanduser(repository) if repository.startswith("~/") else repository
     if not os.path.isabs(place) and "://" not in place:
-        raise click.UsageError(
+        raise FullUsageError(
             f"in {path}, repository must be an absolute path, begin with ~/, or be swift://CONTAINER/PREFIX"
         )
     return place
 
 
 def _check(path: Path, name: str, value: object, wanted: _Wanted) -> None:
+    """Raise FullUsageError unless the value is of the type that is wanted."""
     if isinstance(wanted, re.Pattern):
-        right, told = isinstance(value, str) and rate(value) is not None, 'a rate in quotes, such as "10M"'
+        right = isinstance(value, str) and parse_rate(value) is not None
+        what = 'a rate in quotes: one number and K, M or G, without B, such as "10M"'
     elif isinstance(wanted, tuple):
-        right, told = value in wanted, " or ".join(f'"{text}"' for text in wanted)
+        right, what = value in wanted, " or ".join(f'"{text}"' for text in wanted)
     else:
-        right, told = type(value) is wanted and not (isinstance(value, int) and value < 0), _NAMES[wanted]
+        right, what = type(value) is wanted and not (isinstance(value, int) and value < 0), _TYPES[wanted]
     if not right:
-        raise click.UsageError(f"in {path}, {name} must be {told}")
+        raise FullUsageError(f"in {path}, {name} must be {what}")
 
 
-def _refuse(path: Path, name: str) -> None:
+def _unknown(path: Path, name: str) -> FullUsageError:
+    """Return the error for a key that is not known, or is in the wrong place."""
+    for table, keys in _TABLES.items():
+        if name.rpartition(".")[2] in keys:
+            place = f"below a line [{table}]" if table else "at the top of the file, above every [table]"
+            return FullUsageError(f"in {path}, {name} belongs {place}")
     known = [f"{table}.{key}" if table else key for table, keys in _TABLES.items() for key in keys]
-    raise click.UsageError(f"in {path}, {name} is unknown; known are {', '.join(known)}")
+    return FullUsageError(f"in {path}, {name} is unknown; known are {', '.join(known)}")

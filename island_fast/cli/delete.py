@@ -1,4 +1,4 @@
-"""`island delete`: its options, and what a person reads."""
+"""`island delete`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -7,25 +7,32 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli.options import NAMING, common, opened, snapshots_known
+from island_fast.cli.help import verb
+from island_fast.cli.options import (
+    NAMING,
+    add_common_options,
+    complete_snapshot,
+    dry_run_option,
+    open_repository,
+)
 from island_fast.cli.run import Run
-from island_fast.cli.text import size
+from island_fast.cli.text import freed
 
 if TYPE_CHECKING:
     from island_fast.results import Deleted
 
-__all__ = ["format_deleted"]
+__all__ = ["delete"]
 
 
-@click.command(epilog=NAMING)
-@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, shell_complete=snapshots_known)
-@click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
-@common
+@verb("Delete snapshots", epilog=NAMING)
+@click.argument("snapshots", metavar="SNAPSHOT...", nargs=-1, required=True, shell_complete=complete_snapshot)
+@dry_run_option()
+@add_common_options
 @click.pass_obj
 def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
-    """Delete snapshots; all others stay whole.
+    """Delete snapshots; all others stay complete.
 
-    All are looked up before the first is deleted. Their space is freed by the next 'island sweep'.
+    If one of them is not found, none is deleted. 'island sweep' frees their space.
 
     \b
     Example:
@@ -33,21 +40,17 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
       island -r /srv/snapshots delete 6f0c2a91b3d4 disk@81d0
     """  # noqa: D301
     if not dry_run:
-        run.if_interrupted = lambda: "'island list' shows which snapshots are still there"
-    with opened(run) as repository:
+        run.if_interrupted = lambda: "'island list' shows which snapshots still exist"
+    with open_repository(run) as repository:
         deleted = repository.delete(snapshots, dry_run=dry_run)
-    run.answer([one.as_json() for one in deleted], format_deleted(deleted, dry_run))
+    run.answer([one.as_json() for one in deleted], _format_deleted(deleted, dry_run))
 
 
-def format_deleted(answers: Sequence[Deleted], dry_run: bool) -> str:
-    """A sentence for each snapshot."""
-    did, unneeded, frees = (
-        ("Would delete", "would be needed no more", "would free")
-        if dry_run
-        else ("Deleted", "are needed no more", "will free")
-    )
+def _format_deleted(deleted: Sequence[Deleted], dry_run: bool) -> str:
+    """Return a sentence for each snapshot."""
+    did, frees = ("Would delete", "would then free") if dry_run else ("Deleted", "will free")
     return "\n".join(
-        f"{did} snapshot {one.snapshot} of volume {one.volume}: {size(one.bytes_unreferenced)} {unneeded}; "
-        f"because of it the next sweep {frees} {size(one.bytes_freed)}."
-        for one in answers
+        f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
+        f"{freed(one.bytes_freed, one.bytes_unreferenced)}."
+        for one in deleted
     )

@@ -1,4 +1,4 @@
-"""`island diff`: its options, and what a person reads."""
+"""`island diff`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli import text
-from island_fast.cli.options import common, opened, snapshots_known
+from island_fast.cli.help import verb
+from island_fast.cli.options import NAMING, add_common_options, complete_snapshot, open_repository
 from island_fast.cli.run import Run
+from island_fast.cli.text import count, size
 
 if TYPE_CHECKING:
     from island_fast.results import Difference
@@ -17,42 +18,42 @@ if TYPE_CHECKING:
 __all__ = ["diff"]
 
 
-@click.command()
-@click.argument("a", shell_complete=snapshots_known)
-@click.argument("b", shell_complete=snapshots_known)
-@common
+@verb("Show what changed between two snapshots", epilog=NAMING)
+@click.argument("a", shell_complete=complete_snapshot)
+@click.argument("b", shell_complete=complete_snapshot)
+@add_common_options
 @click.pass_obj
 def diff(run: Run, a: str, b: str) -> None:
-    """Show what may have changed from snapshot A to snapshot B of the same volume; either may be the older.
+    """Show what can have changed from snapshot A to snapshot B of the same volume; either can be the older.
 
-    An extent holds data in B, or is zero there; starts and lengths are in bytes. Nothing else of B differs
-    from A, resized to B's size. It is told from the two manifests alone: a block that was sent again may hold
-    what it held before, such as one that was changed and changed back.
+    Each extent is listed with its start and length in bytes, and with what it is in B: data, or zero.
+    Everything else is the same in B as in A, resized to B's size. Only the two manifests are read, so a block
+    that was sent again is listed even if its data is the same, such as one that was changed and changed back.
 
     \b
     Example:
       island -r /srv/snapshots diff disk@81d0 disk@latest
       island -r /srv/snapshots diff 6f0c2a91b3d4 81d05be7c2f9 --json
     """  # noqa: D301
-    with opened(run) as repository:
+    with open_repository(run) as repository:
         found = repository.diff(a, b)
     if run.json:
         run.answer(found.as_json(), "")
     else:
-        run.answer(None, "\n".join(_told_diff(found)))
+        run.answer(None, "\n".join(_format_difference(found)))
 
 
-def _told_diff(answer: Difference) -> Iterator[str]:
-    """A line for each extent, in columns of fixed width, and a sentence."""
-    rows = [f"{start:>16}  {length:>16}  {kind}" for start, length, kind in answer.extents()]
+def _format_difference(found: Difference) -> Iterator[str]:
+    """Yield a line for each extent, in columns of fixed width, and a sentence."""
+    rows = [f"{start:>16}  {length:>16}  {kind}" for start, length, kind in found.extents()]
     if rows:
         yield f"{'START B':>16}  {'LENGTH B':>16}  KIND"
         yield from rows
-    changed, data, zero = map(text.size, (answer.bytes_changed, answer.bytes_data, answer.bytes_zero))
+    changed, data, zero = map(size, (found.bytes_changed, found.bytes_data, found.bytes_zero))
     resized = ""
-    if answer.since_size != answer.volume_size:
-        resized = f"; its size went from {text.size(answer.since_size)} to {text.size(answer.volume_size)}"
+    if found.since_size != found.volume_size:
+        resized = f"; its size went from {size(found.since_size)} to {size(found.volume_size)}"
     yield (
-        f"Volume {answer.volume}: {changed} may differ in {text.count(len(rows), 'extent')}, {data} of data "
+        f"Volume {found.volume}: {changed} can differ in {count(len(rows), 'extent')}, {data} of data "
         f"and {zero} of zeros{resized}."
     )

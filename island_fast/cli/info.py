@@ -1,4 +1,4 @@
-"""`island info`: its options, and what a person reads."""
+"""`island info`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli import text
-from island_fast.cli.options import FileName, common, opened
+from island_fast.cli.help import HOW, option, verb
+from island_fast.cli.options import FileName, add_common_options, open_repository, volume_option
 from island_fast.cli.run import Run
+from island_fast.cli.text import printable, sheet, size
 
 if TYPE_CHECKING:
     from island_fast.results import ImageInfo
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
 __all__ = ["info"]
 
 
-@click.command("info")
+@verb("Show what an image is, and what a snapshot would do")
 @click.argument("image", type=FileName())
-@click.option("--volume", metavar="NAME", help="The volume that IMAGE's next snapshot would go to.")
-@click.option("--backing", metavar="FORMAT:FILE", multiple=True, help="As for 'island snapshot'.")
-@common
+@volume_option("The volume that IMAGE's next snapshot would go to.")
+@option(HOW, "--backing", metavar="FORMAT:FILE", multiple=True,
+        help="A backing file of IMAGE, as for 'island snapshot'.")  # fmt: skip
+@add_common_options
 @click.pass_obj
 def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) -> None:
-    """Tell what the qcow2 file IMAGE is, and what its next snapshot would do.
+    """Show what the qcow2 file IMAGE is, and what its next snapshot would do.
 
-    With a repository, it is told whether the next snapshot will be a table diff, or why not.
+    If a repository is named, this includes whether the next snapshot will be a table diff, and if not, why.
 
     \b
     Example:
@@ -34,43 +36,38 @@ def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) ->
       island -r /srv/snapshots info disk.qcow2 --json
     """  # noqa: D301
     if run.location:
-        with opened(run, create=True) as repository:  # which only a snapshot would make
+        with open_repository(run, create=True) as repository:  # only a snapshot would create it
             found = repository.outlook(image, volume=volume, backing=backing)
     else:
-        from island_fast.images.inspect import image_info
+        from island_fast.images.inspect import read_image_info
 
-        found = image_info(image)
-    run.answer(found.as_json(), _described(found))
+        found = read_image_info(image)
+    run.answer(found.as_json(), _format_info(found))
 
 
-def _described(found: ImageInfo) -> str:
-    clusters = f"{text.size(found.cluster_size)}, {found.compression} where compressed"
-    following = f"{found.next_rule}: " if found.next_rule else ""
+def _format_info(found: ImageInfo) -> str:
+    """Return what an image says of itself, and what its next snapshot would do."""
     rows = [
-        ("image", f"{text.printable(found.image)}, {text.size(found.file_size)}"),
+        ("image", f"{printable(found.image)}, {size(found.file_size)}"),
         ("format", f"qcow2 version {found.version}"),
-        ("volume", text.size(found.volume_size)),
-        ("clusters", clusters),
+        ("volume", size(found.volume_size)),
+        ("clusters", f"{size(found.cluster_size)}, {found.compression} where compressed"),
         ("features", ", ".join(found.features)),
-        ("backing", text.printable(found.backing_file or "")),
+        ("backing", printable(found.backing_file or "")),
         ("in use", "open for writing in another process" if found.in_use else ""),
     ]
     for one in found.internal_snapshots:
         pin = f", pins {one.pin_of}" if one.pin_of else ""
-        rows.append(
-            ("internal", f"{text.printable(one.name)}, {one.created}, {text.size(one.volume_size)}{pin}")
-        )
+        rows.append(("internal", f"{printable(one.name)}, {one.created}, {size(one.volume_size)}{pin}"))
     for bitmap in found.bitmaps:
         rows.append(
-            (
-                "bitmap",
-                f"{text.printable(bitmap.name)}, {text.size(bitmap.granularity)} a bit, {bitmap.state}",
-            )
+            ("bitmap", f"{printable(bitmap.name)}, {size(bitmap.granularity)} per bit, {bitmap.state}")
         )
+    rule = f"{found.next_rule}: " if found.next_rule else ""
     rows += [
-        ("bitmaps", text.printable(found.bitmap_trouble or "")),
+        ("bitmaps", printable(found.bitmap_trouble or "")),
         ("goes to", found.volume or ""),
         ("pinned", found.pinned_base or ""),
-        ("next", following + text.printable(found.next_reason or "")),
+        ("next", rule + printable(found.next_reason or "")),
     ]
-    return text.sheet(rows)
+    return sheet(rows)

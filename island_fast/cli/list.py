@@ -1,4 +1,4 @@
-"""`island list`: its options, and what a person reads."""
+"""`island list`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -7,43 +7,45 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli.options import common, opened
+from island_fast.cli.help import verb
+from island_fast.cli.options import add_common_options, open_repository, volume_option
 from island_fast.cli.run import Run
-from island_fast.cli.text import SHORT_ID, printable, size, table
+from island_fast.cli.text import SHORT_ID, printable, size, table, terminal_width
 
 if TYPE_CHECKING:
     from island_fast.results import Snapshot
 
-__all__ = ["format_list"]
+__all__ = ["list_"]
+
+_WIDE = 100  # columns of a terminal that have room for PARENT
 
 
-@click.command("list")
-@click.option(
-    "--volume", metavar="NAME", help="Only snapshots of this volume; needs no listing of the store."
-)
-@common
+@verb("List snapshots", name="list")
+@volume_option("List only this volume; saves listing the whole store.")
+@add_common_options
 @click.pass_obj
 def list_(run: Run, volume: str | None) -> None:
     """List snapshots, oldest first within each volume.
 
-    Ids are cut to 12 digits, which name a snapshot as well as all 32 do; --json and --quiet give them whole.
+    Ids are cut to 12 digits, which name a snapshot as well as all 32 do; --json and --quiet print them in
+    full. A terminal of fewer than 100 columns gets no column PARENT.
 
     \b
     Example:
       island -r /srv/snapshots list --volume disk
       island -r /srv/snapshots list --json | jq -r '.[].snapshot'
     """  # noqa: D301
-    with opened(run) as repository:
+    with open_repository(run) as repository:
         found = repository.snapshots(volume)
-        if not found and not run.quiet and not repository.left_out:
-            run.note(f"there are no snapshots in {repository.store.location}")
-    text = format_list(found) if found else ""
+        run.note_if_empty(found, repository, "there are no snapshots")
+    text = _format_list(found, parents=(terminal_width() or _WIDE) >= _WIDE) if found else ""
     run.answer([one.as_json() for one in found], text, "\n".join(one.snapshot for one in found))
-    run.left_out(repository.left_out)
+    run.finish_with(repository.left_out)
 
 
-def format_list(answers: Sequence[Snapshot]) -> str:
-    """A table of snapshots, ids cut to their first 12 digits."""
+def _format_list(found: Sequence[Snapshot], *, parents: bool) -> str:
+    """Return a table of snapshots, with a column of their parents or without."""
+    header = ("SNAPSHOT", "VOLUME", "CREATED", "SIZE", "STORED", *(["PARENT"] if parents else []), "LABEL")
     rows = [
         (
             one.snapshot[:SHORT_ID],
@@ -51,9 +53,9 @@ def format_list(answers: Sequence[Snapshot]) -> str:
             one.created,
             size(one.volume_size),
             size(one.bytes_stored),
-            (one.parent or "none")[:SHORT_ID],
+            *([(one.parent or "none")[:SHORT_ID]] if parents else []),
             printable(one.label),
         )
-        for one in answers
+        for one in found
     ]
-    return table(("SNAPSHOT", "VOLUME", "CREATED", "SIZE", "STORED", "PARENT", "LABEL"), rows, right=(3, 4))
+    return table(header, rows, right=(3, 4))

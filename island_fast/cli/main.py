@@ -11,20 +11,18 @@ import click
 from island_fast import __version__
 from island_fast.cli.adopt import adopt
 from island_fast.cli.completion import completion
-from island_fast.cli.config import configured
+from island_fast.cli.config import read_config
 from island_fast.cli.copy import copy
 from island_fast.cli.delete import delete
 from island_fast.cli.diff import diff
+from island_fast.cli.help import OUTPUT, VerbGroup, option
 from island_fast.cli.info import info
 from island_fast.cli.list import list_
 from island_fast.cli.map import map_
-from island_fast.cli.options import (
-    NAMING,
-    common,
-)
+from island_fast.cli.options import add_common_options
 from island_fast.cli.restore import restore
 from island_fast.cli.retain import retain
-from island_fast.cli.run import Run, conclude
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.show import show_
 from island_fast.cli.snapshot import snapshot
 from island_fast.cli.sweep import sweep
@@ -32,7 +30,7 @@ from island_fast.cli.unpin import unpin
 from island_fast.cli.usage import usage
 from island_fast.cli.verify import verify
 
-__all__ = ["main"]
+__all__ = ["island", "main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,27 +38,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = [*(sys.argv[1:] if argv is None else argv)]
 
     def work(run: Run) -> None:
-        if asked := os.environ.get("_ISLAND_COMPLETE"):
+        if instruction := os.environ.get("_ISLAND_COMPLETE"):
             from island_fast.cli.shell_completion import complete
 
-            complete(island, run, asked)
+            complete(island, run, instruction)
             return
         run.help_asked = not {"-h", "--help"}.isdisjoint(words)
         with island.make_context("island", words or ["--help"], obj=run) as context:
             island.invoke(context)
 
-    return conclude(work, json_asked="--json" in words, to_the_end=argv is None)
+    return run_to_exit_code(work, json_asked="--json" in words, to_the_end=argv is None)
 
 
-class _Verbs(click.Group):
-    """Lists verbs in the order in which they are defined."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names of the verbs."""
-        return list(self.commands)
-
-
-def _version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
+def _print_version(context: click.Context, parameter: click.Parameter, value: bool) -> None:
     if value and not context.resilient_parsing:
         from island_fast._diff import HASH_KERNEL
 
@@ -71,20 +61,20 @@ def _version(context: click.Context, parameter: click.Parameter, value: bool) ->
 
 
 @click.group(
-    cls=_Verbs,
+    cls=VerbGroup,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog=NAMING,
+    subcommand_metavar="VERB [ARGS]...",
 )
-@common
-@click.option("--version", is_flag=True, is_eager=True, expose_value=False, callback=_version,
-              help="Tell the version and what computes digests.")  # fmt: skip
+@add_common_options
+@option(OUTPUT, "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+        help="Print the version, and what computes digests.")  # fmt: skip
 @click.pass_context
 def island(context: click.Context) -> None:
-    """Incremental snapshots of qcow2 volumes, each whole by itself, in a directory or OpenStack Swift.
+    """Incremental snapshots of qcow2 volumes, in a directory or OpenStack Swift.
 
-    Only blocks that changed since the volume's previous snapshot are read and stored; any snapshot can be
-    deleted, in any order, and every one restores by itself.
+    Only blocks that changed since the volume's previous snapshot are read and stored. Each snapshot can be
+    restored and deleted by itself, in any order. 'island VERB --help' explains a verb.
 
     \b
     Example:
@@ -95,18 +85,20 @@ def island(context: click.Context) -> None:
 
     \b
     Environment:
-      ISLAND_REPOSITORY       the repository, where -r does not name one
-      ISLAND_COMPRESSION      compression of what is sent: zstd or none
-      ISLAND_WORKERS          the most threads that work on blocks at a time
-      ISLAND_LIMIT_UPLOAD     rates of --limit-upload and --limit-download,
-      ISLAND_LIMIT_DOWNLOAD   such as 10M
-      ISLAND_KEEP_LAST, ...   values of --keep-last and the other rules of 'island retain'
-      ISLAND_CONFIG           the configuration file, for what is not set here either
-                              [default: ~/.config/island/config.toml]
-      ISLAND_STATE            folder of local state: locks and caches
-      ISLAND_DEBUG=1          show the traceback of an error
-      ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD    credentials for Swift
-      ISLAND_TO_ST_AUTH and so on, ISLAND_TO_OS_*    those for 'copy --to', where they differ
+      ISLAND_REPOSITORY      the repository, if -r names none
+      ISLAND_COMPRESSION     compression of what is sent: zstd or none
+      ISLAND_WORKERS         how many worker threads to use at most
+      ISLAND_LIMIT_UPLOAD    rates of --limit-upload and --limit-download,
+      ISLAND_LIMIT_DOWNLOAD  such as 10M
+      ISLAND_KEEP_LAST, ...  values of --keep-last and the other rules of retain
+      ISLAND_CONFIG          configuration file, for what is not set here
+                             [default: ~/.config/island/config.toml]
+      ISLAND_STATE           folder of local state: locks and caches
+      ISLAND_DEBUG=1         show the traceback of an error
+      ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD
+                             credentials for Swift
+      ISLAND_TO_ST_AUTH, ..., ISLAND_TO_OS_*
+                             those for 'copy --to', if they differ
 
     \b
     Exit codes:
@@ -114,14 +106,14 @@ def island(context: click.Context) -> None:
       1  failed, or interrupted by Ctrl-C, SIGTERM or SIGHUP
       2  wrong usage
       3  not found: a file, repository, container, volume or snapshot
-      4  refused for safety: going on could lose or mix data
-      5  the store cannot be reached, or does not let you in
+      4  refused for safety: continuing could lose or mix data
+      5  the store cannot be reached, or refuses access
       6  damaged data
     """  # noqa: D301
-    # The script is made at every login, which a broken file is not to spoil.
+    # Every login asks for the completion script: a broken file must not spoil that.
     run = context.ensure_object(Run)
     try:
-        values = {} if context.invoked_subcommand == "completion" else configured()
+        values = {} if context.invoked_subcommand == "completion" else read_config()
     except click.UsageError:
         if not run.help_asked:
             raise
@@ -130,8 +122,7 @@ def island(context: click.Context) -> None:
     context.default_map = values
 
 
-for verb in (
-    *(snapshot, list_, show_, restore, delete, sweep, adopt, unpin),
-    *(copy, retain, diff, usage, verify, info, map_, completion),
-):  # the help lists them in this order
-    island.add_command(verb)
+island.add_verbs("Take and restore", snapshot, restore, copy)
+island.add_verbs("Look at snapshots and images", list_, show_, diff, usage, info, map_)
+island.add_verbs("Keep and clean up", retain, delete, sweep, unpin)
+island.add_verbs("Maintain the repository", verify, adopt, completion)

@@ -1,4 +1,4 @@
-"""`island map`: its options, and what a person reads."""
+"""`island map`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli.options import FileName, common, image_format_option
+from island_fast.cli.help import WHAT, option, verb
+from island_fast.cli.options import FileName, add_common_options, image_format_option
 from island_fast.cli.run import Run
 
 if TYPE_CHECKING:
@@ -16,43 +17,47 @@ if TYPE_CHECKING:
 
 __all__ = ["map_"]
 
+_CHANGED_JSON = (', "changed": false', ', "changed": true')
+_CHANGED_TEXT = ("  no", "  yes")
 
-@click.command("map")
+
+@verb("Show where an image holds data", name="map")
 @click.argument("image", type=FileName())
-@click.option("--snapshot", metavar="NAME", help="The volume at this internal snapshot, not as it is.")
-@click.option("--since", metavar="NAME", help="Tell what may have changed since this internal snapshot.")
+@option(WHAT, "--snapshot", metavar="NAME",
+        help="Show the volume as of this internal snapshot, not its present state.")  # fmt: skip
+@option(WHAT, "--since", metavar="NAME", help="Show what can have changed since this internal snapshot.")
 @image_format_option("Format of IMAGE.")
-@common
+@add_common_options
 @click.pass_obj
 def map_(run: Run, image: Path, snapshot: str | None, since: str | None, image_format: str) -> None:
     """Show where the volume of IMAGE holds data.
 
-    An extent is data, zero (stored as zeros, without data) or hole (nothing stored; a backing file shows).
-    Starts and lengths are in bytes.
+    An extent is data, zero (stored as zeros, without data) or hole (nothing is stored; a backing file shows
+    through). Starts and lengths are in bytes. No repository is needed.
 
     \b
     Example:
       island map disk.qcow2
       island map disk.qcow2 --snapshot monday --since sunday --json
     """  # noqa: D301
-    from island_fast.images.inspect import image_map
+    from island_fast.images.inspect import map_image
 
-    windows = image_map(image, snapshot=snapshot, since=since, image_format=image_format)
+    windows = map_image(image, snapshot=snapshot, since=since, image_format=image_format)
     if run.json:
-        rows = _written(windows, '{{"start": %d, "length": %d, "kind": "{}"{}}}', _CHANGED_JSON, bool(since))
+        rows = _format_extents(
+            windows, '{{"start": %d, "length": %d, "kind": "{}"{}}}', _CHANGED_JSON, bool(since)
+        )
         run.answer_encoded(f"[{', '.join(rows)}]")
     else:
         heading = f"{'START B':>16}  {'LENGTH B':>16}  KIND" + ("  CHANGED" if since else "")
-        rows = _written(windows, "%16d  %16d  {}{}", _CHANGED_TEXT, bool(since))
+        rows = _format_extents(windows, "%16d  %16d  {}{}", _CHANGED_TEXT, bool(since))
         run.answer(None, "\n".join([heading, *rows]))
 
 
-_CHANGED_JSON = (', "changed": false', ', "changed": true')
-_CHANGED_TEXT = ("  no", "  yes")
-
-
-def _written(windows: Iterable[Extents], row: str, changed: Sequence[str], since: bool) -> Iterator[str]:
-    """Extents as text, a window at a time, by one formatting of it: there may be hundreds of thousands.
+def _format_extents(
+    windows: Iterable[Extents], row: str, changed: Sequence[str], since: bool
+) -> Iterator[str]:
+    """Yield extents as text, a window at a time by one formatting: there can be hundreds of thousands.
 
     `row` is a format for start and length in which {}{} are the kind and, with `since`, one of `changed`.
     """

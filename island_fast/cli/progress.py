@@ -21,35 +21,48 @@ _LINE_EVERY = 1.0  # seconds between two lines of progress
 _PHASES = {
     "scan": "Scanning",
     "send": "Sending",
-    "commit": "Committing",
+    "commit": "Finishing",
     "zero": "Zeroing",
     "restore": "Restoring",
     "sweep": "Sweeping",
     "copy": "Copying",
-    "look": "Looking",
+    "look": "Listing objects",
     "verify": "Verifying",
     "compare": "Comparing",
-    "mend": "Mending",
+    "mend": "Repairing",
     "retain": "Deleting",
     "usage": "Reading manifests",
 }
+_NARROW, _WIDE = 10, 30  # columns of a bar
+_PERCENT = 4  # columns of 100%
 
 
-def pace(done: int, total: int, elapsed: float) -> str:
-    """How far work is: bytes done and in all, the rate since it began, and the time left at that rate."""
-    far = f"{size(done)} of {size(total)}"
+def pace(done: int, total: int, elapsed: float, width: int | None = None) -> str:
+    """Return how far work is: bytes done and in all, the rate since it began, and the time left at that rate.
+
+    If that is wider than `width`, the rate is left out, then the bytes, then the time.
+    """
+    bytes_done = f"{size(done)} of {size(total)}"
     if elapsed <= 0 or done <= 0:
-        return far
-    rate = done / elapsed
-    left = max(0, round((total - done) / rate))
-    return f"{far}, {size(int(rate))}/s, {duration(left) if left >= 60 else f'{left} s'} left"
+        parts = [bytes_done]
+        shorter: list[list[str]] = [[]]
+    else:
+        rate = done / elapsed
+        left = max(0, round((total - done) / rate))
+        time_left = f"{duration(left) if left >= 60 else f'{left} s'} left"
+        parts = [bytes_done, f"{size(int(rate))}/s", time_left]
+        shorter = [[bytes_done, time_left], [time_left], []]
+    for texts in (parts, *shorter):
+        if width is None or len(", ".join(texts)) <= width:
+            return ", ".join(texts)
+    return ""
 
 
 class Bars:
-    """Progress on standard error, one bar at a time; a context manager, and called as a `Progress`.
+    """Progress on standard error, one bar at a time: a context manager, and a `Progress` to call.
 
-    Shows nothing unless `wanted` and standard error is a terminal; rich is imported only when a bar is
-    shown. Bars are gone when it is left, whichever way. May be called from several threads.
+    Shows nothing unless `wanted` and standard error is a terminal; rich is imported only when a bar is shown.
+    No bar is left behind at exit. Can be called from several threads.
     """
 
     def __init__(self, wanted: bool) -> None:
@@ -67,7 +80,7 @@ class Bars:
         with self._lock:
             self._wanted = False
             if self._bars is not None:
-                with contextlib.suppress(OSError):  # the terminal went away
+                with contextlib.suppress(OSError):  # the terminal is gone
                     self._bars.stop()
 
     def __call__(self, phase: str, done: int, total: int) -> None:
@@ -76,7 +89,7 @@ class Bars:
             return
         with self._lock:
             now = time.monotonic()
-            if not self._wanted:  # left meanwhile
+            if not self._wanted:  # it exited meanwhile
                 return
             if phase != self._phase:
                 self._start(phase, now)
@@ -84,25 +97,31 @@ class Bars:
                 return
             self._drawn = now
             if self._bars is not None and self._task is not None:
-                text = pace(done, total, now - self._began) if total else ""
+                text = pace(done, total, now - self._began, self._room()) if total else ""
                 self._bars.update(self._task, completed=done, total=total or None, pace=text, refresh=True)
 
     def _start(self, phase: str, now: float) -> None:
-        """Put a bar for `phase` in the place of the one before."""
+        """Replace the bar by one for `phase`."""
         if self._bars is None:
             self._bars = _rich_progress()
             self._bars.start()
         if self._task is not None:
             self._bars.remove_task(self._task)
-        self._task = self._bars.add_task(_PHASES.get(phase, phase), total=None, pace="")
+        self._task = self._bars.add_task(_phase_name(phase), total=None, pace="")
         self._phase, self._began = phase, now
+
+    def _room(self) -> int:
+        """Return the columns that are left beside the phase, the bar and the percentage."""
+        assert self._bars is not None
+        columns = self._bars.console.width
+        return columns - len(_phase_name(self._phase)) - _bar_width(columns) - _PERCENT - 3  # and spaces
 
 
 class Lines:
-    """Progress as lines of JSON on standard error, for programs; a context manager, and a `Progress`.
+    """Progress as lines of JSON on standard error, for programs: a context manager, and a `Progress` to call.
 
     A line such as {"phase": "send", "done": 1048576, "total": 4194304}, in bytes: when a phase begins, once
-    a second, and when it is done. May be called from several threads.
+    a second, and when it is done. Can be called from several threads.
     """
 
     def __init__(self) -> None:
@@ -117,7 +136,7 @@ class Lines:
         pass
 
     def __call__(self, phase: str, done: int, total: int) -> None:
-        """Tell that `done` of `total` bytes of `phase` are done."""
+        """Report that `done` of `total` bytes of `phase` are done."""
         with self._lock:
             now = time.monotonic()
             if phase == self._phase and done < total and now - self._written < _LINE_EVERY:
@@ -130,18 +149,28 @@ class Lines:
                     sys.stderr.flush()
 
 
+def _phase_name(phase: str) -> str:
+    return _PHASES.get(phase, phase)
+
+
+def _bar_width(columns: int) -> int:
+    """Return how wide the bar is on a terminal with this many columns."""
+    return max(_NARROW, min(_WIDE, columns - 60))
+
+
 def _rich_progress() -> Progress:
-    """A rich display on standard error that removes itself when it is stopped."""
+    """Return a rich display on standard error that removes itself when it is stopped."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
+    console = Console(stderr=True)
     return Progress(
         TextColumn("{task.description}"),
-        BarColumn(bar_width=30),
+        BarColumn(bar_width=_bar_width(console.width)),
         TaskProgressColumn(),
         TextColumn("{task.fields[pace]}"),
-        console=Console(stderr=True),
-        auto_refresh=False,  # every change is drawn, and `_REDRAW` bounds how often one is
+        console=console,
+        auto_refresh=False,  # every change is drawn, and `_REDRAW` bounds how often
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,

@@ -1,4 +1,4 @@
-"""`island restore`: its options, and what a person reads."""
+"""`island restore`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING
 
 import click
 
+from island_fast.cli.help import HOW, WHAT, option, verb
 from island_fast.cli.options import (
     NAMING,
     FileName,
-    common,
+    add_common_options,
+    add_limit_options,
+    complete_snapshot,
+    dry_run_option,
     image_format_option,
-    limits,
-    opened,
-    snapshots_known,
+    open_repository,
 )
 from island_fast.cli.run import Run
 from island_fast.cli.text import count, duration, printable, sheet, size
@@ -24,38 +26,38 @@ from island_fast.errors import UsageError
 if TYPE_CHECKING:
     from island_fast.results import Restored, RestoredOnto
 
-__all__ = ["format_restored", "format_restored_onto", "restore"]
+__all__ = ["restore"]
 
 
-@click.command(epilog=NAMING)
-@click.argument("snapshot", shell_complete=snapshots_known)
+@verb("Write a snapshot to a new file, or onto an image", epilog=NAMING)
+@click.argument("snapshot", shell_complete=complete_snapshot)
 @click.argument("target", type=FileName(), required=False)
+@option(WHAT, "--onto", metavar="IMAGE", type=FileName(),
+        help="Write only the blocks that differ, to this existing file or block device.")  # fmt: skip
 @image_format_option("Format of TARGET or IMAGE.")
-@click.option("--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to be another volume.")
-@click.option("--onto", metavar="IMAGE", type=FileName(),
-              help="Write to this file or block device, which is there, the blocks that differ.")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="With --onto: write nothing, and tell what would be written.")
-@limits
-@common
+@option(HOW, "--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to become another volume.")
+@dry_run_option("With --onto: write nothing; show what would be written.")
+@add_limit_options
+@add_common_options
 @click.pass_obj
 def restore(
     run: Run,
     snapshot: str,
     target: Path | None,
+    onto: Path | None,
     image_format: str,
     no_pin: bool,
-    onto: Path | None,
     dry_run: bool,
 ) -> None:
     """Write the volume as of SNAPSHOT to the new file TARGET, or onto IMAGE.
 
-    TARGET must not exist; it gets its name when it is whole and on disk. A qcow2 holds a pin, so its next
-    snapshot is incremental; a raw file is sparse.
+    TARGET must not exist; it gets its name when it is complete and on disk. A qcow2 TARGET contains a pin, so
+    that its next snapshot is incremental; a raw TARGET is sparse.
 
-    IMAGE is there, and nobody may have it open. All of it is read and compared by digests first; then only
-    blocks that differ are fetched and written. What it has behind the volume's end becomes zero; a smaller
-    one is refused. Internal snapshots and pins in it stay as they are. After an interruption IMAGE is partly
-    what it was: the same command goes on, given the id of the same SNAPSHOT (which is told), not "latest".
+    IMAGE must exist, and no process may have it open. All of it is read and compared by digests; then only
+    the blocks that differ are fetched and written. Anything past the end of the volume is zeroed. An IMAGE
+    smaller than the volume is refused. Internal snapshots and pins in IMAGE stay. If interrupted, IMAGE is a
+    mix of old and new: run the same command again with the snapshot's id (which is printed), not "latest".
 
     \b
     Example:
@@ -65,7 +67,7 @@ def restore(
       island -r /srv/snapshots restore disk@81d0 --onto /dev/vg0/disk --format raw
     """  # noqa: D301
     if (target is None) == (onto is None):
-        raise UsageError("name a TARGET to be made, or an image that is there with --onto")
+        raise UsageError("name either a new file TARGET, or an existing image with --onto")
     if onto is not None:
         _restore_onto(run, snapshot, onto, image_format, no_pin, dry_run)
     elif target is not None:
@@ -75,22 +77,25 @@ def restore(
 
 
 def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
+    """Write a new file, and print the answer."""
+
     def if_interrupted() -> str:
         if os.path.lexists(target):
-            return f"{target} is whole, if this command made it"
+            return f"{target} is complete, if this command made it"
         return f"{target} was not made"
 
     run.if_interrupted = if_interrupted
-    with opened(run) as repository, run.progress() as progress:
+    with open_repository(run) as repository, run.progress() as progress:
         restored = repository.restore(
             snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
         )
-    run.answer(restored.as_json(), format_restored(restored))
+    run.answer(restored.as_json(), _format_restored(restored))
 
 
 def _restore_onto(
     run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool, dry_run: bool
 ) -> None:
+    """Write onto an existing image, and print the answer."""
     if no_pin:
         raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
 
@@ -101,46 +106,46 @@ def _restore_onto(
     def if_interrupted() -> str:
         if run.phase in ("zero", "restore"):
             command = again(found, target, image_format)
-            return f"{target} is partly what it was and partly the snapshot; run '{command}'"
+            return f"{target} is a mix of what it was and the snapshot; run '{command}'"
         return "nothing was changed"
 
     run.if_interrupted = if_interrupted
-    with opened(run) as repository, run.progress() as progress:
+    with open_repository(run) as repository, run.progress() as progress:
         found = repository.find(snapshot).row.id
         volume, at, _ = snapshot.rpartition("@")
         restored = repository.restore_onto(
             f"{volume}{at}{found}", target, image_format=image_format, dry_run=dry_run, progress=progress
         )
-    run.answer(restored.as_json(), format_restored_onto(restored, dry_run))
+    run.answer(restored.as_json(), _format_restored_onto(restored, dry_run))
 
 
-def format_restored(answer: Restored) -> str:
-    """A volume just written."""
+def _format_restored(restored: Restored) -> str:
+    """Return what was written to a new file."""
     return sheet(
         [
-            ("target", f"{printable(answer.target)}, {answer.format}"),
-            ("snapshot", answer.snapshot),
-            ("volume", size(answer.volume_size)),
-            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
-            ("written", size(answer.bytes_written)),
-            ("time", duration(answer.seconds)),
+            ("target", f"{printable(restored.target)}, {restored.format}"),
+            ("snapshot", restored.snapshot),
+            ("volume", size(restored.volume_size)),
+            ("read", f"{size(restored.bytes_read)} in {count(restored.objects_read, 'object')}"),
+            ("written", size(restored.bytes_written)),
+            ("time", duration(restored.seconds)),
         ]
     )
 
 
-def format_restored_onto(answer: RestoredOnto, dry_run: bool) -> str:
-    """An image just written onto, or what that would write."""
-    written = size(answer.bytes_written)
-    if answer.bytes_zeroed:
-        written += f", and {size(answer.bytes_zeroed)} of zeros"
+def _format_restored_onto(restored: RestoredOnto, dry_run: bool) -> str:
+    """Return what was written onto an image, or would be."""
+    written = size(restored.bytes_written)
+    if restored.bytes_zeroed:
+        written += f", and {size(restored.bytes_zeroed)} of zeros"
     return sheet(
         [
-            ("target", f"{printable(answer.target)}, {answer.format}, {size(answer.target_size)}"),
-            ("snapshot", answer.snapshot),
-            ("volume", size(answer.volume_size)),
-            ("compared", size(answer.bytes_compared)),
-            ("read", f"{size(answer.bytes_read)} in {count(answer.objects_read, 'object')}"),
+            ("target", f"{printable(restored.target)}, {restored.format}, {size(restored.target_size)}"),
+            ("snapshot", restored.snapshot),
+            ("volume", size(restored.volume_size)),
+            ("compared", size(restored.bytes_compared)),
+            ("read", f"{size(restored.bytes_read)} in {count(restored.objects_read, 'object')}"),
             ("differs" if dry_run else "written", written),
-            ("time", duration(answer.seconds)),
+            ("time", duration(restored.seconds)),
         ]
     )

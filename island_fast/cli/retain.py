@@ -1,25 +1,27 @@
-"""`island retain`: its options, and what a person reads."""
+"""`island retain`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from island_fast.cli import text
 from island_fast.cli.config import KEEP_RULES
-from island_fast.cli.options import common, opened
+from island_fast.cli.help import WHAT, option, verb
+from island_fast.cli.options import add_common_options, dry_run_option, open_repository, volume_option
 from island_fast.cli.run import Run
+from island_fast.cli.text import SHORT_ID, count, printable, size, table
 
 if TYPE_CHECKING:
     from island_fast.results import Retained
 
 __all__ = ["retain"]
 
-_RULES_TOLD = (
+_RULE_HELP = (
     "Keep the newest N.",
-    "Keep the newest of each of the last N hours that have any.",
+    "Keep the newest of each of the last N hours that have a snapshot.",
     "The same for days.",
     "The same for weeks, which begin on Monday.",
     "The same for months.",
@@ -27,80 +29,94 @@ _RULES_TOLD = (
 )
 
 
-def _keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
+def _add_keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each rule of a policy."""
-    for rule, told in reversed([*zip(KEEP_RULES, _RULES_TOLD, strict=True)]):
-        command = click.option(
-            f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0,
-            envvar=f"ISLAND_KEEP_{rule.upper()}", show_envvar=True, help=told,
+    for rule, text in reversed([*zip(KEEP_RULES, _RULE_HELP, strict=True)]):
+        command = option(
+            WHAT, f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0,
+            envvar=f"ISLAND_KEEP_{rule.upper()}", show_envvar=True, help=text,
         )(command)  # fmt: skip
     return command
 
 
-@click.command()
-@_keep_options
-@click.option("--volume", metavar="NAME", help="Only this volume.")
-@click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
-@common
-@click.pass_obj
-def retain(run: Run, /, volume: str | None, dry_run: bool, **keeps: int) -> None:
+@verb("Delete the snapshots that no rule keeps")
+@_add_keep_options
+@volume_option("Apply the rules only to this volume.")
+@dry_run_option()
+@add_common_options
+@click.pass_context
+def retain(context: click.Context, /, volume: str | None, dry_run: bool, **keeps: int) -> None:
     """Delete the snapshots that no rule keeps, from each volume that this host owns.
 
-    Rules work as those of 'restic forget', for each volume by itself: from the newest snapshot to the oldest,
-    a rule keeps the newest one of each of the first N hours, days, ... of UTC that it meets; those without a
-    snapshot do not count. A rule that comes to the oldest snapshot before it has N keeps that one too, as
-    "oldest daily". Newer is what was taken later, whatever the clock said. At least one rule must be given,
-    so the newest snapshot of a volume always stays.
+    Rules work as those of 'restic forget', for each volume separately: a rule keeps the newest snapshot of
+    each of the N most recent hours, days, ... (UTC) that contain one. If a rule runs out of snapshots before
+    it has kept N, it also keeps the oldest, as "oldest daily". Order is the order in which snapshots were
+    taken, not their timestamps. At least one rule must be given, so the newest snapshot of a volume always
+    stays.
 
-    Each rule that is not given is looked up in ISLAND_KEEP_LAST, ISLAND_KEEP_HOURLY, ..., then in the
-    configuration file (keep-daily = 7 below [retain]); 0 puts one aside.
+    Rules add up. A rule that is not given is taken from ISLAND_KEEP_LAST, ISLAND_KEEP_HOURLY, ..., then from
+    the configuration file (keep-daily = 7 below [retain]); 0 turns a rule off. The answer shows which rules
+    applied, and where each is from.
 
-    Space is freed by the next 'island sweep'.
+    'island sweep' frees the space.
 
     \b
     Example:
       island -r /srv/snapshots retain --keep-daily 7 --keep-weekly 4 --dry-run
-      island -r swift://volumes/host7 retain --keep-last 1 --keep-monthly 12 --volume disk
+      island -r swift://volumes/host7 retain --keep-last 1 --keep-monthly 12
     """  # noqa: D301
     from island_fast.operations.retain import Keep
 
+    run = context.ensure_object(Run)
     keep = Keep(**{name.removeprefix("keep_"): number for name, number in keeps.items()})
     if not dry_run:
-        run.if_interrupted = lambda: "'island list' shows which snapshots are still there"
-    with opened(run) as repository, run.progress() as progress:
+        run.if_interrupted = lambda: "'island list' shows which snapshots still exist"
+    with open_repository(run) as repository, run.progress() as progress:
         retained = repository.retain(keep, volume=volume, dry_run=dry_run, progress=progress)
-        if not retained and not run.quiet and not repository.left_out:
-            run.note(f"this host owns no volume in {repository.store.location}")
-    run.answer([one.as_json() for one in retained], _told_retained(retained, dry_run))
-    run.left_out(repository.left_out)
+        run.note_if_empty(retained, repository, "this host owns no volume")
+    lines = [_format_rules(context, keeps), *_format_retained(retained, dry_run)] if retained else []
+    run.answer([one.as_json() for one in retained], "\n".join(lines))
+    run.finish_with(repository.left_out)
 
 
-def _told_retained(answers: Sequence[Retained], dry_run: bool) -> str:
-    """Of each volume a line for every snapshot, and a sentence."""
-    lines = []
-    for one in answers:
-        header = ("ACTION", "SNAPSHOT", "CREATED", "FREES", "KEPT AS", "LABEL")
-        rows = [
-            (
-                "keep" if it.kept else "delete",
-                it.snapshot[: text.SHORT_ID],
-                it.created,
-                "" if it.kept else text.size(it.bytes_freed),
-                ", ".join(it.reasons),
-                text.printable(it.label),
-            )
-            for it in one.snapshots
-        ]
-        lines += [text.table(header, rows, right=(3,)), _retained(one, dry_run)] if rows else []
-    return "\n".join(lines)
+def _format_rules(context: click.Context, keeps: dict[str, int]) -> str:
+    """Return the rules that applied, and where each is from."""
+    rules = []
+    for name in (f"keep_{rule}" for rule in KEEP_RULES):
+        match context.get_parameter_source(name):
+            case ParameterSource.COMMANDLINE:
+                source = "command line"
+            case ParameterSource.DEFAULT_MAP:
+                source = "configuration file"
+            case _:
+                source = f"ISLAND_{name.upper()}"
+        if keeps[name]:
+            rules.append(f"{name.replace('_', '-')} {keeps[name]} ({source})")
+    return f"Rules: {', '.join(rules)}."
 
 
-def _retained(one: Retained, dry_run: bool) -> str:
-    deletes, frees = ("would be deleted", "would free") if dry_run else ("deleted", "will free")
-    if not one.deleted:
-        return f"Volume {one.volume}: all {text.count(one.kept, 'snapshot')} kept."
-    kept = f"{one.kept} of {text.count(len(one.snapshots), 'snapshot')} kept"
-    return (
-        f"Volume {one.volume}: {kept}, {one.deleted} {deletes}; because of it the next sweep {frees} "
-        f"{text.size(one.bytes_freed)}."
-    )
+def _format_retained(retained: Sequence[Retained], dry_run: bool) -> Iterator[str]:
+    """Yield a table of each volume's snapshots, and a sentence."""
+    deletes, frees = ("would be deleted", "would then free") if dry_run else ("deleted", "will free")
+    for one in retained:
+        if one.snapshots:
+            header = ("ACTION", "SNAPSHOT", "CREATED", "FREES", "KEPT AS", "LABEL")
+            rows = [
+                (
+                    "keep" if it.kept else "delete",
+                    it.snapshot[:SHORT_ID],
+                    it.created,
+                    "" if it.kept else size(it.bytes_freed),
+                    ", ".join(it.reasons),
+                    printable(it.label),
+                )
+                for it in one.snapshots
+            ]
+            yield table(header, rows, right=(3,))
+            if one.deleted:
+                yield (
+                    f"Volume {one.volume}: {one.kept} of {count(len(one.snapshots), 'snapshot')} kept, "
+                    f"{one.deleted} {deletes}; 'island sweep' {frees} {size(one.bytes_freed)}."
+                )
+            else:
+                yield f"Volume {one.volume}: all {count(one.kept, 'snapshot')} kept."

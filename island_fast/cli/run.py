@@ -1,4 +1,4 @@
-"""How one run of the command ends: its answer, or one sentence and an exit code; and what signals do to it.
+"""One run of the command: its answer, notes and progress, and how errors become a sentence and an exit code.
 
 An answer goes to standard output, as text or with --json as one JSON value; everything else goes to standard
 error. Errors become sentences and exit codes here, and nowhere else. SIGINT, SIGTERM and SIGHUP are raised
@@ -15,37 +15,33 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TextIO
 
 import click
 
-from island_fast.cli import text as show
 from island_fast.cli.progress import Bars, Lines
 from island_fast.cli.signals import Signals
+from island_fast.cli.text import printable
 from island_fast.errors import IslandError, UsageError
 
 if TYPE_CHECKING:
+    from island_fast.api import Repository
     from island_fast.progress import Progress
-    from island_fast.stores.rate_limit import Meters
+    from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["Run", "conclude"]
-
-
-class _OutputError(Exception):
-    """Standard output cannot be written to; the system's error is the cause."""
+__all__ = ["FullUsageError", "Run", "run_to_exit_code"]
 
 
 @dataclass(slots=True)
 class Run:
-    """One run of the command: what the options of every verb say, and how far it came.
+    """One run of the command: the options that every verb has, and how far it came.
 
-    `location` is the repository asked for. `if_interrupted` tells what an interruption leaves; verbs set
-    it. `phase` is the one that progress was last told of, "" before the first. An error may follow an answer
-    (`answered`) that is not complete. `help_asked` says that --help
-    is among the words. With `json_progress` progress is told as lines of JSON. The limits are
-    bytes in a second, and `meters` what keeps them, for all stores of the run.
+    `location` is the repository that is named. Limits are in bytes per second; `meters` enforces them, for
+    all stores of the run. `help_asked` says whether --help is among the words. `if_interrupted` returns what
+    an interruption leaves, in words; verbs set it. `phase` is the last one reported as progress, "" before
+    the first. `answered`: the answer was printed; an error after that says why it is not complete.
     """
 
     signals: Signals
@@ -57,47 +53,106 @@ class Run:
     workers: int | None = None
     limit_upload: float | None = None
     limit_download: float | None = None
-    meters: Meters | None = None
+    meters: RateLimiters | None = None
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
     answered: bool = False
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
-        """What verbs tell their progress to: shown as bars on a terminal, or as lines of JSON."""
+        """Show progress while the body runs: as bars on a terminal, or as lines of JSON."""
         shown = Lines() if self.json_progress else Bars(not self.quiet)
-        with shown as bars:
+        with shown as display:
 
-            def tell(phase: str, done: int, total: int) -> None:
+            def report(phase: str, done: int, total: int) -> None:
                 self.signals.check()
                 self.phase = phase
-                bars(phase, done, total)
+                display(phase, done, total)
 
-            yield tell
+            yield report
 
     def answer(self, value: object, text: str, brief: str = "") -> None:
-        """Tell the outcome: `value` with --json, `brief` with --quiet, else `text`; "" tells nothing."""
+        """Print the answer: `value` with --json, `brief` with --quiet, else `text`; "" prints nothing."""
         self.answered = True
         if self.json:
-            _answer(json.dumps(value))
+            _write_stdout(json.dumps(value))
         elif line := (brief if self.quiet else text):
-            _answer(line)
+            _write_stdout(line)
 
     def answer_encoded(self, value: str) -> None:
-        """Tell an outcome that is JSON already; to be called with --json only."""
+        """Print an answer that is JSON already; call it with --json only."""
         self.answered = True
-        _answer(value)
+        _write_stdout(value)
 
-    def left_out(self, errors: Sequence[IslandError]) -> None:
-        """Tell, after the answer, what is missing in it; raises the last of `errors`, if there are any."""
+    def finish_with(self, errors: Sequence[IslandError]) -> None:
+        """Raise the last of the errors that left the answer incomplete, if any, and print the others."""
         for error in errors[:-1]:
             self.note(str(error))
         if errors:
             raise errors[-1]
 
+    def note_if_empty(self, found: Sized, repository: Repository, text: str) -> None:
+        """Print that nothing was found, unless an error is going to say why."""
+        if not found and not self.quiet and not repository.left_out:
+            self.note(f"{text} in {repository.store.location}")
+
     def note(self, text: str) -> None:
-        """Tell something beside the answer."""
-        _complain(text)
+        """Print something beside the answer."""
+        _write_stderr(text)
+
+
+class FullUsageError(click.UsageError):
+    """Wrong usage whose message says all: no hint at --help is added."""
+
+
+def run_to_exit_code(
+    work: Callable[[Run], None], *, json_asked: bool = False, to_the_end: bool = False
+) -> int:
+    """Do `work`, report how it failed if it did, and return the exit code. Never raises.
+
+    `json_asked` says whether --json is among the arguments, in case it fails before they are parsed.
+    """
+    with Signals(to_the_end=to_the_end) as signals, _warnings_on_stderr():
+        run = Run(signals)
+        try:
+            try:
+                work(run)
+                return 0
+            finally:
+                signals.disarm()
+        except click.exceptions.Exit as done:
+            return done.exit_code
+        except BaseException as error:  # noqa: BLE001 (the last resort: no traceback may leave here)
+            if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
+                traceback.print_exception(error)
+            return _report(error, run, json_asked)
+
+
+class _LogToStderr(logging.Handler):
+    """Prints what the package logs."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        _write_stderr(record.getMessage())
+
+
+@contextlib.contextmanager
+def _warnings_on_stderr() -> Iterator[None]:
+    """Print the package's warnings on standard error while the body runs."""
+    logger = logging.getLogger("island_fast")
+    handler = _LogToStderr(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+
+
+# Errors as sentences.
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written to; the system's error is the cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,66 +164,25 @@ class _Failure:
     exit_code: int = 1
 
 
-def conclude(work: Callable[[Run], None], *, json_asked: bool = False, to_the_end: bool = False) -> int:
-    """Do `work` and return its exit code, whatever happens; how it failed is told.
-
-    `json_asked` says that --json is among the arguments, should it fail before they are understood.
-    """
-    with Signals(to_the_end=to_the_end) as signals, _warnings_told():
-        run = Run(signals)
-        try:
-            try:
-                work(run)
-                return 0
-            finally:
-                signals.disarm()
-        except click.exceptions.Exit as done:
-            return done.exit_code
-        except BaseException as error:  # noqa: BLE001 (this is the door: nothing may leave as a traceback)
-            if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
-                traceback.print_exception(error)
-            return _told(error, run, json_asked)
-
-
-class _Complaining(logging.Handler):
-    """Tells what the package logs."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """See logging.Handler."""
-        _complain(record.getMessage())
-
-
-@contextlib.contextmanager
-def _warnings_told() -> Iterator[None]:
-    """Tell the package's warnings on standard error while the body runs."""
-    logger = logging.getLogger("island_fast")
-    handler = _Complaining(logging.WARNING)
-    logger.addHandler(handler)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-
-
-def _told(error: BaseException, run: Run, json_asked: bool) -> int:
-    """Tell how the run failed; returns the exit code."""
+def _report(error: BaseException, run: Run, json_asked: bool) -> int:
+    """Print how the run failed and return the exit code."""
     failure = _failure(error, run)
     as_json = run.json or (json_asked and isinstance(error, click.ClickException))
     if as_json and not run.answered and not isinstance(error, _OutputError):
         value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
         with contextlib.suppress(_OutputError):
-            _answer(json.dumps(value))
+            _write_stdout(json.dumps(value))
             return failure.exit_code
     if failure.message:
-        _complain(failure.message)
+        _write_stderr(failure.message)
     return failure.exit_code
 
 
 def _failure(error: BaseException, run: Run) -> _Failure:
-    """What to say of an error."""
+    """Return how a run failed that ended with `error`."""
     match error:
         case IslandError():
-            return _Failure(_kebab(error), str(error), error.exit_code)
+            return _Failure(_error_code(error), str(error), error.exit_code)
         case click.ClickException():
             return _Failure("usage", _usage(error), UsageError.exit_code)
         case KeyboardInterrupt():
@@ -188,16 +202,23 @@ def _failure(error: BaseException, run: Run) -> _Failure:
     )
 
 
-def _kebab(error: IslandError) -> str:
-    """NotFoundError gives not-found."""
+def _error_code(error: IslandError) -> str:
+    """Return the error's name for programs: not-found for a NotFoundError."""
     name = type(error).__name__.removesuffix("Error")
     return re.sub(r"(?<=.)(?=[A-Z])", "-", name).lower()
 
 
 def _usage(error: click.ClickException) -> str:
-    """Click's message as a sentence of ours."""
-    text = " ".join(error.format_message().split()).rstrip(".").replace(". Did you", "; did you")
-    text = re.sub(r"is not a valid integer( range)?$", "is no whole number", text)
+    """Return click's message as one sentence that says where to look."""
+    if isinstance(error, FullUsageError):
+        return error.message
+    text = " ".join(error.format_message().split()).rstrip(".")
+    if isinstance(error, click.NoSuchOption):
+        text = f"no such option '{error.option_name}'"
+        if error.possibilities:
+            text += f"; did you mean '{error.possibilities[0]}'?"  # the most alike
+    text = re.sub(r"is not a valid integer( range)?$", "is not a whole number", text)
+    text = re.sub(r"(\S+) is not in the range x>=(\d+)$", r"must be at least \2, not \1", text)
     context = getattr(error, "ctx", None)
     command = context.command_path if context else "island"
     see = " See" if text.endswith("?") else "; see"
@@ -205,7 +226,7 @@ def _usage(error: click.ClickException) -> str:
 
 
 def _system(error: OSError) -> str:
-    """What the system refused, and what may help."""
+    """Return what the system refused, and what may help."""
     reason = error.strerror or str(error) or type(error).__name__
     place = error.filename
     what = f"{os.fsdecode(place)}: {reason}" if isinstance(place, str | bytes) else reason
@@ -213,7 +234,7 @@ def _system(error: OSError) -> str:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return f"{what}; free some space or raise the limit, and run it again"
         case errno.EACCES | errno.EPERM | errno.EROFS:
-            return f"{what}; run it as a user who may do that"
+            return f"{what}; run it as a user who has permission"
         case errno.EMFILE | errno.ENFILE:
             return f"{what}; raise the limit of open files"
         case errno.EIO:
@@ -222,33 +243,33 @@ def _system(error: OSError) -> str:
 
 
 def _no_output(error: BaseException | None) -> str:
-    """Nothing where the reader left, as `head` does; else what the system said."""
+    """Return why the answer cannot be printed, "" if its reader left, as `head` does."""
     if isinstance(error, BrokenPipeError):
         return ""
     reason = getattr(error, "strerror", None) or error
-    return f"what was asked for was done, but the answer cannot be written to standard output ({reason})"
+    return f"the work was done, but the answer cannot be written to standard output ({reason})"
 
 
 # The two streams.
 
 
-def _answer(text: str) -> None:
-    """Write to standard output, where there is one."""
+def _write_stdout(text: str) -> None:
+    """Write to standard output, if there is one."""
     try:
         _write(sys.stdout, text)
     except (OSError, ValueError) as error:
-        _abandon(sys.stdout)
+        _discard_output(sys.stdout)
         raise _OutputError from error
 
 
-def _complain(text: str) -> None:
-    """Write a line to standard error, where there is one."""
+def _write_stderr(text: str) -> None:
+    """Write a line to standard error, if there is one."""
     with contextlib.suppress(OSError, ValueError):
-        _write(sys.stderr, f"island: {show.printable(text)}")
+        _write(sys.stderr, f"island: {printable(text)}")
 
 
 def _write(stream: TextIO | None, text: str) -> None:
-    """Write a line or more; what the stream's encoding lacks is escaped."""
+    """Write one or more lines; what the stream's encoding lacks is escaped."""
     if stream is not None:
         if not text.isascii():
             encoding = stream.encoding or "utf-8"
@@ -258,8 +279,8 @@ def _write(stream: TextIO | None, text: str) -> None:
         stream.flush()
 
 
-def _abandon(stream: TextIO) -> None:
-    """Let what is left in the stream's buffer go nowhere, so that no one tries to write it at exit."""
+def _discard_output(stream: TextIO) -> None:
+    """Send what is left in the stream's buffer to /dev/null, else Python tries to write it at exit."""
     with contextlib.suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
         os.dup2(nowhere, stream.fileno())

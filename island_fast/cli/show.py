@@ -1,4 +1,4 @@
-"""`island show`: its options, and what a person reads."""
+"""`island show`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli.options import NAMING, common, opened, snapshots_known
+from island_fast.cli.help import verb
+from island_fast.cli.options import NAMING, add_common_options, complete_snapshot, open_repository
 from island_fast.cli.run import Run
-from island_fast.cli.text import printable, sheet, size
+from island_fast.cli.text import freed, printable, sheet, size
 
 if TYPE_CHECKING:
     from island_fast.results import SnapshotShown
 
-__all__ = ["format_snapshot"]
+__all__ = ["show_"]
 
 
-@click.command("show", epilog=NAMING)
-@click.argument("snapshot", shell_complete=snapshots_known)
-@common
+@verb("Show one snapshot, and what deleting it would free", name="show", epilog=NAMING)
+@click.argument("snapshot", shell_complete=complete_snapshot)
+@add_common_options
 @click.pass_obj
 def show_(run: Run, snapshot: str) -> None:
     """Show one snapshot, and what deleting it would free.
@@ -27,37 +28,29 @@ def show_(run: Run, snapshot: str) -> None:
     Example:
       island -r /srv/snapshots show disk@latest
     """  # noqa: D301
-    with opened(run) as repository:
+    with open_repository(run) as repository:
         found = repository.show(snapshot)
-    run.answer(found.as_json(), format_snapshot(found), found.snapshot)
+    run.answer(found.as_json(), _format_shown(found), found.snapshot)
 
 
-def format_snapshot(answer: SnapshotShown) -> str:
-    """One snapshot, ids in full."""
+def _format_shown(shown: SnapshotShown) -> str:
+    """Return all that is known of a snapshot."""
+    guest = deleting = ""
+    if shown.domain is not None:
+        guest = f"domain {shown.domain}, disk {shown.disk}; consistency: {shown.consistency}"
+    if shown.bytes_unreferenced is not None and shown.bytes_freed is not None:
+        deleting = f"lets 'island sweep' free {freed(shown.bytes_freed, shown.bytes_unreferenced)}"
     return sheet(
         [
-            ("snapshot", answer.snapshot),
-            ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
-            ("lineage", answer.lineage),
-            ("parent", answer.parent or "none"),
-            ("label", printable(answer.label)),
-            ("created", answer.created),
-            ("guest", _guest(answer)),
-            ("group", printable(answer.group or "")),
-            ("stored", size(answer.bytes_stored)),
-            ("deleting", _would_free(answer)),
+            ("snapshot", shown.snapshot),
+            ("volume", f"{shown.volume}, {size(shown.volume_size)}"),
+            ("lineage", shown.lineage),
+            ("parent", shown.parent or "none"),
+            ("label", printable(shown.label)),
+            ("created", shown.created),
+            ("guest", printable(guest)),
+            ("group", printable(shown.group or "")),
+            ("stored", size(shown.bytes_stored)),
+            ("deleting", deleting),
         ]
     )
-
-
-def _guest(answer: SnapshotShown) -> str:
-    if answer.domain is None:
-        return ""
-    return printable(f"domain {answer.domain}, disk {answer.disk}; consistency: {answer.consistency}")
-
-
-def _would_free(answer: SnapshotShown) -> str:
-    if answer.bytes_unreferenced is None or answer.bytes_freed is None:
-        return ""
-    unneeded, freed = size(answer.bytes_unreferenced), size(answer.bytes_freed)
-    return f"{unneeded} would be needed no more; the next sweep would free {freed}"

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM and SIGHUP: end the work in order, and never between two steps that belong together."""
+"""SIGINT, SIGTERM and SIGHUP: they end the work in order, never between two steps that belong together."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 __all__ = ["Interrupted", "Signals"]
 
-_HARD_EXIT = 3  # this many times Ctrl-C, and the process ends at once
+_HARD_EXIT = 3  # Ctrl-C this many times ends the process at once
 _SOON = 0.01  # seconds
 _LOCKING = frozenset(
     ["threading", "queue", "contextlib", "logging", "weakref", "_weakrefset"]
@@ -20,21 +20,21 @@ _UNDIVIDED = frozenset(["subprocess", "importlib._bootstrap", "importlib._bootst
 
 
 class Interrupted(KeyboardInterrupt):
-    """A signal asked this process to end. A KeyboardInterrupt, so that nothing on the way stops it."""
+    """A signal asked this process to end. A KeyboardInterrupt, so that nothing catches it on the way."""
 
 
 class Signals:
     """Turns the first SIGINT, SIGTERM or SIGHUP into Interrupted in the main thread; a context manager.
 
-    It is raised as soon as nothing can break by it (see `_may_break`), at the latest when progress is told.
-    While it unwinds later signals are swallowed, but for the third Ctrl-C, which ends the process: that is
-    as safe as a power cut. A signal that is ignored from the start (nohup, a background job) stays so.
-    Left, it puts the handlers back, or with `to_the_end` has those signals ignored until the process is gone.
+    It is raised as soon as that is safe (see `_is_unsafe`), at the latest at the next report of progress.
+    While it unwinds, later signals are ignored, except the third Ctrl-C, which ends the process: that is as
+    safe as a power cut. A signal that was ignored from the start (nohup, a background job) stays ignored.
+    At exit the old handlers return; with `to_the_end` those signals are ignored until the process has ended.
     """
 
     def __init__(self, *, to_the_end: bool = False) -> None:
-        self._over = False  # nothing is to be raised any more
-        self._raised = False  # into the main thread, where it may have been swallowed
+        self._over = False  # nothing must be raised any more
+        self._raised = False  # in the main thread, where it can have been swallowed
         self._to_the_end = to_the_end
         self._received = self._keys = 0
         self._before: dict[int, Any] = {}
@@ -50,7 +50,7 @@ class Signals:
     def __exit__(self, *_: object) -> None:
         self.disarm()
         for number, handler in self._before.items():
-            # Python takes its handlers away as it ends, and one more signal would change the exit code.
+            # Python removes its handlers as it ends, and one more signal would change the exit code.
             signal.signal(number, signal.SIG_IGN if self._to_the_end else handler)
 
     def disarm(self) -> None:
@@ -64,7 +64,7 @@ class Signals:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def check(self) -> None:
-        """Raise Interrupted, in any thread, if a signal came: here it is sure to end the work."""
+        """Raise Interrupted, in any thread, if a signal came: here it certainly ends the work."""
         if self._received and not self._over:
             self._raised = True
             raise Interrupted
@@ -75,32 +75,33 @@ class Signals:
         if self._keys >= _HARD_EXIT:
             os._exit(1)
         if not self._raised:
-            self._again(number, frame)
+            self._try_to_raise(number, frame)
         elif self._keys == _HARD_EXIT - 1 and os.isatty(2):
             os.write(2, b"\nisland: cleaning up; press Ctrl-C once more to leave at once\n")
 
-    def _again(self, number: int, frame: FrameType | None) -> None:
-        """Raise Interrupted into `frame`, where the main thread is, or have it tried again soon."""
+    def _try_to_raise(self, number: int, frame: FrameType | None) -> None:
+        """Raise Interrupted in `frame`, where the main thread is, or try again soon."""
         if self._raised:
             return
         place = (id(frame), frame.f_lasti if frame else 0)
-        waits = place == self._seen  # it was here the last time, too, so it waits for something
+        waits = place == self._seen  # it was here the last time too, so it waits for something
         self._seen = place
-        if _may_break(frame, waits):
+        if _is_unsafe(frame, waits):
             if signal.SIGALRM not in self._before:
-                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._again)
+                self._before[signal.SIGALRM] = signal.signal(signal.SIGALRM, self._try_to_raise)
             signal.setitimer(signal.ITIMER_REAL, _SOON)
         else:
             self._stop_trying()
             raise Interrupted
 
 
-def _may_break(frame: FrameType | None, waits: bool) -> bool:
-    """Whether an exception raised at `frame` could leave something held, or begun and unknown.
+def _is_unsafe(frame: FrameType | None, waits: bool) -> bool:
+    """Return whether an exception raised at `frame` could leave a lock held or a process running.
 
-    Locks written in Python can stay locked if an exception comes just when they are taken, and then other
-    threads wait for ever; not so while they wait to be taken. A process that has been started may not be
-    known of yet, and is left to end. An import that is cut off swallows the exception.
+    Locks written in Python can stay locked if an exception comes just as they are taken, and then other
+    threads wait forever; it is safe while the thread waits for the lock. A process that was just started may
+    not be in any variable yet, so that nobody would end it. An import that is interrupted swallows the
+    exception.
     """
     if frame is not None and frame.f_globals.get("__name__") in _LOCKING and not waits:
         return True

@@ -1,17 +1,22 @@
-"""`island snapshot`: its options, also of running guests, and what a person reads."""
+"""`island snapshot`: its options, also those for running guests, and the text of its answer."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
 from island_fast.cli.config import COMPRESSIONS
-from island_fast.cli.options import FileName, common, image_format_option, limits, opened, utf8_text
+from island_fast.cli.help import HOW, WHAT, option, verb
+from island_fast.cli.options import (
+    FileName,
+    add_common_options,
+    add_limit_options,
+    image_format_option,
+    open_repository,
+    require_utf8,
+)
 from island_fast.cli.run import Run
 from island_fast.cli.text import count, duration, printable, sheet, size
 from island_fast.errors import UsageError
@@ -19,128 +24,51 @@ from island_fast.errors import UsageError
 if TYPE_CHECKING:
     from island_fast.results import DomainTaken, SnapshotTaken
 
-__all__ = [
-    "Guest",
-    "domain_options",
-    "format_domain_taken",
-    "format_taken",
-    "refuse_mixture",
-    "snapshot_domain",
-]
+__all__ = ["snapshot"]
 
 
-@dataclass(frozen=True, slots=True)
-class Guest:
-    """The running guest that is asked for, and how: see `Repository.snapshot_domain`."""
-
-    domain: str
-    disks: tuple[str, ...]
-    freeze: str
-    connect: str | None
-
-
-def domain_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options of running guests, whose values come as one `guest`, None without --domain."""
-
-    @functools.wraps(command)
-    def collected(
-        *words: object,
-        domain: str | None,
-        disk: tuple[str, ...],
-        freeze: str | None,
-        connect: str | None,
-        **options: object,
-    ) -> object:
-        if domain is None and (disk or freeze or connect):
-            raise click.UsageError("--disk, --freeze and --connect belong to --domain")
-        guest = None if domain is None else Guest(domain, disk, freeze or "auto", connect)
-        return command(*words, guest=guest, **options)
-
-    for option in (
-        click.option(
-            "--connect", metavar="URI", help="Where libvirt is.  [default: libvirt's own choice]"
-        ),
-        click.option(
-            "--freeze", type=click.Choice(("auto", "require", "never")),
-            help="Freeze the guest's file systems meanwhile: if its agent answers (auto), else fail "
-            "(require), or do not ask it (never).  [default: auto]",
-        ),
-        click.option(
-            "--disk", metavar="NAME", multiple=True,
-            help="A disk of the guest, such as vda; several.  [default: all that it may write to]",
-        ),
-        click.option("--domain", metavar="NAME", help="A running libvirt guest, instead of IMAGE."),
-    ):  # fmt: skip
-        collected = option(collected)
-    return collected
-
-
-def snapshot_domain(
-    run: Run, guest: Guest, volume: str | None, label: str, full: bool, compression: str
-) -> None:
-    """Take the snapshots and tell of them."""
-    run.if_interrupted = lambda: (
-        "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
-    )
-    with opened(run, create=True) as repository, run.progress() as progress:
-        taken = repository.snapshot_domain(
-            guest.domain,
-            disks=guest.disks,
-            freeze=guest.freeze,
-            connect=guest.connect,
-            volume=volume,
-            label=label,
-            full=full,
-            compression=compression,
-            progress=progress,
-        )
-    for one in taken.snapshots:
-        for note in one.notes:
-            run.note(f"disk {one.disk}: {note}")
-    ids = "\n".join(one.snapshot for one in taken.snapshots)
-    run.answer(taken.as_json(), format_domain_taken(taken), ids)
-    run.left_out(repository.left_out)
-
-
-def refuse_mixture(image: object, **others: object) -> None:
-    """UsageError for a guest together with what is about a single image."""
-    given = [f"--{name.replace('_', '-')}" for name, value in others.items() if value]
-    if image is not None or given:
-        raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
-
-
-@click.command()
+@verb("Snapshot a qcow2 file, a raw device or a running guest")
 @click.argument("image", type=FileName(), required=False)
-@click.option("--volume", metavar="NAME",
-              help="The volume's name: at most 128 of A-Z a-z 0-9 . _ -  "
-              "[default: the one known for IMAGE, else its file name without the last suffix]")  # fmt: skip
-@click.option("--label", metavar="TEXT", default="", callback=utf8_text,
-              help="A text to keep with the snapshot.")  # fmt: skip
-@click.option("--qmp", metavar="SOCKET", type=FileName(),
-              help="QMP socket of the process that has IMAGE open.")  # fmt: skip
-@domain_options
-@click.option("--no-pin", is_flag=True, help="Leave IMAGE untouched, and scan it in full.")
-@click.option(
-    "--at", metavar="INTERNAL_SNAPSHOT", help="Store this internal snapshot of IMAGE, not its present."
-)
-@click.option("--full", is_flag=True, help="Read all that is allocated, even where a table diff would do.")
-@image_format_option("Format of IMAGE; a raw one is scanned in full.")
-@click.option("--backing", metavar="FORMAT:FILE", multiple=True,
-              help="A backing file of IMAGE, such as qcow2:base.qcow2; several, nearest first.")  # fmt: skip
-@click.option("--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
-              envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
-@limits
-@common
+@option(WHAT, "--domain", metavar="NAME", help="Snapshot this running libvirt guest, instead of IMAGE.")
+@option(WHAT, "--disk", "disks", metavar="NAME", multiple=True, show_default="every writable disk",
+        help="With --domain: snapshot only this disk (vda, ...); repeatable.")  # fmt: skip
+@option(WHAT, "--at", metavar="NAME",
+        help="Store this internal snapshot of IMAGE, not its present state.")  # fmt: skip
+@option(WHAT, "--volume", metavar="NAME",
+        show_default="the one known for IMAGE, else its file name without the last suffix",
+        help="The volume's name, at most 128 of the characters A-Z a-z 0-9 . _ -")  # fmt: skip
+@option(WHAT, "--label", metavar="TEXT", default="", callback=require_utf8,
+        help="A text to keep with the snapshot.")  # fmt: skip
+@option(HOW, "--qmp", metavar="SOCKET", type=FileName(),
+        help="QMP socket of the process that has IMAGE open.")  # fmt: skip
+@option(HOW, "--freeze", type=click.Choice(("auto", "require", "never")), show_default="auto",
+        help="With --domain: freeze the guest's file systems for the moment of the snapshot; if its agent "
+        "does not answer, continue without (auto) or fail (require). never does not ask it.")  # fmt: skip
+@option(HOW, "--connect", metavar="URI", show_default="libvirt's own choice",
+        help="With --domain: the libvirt to connect to.")  # fmt: skip
+@option(HOW, "--no-pin", is_flag=True, help="Leave IMAGE untouched, and scan it in full.")
+@option(HOW, "--full", is_flag=True,
+        help="Read everything that is allocated, even where a table diff would do.")  # fmt: skip
+@image_format_option("Format of IMAGE; raw is scanned in full.")
+@option(HOW, "--backing", metavar="FORMAT:FILE", multiple=True,
+        help="A backing file of IMAGE, such as qcow2:base.qcow2; repeatable, the nearest first.")  # fmt: skip
+@option(HOW, "--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
+        envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@add_limit_options
+@add_common_options
 @click.pass_obj
 def snapshot(
     run: Run,
     image: Path | None,
-    guest: Guest | None,
+    domain: str | None,
+    disks: tuple[str, ...],
+    at: str | None,
     volume: str | None,
     label: str,
     qmp: Path | None,
+    freeze: str | None,
+    connect: str | None,
     no_pin: bool,
-    at: str | None,
     full: bool,
     image_format: str,
     backing: tuple[str, ...],
@@ -150,24 +78,32 @@ def snapshot(
 
     An internal snapshot, the pin, stays in IMAGE: the next run compares tables with it and reads only what
     changed. The first snapshot of a volume, and every one with --no-pin or --full, reads all allocated blocks
-    and stores those that differ. An image that another process has open for writing needs --qmp, or
-    --domain for those of a running libvirt guest: its disks are taken at one moment, each as its own volume.
-    The repository is made if WHERE is an empty or new directory, or an empty place in a container.
+    and stores those that differ.
+
+    If another process has IMAGE open for writing, give --qmp; if that is a libvirt guest, give --domain
+    instead of IMAGE: the guest's disks are snapshotted at one moment, each as a volume.
+
+    The repository is created if WHERE is an empty or new directory, or an empty place in a container.
 
     \b
     Example:
-      island -r /srv/snapshots snapshot disk.qcow2 --label "before the upgrade"
+      island -r /srv/snapshots snapshot disk.qcow2 --label "before upgrade"
       island -r /srv/snapshots snapshot vm.qcow2 --qmp /run/vm.qmp
       island -r /srv/snapshots snapshot --domain web1
     """  # noqa: D301
-    if guest is not None:
-        refuse_mixture(image, qmp=qmp, no_pin=no_pin, at=at, format=image_format != "qcow2", backing=backing)
-        snapshot_domain(run, guest, volume, label, full, compression)
+    if domain is not None:
+        single = {"--qmp": qmp, "--no-pin": no_pin, "--at": at, "--format": image_format != "qcow2"}
+        given = [name for name, value in {**single, "--backing": backing}.items() if value]
+        if image is not None or given:
+            raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
+        _snapshot_domain(run, domain, disks, freeze or "auto", connect, volume, label, full, compression)
         return
+    if disks or freeze or connect:
+        raise click.UsageError("--disk, --freeze and --connect belong to --domain")
     if image is None:
         raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
-    run.if_interrupted = lambda: _left_of_a_snapshot(run.phase)
-    with opened(run, create=True) as repository, run.progress() as progress:
+    run.if_interrupted = lambda: _left_by_interruption(run.phase)
+    with open_repository(run, create=True) as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
             volume=volume,
@@ -183,50 +119,84 @@ def snapshot(
         )
     for note in taken.notes:
         run.note(note)
-    run.answer(taken.as_json(), format_taken(taken), taken.snapshot)
+    run.answer(taken.as_json(), _format_taken(taken), taken.snapshot)
 
 
-def _left_of_a_snapshot(phase: str) -> str:
-    """What an interruption in this phase leaves."""
+def _snapshot_domain(
+    run: Run,
+    domain: str,
+    disks: tuple[str, ...],
+    freeze: str,
+    connect: str | None,
+    volume: str | None,
+    label: str,
+    full: bool,
+    compression: str,
+) -> None:
+    """Take snapshots of a running guest's disks, and print the answer."""
+    run.if_interrupted = lambda: (
+        "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
+    )
+    with open_repository(run, create=True) as repository, run.progress() as progress:
+        taken = repository.snapshot_domain(
+            domain,
+            disks=disks,
+            freeze=freeze,
+            connect=connect,
+            volume=volume,
+            label=label,
+            full=full,
+            compression=compression,
+            progress=progress,
+        )
+    for one in taken.snapshots:
+        for note in one.notes:
+            run.note(f"disk {one.disk}: {note}")
+    ids = "\n".join(one.snapshot for one in taken.snapshots)
+    run.answer(taken.as_json(), _format_domain_taken(taken), ids)
+    run.finish_with(repository.left_out)
+
+
+def _left_by_interruption(phase: str) -> str:
+    """Return what an interruption in this phase leaves."""
     if phase == "commit":
-        return "the snapshot was about to be finished; 'island list' shows whether it is there"
+        return "the snapshot was about to be finished; 'island list' shows whether it exists"
     kept = "; what was sent is kept for the next one" if phase == "send" else ""
-    return "no snapshot was made, earlier ones are as they were" + kept
+    return f"no snapshot was made, earlier ones are unchanged{kept}"
 
 
-def format_taken(answer: SnapshotTaken) -> str:
-    """A snapshot just made: how its change was found, and what it took."""
+def _format_taken(taken: SnapshotTaken) -> str:
+    """Return how the change of a new snapshot was found, and what the snapshot cost."""
     return sheet(
         [
-            ("snapshot", answer.snapshot),
-            ("volume", f"{answer.volume}, {size(answer.volume_size)}"),
-            ("parent", answer.parent or "none"),
-            ("label", printable(answer.label)),
-            ("rule", f"{answer.rule}: {printable(answer.reason)}"),
+            ("snapshot", taken.snapshot),
+            ("volume", f"{taken.volume}, {size(taken.volume_size)}"),
+            ("parent", taken.parent or "none"),
+            ("label", printable(taken.label)),
+            ("rule", f"{taken.rule}: {printable(taken.reason)}"),
             (
                 "blocks",
-                f"{answer.blocks_candidate} may have changed, {answer.blocks_changed} did; 64 KiB each",
+                f"{taken.blocks_changed} changed, of {taken.blocks_candidate} that could have; 64 KiB each",
             ),
-            ("kept", _kept(answer)),
-            ("read", size(answer.bytes_read)),
-            ("stored", f"{size(answer.bytes_stored)}; {count(answer.objects_written, 'object')} written"),
-            ("time", duration(answer.seconds)),
+            (
+                "resumed",
+                f"{taken.blocks_kept} of these blocks had been sent by an interrupted attempt"
+                if taken.attempt
+                else "",
+            ),
+            ("read", size(taken.bytes_read)),
+            ("stored", f"{size(taken.bytes_stored)}; {count(taken.objects_written, 'object')} written"),
+            ("time", duration(taken.seconds)),
         ]
     )
 
 
-def format_domain_taken(answer: DomainTaken) -> str:
-    """Snapshots just made of a guest's disks, and how the guest was."""
+def _format_domain_taken(taken: DomainTaken) -> str:
+    """Return the state of the guest, and each of its new snapshots."""
     guest = [
-        ("domain", printable(answer.domain)),
-        ("group", answer.group or ""),
-        ("consistency", f"{answer.consistency}: {printable(answer.reason)}"),
+        ("domain", printable(taken.domain)),
+        ("group", taken.group or ""),
+        ("consistency", f"{taken.consistency}: {printable(taken.reason)}"),
     ]
-    disks = [f"disk      {one.disk}, {printable(one.image)}\n{format_taken(one)}" for one in answer.snapshots]
+    disks = [f"disk      {one.disk}, {printable(one.image)}\n{_format_taken(one)}" for one in taken.snapshots]
     return "\n\n".join([sheet(guest), *disks])
-
-
-def _kept(answer: SnapshotTaken) -> str:
-    if not answer.attempt:
-        return ""
-    return f"{answer.blocks_kept} of these blocks were sent by an attempt that was interrupted"

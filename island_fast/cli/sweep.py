@@ -1,36 +1,43 @@
-"""`island sweep`: its options, and what a person reads."""
+"""`island sweep`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli.options import common, limits, opened, seconds
+from island_fast.cli.help import HOW, option, verb
+from island_fast.cli.options import (
+    add_common_options,
+    add_limit_options,
+    dry_run_option,
+    open_repository,
+    parse_span,
+)
 from island_fast.cli.run import Run
 from island_fast.cli.text import count, size
 
 if TYPE_CHECKING:
     from island_fast.results import Swept
 
-__all__ = ["format_swept"]
+__all__ = ["sweep"]
 
 
-@click.command()
-@click.option("--grace", metavar="TIME", callback=seconds,
-              help="Keep what is younger than this, such as 24h, 90m, 3600s, 7d or 0. "
-              "Less than the default is safe only if nothing else uses the repository now.  "
-              "[default: 24h in Swift, 0 in a directory]")  # fmt: skip
-@click.option("--dry-run", is_flag=True, help="Change nothing, and tell what would be freed.")
-@limits
-@common
+@verb("Free the space of deleted snapshots")
+@option(HOW, "--grace", metavar="TIME", callback=parse_span, show_default="24h in Swift, 0 in a directory",
+        help="Keep objects younger than this, such as 24h, 90m, 3600s, 7d or 0. Less than the default is "
+        "safe only while nothing else uses the repository.")  # fmt: skip
+@dry_run_option()
+@add_limit_options
+@add_common_options
 @click.pass_obj
 def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     """Remove what no snapshot needs any more, from the volumes that this host owns.
 
-    Packs that are mostly unneeded are written anew without the rest; --dry-run lists every object, and why.
-    A sweep can be interrupted and run again at any time; snapshots go on meanwhile.
+    A pack of which most is not needed is rewritten without the rest. --dry-run lists every object, and why it
+    would be removed or rewritten. A sweep can be interrupted and run again at any time; snapshots can be
+    taken while it runs.
 
     \b
     Example:
@@ -38,34 +45,27 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
       island -r swift://volumes/host7 sweep --grace 7d
     """  # noqa: D301
     if not dry_run:
-        run.if_interrupted = lambda: "all snapshots are as they were; the next sweep goes on"
-    with opened(run) as repository, run.progress() as progress:
+        run.if_interrupted = lambda: "all snapshots are unchanged; the next sweep continues"
+    with open_repository(run) as repository, run.progress() as progress:
         swept = repository.sweep(grace=grace, dry_run=dry_run, progress=progress)
-        if not swept and not run.quiet and not repository.left_out:
-            run.note(f"this host owns no volume in {repository.store.location}")
-    run.answer([one.as_json() for one in swept], format_swept(swept, dry_run))
-    run.left_out(repository.left_out)
+        run.note_if_empty(swept, repository, "this host owns no volume")
+    run.answer([one.as_json() for one in swept], "\n".join(_format_swept(swept, dry_run)))
+    run.finish_with(repository.left_out)
 
 
-def format_swept(answers: Sequence[Swept], dry_run: bool) -> str:
-    """A sentence for each lineage; of a dry run, every object before it."""
-    lines = []
-    for one in answers:
-        if dry_run:
-            lines += [
-                f"{step.action:7}  {size(step.bytes):>10}  {step.object}: {step.reason}" for step in one.steps
-            ]
-        lines.append(_swept(one, dry_run))
-    return "\n".join(lines)
+def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
+    """Yield a sentence for each volume, in a dry run after a line for every object."""
+    did = ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
+    for one in swept:
+        for step in one.steps if dry_run else ():
+            yield f"{step.action:7}  {size(step.bytes):>10}  {step.object}: {step.reason}"
+        yield f"Volume {one.volume}: {_format_sums(one, *did)}."
 
 
-def _swept(one: Swept, dry_run: bool) -> str:
+def _format_sums(one: Swept, remove: str, rewrite: str, free: str) -> str:
     if not one.objects_removed:
-        return f"Volume {one.volume}: nothing to remove."
-    remove, rewrite, free = (
-        ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
-    )
-    removed = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
+        return "nothing to remove"
+    text = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
     if one.packs_repacked:
-        removed += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
-    return f"Volume {one.volume}: {removed}; {free} {size(one.bytes_freed)}."
+        text += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
+    return f"{text}; {free} {size(one.bytes_freed)}"

@@ -1,4 +1,4 @@
-"""`island usage`: its options, and what a person reads."""
+"""`island usage`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli import text
-from island_fast.cli.options import common, opened
+from island_fast.cli.help import verb
+from island_fast.cli.options import add_common_options, open_repository, volume_option
 from island_fast.cli.run import Run
+from island_fast.cli.text import size, table
 
 if TYPE_CHECKING:
     from island_fast.results import Usage, VolumeUsage
@@ -16,53 +17,64 @@ if TYPE_CHECKING:
 __all__ = ["usage"]
 
 
-@click.command()
-@click.option("--volume", metavar="NAME", help="Only this volume; needs no listing of the store.")
-@common
+@verb("Show how much data and space snapshots use")
+@volume_option("Show only this volume; saves listing the whole store.")
+@add_common_options
 @click.pass_obj
 def usage(run: Run, volume: str | None) -> None:
-    """Tell what the snapshots of each volume hold and take, and those of all.
+    """Show how much data each volume's snapshots hold and how much space they use, with a total.
 
     \b
-    Data before compression, in blocks of 64 KiB; zeros are none:
-      LOGICAL      what each snapshot holds, summed
-      DISTINCT     the same, but what several snapshots share is counted once
-      SHARED       the part of that which more than one snapshot holds
+    Data before compression, in blocks of 64 KiB, without zeros:
+      LOGICAL      sum of what each snapshot holds
+      DISTINCT     the same, counting once what several snapshots share
+      SHARED       the part of DISTINCT that more than one snapshot holds
     Bytes in the store:
       STORED       all packs and manifests that the catalog names
-      DEAD         the part of them that no snapshot needs and no sweep has removed
-      SWEEP FREES  what a sweep would free now, its grace aside: packs that are mostly needed stay
+      DEAD         the part of STORED that no snapshot needs, not swept yet
+      SWEEP FREES  what a sweep with --grace 0 would free now; packs of which
+                   most is needed stay
     RATIO is DISTINCT / (STORED - DEAD).
 
-    Catalogs and manifests tell all of it: one request for each manifest that is not in the local cache. Not
-    counted are catalogs, and what interrupted snapshots left ('island sweep --dry-run' lists it).
+    The figures come from catalogs and manifests: one request for each manifest that is not in the local
+    cache. Catalogs themselves, and what interrupted snapshots left, are not counted; 'island sweep --dry-run'
+    lists the latter.
 
     \b
     Example:
       island -r /srv/snapshots usage
       island -r swift://volumes/host7 usage --volume disk --json
     """  # noqa: D301
-    with opened(run) as repository, run.progress() as progress:
+    with open_repository(run) as repository, run.progress() as progress:
         used = repository.usage(volume, progress=progress)
-        if not used.volumes and not run.quiet and not repository.left_out:
-            run.note(f"there are no volumes in {repository.store.location}")
-    run.answer(used.as_json(), _told_usage(used))
-    run.left_out(repository.left_out)
+        run.note_if_empty(used.volumes, repository, "there are no volumes")
+    run.answer(used.as_json(), _format_usage(used))
+    run.finish_with(repository.left_out)
 
 
-def _told_usage(answer: Usage) -> str:
-    """A table of volumes, and of all of them if there are several."""
-    figures = ("SNAPSHOTS", "LOGICAL", "DISTINCT", "SHARED", "STORED", "DEAD", "SWEEP FREES", "RATIO")
-    rows = [_used(one) for one in answer.volumes]
+def _format_usage(used: Usage) -> str:
+    """Return a table of volumes, with a row for all of them if there are several."""
+    header = (
+        "VOLUME",
+        "SNAPSHOTS",
+        "LOGICAL",
+        "DISTINCT",
+        "SHARED",
+        "STORED",
+        "DEAD",
+        "SWEEP FREES",
+        "RATIO",
+    )
+    rows = [_row(one) for one in used.volumes]
     if len(rows) > 1:
-        rows.append(_used(answer.total))
-    return text.table(("VOLUME", *figures), rows, right=range(1, 9)) if rows else ""
+        rows.append(_row(used.total))
+    return table(header, rows, right=range(1, len(header))) if rows else ""
 
 
-def _used(one: VolumeUsage) -> tuple[str, ...]:
+def _row(one: VolumeUsage) -> tuple[str, ...]:
     sizes = (
         *(one.bytes_logical, one.bytes_distinct, one.bytes_shared),
         *(one.bytes_stored, one.bytes_dead, one.bytes_freed),
     )
     ratio = "" if one.compression is None else f"{one.compression:.2f}"
-    return one.volume or "(all)", str(one.snapshots), *map(text.size, sizes), ratio
+    return one.volume or "(all)", str(one.snapshots), *map(size, sizes), ratio

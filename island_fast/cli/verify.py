@@ -1,4 +1,4 @@
-"""`island verify`: its options, and what a person reads."""
+"""`island verify`: its options, and the text of its answer."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING
 
 import click
 
-from island_fast.cli import text
-from island_fast.cli.options import FileName, common, fraction, limits, opened, seconds, snapshots_known
+from island_fast.cli.help import HOW, WHAT, option, verb
+from island_fast.cli.options import (
+    NAMING,
+    FileName,
+    add_common_options,
+    add_limit_options,
+    complete_snapshot,
+    open_repository,
+    parse_share,
+    parse_span,
+)
 from island_fast.cli.run import Run
+from island_fast.cli.text import count, duration, printable, sheet, size
 from island_fast.errors import DamagedError, UsageError
 
 if TYPE_CHECKING:
@@ -18,25 +28,26 @@ if TYPE_CHECKING:
 
 __all__ = ["verify"]
 
-_TOLD = 50  # damaged objects that are told one by one
-_EXTENTS = 4  # of each snapshot
+_LISTED_DAMAGES = 50
+_LISTED_EXTENTS = 4  # of each snapshot
 
 
-@click.command()
-@click.argument("snapshot", required=False, shell_complete=snapshots_known)
-@click.option("--all", "every", is_flag=True, help="All snapshots of all volumes.")
-@click.option("--sample", metavar="SHARE", callback=fraction,
-              help="Read a share of all bytes, such as 5% or 100%; first what this host has not read for "
-              "longest.")  # fmt: skip
-@click.option("--since", metavar="TIME", callback=seconds,
-              help="Read whole what this host has not read for this long, such as 7d.")  # fmt: skip
-@click.option("--against", metavar="IMAGE", type=FileName(),
-              help="Compare SNAPSHOT with its pin in this qcow2 file.")  # fmt: skip
-@click.option("--backing", metavar="FORMAT:FILE", multiple=True,
-              help="A backing file of IMAGE, as for 'island snapshot'.")  # fmt: skip
-@click.option("--heal", is_flag=True, help="Mend what is damaged, where the same bytes are still to be had.")
-@limits
-@common
+@verb("Verify stored snapshots, and repair damage", epilog=NAMING)
+@click.argument("snapshot", required=False, shell_complete=complete_snapshot)
+@option(WHAT, "--all", "every", is_flag=True, help="Verify all snapshots of all volumes.")
+@option(WHAT, "--sample", metavar="SHARE", callback=parse_share,
+        help="Read a share of all bytes, such as 5% or 100%, starting with what has gone unread on this host "
+        "for longest.")  # fmt: skip
+@option(WHAT, "--since", metavar="TIME", callback=parse_span,
+        help="Read in full what this host has not read for this long, such as 7d.")  # fmt: skip
+@option(WHAT, "--against", metavar="IMAGE", type=FileName(),
+        help="Compare SNAPSHOT with its pin in this qcow2 file.")  # fmt: skip
+@option(HOW, "--backing", metavar="FORMAT:FILE", multiple=True,
+        help="With --against: a backing file of IMAGE, as for 'island snapshot'.")  # fmt: skip
+@option(HOW, "--heal", is_flag=True,
+        help="Repair damaged objects wherever an intact copy of the data exists.")  # fmt: skip
+@add_limit_options
+@add_common_options
 @click.pass_obj
 def verify(
     run: Run,
@@ -48,21 +59,21 @@ def verify(
     backing: tuple[str, ...],
     heal: bool,
 ) -> None:
-    """Verify that what SNAPSHOT, or with --all every one, needs is there and as it was written.
+    """Verify that everything SNAPSHOT needs is stored and intact, or with --all every snapshot.
 
-    Every object is looked for by its name and size; catalogs are read. With --sample or --since, objects
-    are read whole and every block is compared with its digest; with both, what was not read since then, up
-    to the share. Each object is read once, however many snapshots need it. This host remembers what it has
-    read: a nightly run with --sample 5% has read everything after 20 nights. What was found damaged is read
-    every time.
+    Catalogs are read; every other object must exist with the right size. With --sample or --since, objects
+    are also read in full and every block is compared with its digest; with both, at most SHARE is read,
+    starting with what has gone unread since TIME. Each object is read once, however many snapshots need it.
+    This host remembers what it has read: a nightly run with --sample 5% has read everything after 20 nights.
+    What was found damaged is read every time.
 
-    --against compares the snapshot with the internal snapshot that it was taken from: it shows whether a
-    table diff has missed anything, and reads no blocks from the store.
+    --against compares the snapshot with the internal snapshot that it was taken from, which shows whether a
+    table diff missed anything. It reads no blocks from the store.
 
-    --heal works on the host that owns the volume. It takes what is lost from the volume's image (and that of
-    --against) or from other packs, wherever the digests are equal; nothing else is changed.
+    --heal works on the host that owns the volume. It takes lost data from the volume's image (and from that
+    of --against) or from other packs, wherever the digests are equal; nothing else is changed.
 
-    Exit code 6 tells of damage that is left.
+    Exit code 6 means that damage is left.
 
     \b
     Example:
@@ -76,57 +87,62 @@ def verify(
     if backing and against is None:
         raise UsageError("--backing lists the backing files of --against IMAGE; name that image")
     if heal:
-        run.if_interrupted = lambda: "all is as it was, or mended; run it again"
-    with opened(run) as repository, run.progress() as progress:
+        run.if_interrupted = lambda: "each object is unchanged or repaired; run it again"
+    with open_repository(run) as repository, run.progress() as progress:
         found = repository.verify(
             snapshot, sample=sample, since=since, against=against, backing=backing, heal=heal,
             progress=progress,
         )  # fmt: skip
-    run.answer(
-        found.as_json(), _told(found), "\n".join(one.object for one in found.damages if not one.mended)
-    )
-    left = sum(not damage.mended for damage in found.damages)
+    left = [one.object for one in found.damages if not one.mended]
+    run.answer(found.as_json(), "\n".join(_format_verified(found)), "\n".join(left))
     errors = list(repository.left_out) if every else []
     if left:
-        told = (
-            f"{text.count(left, 'damaged object')} found and not mended; what can be done is told with each"
+        errors.append(
+            DamagedError(
+                f"{count(len(left), 'damaged object')} found and not repaired; see the advice on each"
+            )
         )
-        errors.append(DamagedError(told))
-    run.left_out(errors)
+    run.finish_with(errors)
 
 
-def _told(found: Verified) -> str:
-    lines = [line for one in found.damages[:_TOLD] for line in _damage(one)]
-    if len(found.damages) > _TOLD:
-        lines.append(f"and {len(found.damages) - _TOLD} more, which --json lists")
-    mended = sum(one.mended for one in found.damages)
-    rows = [
-        ("verified", f"{text.count(found.snapshots, 'snapshot')}, {text.count(found.objects, 'object')}"),
-        ("read", f"{text.size(found.bytes_read)} in {text.count(found.objects_read, 'object')}"),
-        ("compared", text.size(found.bytes_compared) if found.bytes_compared else ""),
-        ("unproved", text.count(found.objects_unproved, "object") if found.objects_unproved else ""),
-        ("damaged", text.count(len(found.damages), "object") if found.damages else "nothing was found"),
-        ("mended", text.count(mended, "object") if mended else ""),
-        ("time", text.duration(found.seconds)),
-    ]
-    return "\n".join([*lines, text.sheet(rows)])
+def _format_verified(found: Verified) -> Iterator[str]:
+    """Yield the damaged objects, and what was verified."""
+    for one in found.damages[:_LISTED_DAMAGES]:
+        yield from _format_damage(one)
+    if len(found.damages) > _LISTED_DAMAGES:
+        yield f"and {len(found.damages) - _LISTED_DAMAGES} more, which --json lists"
+    repaired = sum(one.mended for one in found.damages)
+    unread = f"{count(found.objects_unproved, 'object')} never read in full on this host (see --sample)"
+    yield sheet(
+        [
+            ("verified", f"{count(found.snapshots, 'snapshot')}, {count(found.objects, 'object')}"),
+            ("read", f"{size(found.bytes_read)} in {count(found.objects_read, 'object')}"),
+            ("compared", size(found.bytes_compared) if found.bytes_compared else ""),
+            ("unread", unread if found.objects_unproved else ""),
+            ("damage", count(len(found.damages), "object") if found.damages else "none"),
+            ("repaired", count(repaired, "object") if repaired else ""),
+            ("time", duration(found.seconds)),
+        ]
+    )
 
 
-def _damage(one: Damage) -> Iterator[str]:
-    """An object's lines: what it is, whom it touches, what can be done."""
-    state = "mended" if one.mended else "damaged"
-    yield f"{state}: {one.object} ({one.kind}): {text.printable(one.message)}"
+def _format_damage(one: Damage) -> Iterator[str]:
+    """Yield an object's lines: what is wrong with it, which snapshots it affects, what can be done."""
+    state = "repaired" if one.mended else "damaged"
+    yield f"{state}: {one.object} ({one.kind}): {printable(one.message)}"
     for touched in one.snapshots:
-        verb = "needed" if one.mended else "lacks"
-        yield f"  volume {one.volume}, snapshot {touched.snapshot} {verb} {_extents(touched)}"
-    if not one.snapshots:
+        needs = "needed" if one.mended else "lacks"
+        yield f"  volume {one.volume}, snapshot {touched.snapshot} {needs} {_format_extents(touched)}"
+    if not one.snapshots and not one.mended:
         yield f"  volume {one.volume}: no snapshot that can be read needs what is lost"
     if one.remedy:
-        yield f"  {text.printable(one.remedy)}"
+        yield f"  {printable(one.remedy)}"
 
 
-def _extents(touched: Touched) -> str:
-    spans = [f"{start}+{length}" for start, length in touched.extents[:_EXTENTS]]
-    more = len(touched.extents) - len(spans) + touched.extents_left_out
-    listed = ", ".join(spans) + (f" and {more} more" if more else "")
-    return f"{text.size(touched.bytes)} at byte {listed}"
+def _format_extents(touched: Touched) -> str:
+    extents = touched.extents[:_LISTED_EXTENTS]
+    more = len(touched.extents) - len(extents) + touched.extents_left_out
+    if len(extents) == 1 and not more:
+        return f"{size(touched.bytes)} at byte {extents[0][0]}"
+    listed = ", ".join(f"{size(length)} at byte {start}" for start, length in extents)
+    return f"{size(touched.bytes)}: {listed}" + (f", and {more} more" if more else "")

@@ -1,10 +1,33 @@
-"""Images as the source and the target of blocks: held, pinned, asked what changed, written.
+"""Images that snapshots are taken of and restored to: locked, pinned, compared, read and written.
 
-A *source* is what a snapshot reads (`source.py`): a qcow2 file, a raw file or a block device, with its
-backing files under it. A *view* is one moment of it, a *change* what may differ since a base. `target.py`
-writes onto an existing image, `new_file.py` makes a new one, `pins.py` names the internal snapshots that are
-bases of table diffs.
+Terms, for readers of this room:
 
-Imports: `qcow2/`, `qemu/`, `formats/` for names, and the ground floor; it knows no repository. Imported by
-`operations/`.
+- An *image* is what holds a volume: a qcow2 file, or a raw file or block device (*raw*). Its *backing files*
+  hold what it has not.
+- A *source* (`source.Source`) is an image held for one snapshot; `open.open_source` opens one. It stays
+  locked until it is closed.
+- A *view* (`source.View`) is the volume at one point: as it is now, or at an internal snapshot.
+- A *change* (`source.Change`) says which blocks of a view may differ from the parent snapshot, and by which
+  rule: a *table diff* against a base, or a *full scan*.
+- A *pin* is the internal snapshot that a snapshot leaves in a qcow2 image, as the base of the next table
+  diff. `pins.py` makes and reads its name.
+- A *target* is what a restore writes: a new file (`new_file.create_file`) or an existing image
+  (`target.open_target`).
+
+Which file has what: `qcow2_source.py` and `raw_source.py` are the two sources, `backing.py` opens the chain
+of backing files, `inspect.py` shows an image without locking it.
+
+Rules:
+
+- The caller names formats and backing files. Nothing is probed, and no name inside an image is followed.
+- What is read of an image in use is read from an internal snapshot only: the active tables are not all on
+  disk then.
+- A source never writes to the image file itself. QEMU takes and deletes internal snapshots, and QEMU writes
+  to existing qcow2 targets (qemu-nbd).
+- A table diff is used only where it is sound (docs/format.md, "Pinned base"). In every other case all
+  allocated blocks are read and compared by digest, and the reason is kept with the snapshot.
+
+Imports: `qcow2`, `qemu`, `results`, `dirtymap` and the ground floor; it knows no repository and no store.
+Imported by `operations`, `cinder`, `api`, `cli` and `bench`; not by `repository`, because an operation brings
+images and repositories together.
 """

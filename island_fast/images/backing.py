@@ -1,8 +1,8 @@
 """The backing files of an image, as the caller lists them: nearest first, each with its format.
 
-No name that stands in an image is ever followed. A file is opened by the caller's path, once, never through a
-symbolic link in its last component, and qemu is kept from writing to it as long as the chain is open. What
-the whole chain is made of is told as one identity, so that a later snapshot knows whether it changed.
+No name inside an image is followed. Each file is opened once, by the caller's path, whose last component must
+not be a symbolic link. Locks keep QEMU from writing to the files as long as the chain is open. The chain has
+one identity, which a snapshot records, so that a later snapshot can see whether a backing file changed.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import xxhash
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import RefusedError, UsageError, refuse_one_text
-from island_fast.images.raw_source import RawView, open_raw, raw_data
-from island_fast.images.source import scanning
+from island_fast.images.raw_source import RawView, find_raw_data, open_raw
+from island_fast.images.source import scan_progress
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated
+from island_fast.qcow2.changes import find_allocated
 from island_fast.qcow2.image import Image
 from island_fast.qemu.image_lock import hold_off_writers
 
 __all__ = ["Backing", "Chain", "Layer"]
 
-_MOST = 64
-_HASHED = 64 << 10
+_MAX_FILES = 64
+_HASHED_BYTES = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,35 +43,35 @@ class Backing:
 
     @classmethod
     def parse(cls, text: str) -> Backing:
-        """From FORMAT:FILE, such as qcow2:base.qcow2; UsageError for anything else."""
+        """Parse FORMAT:FILE, such as qcow2:base.qcow2; UsageError for anything else."""
         image_format, colon, path = text.partition(":")
         if image_format not in ("qcow2", "raw") or not colon or not path:
-            raise UsageError(f"{text!r} is no backing file; write qcow2:FILE or raw:FILE")
+            raise UsageError(f"{text!r} is not a valid backing file; write qcow2:FILE or raw:FILE")
         return cls(image_format, Path(path))
 
     @classmethod
-    def parsed(cls, texts: Sequence[str]) -> list[Backing]:
-        """From several of them; UsageError for a single text, too."""
+    def parse_all(cls, texts: Sequence[str]) -> list[Backing]:
+        """Parse each text; UsageError also if `texts` is one string and not a list."""
         refuse_one_text(texts, 'backing files, such as ["qcow2:base.qcow2"]')
         return [cls.parse(text) for text in texts]
 
 
 class Layer(Protocol):
-    """What a layer shows to the one above it."""
+    """An image or raw file in a chain, over the layers below it, as the layer above reads it."""
 
     @property
     def blocks(self) -> int:
-        """Blocks of its volume."""
+        """Number of blocks of its volume."""
 
     @property
     def bytes_read(self) -> int:
-        """Bytes of data that it and those below took from files."""
+        """Bytes of data that it and the layers below it have read from files."""
 
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
         """Fill row i of `out` with block `blocks[i]` (ascending)."""
 
-    def data(self, progress: Progress) -> DirtyMap:
-        """Its blocks that may hold data, of its own or from below."""
+    def find_data(self, progress: Progress) -> DirtyMap:
+        """Find the blocks that can hold data, its own or from below."""
 
 
 class _Qcow2Layer:
@@ -80,7 +80,7 @@ class _Qcow2Layer:
     def __init__(self, image: Image, below: Layer | None) -> None:
         self._image = image
         self._below = below
-        self._point = image.active()
+        self._point = image.active_point()
         self._reader = PointReader(image, self._point, below)
 
     @property
@@ -94,42 +94,53 @@ class _Qcow2Layer:
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
         self._reader.read(blocks, out)
 
-    def data(self, progress: Progress) -> DirtyMap:
-        own = allocated(self._image, self._point, progress=scanning(progress))
-        return with_below(own, self._below, progress)
+    def find_data(self, progress: Progress) -> DirtyMap:
+        own = find_allocated(self._image, self._point, progress=scan_progress(progress))
+        return with_data_below(own, self._below, progress)
 
 
 class _RawLayer(RawView):
     """A raw file at the end of a chain."""
 
-    def data(self, progress: Progress) -> DirtyMap:
-        return raw_data(self._fd, self.volume_size, progress)
+    def find_data(self, progress: Progress) -> DirtyMap:
+        return find_raw_data(self._fd, self.volume_size, progress)
 
 
-def with_below(own: DirtyMap, below: Layer | None, progress: Progress) -> DirtyMap:
-    """`own`, and the blocks that may show data from below; blocks behind the lower volume's end are zeros."""
+def with_data_below(own: DirtyMap, below: Layer | None, progress: Progress) -> DirtyMap:
+    """Return `own` plus the blocks that can show data from `below`.
+
+    The volume below can be smaller: what lies past its end reads as zeros.
+    """
     if below is not None:
-        shown = below.data(progress)
+        shown = below.find_data(progress)
         runs = shown.runs()
         own = own | DirtyMap.from_runs(own.blocks, runs.clip(max=own.blocks))
     return own
 
 
 class Chain:
-    """The open backing files of one image, until `close`; `top` is the nearest, None without any.
-
-    `named` is the backing file's name in the image above, as bytes, which only counts for the identity.
-    """
+    """The open backing files of one image, until `close`. `top` is the nearest layer, None without files."""
 
     def __init__(self, files: Sequence[Backing], named: bytes | None) -> None:
+        """Open and lock all files.
+
+        named: the backing file's name inside the image above. It is never followed; it only counts for the
+            identity.
+
+        Raises UsageError: too many files, or a raw file that is not the last.
+        Raises RefusedError: a symbolic link, a file listed twice, or a qcow2 file for which a backing file is
+            listed and not named, or named and not listed.
+        """
         self.top: Layer | None = None
         self._seen: set[tuple[int, int]] = set()
         self._facts: list[object] = [named.hex() if named else None]
-        if len(files) > _MOST:
-            raise UsageError(f"{len(files)} backing files are more than the {_MOST} that are read")
+        if len(files) > _MAX_FILES:
+            raise UsageError(
+                f"{len(files)} backing files are over the limit of {_MAX_FILES}; merge some (qemu-img rebase)"
+            )
         with ExitStack() as stack:
             for number in reversed(range(len(files))):
-                self.top = self._opened(files[number], self.top, stack)
+                self.top = self._open_layer(files[number], self.top, stack)
             self._stack = stack.pop_all()
 
     def close(self) -> None:
@@ -138,44 +149,45 @@ class Chain:
 
     @property
     def identity(self) -> str:
-        """Which files the chain is made of, in which state: 32 hex digits; "" for no chain."""
+        """Which files form the chain, and in which state: 32 hex digits; "" without backing files."""
         if self.top is None:
             return ""
         return xxhash.xxh3_128_hexdigest(json.dumps(self._facts).encode())
 
-    def _opened(self, file: Backing, below: Layer | None, stack: ExitStack) -> Layer:
+    def _open_layer(self, file: Backing, below: Layer | None, stack: ExitStack) -> Layer:
+        """Open one file over `below`, to be closed by `stack`."""
         if file.format == "raw":
             if below is not None:
                 raise UsageError(
-                    f"{file.path} is raw and so the last of its chain; check the order of --backing"
+                    f"{file.path} is raw, so it must be the last of the chain; check the order of --backing"
                 )
             fd, size = open_raw(file.path)
             stack.callback(os.close, fd)
-            self._checked(file.path, fd)
+            self._admit(file.path, fd)
             return _RawLayer(file.path, fd, size)
         image = stack.enter_context(Image.open(file.path, backed=True))
-        self._checked(file.path, image.fd)
-        self._facts.append(xxhash.xxh3_128_hexdigest(image.read(0, _HASHED)))
-        refuse_mismatch(image, below is not None)
+        self._admit(file.path, image.fd)
+        self._facts.append(xxhash.xxh3_128_hexdigest(image.read(0, _HASHED_BYTES)))
+        refuse_backing_mismatch(image, below is not None)
         return _Qcow2Layer(image, below)
 
-    def _checked(self, path: Path, fd: int) -> None:
-        """Keep writers off, refuse a file that is in the chain twice, and note what identifies it."""
+    def _admit(self, path: Path, fd: int) -> None:
+        """Lock the file against writers, refuse one that is in the chain twice, and note its identity."""
         status = os.fstat(fd)
-        if not os.path.samestat(status, os.lstat(path)):  # after the open, so that nobody can swap it
+        if not os.path.samestat(status, os.lstat(path)):  # after the open, so nobody can swap it
             raise RefusedError(f"{path} is a symbolic link; name the backing file itself")
         hold_off_writers(fd, str(path))
-        place = (status.st_dev, status.st_ino)
-        if place in self._seen:
+        file = (status.st_dev, status.st_ino)
+        if file in self._seen:
             raise RefusedError(f"{path} is listed twice as a backing file; check the order of --backing")
-        self._seen.add(place)
-        self._facts.append([*place, status.st_size, status.st_mtime_ns])
+        self._seen.add(file)
+        self._facts.append([*file, status.st_size, status.st_mtime_ns])
 
 
-def refuse_mismatch(image: Image, backed: bool) -> None:
-    """RefusedError unless the image names a backing file exactly when the caller lists one for it."""
+def refuse_backing_mismatch(image: Image, backed: bool) -> None:
+    """Raise RefusedError unless the image names a backing file exactly if the caller lists one for it."""
     named = image.header.backing_name is not None
     if named and not backed:
         raise RefusedError(f"{image.path} has a backing file that is not listed; add it with --backing")
     if backed and not named:
-        raise RefusedError(f"{image.path} has no backing file; leave out the --backing behind it")
+        raise RefusedError(f"{image.path} has no backing file; leave out the --backing after it")

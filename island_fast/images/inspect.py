@@ -1,8 +1,7 @@
-"""Looking at an image without touching it: where its data lies, and what it is.
+"""Show an image without changing it: `map_image` for `island map`, `read_image_info` for `island info`.
 
-Nothing here locks, writes or asks a store, but for what `Repository.outlook` adds. Formats are named by the
-caller and never probed. What the map of a qcow2 does not need is imported where it is used, for it takes
-longer than most maps.
+Nothing here locks, writes or needs a store. The caller names the format; it is never probed. What the map of
+a qcow2 does not need is imported where it is used, because those imports take longer than most maps.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from island_fast.errors import ImageInUseError, UsageError
-from island_fast.qcow2.extents import DATA, HOLE, Extents, extents
+from island_fast.qcow2.extents import DATA, HOLE, Extents, iter_extents
 from island_fast.qcow2.image import Image
 from island_fast.qcow2.snapshots import InternalSnapshot
 from island_fast.qemu.image_lock import writer_present
@@ -23,16 +22,18 @@ from island_fast.qemu.image_lock import writer_present
 if TYPE_CHECKING:
     from island_fast.results import ImageInfo, InternalInfo
 
-__all__ = ["image_info", "image_map"]
+__all__ = ["map_image", "read_image_info"]
 
 
-def image_map(
+def map_image(
     path: Path, *, snapshot: str | None = None, since: str | None = None, image_format: str = "qcow2"
 ) -> Iterator[Extents]:
-    """The extents of an image's volume, in windows: as it is, or at the internal snapshot `snapshot`.
+    """Yield the extents of an image's volume, in windows: now, or at the internal snapshot `snapshot`.
 
-    With `since`, an extent says whether it may have changed since that internal snapshot. The image as it is
-    cannot be shown while a process writes to it (ImageInUseError): its tables are not all on disk then.
+    With `since`, each extent says whether it may have changed since that internal snapshot; without,
+    `changed` is false. While a process has the image open for writing, its active tables are not all on disk,
+    so only an internal snapshot can be shown then; ImageInUseError otherwise. UsageError for `snapshot` or
+    `since` with a raw image.
     """
     if image_format == "raw":
         if snapshot or since:
@@ -44,37 +45,41 @@ def image_map(
             raise ImageInUseError(
                 f"{path} is open for writing in another process; name an internal snapshot with --snapshot"
             )
-        point = image.at(image.named(snapshot)) if snapshot else image.active()
-        then = image.at(image.named(since)) if since else None
-        yield from extents(image, point, then)
+        point = image.point_at(image.find_named(snapshot)) if snapshot else image.active_point()
+        then = image.point_at(image.find_named(since)) if since else None
+        yield from iter_extents(image, point, then)
 
 
 def _raw_map(path: Path) -> Iterator[Extents]:
-    """Data and holes of a raw image, as its file system tells them."""
-    from island_fast.images.raw_source import data_extents, open_raw
+    """Yield data and holes of a raw image, as its file system reports them."""
+    from island_fast.images.raw_source import find_extents, open_raw
 
     fd, size = open_raw(path)
     try:
         at = 0
-        for start, stop in data_extents(fd, size):
+        for start, stop in find_extents(fd, size):
             if start > at:
-                yield _one(at, start, HOLE)
-            yield _one(start, stop, DATA)
+                yield _single_extent(at, start, HOLE)
+            yield _single_extent(start, stop, DATA)
             at = stop
         if at < size:
-            yield _one(at, size, HOLE)
+            yield _single_extent(at, size, HOLE)
     finally:
         os.close(fd)
 
 
-def _one(start: int, stop: int, kind: int) -> Extents:
+def _single_extent(start: int, stop: int, kind: int) -> Extents:
+    """Return [start, stop) as the only row."""
     return Extents(
         np.array([start]), np.array([stop - start]), np.array([kind], np.uint8), np.zeros(1, np.bool_)
     )
 
 
-def image_info(path: Path) -> ImageInfo:
-    """What a qcow2 image says of itself; also of one that is in use, as of its last flush."""
+def read_image_info(path: Path) -> ImageInfo:
+    """Return what a qcow2 image says about itself.
+
+    An image in use is read as it is on disk, that is as of its writer's last flush.
+    """
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.names import escape
     from island_fast.results import BitmapInfo, ImageInfo
@@ -99,13 +104,13 @@ def image_info(path: Path) -> ImageInfo:
             backing_file=None if header.backing_name is None else escape(header.backing_name),
             features=tuple(name for name, present in features.items() if present),
             in_use=writer_present(image.fd),
-            internal_snapshots=tuple(_internal(s) for s in image.snapshots),
+            internal_snapshots=tuple(_internal_info(s) for s in image.snapshots),
             bitmaps=tuple(BitmapInfo(b.name, b.granularity, str(b.state)) for b in bitmaps.listed),
             bitmap_trouble=bitmaps.trouble,
         )
 
 
-def _internal(internal: InternalSnapshot) -> InternalInfo:
+def _internal_info(internal: InternalSnapshot) -> InternalInfo:
     from island_fast.images.pins import pinned_snapshot
     from island_fast.results import InternalInfo, timestamp
 

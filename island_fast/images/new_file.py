@@ -1,4 +1,8 @@
-"""A new image for a restore, which gets its name when it is whole and on disk."""
+"""The new file that a restore writes.
+
+While it is written it has a temporary name in the target's directory; it gets the target's name only when it
+is complete and on disk. So a target is whole or does not exist, and an existing file is never replaced.
+"""
 
 from __future__ import annotations
 
@@ -10,33 +14,41 @@ from pathlib import Path
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 from island_fast.files import link_new, sync_folder
 
+__all__ = ["create_file"]
+
 
 @contextlib.contextmanager
-def new_file(target: Path) -> Iterator[int]:
-    """A descriptor of a new file that becomes `target` when the body ends well, and else disappears.
+def create_file(target: Path) -> Iterator[int]:
+    """Create a file, yield its descriptor (read and write), and name it `target` if the body succeeds.
 
-    The file is on disk before it gets its name; a target that exists is refused, also at the last moment.
+    If the body fails, the file is removed. The descriptor is closed here. The file is flushed to disk before
+    it gets its name, and its directory after. RefusedError if `target` exists, at the start or at the end;
+    NotFoundError if its directory does not exist; IslandError if the file system fails.
     """
     if os.path.lexists(target):
-        raise RefusedError(f"{target} exists already; name another target or remove it first")
+        raise RefusedError(f"{target} already exists; name another target or remove it first")
     temporary = target.with_name(f".{target.name[:200]}.island-{os.urandom(8).hex()}")
-    try:  # from before the file is there: a signal may come between its making and the next line
+    try:  # begins before the file exists, because a signal can come right after it was created
         try:
             fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         except FileNotFoundError as error:
             raise NotFoundError(
-                f"{target} cannot be made: there is no folder {target.parent}; make it or name another target"
+                f"{target} cannot be created: there is no folder {target.parent}; "
+                "create it or name another target"
             ) from error
         except OSError as error:
-            raise IslandError(f"{target} cannot be made: {error.strerror}") from error
-        with _named(target):
+            raise IslandError(f"{target} cannot be created: {error.strerror}; name another target") from error
+        with _explain_os_errors(target):
             try:
                 yield fd
                 os.fsync(fd)
             finally:
                 os.close(fd)
             if not link_new(str(temporary), str(target)):
-                raise RefusedError(f"{target} was made by someone else meanwhile; it is left alone")
+                raise RefusedError(
+                    f"{target} was created by another process meanwhile and is left unchanged; "
+                    "name another target"
+                )
             sync_folder(target.parent)
     finally:
         with contextlib.suppress(OSError):
@@ -44,11 +56,11 @@ def new_file(target: Path) -> Iterator[int]:
 
 
 @contextlib.contextmanager
-def _named(target: Path) -> Iterator[None]:
-    """Turn a failure of the target's file system into a sentence."""
+def _explain_os_errors(target: Path) -> Iterator[None]:
+    """Turn an OSError of the body into an IslandError that names the target."""
     try:
         yield
     except OSError as error:
         raise IslandError(
-            f"{target} cannot be written: {error.strerror}; free space or name another place"
+            f"{target} cannot be written: {error.strerror}; free space or name another target"
         ) from error

@@ -1,4 +1,4 @@
-"""What a snapshot is taken of: an image, held, pinned where it can be, and asked what changed."""
+"""Open the image that a snapshot is taken of: the source for each format."""
 
 from __future__ import annotations
 
@@ -8,41 +8,30 @@ from pathlib import Path
 
 from island_fast.errors import UsageError
 from island_fast.images.backing import Backing
-from island_fast.images.pins import pin_name, pinned_lineage, pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.raw_source import RawSource
-from island_fast.images.source import FULL_SCAN, TABLE_DIFF, Base, Change, Source, View
+from island_fast.images.source import Source
 
-__all__ = [
-    "FULL_SCAN",
-    "TABLE_DIFF",
-    "Backing",
-    "Base",
-    "Change",
-    "Qcow2Source",
-    "RawSource",
-    "Source",
-    "View",
-    "held",
-    "pin_name",
-    "pinned_lineage",
-    "pinned_snapshot",
-]
+__all__ = ["open_source"]
 
 
-def held(
-    image: str | Path, image_format: str, *, qmp: Path | None, as_it_is: bool, backing: Sequence[str]
+def open_source(
+    image: str | Path, image_format: str, *, qmp: Path | None, unpinned_scan: bool, backing: Sequence[str]
 ) -> Source:
-    """The image as a source, a context manager; `qmp` and `as_it_is` are those of a Qcow2Source.
+    """Open an image as a source, which the caller must close; for `qmp` and `unpinned_scan` see Qcow2Source.
 
-    UsageError for a format that is not known, and for what is no backing file or cannot have one.
+    `image_format` is "qcow2" or "raw", and never probed. Symbolic links in `image` are followed. `backing`
+    lists the backing files as FORMAT:FILE, nearest first.
+
+    UsageError for an unknown format, for a text that is not a valid backing file, and for backing files of a
+    raw image.
     """
     path = Path(os.path.realpath(image))
-    files = Backing.parsed(backing)
+    files = Backing.parse_all(backing)
     if image_format == "qcow2":
-        return Qcow2Source(path, qmp, as_it_is=as_it_is, backing=files)
+        return Qcow2Source(path, qmp, unpinned_scan=unpinned_scan, backing=files)
     if image_format != "raw":
-        raise UsageError(f"{image_format!r} is no format that is known; use qcow2 or raw")
+        raise UsageError(f"{image_format!r} is not a known format; use qcow2 or raw")
     if files:
         raise UsageError("a raw image has no backing files; leave out --backing")
     return RawSource(path)

@@ -1,8 +1,8 @@
 """A qcow2 image as a snapshot's source.
 
-A table diff is used only where it is sound (docs/format.md, "Pinned base"); in every other case all
-allocated blocks are read and compared by digest, and the reason is told. One snapshot at a time per image,
-under a lock on the image itself.
+A table diff is used only where it is sound (docs/format.md, "Pinned base"). In every other case all allocated
+blocks are read and compared by digest, and the change says why. A lock on the image allows one snapshot of it
+at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError
-from island_fast.images.backing import Backing, Chain, Layer, refuse_mismatch, with_below
+from island_fast.images.backing import Backing, Chain, Layer, refuse_backing_mismatch, with_data_below
 from island_fast.images.pins import pinned_snapshot
-from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned, scanning
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scan_progress
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
 from island_fast.qcow2.image import Image, Point
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.qemu.image_lock import ImageLock, writer_present
@@ -38,9 +38,10 @@ _BACKING = "backing.identity"
 
 
 class PointView(View):
-    """A point of a qcow2 image."""
+    """The volume at one point of a qcow2 image."""
 
     def __init__(self, image: Image, point: Point, below: Layer | None) -> None:
+        """Read from `image` and, where it has nothing, from `below`; both stay the caller's."""
         self.point = point
         self.volume_size = point.disk_size
         self._below = below
@@ -57,14 +58,9 @@ class PointView(View):
 
 
 class Qcow2Source(Source):
-    """An image held for one snapshot; a context manager.
+    """A qcow2 image held for one snapshot; a context manager that releases it.
 
-    With `qmp`, the process behind that socket owns the image and takes the internal snapshots; so does the
-    one behind `monitor`, which stays the caller's; it calls the image `node`. Without, nobody may have it
-    open for writing, and qemu-img takes them. With `as_it_is`, or if the image cannot be pinned, writers are
-    kept out as long as the source is open, for a scan of the active table. With `look_only` nothing is
-    locked: such a source may be asked what it would do, and do nothing. `backing` are the image's backing
-    files, nearest first; without them an image that has one is refused.
+    `image` is the open file. `node` is its name in the QEMU process that has it open; "" without one.
     """
 
     def __init__(
@@ -73,26 +69,48 @@ class Qcow2Source(Source):
         qmp: Path | None = None,
         *,
         monitor: Monitor | None = None,
-        as_it_is: bool = False,
-        look_only: bool = False,
+        unpinned_scan: bool = False,
+        lock: bool = True,
         backing: Sequence[Backing] = (),
     ) -> None:
+        """Open the image and lock it.
+
+        qmp: the QMP socket of the QEMU process that has the image open; that process takes and deletes the
+            internal snapshots. Without `qmp` and `monitor`, qemu-img does, and no process may have the image
+            open for writing.
+        monitor: the same process through a connection that stays the caller's, for a libvirt guest.
+        unpinned_scan: the snapshot will read the active tables, without a pin. Then locks keep writers out
+            as long as the source is open; so they do for an image that cannot be pinned.
+        lock: False locks nothing, for a caller that holds an ImageLock or only asks what a snapshot would
+            do. Such a source must not pin or unpin.
+        backing: the image's backing files, nearest first.
+
+        Raises NotFoundError: no such file.
+        Raises ImageInUseError: another process has it open for writing.
+        Raises RefusedError: another snapshot of it is being taken; it is not a regular file, was replaced
+            meanwhile, or is in use and not pinnable; a backing file is named and not listed, or listed and
+            not named.
+        Raises UnsupportedImageError, DamagedImageError: see `Image.open`.
+        """
         self.path = path
         with ExitStack() as stack:
             self.image = stack.enter_context(Image.open(path, backed=bool(backing)))
-            refuse_mismatch(self.image, bool(backing))
+            refuse_backing_mismatch(self.image, bool(backing))
             self._chain = stack.enter_context(closing(Chain(backing, self.image.header.backing_name)))
             self._monitor: Monitor | None = None
-            if look_only:
+            if not lock:
                 self._stack = stack.pop_all()
                 return
-            if (qmp or monitor) and (why := self.unpinnable):
-                raise RefusedError(f"{path} cannot be read while it is in use: {why}; stop its user first")
-            hold = as_it_is or self.unpinnable is not None
-            lock = stack.enter_context(ImageLock(path, hold_off_writers=hold))
-            if not os.path.samestat(os.fstat(lock.fd), os.fstat(self.image.fd)):
+            if (qmp or monitor) and (why := self.reason_not_pinnable):
+                raise RefusedError(
+                    f"{path} cannot be read while it is in use, because {why}; "
+                    "stop the process that uses it first"
+                )
+            keep_out = unpinned_scan or self.reason_not_pinnable is not None
+            held = stack.enter_context(ImageLock(path, hold_off_writers=keep_out))
+            if not os.path.samestat(os.fstat(held.fd), os.fstat(self.image.fd)):
                 raise RefusedError(f"{path} was replaced by another file just now; try again")
-            self._monitor = stack.enter_context(_connected(qmp)) if qmp else monitor
+            self._monitor = stack.enter_context(_connect(qmp)) if qmp else monitor
             self.node = self._monitor.find_node(path) if self._monitor else ""
             if not self._monitor and writer_present(self.image.fd):
                 raise ImageInUseError(
@@ -118,111 +136,112 @@ class Qcow2Source(Source):
         return facts | ({_BACKING: self._chain.identity} if self._chain.identity else {})
 
     @property
-    def internals(self) -> tuple[InternalSnapshot, ...]:
-        """See Source.internals."""
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
+        """See Source.internal_snapshots."""
         return self.image.snapshots
 
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        """See Source.find."""
-        return self.image.find(pin)
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """See Source.find_pinned."""
+        return self.image.find_pinned(pin)
 
     @property
-    def unpinnable(self) -> str | None:
-        """Why no internal snapshot of ours may be left in the image; None if one may."""
+    def reason_not_pinnable(self) -> str | None:
+        """See Source.reason_not_pinnable."""
         if self.image.header.version < 3:
             return "a version 2 image cannot be resized while it holds an internal snapshot"
         return None
 
     def pin(self, name: str) -> InternalSnapshot:
-        """Take an internal snapshot; on disk when this returns. IslandError if it may not be written."""
+        """See Source.pin. IslandError without permission to write to the image, or if QEMU fails."""
         if self._monitor:
             self._monitor.snapshot_create(self.node, name)
         elif not os.access(self.path, os.W_OK):
             raise IslandError(
-                f"{self.path} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+                f"{self.path} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
             )
         else:
             QemuImg().snapshot_create(self.path, name)
         self.image.reload()
-        return self.named(name)
+        return self.find_named(name)
 
     def unpin(self, internal: InternalSnapshot) -> None:
-        """Drop an internal snapshot of ours."""
+        """See Source.unpin."""
         if self._monitor:
             self._monitor.snapshot_delete(self.node, internal.id, internal.name)
-        elif self.named(internal.name).identity == internal.identity:  # qemu-img knows names only
+        elif self.find_named(internal.name).identity == internal.identity:  # qemu-img deletes by name
             QemuImg().snapshot_delete(self.path, internal.name)
         self.image.reload()
 
-    def discard(self, name: str) -> None:
-        """Drop the internal snapshot of ours with this name, if it is there, as after an interruption."""
+    def discard_pin(self, name: str) -> None:
+        """See Source.discard_pin."""
         if self._monitor:
-            self._monitor.find_node(self.path)  # answered in order: what was asked for before is done then
+            self._monitor.find_node(self.path)  # answers come in order: earlier commands are done after it
         self.image.reload()
         for internal in self.image.snapshots:
             if internal.name == name:
                 self.unpin(internal)
 
-    def named(self, name: str) -> InternalSnapshot:
-        """See Source.named."""
-        return self.image.named(name)
+    def find_named(self, name: str) -> InternalSnapshot:
+        """See Source.find_named."""
+        return self.image.find_named(name)
 
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
-        """Why a table diff from `base` would not be sound; None if nothing speaks against it.
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """See Source.reason_unsound.
 
-        To be asked before the new internal snapshot is taken: taking it recomputes the COPIED flags.
+        It must be called before the new internal snapshot is taken, because taking it recomputes the COPIED
+        flags.
         """
         if self.image.header.corrupt:
             return "the image is marked corrupt"
         if facts.get(_BACKING, "") != self._chain.identity:
-            return "the backing files are others than at the parent, or were written to since"
-        active, then = self.image.active(), self.image.at(base.internal)
+            return "the backing files are not those of the parent, or were written to since"
+        active, then = self.image.active_point(), self.image.point_at(base.internal)
         try:
-            shared = find_shared_copied(self.image, active, then)
+            shared = count_shared_copied(self.image, active, then)
         except DamagedImageError:
             if self._monitor is None:
                 raise
-            return "the active tables changed while they were looked at"
+            return "the active tables changed while they were read"
         if shared:
             return "clusters that the pinned base shares are marked as writable in place"
         return None
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
-        point = self.image.at(internal) if internal else self.image.active()
+        point = self.image.point_at(internal) if internal else self.image.active_point()
         return PointView(self.image, point, self._chain.top)
 
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
-        """See Source.change."""
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """See Source.find_change."""
         if not isinstance(view, PointView):
-            raise TypeError("a view of another source")
+            raise TypeError("the view is of another kind of source")
         if base is None:
-            return self._scanned(view.point, why_not, progress)
-        diff = changed(self.image, self.image.at(base.internal), view.point, scanning(progress))
+            return self._scan(view.point, why_not, progress)
+        then = self.image.point_at(base.internal)
+        diff = find_changed(self.image, then, view.point, scan_progress(progress))
         if diff.shared_copied:
-            return self._scanned(view.point, "the pinned base's clusters were written in place", progress)
+            return self._scan(view.point, "the pinned base's clusters were written in place", progress)
         candidates = diff.map | DirtyMap.from_runs(view.blocks, np.minimum(base.extra, view.blocks))
-        data = allocated(self.image, view.point, within=candidates)
+        data = find_allocated(self.image, view.point, within=candidates)
         if self._chain.top is not None:
-            data = with_below(data, self._chain.top, progress) & candidates
-        return Change(TABLE_DIFF, _compared(base), candidates, data, _to_the_end(candidates))
+            data = with_data_below(data, self._chain.top, progress) & candidates
+        replaced = np.concatenate([candidates.runs(), [[view.blocks, END]]]).astype(np.int64)
+        return Change(TABLE_DIFF, _describe(base), candidates, data, replaced)
 
-    def _scanned(self, point: Point, why: str, progress: Progress) -> Change:
-        own = allocated(self.image, point, progress=scanning(progress))
-        return scanned(with_below(own, self._chain.top, progress), why)
+    def _scan(self, point: Point, why: str, progress: Progress) -> Change:
+        """Find all blocks that can hold data, in the image and below it."""
+        own = find_allocated(self.image, point, progress=scan_progress(progress))
+        return Change.full_scan(with_data_below(own, self._chain.top, progress), why)
 
 
-def _connected(socket: Path) -> Monitor:
-    from island_fast.qemu.qmp import Qmp  # with sockets, which only images in use need
+def _connect(socket: Path) -> Monitor:
+    from island_fast.qemu.qmp import Qmp  # imports sockets, which only images in use need
 
     return Qmp(socket)
 
 
-def _compared(base: Base) -> str:
+def _describe(base: Base) -> str:
+    """Return the reason that a table diff from `base` records."""
     pinned = pinned_snapshot(base.internal.name)
     whose = f"the pinned base of snapshot {pinned}" if pinned else f"'{base.internal.name}'"
     return f"compared with {whose}"
-
-
-def _to_the_end(candidates: DirtyMap) -> Int64s:
-    return np.concatenate([candidates.runs(), [[candidates.blocks, END]]]).astype(np.int64)

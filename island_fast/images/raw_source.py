@@ -1,7 +1,7 @@
 """A raw image or a block device as a snapshot's source.
 
-It has no tables to compare: every block that may hold data is read, and those that are what the parent has
-are known by their digests and not sent. Holes are found by SEEK_DATA where the file system tells them.
+It has no tables to compare. Every block that can hold data is read, and a block whose digest is the parent's
+is not sent. Holes are found with SEEK_DATA, where the file system reports them.
 """
 
 from __future__ import annotations
@@ -18,23 +18,24 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
-from island_fast.images.source import Base, Change, Source, View, scanned, scanning
+from island_fast.images.source import Base, Change, Source, View, scan_progress
 from island_fast.progress import Progress
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
-from island_fast.qcow2.vectored_io import read_transfer, transfers
+from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 from island_fast.qemu.image_lock import ImageLock, open_image
-from island_fast.qemu.open_files import refuse_held
+from island_fast.qemu.open_files import refuse_if_open
 
-__all__ = ["RawSource", "RawView", "data_extents", "open_raw", "raw_data"]
+__all__ = ["RawSource", "RawView", "find_extents", "find_raw_data", "open_raw"]
 
-_WHY = "a raw image has no tables to compare"
+_NO_TABLES = "a raw image has no tables to compare"
 
 
 class RawView(View):
-    """The bytes of a file, as long as it was when it was opened."""
+    """The volume in a raw file; its size stays what it was when the file was opened."""
 
     def __init__(self, path: Path, fd: int, size: int) -> None:
+        """Read from `fd`, which stays the caller's and open; `path` is for messages, `size` in bytes."""
         self.volume_size = size
         self._path = path
         self._fd = fd
@@ -49,7 +50,7 @@ class RawView(View):
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
         """See View.read."""
         rows = np.arange(blocks.size)
-        for transfer in transfers(blocks * BLOCK_SIZE, rows, BLOCK_SIZE, out.reshape(-1).data):
+        for transfer in plan_transfers(blocks * BLOCK_SIZE, rows, BLOCK_SIZE, out.reshape(-1).data):
             wanted = min(transfer.length, self.volume_size - transfer.offset)
             got = min(read_transfer(self._fd, transfer), wanted)
             if got < wanted:
@@ -63,16 +64,23 @@ class RawView(View):
 
 
 class RawSource(Source):
-    """A raw image held for one snapshot; qemu is kept from writing to it as long as this is open."""
+    """A raw image held for one snapshot. As long as it is open, locks keep QEMU from writing to it."""
 
     def __init__(self, path: Path) -> None:
+        """Open and lock the image.
+
+        Raises NotFoundError: no such file.
+        Raises ImageInUseError: another process has it open for writing, or a device is mounted.
+        Raises RefusedError: another snapshot of it is being taken; the volume is over 64 TiB; or it is not a
+            regular file or block device.
+        """
         self.path = path
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, hold_off_writers=True, devices=True))
             self._fd = lock.fd
             _refuse_mounted(path)
             if path.is_block_device():
-                refuse_held(path, self._fd, readers=False)
+                refuse_if_open(path, self._fd, readers=False)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self._size} bytes, over the limit of 64 TiB")
@@ -84,72 +92,75 @@ class RawSource(Source):
         return {"format": "raw"}
 
     @property
-    def internals(self) -> tuple[InternalSnapshot, ...]:
-        """See Source.internals."""
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
+        """See Source.internal_snapshots."""
         return ()
 
     @property
-    def unpinnable(self) -> str | None:
-        """See Source.unpinnable."""
-        return _WHY
+    def reason_not_pinnable(self) -> str | None:
+        """See Source.reason_not_pinnable."""
+        return _NO_TABLES
 
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        """See Source.find."""
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """See Source.find_pinned."""
         return None
 
-    def named(self, name: str) -> InternalSnapshot:
-        """See Source.named."""
+    def find_named(self, name: str) -> InternalSnapshot:
+        """See Source.find_named."""
         raise UsageError("a raw image has no internal snapshots; leave out --at, or --format raw")
 
     def pin(self, name: str) -> InternalSnapshot:
         """See Source.pin."""
-        raise UsageError("a raw image cannot be pinned")
+        raise UsageError("a raw image cannot hold a pin")
 
     def unpin(self, internal: InternalSnapshot) -> None:
         """See Source.unpin."""
-        raise UsageError("a raw image cannot be pinned")
+        raise UsageError("a raw image cannot hold a pin")
 
-    def discard(self, name: str) -> None:
-        """Nothing was taken."""
+    def discard_pin(self, name: str) -> None:
+        """Do nothing: no pin can exist."""
 
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
-        """See Source.evidence."""
-        return _WHY
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """See Source.reason_unsound."""
+        return _NO_TABLES
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""
         return RawView(self.path, self._fd, self._size)
 
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
-        """See Source.change."""
-        return scanned(raw_data(self._fd, self._size, progress), why_not)
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """See Source.find_change."""
+        return Change.full_scan(find_raw_data(self._fd, self._size, progress), why_not)
 
 
-def raw_data(fd: int, size: int, progress: Progress) -> DirtyMap:
-    """The blocks of a raw file of `size` bytes that may hold data."""
+def find_raw_data(fd: int, size: int, progress: Progress) -> DirtyMap:
+    """Find the blocks of a raw file of `size` bytes that can hold data."""
     found = DirtyMap(-(-size // BLOCK_SIZE))
-    tell = scanning(progress)
-    for start, stop in data_extents(fd, size):
+    report = scan_progress(progress)
+    for start, stop in find_extents(fd, size):
         found.set_range(start // BLOCK_SIZE, -(-stop // BLOCK_SIZE))
-        tell(stop // BLOCK_SIZE, found.blocks)
+        report(stop // BLOCK_SIZE, found.blocks)
     return found
 
 
 def open_raw(path: Path) -> tuple[int, int]:
-    """A read-only descriptor of a raw image or device, which the caller closes, and its size in bytes."""
+    """Open a raw image or device read-only; return the descriptor, which the caller closes, and its size."""
     fd = open_image(str(path), devices=True)
     return fd, os.lseek(fd, 0, os.SEEK_END)
 
 
-def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Extents [start, stop) in bytes that may hold data, ascending; all of it where holes are not told."""
+def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the extents [start, stop), in bytes, that can hold data, ascending.
+
+    Where the file system does not report holes, that is one extent, the whole file.
+    """
     at = 0
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
             stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as error:
-            if error.errno == errno.ENXIO:  # nothing but a hole is left
+            if error.errno == errno.ENXIO:  # only a hole is left
                 return
             start, stop = at, size
         if start < size:
@@ -158,7 +169,7 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _refuse_mounted(path: Path) -> None:
-    """Refuse a block device that the kernel itself uses: mounted, or part of another device."""
+    """Raise ImageInUseError for a block device that is mounted or part of another device."""
     if path.is_block_device():
         try:
             os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
@@ -167,4 +178,4 @@ def _refuse_mounted(path: Path) -> None:
                 raise ImageInUseError(
                     f"{path} is mounted or part of another device; unmount it first"
                 ) from error
-            raise IslandError(f"{path} cannot be opened: {error.strerror}") from error
+            raise IslandError(f"{path} cannot be opened: {error.strerror}; check the device") from error

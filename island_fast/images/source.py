@@ -1,8 +1,8 @@
-"""What a snapshot is taken of: the same for qcow2 and raw images.
+"""What a snapshot reads, the same for qcow2 and raw images: `Source`, `View`, `Base` and `Change`.
 
-A source holds an image for one snapshot: it locks it, pins it where it can, shows the volume at a point, and
-tells which blocks may have changed, by which rule and why. Which parent and base are compared is decided
-above (`choosing.py`).
+A source holds an image for one snapshot: it locks the image, pins it where that is possible, shows the volume
+at a point, and finds the blocks that may have changed, with the rule it used and why. Which parent and which
+base to compare with is decided above, in `operations/parent.py`.
 """
 
 from __future__ import annotations
@@ -22,22 +22,21 @@ from island_fast.images.pins import pinned_lineage
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 
-__all__ = ["FULL_SCAN", "TABLE_DIFF", "Base", "Change", "Source", "View", "scanned", "scanning"]
-
+__all__ = ["END", "FULL_SCAN", "TABLE_DIFF", "Base", "Change", "Source", "View", "scan_progress"]
 
 TABLE_DIFF = "table-diff"
 FULL_SCAN = "full-scan"
 
 END = 1 << 40
-"""A block number past every volume: what the parent had behind the volume's end is gone."""
+"""A block number past every volume: [blocks, END) in `Change.replaced` drops a larger parent's tail."""
 
 
 @dataclass(frozen=True, slots=True)
 class Base:
     """What the new point is compared with: an internal snapshot, found by its whole identity.
 
-    `extra` are blocks that count as changed besides, int64[n, 2]: those that a deleted snapshot wrote
-    after the parent that stands in for it.
+    `extra` are blocks that count as changed too, int64[n, 2]: those that a deleted snapshot wrote after the
+    parent that stands in for it.
     """
 
     internal: InternalSnapshot
@@ -48,9 +47,9 @@ class Base:
 class Change:
     """Which blocks may have changed, by which rule and why.
 
-    `candidates` may have changed; `data` are those among them that hold stored data, which must be read;
-    the others are zero now. `replaced` are the block intervals, int64[n, 2], that no entry of the parent
-    may be kept for unless its digest proves it.
+    `candidates` are the blocks that may have changed. `data` are those of them that hold stored data and must
+    be read; the other candidates are zero now. `replaced` are block intervals, int64[n, 2]: for a block in
+    them, the parent's entry may be kept only if the block's digest proves that it is the same.
     """
 
     rule: str
@@ -59,21 +58,26 @@ class Change:
     data: DirtyMap
     replaced: Int64s
 
+    @classmethod
+    def full_scan(cls, data: DirtyMap, why: str) -> Change:
+        """Return the change of a full scan: every block with data, and no entry kept without its digest."""
+        return cls(FULL_SCAN, why, data, data, np.array([[0, END]], np.int64))
+
 
 class View(ABC):
-    """A volume at one point: its size in bytes, and its blocks. `bytes_read` counts data read from files."""
+    """A volume at one point: its size in bytes, and its blocks."""
 
     volume_size: int
 
     @property
     def blocks(self) -> int:
-        """Number of blocks, the last one perhaps partial."""
+        """Number of blocks; the last one can be partial."""
         return -(-self.volume_size // BLOCK_SIZE)
 
     @property
     @abstractmethod
     def bytes_read(self) -> int:
-        """Bytes of data, no tables, that `read` took from files so far."""
+        """Bytes of data, without tables, that `read` has read from files so far."""
 
     @abstractmethod
     def read(self, blocks: Int64s, out: Bytes2D) -> None:
@@ -81,7 +85,7 @@ class View(ABC):
 
 
 class Source(ABC):
-    """An image held for one snapshot; a context manager."""
+    """An image held for one snapshot; a context manager that releases it."""
 
     path: Path
     _stack: ExitStack
@@ -95,25 +99,25 @@ class Source(ABC):
     @property
     @abstractmethod
     def facts(self) -> Mapping[str, str]:
-        """What a snapshot's properties tell of the image."""
+        """What a snapshot's properties record about the image."""
 
     @property
     @abstractmethod
-    def internals(self) -> tuple[InternalSnapshot, ...]:
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
         """The internal snapshots that are in the image now."""
 
     @property
     @abstractmethod
-    def unpinnable(self) -> str | None:
-        """Why no internal snapshot of ours may be left in the image; None if one may."""
+    def reason_not_pinnable(self) -> str | None:
+        """Why we cannot leave an internal snapshot in the image; None if we can."""
 
     @abstractmethod
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        """The internal snapshot with exactly this identity."""
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        """Return the internal snapshot with exactly this identity; None if there is not exactly one."""
 
     @abstractmethod
-    def named(self, name: str) -> InternalSnapshot:
-        """The only internal snapshot with this name; NotFoundError or RefusedError otherwise."""
+    def find_named(self, name: str) -> InternalSnapshot:
+        """Return the only internal snapshot with this name; NotFoundError or RefusedError otherwise."""
 
     @abstractmethod
     def pin(self, name: str) -> InternalSnapshot:
@@ -121,45 +125,46 @@ class Source(ABC):
 
     @abstractmethod
     def unpin(self, internal: InternalSnapshot) -> None:
-        """Drop an internal snapshot of ours."""
+        """Delete an internal snapshot that we took."""
 
     @abstractmethod
-    def discard(self, name: str) -> None:
-        """Drop the internal snapshot of ours with this name, if it is there, as after an interruption."""
+    def discard_pin(self, name: str) -> None:
+        """Delete our internal snapshot with this name, if it exists; for the start after an interruption."""
 
     @abstractmethod
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
-        """Why a table diff from `base` would not be sound; None if nothing speaks against it.
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
+        """Return why a table diff from `base` would not be sound; None if nothing speaks against it.
 
-        `facts` are the properties of the parent. To be asked before the new internal snapshot is taken.
+        `facts` are the properties of the parent. Call this before the new internal snapshot is taken.
         """
 
     @abstractmethod
     def view(self, internal: InternalSnapshot | None) -> View:
-        """The volume at an internal snapshot, or as it is."""
+        """Return the volume at an internal snapshot, or with None as it is now."""
 
     @abstractmethod
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
-        """What may have changed at `view`: since `base` by table diff, or in all, for `why_not`."""
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+        """Find what may have changed at `view`: by table diff since `base`, or without one by full scan.
+
+        `why_not` is the reason for the full scan.
+        """
 
     def reload(self) -> None:
-        """Read the internal snapshots anew, after somebody else took or dropped one; for images with any."""
+        """Read the internal snapshots again, after another process took or deleted one.
+
+        Only for images that can hold internal snapshots.
+        """
         raise NotImplementedError
 
     def pins(self, repository: str, lineage: str) -> list[InternalSnapshot]:
-        """Internal snapshots that pin `lineage` of this repository."""
-        return [s for s in self.internals if pinned_lineage(repository, s.name) == lineage]
+        """Return the internal snapshots that pin `lineage` of this repository."""
+        return [s for s in self.internal_snapshots if pinned_lineage(repository, s.name) == lineage]
 
 
-def scanned(data: DirtyMap, why: str) -> Change:
-    """The change that a full scan gives: everything that holds data, and nothing inherited unproved."""
-    return Change(FULL_SCAN, why, data, data, np.array([[0, END]], np.int64))
+def scan_progress(progress: Progress) -> Callable[[int, int], None]:
+    """Return a callback for a scan that counts blocks; it reports phase "scan" to `progress`, in bytes."""
 
-
-def scanning(progress: Progress) -> Callable[[int, int], None]:
-    """Progress of a scan, counted in tables or extents, told in their blocks' bytes."""
-
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         progress("scan", done * BLOCK_SIZE, total * BLOCK_SIZE)
 
-    return tell
+    return report

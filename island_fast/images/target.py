@@ -1,7 +1,7 @@
-"""Images that are there already, and are written onto: a qcow2 by way of qemu, a raw file or a block device.
+"""An existing image that a restore writes onto: a qcow2 through qemu-nbd, a raw file or a block device.
 
-A target is held as long as it is open: nobody else may write to it, nor take a snapshot of it. It is compared
-first and written afterwards, for what is read of a qcow2 is as of when it was opened.
+As long as a target is open, no other process can write to it or take a snapshot of it. A restore first
+compares all of it and then writes: what `view` reads of a qcow2 is as of when the target was opened.
 """
 
 from __future__ import annotations
@@ -23,22 +23,21 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
-from island_fast.files import punch
+from island_fast.files import punch_hole
 from island_fast.images.qcow2_source import PointView
-from island_fast.images.raw_source import RawView, raw_data
-from island_fast.images.source import View, scanning
+from island_fast.images.raw_source import RawView, find_raw_data
+from island_fast.images.source import View, scan_progress
 from island_fast.progress import Progress
-from island_fast.qcow2.changes import allocated
+from island_fast.qcow2.changes import find_allocated
 from island_fast.qcow2.header import MAGIC, MAX_VOLUME_SIZE
 from island_fast.qcow2.image import Image
-from island_fast.qcow2.vectored_io import transfers, write_all
+from island_fast.qcow2.vectored_io import plan_transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.qemu.image_lock import ImageLock, hold_off_everyone, writer_present
-from island_fast.qemu.open_files import loops_over, refuse_held
-from island_fast.qemu.qemu_nbd import writing
+from island_fast.qemu.open_files import find_loop_devices, refuse_if_open
+from island_fast.qemu.qemu_nbd import open_for_writing
 
-__all__ = ["Existing", "open_existing"]
-
+__all__ = ["ExistingImage", "open_target"]
 
 _ZEROED_AT_ONCE = 4096  # blocks: 256 MiB
 _ZEROS = memoryview(bytes(1 << 20))
@@ -46,25 +45,30 @@ _BLKZEROOUT = 0x127F  # linux/fs.h
 _RANGE = struct.Struct("QQ")
 
 
-def open_existing(
-    path: Path, image_format: str, volume_size: int, *, look_only: bool, was_raw: bool = False
-) -> Existing:
-    """The target at `path`, "qcow2" or "raw", for a volume of so many bytes.
+def open_target(
+    path: Path, image_format: str, volume_size: int, *, read_only: bool, was_raw: bool = False
+) -> ExistingImage:
+    """Open the image at `path` as the target for a volume of `volume_size` bytes.
 
-    With `look_only` it is compared and cannot be written. If the volume `was_raw`, its own first bytes may be
-    those of a qcow2; a raw target that begins so is refused otherwise. RefusedError if it is smaller or may
-    not be written onto, ImageInUseError if somebody has it open, NotFoundError if it is not there.
+    image_format: "qcow2" or "raw"; not probed.
+    read_only: the target will be compared and not written.
+    was_raw: the snapshot is of a raw volume, whose first bytes can be those of a qcow2. Without it, a raw
+        target that begins as a qcow2 is refused, because its snapshots would be lost.
+
+    Raises NotFoundError: it does not exist.
+    Raises RefusedError: it is smaller than the volume, or must not be written onto.
+    Raises ImageInUseError: another process has it open.
     """
     if image_format == "raw":
-        return _Raw(path, volume_size, look_only, was_raw)
-    return _Qcow2(path, volume_size, look_only)
+        return _Raw(path, volume_size, read_only, was_raw)
+    return _Qcow2(path, volume_size, read_only)
 
 
-class Existing(ABC):
-    """An image that is there, held; a context manager. `size` is its volume's, in bytes.
+class ExistingImage(ABC):
+    """An existing image, locked until it is closed; a context manager. `size` is its volume's, in bytes.
 
-    `view` shows it as it was when it was opened, until the first write. `written` counts bytes of data that
-    were written, `zeroed` those that were made zero; the last block counts only up to `size`.
+    `view` reads the volume; it is valid until the first write. `written` counts the bytes of data that were
+    written, `zeroed` those that were made zero; the last block counts only up to `size`.
     """
 
     image_format: ClassVar[str]
@@ -84,14 +88,14 @@ class Existing(ABC):
         self._stack.__exit__(*error)  # type: ignore[arg-type]
 
     @abstractmethod
-    def data(self, progress: Progress) -> DirtyMap:
-        """Its blocks that may hold data; all others are zero."""
+    def find_data(self, progress: Progress) -> DirtyMap:
+        """Find the blocks that can hold data; all others are zero."""
 
-    def refuse_held(self) -> None:  # noqa: B027  # qemu's own locks do for a qcow2
-        """ImageInUseError if somebody has opened it while it was compared, whom no lock keeps away."""
+    def refuse_if_open(self) -> None:  # noqa: B027  # QEMU's own locks suffice for a qcow2
+        """Raise ImageInUseError if another process has opened it since, which no lock prevents."""
 
     def write(self, blocks: Int64s, rows: Bytes2D) -> None:
-        """Put row i of `rows` (uint8[n, BLOCK_SIZE]) at block `blocks[i]`, in any order. Thread-safe."""
+        """Write row i of `rows` (uint8[n, BLOCK_SIZE]) to block `blocks[i]`, in any order. Thread-safe."""
         self._write(blocks, rows)
         with self._lock:
             self.written += self.bytes_of(int(blocks.size), bool((blocks == self.view.blocks - 1).any()))
@@ -105,12 +109,12 @@ class Existing(ABC):
 
     @abstractmethod
     def finish(self) -> None:
-        """Bring all that was written to the disk, and close it."""
+        """Flush all writes to disk. Call it once, after the last write."""
 
     def bytes_of(self, blocks: int, with_last: bool) -> int:
-        """The bytes of so many of its blocks, the last of all perhaps partial."""
-        beyond = self.view.blocks * BLOCK_SIZE - self.size
-        return blocks * BLOCK_SIZE - (beyond if with_last else 0)
+        """Return how many bytes `blocks` blocks hold; `with_last` if the last of all is one of them."""
+        past_end = self.view.blocks * BLOCK_SIZE - self.size
+        return blocks * BLOCK_SIZE - (past_end if with_last else 0)
 
     @abstractmethod
     def _write(self, blocks: Int64s, rows: Bytes2D) -> None: ...
@@ -119,120 +123,125 @@ class Existing(ABC):
     def _zero(self, offset: int, length: int) -> None: ...
 
 
-class _Qcow2(Existing):
-    """A qcow2 file; whatever internal snapshots it holds stay as they are."""
+class _Qcow2(ExistingImage):
+    """A qcow2 file, written through qemu-nbd. Its internal snapshots stay as they are."""
 
     image_format = "qcow2"
 
-    def __init__(self, path: Path, volume_size: int, look_only: bool) -> None:
+    def __init__(self, path: Path, volume_size: int, read_only: bool) -> None:
         super().__init__(path)
         if path.is_block_device():
-            raise RefusedError(f"{path} is a block device, which holds the volume itself with --format raw")
+            raise RefusedError(
+                f"{path} is a block device; to write the volume itself to it, give --format raw"
+            )
         with ExitStack() as stack:
             self._image = stack.enter_context(Image.open(path))
             lock = stack.enter_context(ImageLock(path))
             if writer_present(lock.fd):
                 raise ImageInUseError(f"{path} is open in another process; stop that process first")
-            self._look(volume_size)
-            if look_only:
+            self._check_header(volume_size)
+            if read_only:
                 hold_off_everyone(lock.fd, str(path))
             else:
                 header = self._image.header
-                self._disk = stack.enter_context(writing(path, header.size, header.cluster_size))
+                self._disk = stack.enter_context(open_for_writing(path, header.size, header.cluster_size))
             _refuse_replaced(path, lock.fd, self._image.fd)
-            self._look(volume_size)  # again, now that nobody can change it; qemu may have repaired it
-            self._point = self._image.active()
+            self._check_header(volume_size)  # again, because only now nobody can change it; QEMU repairs too
+            self._point = self._image.active_point()
             self.view = PointView(self._image, self._point, None)
             self._stack = stack.pop_all()
 
-    def _look(self, volume_size: int) -> None:
+    def _check_header(self, volume_size: int) -> None:
+        """Read the header, set `size`, and refuse an image that must not be written onto."""
         self._image.reload()
         self.size = self._image.header.size
         _refuse_smaller(self.path, self.size, volume_size)
         if self._image.header.corrupt:
             raise RefusedError(f"{self.path} is marked corrupt; repair it with 'qemu-img check -r all' first")
 
-    def data(self, progress: Progress) -> DirtyMap:
-        """See Existing.data."""
-        return allocated(self._image, self._point, progress=scanning(progress))
+    def find_data(self, progress: Progress) -> DirtyMap:
+        """See ExistingImage.find_data."""
+        return find_allocated(self._image, self._point, progress=scan_progress(progress))
 
     def finish(self) -> None:
-        """See Existing.finish."""
-        self._stack.close()  # which flushes, and tells what qemu says when it closes the image
+        """See ExistingImage.finish."""
+        self._stack.close()  # flushes, and raises what QEMU reports when it closes the image
 
     def _write(self, blocks: Int64s, rows: Bytes2D) -> None:
         flat = rows.reshape(-1).data
-        moves = transfers(blocks * BLOCK_SIZE, np.arange(blocks.size), BLOCK_SIZE, flat)
-        self._disk.write([(move.offset, _cut(move.buffers, self.size - move.offset)) for move in moves])
+        parts = plan_transfers(blocks * BLOCK_SIZE, np.arange(blocks.size), BLOCK_SIZE, flat)
+        self._disk.write([(part.offset, _cut(part.buffers, self.size - part.offset)) for part in parts])
 
     def _zero(self, offset: int, length: int) -> None:
         self._disk.zero(offset, length)
 
 
-class _Raw(Existing):
+class _Raw(ExistingImage):
     """A raw file or a block device."""
 
     image_format = "raw"
 
-    def __init__(self, path: Path, volume_size: int, look_only: bool, was_raw: bool) -> None:
+    def __init__(self, path: Path, volume_size: int, read_only: bool, was_raw: bool) -> None:
         super().__init__(path)
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, devices=True))
             hold_off_everyone(lock.fd, str(path))
             self._device = path.is_block_device()
-            if loops := [] if self._device else loops_over(path):
+            if loops := [] if self._device else find_loop_devices(path):
                 raise ImageInUseError(f"{path} is in use by {loops[0]}; detach that first")
-            self._fd = _opened(path, os.O_RDONLY if look_only else os.O_RDWR, self._device)
+            self._fd = _open_raw_target(path, os.O_RDONLY if read_only else os.O_RDWR, self._device)
             stack.callback(os.close, self._fd)
             _refuse_replaced(path, lock.fd, self._fd)
-            self.refuse_held()
+            self.refuse_if_open()
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
             if not was_raw and os.pread(self._fd, len(MAGIC), 0) == MAGIC:
-                # All of its snapshots would be lost. What a guest wrote to a raw volume is only its data.
+                # Its internal snapshots would be lost. If the volume was raw, a guest can have written the
+                # magic: then it is only data.
                 raise RefusedError(
                     f"{path} begins as a qcow2, and the snapshot is not of a raw volume; "
-                    f"give --format qcow2, or name another target"
+                    "give --format qcow2, or name another target"
                 )
             if self.size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self.size} bytes, over the limit of 64 TiB")
             self.view = RawView(path, self._fd, self.size)
             self._stack = stack.pop_all()
 
-    def refuse_held(self) -> None:
-        """See Existing.refuse_held."""
-        refuse_held(self.path, self._fd, readers=self._device)
+    def refuse_if_open(self) -> None:
+        """See ExistingImage.refuse_if_open."""
+        refuse_if_open(self.path, self._fd, readers=self._device)
 
-    def data(self, progress: Progress) -> DirtyMap:
-        """See Existing.data."""
-        return raw_data(self._fd, self.size, progress)
+    def find_data(self, progress: Progress) -> DirtyMap:
+        """See ExistingImage.find_data."""
+        return find_raw_data(self._fd, self.size, progress)
 
     def finish(self) -> None:
-        """See Existing.finish."""
-        with self._told():
+        """See ExistingImage.finish."""
+        with self._explain_os_errors():
             os.fsync(self._fd)
 
     def _write(self, blocks: Int64s, rows: Bytes2D) -> None:
         write_rows(self._fd, blocks * BLOCK_SIZE, blocks, rows, self.size)
 
     def _zero(self, offset: int, length: int) -> None:
-        with self._told():
+        with self._explain_os_errors():
             if self._device:
                 fcntl.ioctl(self._fd, _BLKZEROOUT, _RANGE.pack(offset, length))
-            elif not punch(self._fd, offset, length):
+            elif not punch_hole(self._fd, offset, length):
                 for at in range(offset, offset + length, len(_ZEROS)):
                     write_all(self._fd, [_ZEROS[: offset + length - at]], at)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _explain_os_errors(self) -> Iterator[None]:
+        """Turn an OSError of the body into an IslandError that names the target."""
         try:
             yield
         except OSError as error:
             raise IslandError(f"{self.path} cannot be written: {error.strerror}; check that disk") from error
 
 
-def _opened(path: Path, flags: int, device: bool) -> int:
-    """A descriptor; that of a device keeps mounts and other devices away."""
+def _open_raw_target(path: Path, flags: int, device: bool) -> int:
+    """Open a raw target; the descriptor of a device keeps it from being mounted or used by another one."""
     try:
         return os.open(path, flags | os.O_CLOEXEC | (os.O_EXCL if device else 0))
     except OSError as error:
@@ -241,12 +250,12 @@ def _opened(path: Path, flags: int, device: bool) -> int:
         what = "reading" if flags & os.O_ACCMODE == os.O_RDONLY else "writing"
         raise IslandError(
             f"{path} cannot be opened for {what}: {error.strerror}; run as a user who may do that, "
-            "and see that it is not read-only"
+            "and check that it is not read-only"
         ) from error
 
 
 def _refuse_replaced(path: Path, *descriptors: int) -> None:
-    """RefusedError unless the path, by which it was opened several times, leads to one file."""
+    """Raise RefusedError unless all descriptors, each opened by `path`, are of the file that is there now."""
     if not all(os.path.samestat(os.fstat(fd), os.stat(path)) for fd in descriptors):
         raise RefusedError(f"{path} was replaced by another file just now; try again")
 
@@ -259,6 +268,6 @@ def _refuse_smaller(path: Path, size: int, volume_size: int) -> None:
 
 
 def _cut(buffers: list[memoryview], length: int) -> list[memoryview]:
-    """The buffers up to so many bytes; only the last one can be beyond."""
-    beyond = sum(buffer.nbytes for buffer in buffers) - length
-    return [*buffers[:-1], buffers[-1][:-beyond]] if beyond > 0 else buffers
+    """Return the buffers cut to `length` bytes; only the last one can reach past that."""
+    excess = sum(buffer.nbytes for buffer in buffers) - length
+    return [*buffers[:-1], buffers[-1][:-excess]] if excess > 0 else buffers

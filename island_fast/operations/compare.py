@@ -58,8 +58,8 @@ def compare_with_pin(
     meanwhile.
     """
     path = Path(os.path.realpath(image))
-    with ImageLock(path), Qcow2Source(path, look_only=True, backing=backing) as source:
-        internal = source.find(manifest.pin)
+    with ImageLock(path), Qcow2Source(path, lock=False, backing=backing) as source:
+        internal = source.find_pinned(manifest.pin)
         if internal is None:
             raise NotFoundError(
                 f"{path} does not hold the pin of snapshot {manifest.snapshot}; name the image that it was "
@@ -75,12 +75,12 @@ def compare_with_pin(
             raise DamagedObjectError(
                 f"snapshot {manifest.snapshot} states another volume size than its pin in {path} has"
             )
-        data = source.change(view, None, "", progress).data
+        data = source.find_change(view, None, "", progress).data
         runs = manifest.runs_by_key(lineage.numbers)
         compared = data | DirtyMap.from_runs(view.blocks, runs.intervals())
         expected = ExpectedDigests(runs, index)
         differing, unknown = compare_blocks(view.read, compared, expected, lineage, progress)
         source.image.reload()
-        if source.find(manifest.pin) is None:
+        if source.find_pinned(manifest.pin) is None:
             raise DamagedImageError(f"the pin was dropped from {path} while it was read; run it again")
         return Comparison(differing.runs(), unknown.runs(), view.bytes_read)

@@ -20,7 +20,7 @@ from island_fast.operations.heal import heal_known_damage
 from island_fast.operations.parent import SnapshotRequest, lineage_for_image
 from island_fast.operations.snapshot import Member, PinMoment, take_snapshots
 from island_fast.progress import Progress
-from island_fast.qemu.freeze import FREEZES, Moment, at_one_moment
+from island_fast.qemu.freeze import FREEZES, FreezeResult, run_while_frozen
 from island_fast.qemu.libvirt import Disk, Domain
 from island_fast.repository.health import has_known_damage
 from island_fast.repository.lineage import Lineage
@@ -65,7 +65,7 @@ def snapshot_domain(repository: RepositoryBase, request: DomainRequest, progress
         raise UsageError(f"{request.freeze!r} is not a way to freeze; use auto, require or never")
     with ExitStack() as stack:
         guest = stack.enter_context(Domain(request.domain, request.connect))
-        disks = guest.disks(request.disks)
+        disks = guest.find_disks(request.disks)
         if request.volume and len(disks) > 1:
             raise UsageError(
                 f"--volume names one volume, but {guest.who} has the disks {_names(disks)}; choose one with "
@@ -145,7 +145,7 @@ def _disk_request(
 class _Pinning:
     """Takes the pins of all disks; afterwards `moment` says how consistent the guest was."""
 
-    moment: Moment
+    moment: FreezeResult
 
     def __init__(self, guest: Domain, sources: Sequence[Qcow2Source], freeze: str) -> None:
         self._guest = guest
@@ -160,7 +160,7 @@ class _Pinning:
             self._created = time.time_ns()  # not earlier: a freeze can take a minute
             self._guest.snapshot_create_all(pins)
 
-        self.moment = at_one_moment(self._guest, self._freeze, pin)
+        self.moment = run_while_frozen(self._guest, self._freeze, pin)
         return PinMoment(self._created, {"consistency": self.moment.consistency})
 
 

@@ -436,10 +436,10 @@ def _open_source(path: Path, lineage: Lineage, backing: Sequence[Backing]) -> So
             image_format = lineage.manifest(newest).properties.get("format", image_format)
     if image_format == "raw":
         return RawSource(path)
-    return Qcow2Source(path, look_only=True, backing=backing)
+    return Qcow2Source(path, lock=False, backing=backing)
 
 
 def _views_of(source: Source, lineage: Lineage) -> list[View]:
     """Return the points of an image that may have what was lost: its pins, newest first, and its present."""
-    pins = [found for row in lineage.state.live.values() if (found := source.find(row.pin))]
+    pins = [found for row in lineage.state.live.values() if (found := source.find_pinned(row.pin))]
     return [*(source.view(pin) for pin in reversed(pins)), source.view(None)]

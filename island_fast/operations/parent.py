@@ -64,7 +64,9 @@ def lineage_for_image(repository: RepositoryBase, source: Source, volume: str | 
 
 def _pinned_lineage(repository: RepositoryBase, source: Source) -> Lineage | None:
     """Return the lineage that this host owns and whose valid pin the image holds, refreshed."""
-    pinned = [pinned_lineage(repository.id, internal.name) for internal in reversed(source.internals)]
+    pinned = [
+        pinned_lineage(repository.id, internal.name) for internal in reversed(source.internal_snapshots)
+    ]
     for name in dict.fromkeys(filter(None, pinned)):
         lineage = repository.refreshed_lineage(name)
         if lineage.exists and lineage.owned_here and _holds_pin(source, lineage):
@@ -78,7 +80,7 @@ def _holds_pin(source: Source, lineage: Lineage) -> bool:
     for deleted in lineage.files.deleted_snapshots():
         manifest = lineage.read_cached_manifest(deleted.snapshot, deleted.attempt)
         pins += [manifest.pin] if manifest else []
-    return any(source.find(pin) for pin in pins)
+    return any(source.find_pinned(pin) for pin in pins)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,7 @@ def choose_parent(lineage: Lineage, source: Source, request: SnapshotRequest) ->
     parent, base, why = _find_parent_and_base(lineage, source, request)
     if parent is not None and base is not None:
         facts = lineage.manifest(parent).properties
-        why = _reason_for_full_scan(source, request) or source.evidence(base, facts) or ""
+        why = _reason_for_full_scan(source, request) or source.reason_unsound(base, facts) or ""
     return ParentChoice(parent, None if why else base, why)
 
 
@@ -109,7 +111,7 @@ def _find_parent_and_base(
     """
     live = lineage.state.live
     for row in reversed(live.values()):  # type: ignore[call-overload]
-        if internal := source.find(row.pin):
+        if internal := source.find_pinned(row.pin):
             return row, Base(internal, NO_INTERVALS), ""
     for deleted in lineage.files.deleted_snapshots():
         row = live.get(deleted.parent or "")
@@ -130,7 +132,7 @@ def _base_of_deleted(
 ) -> Base | None:
     """Return a deleted snapshot's pin as base, with the blocks that it wrote after its ancestor."""
     manifest = lineage.read_cached_manifest(deleted.snapshot, deleted.attempt)
-    internal = source.find(manifest.pin) if manifest else None
+    internal = source.find_pinned(manifest.pin) if manifest else None
     if manifest is None or internal is None:
         return None
     inherited = manifest.runs_by_key(lineage.numbers)
@@ -147,6 +149,6 @@ def _reason_for_full_scan(source: Source, request: SnapshotRequest) -> str | Non
     """Return why a full scan is wanted or necessary, whatever base there is; None if it is not."""
     if request.full:
         return "a full scan was requested"
-    if request.at is None and not request.pin and not source.unpinnable:
+    if request.at is None and not request.pin and not source.reason_not_pinnable:
         return "without a pin, the image as it is cannot be compared with a pinned base"
-    return source.unpinnable
+    return source.reason_not_pinnable

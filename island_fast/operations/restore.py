@@ -20,11 +20,11 @@ from pathlib import Path
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedObjectError, IslandError, UsageError
-from island_fast.files import reserve
+from island_fast.files import reserve_space
 from island_fast.formats.manifest import Manifest
 from island_fast.formats.runs import Runs
-from island_fast.images.new_file import new_file
-from island_fast.images.target import Existing
+from island_fast.images.new_file import create_file
+from island_fast.images.target import ExistingImage
 from island_fast.progress import Progress
 from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.repository.digests import ExpectedDigests
@@ -61,14 +61,14 @@ def restore(found: FoundSnapshot, manifest: Manifest, target: RestoreTarget, pro
     lineage = found.lineage
     packs = PackReader(lineage)
     runs = manifest.runs_by_key(lineage.numbers)
-    with new_file(target.path) as fd:
+    with create_file(target.path) as fd:
         writer: Qcow2Writer | RawWriter
         if target.image_format == "qcow2":
             # A pin of another size cannot hold what the volume holds; the next snapshot is then a full scan.
             fits = manifest.pin.disk_size == manifest.volume_size
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
-            reserve(fd)  # all of it is about to be written, in the order in which packs arrive
+            reserve_space(fd)  # all of it is about to be written, in the order in which packs arrive
         else:
             writer = RawWriter(fd, manifest.volume_size)
         restore_blocks(runs, packs, writer.write, lineage.store.range_gap, progress)
@@ -95,7 +95,7 @@ def _cluster_bits(manifest: Manifest) -> int:
 
 
 def restore_onto(
-    found: FoundSnapshot, manifest: Manifest, target: Existing, dry_run: bool, progress: Progress
+    found: FoundSnapshot, manifest: Manifest, target: ExistingImage, dry_run: bool, progress: Progress
 ) -> RestoredOnto:
     """Turn the open `target` into the volume of a snapshot; see `Repository.restore_onto`.
 
@@ -109,7 +109,7 @@ def restore_onto(
     todo = _compare_target(found, runs, packs, target, progress)
     compared = target.view.bytes_read
     if not dry_run:
-        target.refuse_held()  # comparing can have taken hours
+        target.refuse_if_open()  # comparing can have taken hours
         with _warn_if_half_written(target, found.row.id):
             _overwrite(todo, runs, packs, target, progress)
     return RestoredOnto(
@@ -136,13 +136,13 @@ class _BlocksToWrite:
 
 
 def _compare_target(
-    found: FoundSnapshot, runs: Runs, packs: PackReader, target: Existing, progress: Progress
+    found: FoundSnapshot, runs: Runs, packs: PackReader, target: ExistingImage, progress: Progress
 ) -> _BlocksToWrite:
     """Compare the target with the snapshot.
 
     Blocks that the target does not hold are zero, so they are not read and no digest is fetched for them.
     """
-    held = target.data(progress)
+    held = target.find_data(progress)
     expected = ExpectedDigests(runs, packs.read_index)
     differing, unknown = compare_blocks(target.view.read, held, expected, found.lineage, progress)
     if unknown:
@@ -172,7 +172,7 @@ def _select_blocks(differing: DirtyMap, named: DirtyMap, held: DirtyMap) -> _Blo
 
 
 def _overwrite(
-    todo: _BlocksToWrite, runs: Runs, packs: PackReader, target: Existing, progress: Progress
+    todo: _BlocksToWrite, runs: Runs, packs: PackReader, target: ExistingImage, progress: Progress
 ) -> None:
     """Write what differs, flush it to disk, and close the target."""
     done, total = 0, todo.zero.count()
@@ -187,7 +187,7 @@ def _overwrite(
 
 
 @contextmanager
-def _warn_if_half_written(target: Existing, snapshot: str) -> Iterator[None]:
+def _warn_if_half_written(target: ExistingImage, snapshot: str) -> Iterator[None]:
     """Log how to resume if the body fails."""
     try:
         yield
@@ -197,6 +197,6 @@ def _warn_if_half_written(target: Existing, snapshot: str) -> Iterator[None]:
         raise
 
 
-def _bytes(target: Existing, blocks: DirtyMap) -> int:
+def _bytes(target: ExistingImage, blocks: DirtyMap) -> int:
     """Return the size of `blocks` in bytes, of which the last one can be partial."""
     return target.bytes_of(blocks.count(), blocks.blocks - 1 in blocks)

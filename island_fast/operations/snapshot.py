@@ -167,7 +167,7 @@ class _SnapshotRun:
         self._request = replace(self._request, properties=properties)
         with stack:
             self._source.reload()
-            internal = self._source.named(name)
+            internal = self._source.find_named(name)
             taken = self._send_and_commit(internal, moment.created)
         notes = self._drop_old_pins(internal)
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
@@ -197,8 +197,8 @@ class _SnapshotRun:
     def _take_or_find_internal(self, stack: ExitStack) -> InternalSnapshot | None:
         """Return the internal snapshot to store: a given one, a new pin, or None for the image as it is."""
         if self._request.at is not None:
-            return self._source.named(self._request.at)
-        if not self._request.pin or self._source.unpinnable:
+            return self._source.find_named(self._request.at)
+        if not self._request.pin or self._source.reason_not_pinnable:
             return None
         return self._source.pin(self._prepare_pin(stack))
 
@@ -206,7 +206,7 @@ class _SnapshotRun:
         """Make way for the pin, and have it dropped on an error; return its name."""
         name = self._pin_name
         if self._registration.attempt:
-            self._source.discard(name)  # the one of the attempt that was interrupted
+            self._source.discard_pin(name)  # the one of the attempt that was interrupted
         stack.enter_context(self._drop_pin_on_error(name))
         return name
 
@@ -222,7 +222,7 @@ class _SnapshotRun:
         except BaseException:
             if not self._committing:
                 with suppress(IslandError, OSError):
-                    self._source.discard(name)
+                    self._source.discard_pin(name)
             raise
 
     def _drop_old_pins(self, internal: InternalSnapshot | None) -> tuple[str, ...]:
@@ -249,7 +249,7 @@ class _SnapshotRun:
     def _send_and_commit(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
         """Find what changed, send it and commit."""
         view = self._source.view(internal)
-        change = self._source.change(view, self._choice.base, self._choice.why_not, self._progress)
+        change = self._source.find_change(view, self._choice.base, self._choice.why_not, self._progress)
         parent, writer = self._parent_runs(), self._writer
         change, whole = resend_damaged(self._lineage, change, parent)
         sent = send_blocks(

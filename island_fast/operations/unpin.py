@@ -26,7 +26,7 @@ def unpin(
     path = Path(os.path.realpath(image))
     with Qcow2Source(path, Path(qmp) if qmp else None) as source:
         before = source.image.bytes_on_disk
-        pins = [internal for internal in source.internals if pinned_snapshot(internal.name)]
+        pins = [internal for internal in source.internal_snapshots if pinned_snapshot(internal.name)]
         if orphaned_in is not None:
             pins = [internal for internal in pins if _is_orphan(internal.name, orphaned_in)]
         for internal in pins:

@@ -1,8 +1,8 @@
-"""Persistent dirty bitmaps: which there are, and whether their writer left them whole.
+"""Persistent dirty bitmaps: their names, and whether each is complete.
 
-Source: the qcow2 specification, sections "Bitmaps extension" and "Bitmaps", with qemu's limits. They are
-listed for people and never used as a source of change. qemu refuses an image over one bad bitmap; here
-whatever is wrong with them is a state to be told, for the volume does not depend on them.
+Source: the qcow2 specification, sections "Bitmaps extension" and "Bitmaps", with QEMU's limits. Bitmaps are
+only listed for people; they never decide what changed. QEMU refuses an image with one bad bitmap. Here a
+fault in them is reported as a state, because the volume does not depend on them.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class BitmapState(StrEnum):
 
     USABLE = "usable"
     DISABLED = "disabled"
-    """Whole, but not recording: writes after it was disabled are not in it."""
+    """Complete, but not recording: it lacks the writes after it was disabled."""
     IN_USE = "in use"
-    """A process has it in memory, or had it when it died: what the file holds is old."""
+    """A process has it in memory, or had it when it died: the copy in the file is old."""
     INCONSISTENT = "inconsistent"
     """A program that does not know bitmaps changed the image."""
     DAMAGED = "damaged"
-    """Its entry breaks the format or qemu's limits."""
+    """Its entry breaks the format or QEMU's limits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ class Bitmaps:
 
 
 def read_bitmaps(image: Image) -> Bitmaps:
-    """The persistent bitmaps of an image, in the order of its directory; errors become `trouble`."""
+    """Read the directory of persistent bitmaps, in its order; errors become `Bitmaps.trouble`."""
     listed: list[Bitmap] = []
     try:
         for extension in image.header.extensions:
@@ -75,10 +75,11 @@ def read_bitmaps(image: Image) -> Bitmaps:
 
 
 class _BadDirectoryError(ValueError):
-    """The directory breaks the format; the message says how. Stays in this module."""
+    """The directory breaks the format; the message says how. Does not leave this module."""
 
 
 def _read_directory(image: Image, fields: bytes, listed: list[Bitmap]) -> None:
+    """Append all entries to `listed`, up to the first that cannot be read; `fields` are the extension's."""
     if len(fields) != _EXTENSION_FIELDS.size:
         raise _BadDirectoryError(f"the bitmaps extension has {len(fields)} bytes and not 24")
     count, reserved, size, offset = _EXTENSION_FIELDS.unpack(fields)
@@ -95,7 +96,7 @@ def _read_directory(image: Image, fields: bytes, listed: list[Bitmap]) -> None:
 
 
 def _read_entry(image: Image, directory: bytes, at: int, number: int, listed: list[Bitmap]) -> int:
-    """Append the entry that begins at `at`; returns where the next one begins."""
+    """Append the entry that begins at `at`; return where the next one begins."""
     begin = at + _ENTRY.size
     if begin > len(directory):
         raise _BadDirectoryError(f"the bitmap directory ends before entry {number}")
@@ -118,13 +119,16 @@ def _read_entry(image: Image, directory: bytes, at: int, number: int, listed: li
         and (flags & _IN_USE or size * 8 << bits >= header.size)
     )
     name = escape(directory[end - name_length : end])
-    # A claim like 2^255 bytes for each bit is not worth a number.
-    listed.append(Bitmap(name, 1 << bits if bits <= 63 else 0, _state(header.autoclear, flags, bool(good))))
+    # A granularity like 2^255 bytes is shown as 0.
+    listed.append(
+        Bitmap(name, 1 << bits if bits <= 63 else 0, _find_state(header.autoclear, flags, bool(good)))
+    )
     following: int = at + -(-(end - at) // 8) * 8
     return following
 
 
-def _state(autoclear: int, flags: int, good: bool) -> BitmapState:
+def _find_state(autoclear: int, flags: int, good: bool) -> BitmapState:
+    """Return the state of a bitmap from the header's autoclear bits and the flags of its entry, if `good`."""
     if not good:
         return BitmapState.DAMAGED
     if not autoclear & _AUTOCLEAR:

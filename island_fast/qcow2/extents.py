@@ -1,7 +1,7 @@
-"""What a guest's disk is made of at a point: extents of data, of zeros and of nothing, from the tables alone.
+"""Find what a volume is made of at a point: extents of data, of zeros and of nothing, from the tables alone.
 
-The kinds are those of `qemu-img map`, as fine as the tables have them: clusters, or subclusters with
-extended L2. Nothing is read but tables, and only a window of them is held at a time.
+The kinds are those of `qemu-img map`, as fine as the tables have them: clusters, or subclusters with extended
+L2. Only tables are read, and only a window of them is in memory at a time.
 """
 
 from __future__ import annotations
@@ -11,94 +11,89 @@ from dataclasses import dataclass
 from itertools import chain, pairwise
 
 import numpy as np
-import numpy.typing as npt
 
 from island_fast import _diff
+from island_fast.arrays import Bools, Int64s, Uint8s, Uint64s
 from island_fast.qcow2.image import L1_OFFSET_MASK, Image, Point
-from island_fast.qcow2.vectored_io import read_transfer, transfers
+from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 
-__all__ = ["DATA", "HOLE", "KINDS", "ZERO", "Extents", "extents"]
+__all__ = ["DATA", "HOLE", "KINDS", "ZERO", "Extents", "iter_extents"]
 
 HOLE, ZERO, DATA = 0, 1, 2
 KINDS = ("hole", "zero", "data")
-"""Names of the kinds. hole: nothing is stored; zero: stored as zeros without data. Both read as zeros."""
+"""Names of the kinds. hole: nothing is stored; zero: marked as zeros, without data. Both read as zeros."""
 
 _WINDOW_UNITS = 1 << 19
 _SUBCLUSTERS = 32
 _CHANGED = np.uint8(4)  # added to a kind by map_l2
 _OFFSET = np.uint64(L1_OFFSET_MASK)
 
-_Ints = npt.NDArray[np.int64]
-_Bytes = npt.NDArray[np.uint8]
-_Bools = npt.NDArray[np.bool_]
-_Words = npt.NDArray[np.uint64]
-
 
 @dataclass(frozen=True, slots=True)
 class Extents:
-    """Columns of extents, ascending and without gaps; row i of each belongs to extent i.
+    """Columns of extents, ascending and without gaps; row i of each column belongs to extent i.
 
-    start, length: int64[n], bytes of the volume. kind: uint8[n], HOLE, ZERO or DATA. changed: bool[n],
-    whether the tables differ from those of the other point, so that the content may; false without one.
+    start, length: int64[n], bytes of the volume. kind: uint8[n], HOLE, ZERO or DATA. changed: bool[n]:
+    the tables differ from those of the other point, so that the content can differ; false without one.
     """
 
-    start: _Ints
-    length: _Ints
-    kind: _Bytes
-    changed: _Bools
+    start: Int64s
+    length: Int64s
+    kind: Uint8s
+    changed: Bools
 
 
-def extents(image: Image, point: Point, since: Point | None = None) -> Iterator[Extents]:
-    """The extents of `point`, from 0 to its disk size, in windows of at least one; memory is bounded.
+def iter_extents(image: Image, point: Point, since: Point | None = None) -> Iterator[Extents]:
+    """Yield the extents of `point`, from 0 to its disk size, in windows of at least one, with bounded memory.
 
-    An extent is as long as it can be: its neighbours differ in kind or in `changed`, across windows too.
-    With `since`, a cluster is changed if its entry differs between the two points, or if it holds the smaller
-    of their ends, where the sizes differ, or lies behind that.
+    An extent is as long as it can be: its neighbours differ in kind or in `changed`, across windows too. With
+    `since`, a cluster is changed if its entry differs between the two points; if the sizes differ, also the
+    cluster that contains the smaller end, and all after it.
 
-    Raises DamagedImageError: a table is not whole and inside the file, or has an invalid entry.
+    Raises DamagedImageError: a table is not completely inside the file, or has an invalid entry.
     """
     last: Extents | None = None
-    for window in _windows(image, point, since):
-        found = _merged(window if last is None else _joined(last, window))
+    for window in _iter_windows(image, point, since):
+        found = _merge(window if last is None else _concatenate(last, window))
         if len(found.start) > 1:
-            yield _rows(found, slice(None, -1))
-        last = _rows(found, slice(-1, None))
+            yield _select(found, slice(None, -1))
+        last = _select(found, slice(-1, None))
     if last is not None:
         yield last
 
 
-def _windows(image: Image, point: Point, since: Point | None) -> Iterator[Extents]:
-    """Extents window by window; neighbours may be alike."""
+def _iter_windows(image: Image, point: Point, since: Point | None) -> Iterator[Extents]:
+    """Yield extents window by window; neighbours can be alike."""
     header, end = image.header, point.disk_size
     count = header.l1_entries(end)
-    now = _l1(image, point, count)
-    then = now if since is None else _l1(image, since, count)
+    now = _read_l2_offsets(image, point, count)
+    then = now if since is None else _read_l2_offsets(image, since, count)
     tail = end
     if since is not None and since.disk_size != end:
         tail = min(since.disk_size, end) >> header.cluster_bits << header.cluster_bits
     tables = _Tables(image, point)
-    for first, stop, used in _groups(now, then, tables.batch):
+    for first, stop, used in _group_tables(now, then, tables.batch):
         begin = first * header.table_span
         if used:
-            runs = tables.runs(first, now[first:stop], then[first:stop])
+            runs = tables.find_runs(first, now[first:stop], then[first:stop])
         else:
             runs = Extents(
                 np.array([begin]), np.zeros(1, np.int64), np.zeros(1, np.uint8), np.zeros(1, np.bool_)
             )
-        yield _bounded(runs, begin, min(stop * header.table_span, end), tail)
+        yield _cut(runs, begin, min(stop * header.table_span, end), tail)
 
 
-def _l1(image: Image, point: Point, count: int) -> _Words:
-    """The L2 offsets of a point for `count` L1 entries; 0 where it has none."""
-    table = image.l1(point)[:count]
+def _read_l2_offsets(image: Image, point: Point, count: int) -> Uint64s:
+    """Read the offsets of `count` L2 tables of a point; 0 where it has none."""
+    table = image.read_l1(point)[:count]
     table &= _OFFSET
     return table if len(table) == count else np.pad(table, (0, count - len(table)))
 
 
-def _groups(now: _Words, then: _Words, limit: int) -> Iterator[tuple[int, int, bool]]:
-    """Runs [first, stop) of L1 entries, and whether one of them has a table at one of the points.
+def _group_tables(now: Uint64s, then: Uint64s, limit: int) -> Iterator[tuple[int, int, bool]]:
+    """Yield runs [first, stop) of L1 entries, and whether any of them has a table at one of the points.
 
-    Those are at most `limit` long; runs without a table are not limited.
+    A run with a table is at most `limit` long; runs without one are not limited.
     """
     firsts = np.arange(0, len(now), limit)
     used = np.logical_or.reduceat((now | then) != 0, firsts) if len(now) else np.zeros(0, np.bool_)
@@ -110,7 +105,7 @@ def _groups(now: _Words, then: _Words, limit: int) -> Iterator[tuple[int, int, b
 
 
 class _Tables:
-    """Turns L2 tables into extents, `batch` tables at a time. Its buffers are used again and again."""
+    """Turns L2 tables into extents, `batch` tables at a time, in buffers that it reuses."""
 
     def __init__(self, image: Image, point: Point) -> None:
         self._image, self._point = image, point
@@ -122,13 +117,16 @@ class _Tables:
         units = self.batch * header.table_entries * self._parts
         self._starts, self._kinds = np.empty(units, np.int64), np.empty(units, np.uint8)
 
-    def runs(self, first: int, now: _Words, then: _Words) -> Extents:
-        """The runs of equal kind and change under L1 entries `first` and on; lengths are not set."""
+    def find_runs(self, first: int, now: Uint64s, then: Uint64s) -> Extents:
+        """Find runs of equal kind and change below the L1 entries from `first` on; lengths are not set.
+
+        now, then: the offsets of their tables at the two points.
+        """
         header, size = self._image.header, self._image.file_size
         cluster = first * header.table_entries
-        # Entries behind the volume may be anything.
+        # Entries past the end of the volume can be anything.
         words = min(len(now) * header.table_entries, self._clusters - cluster) * header.entry_words
-        tables, others = self._pair(now, then)
+        tables, others = self._read_both(now, then)
         rows, bad = _diff.map_l2(
             tables.reshape(-1)[:words],
             None if others is None else others.reshape(-1)[:words],
@@ -140,7 +138,7 @@ class _Tables:
             header.entry_words,
         )
         if bad >= 0:
-            raise self._image.damaged(
+            raise self._image.damage_error(
                 f"the entry of cluster {cluster + bad} in {self._point.title} is invalid or points"
                 f" outside the file of {size} bytes, which may have been cut off"
             )
@@ -148,8 +146,8 @@ class _Tables:
         kinds = self._kinds[:rows]
         return Extents(starts, np.zeros(rows, np.int64), kinds % _CHANGED, kinds >= _CHANGED)
 
-    def _pair(self, now: _Words, then: _Words) -> tuple[_Words, _Words | None]:
-        """The tables at both points, a row each; None for the other ones if all are the same."""
+    def _read_both(self, now: Uint64s, then: Uint64s) -> tuple[Uint64s, Uint64s | None]:
+        """Read the tables at both points, one row each; None for the second point if all are the same."""
         tables = self._read(now, np.arange(len(now)), self._now[: len(now)])
         moved = np.flatnonzero(now != then)
         if not len(moved):
@@ -158,23 +156,23 @@ class _Tables:
         np.copyto(other, tables)
         return tables, self._read(then[moved], moved, other)
 
-    def _read(self, offsets: _Words, rows: _Ints, tables: _Words) -> _Words:
-        """L2 tables as on disk into these rows of `tables`; unallocated entries for offset 0."""
+    def _read(self, offsets: Uint64s, rows: Int64s, tables: Uint64s) -> Uint64s:
+        """Read L2 tables, as on disk, into these rows of `tables`; unallocated entries for offset 0."""
         tables[rows[offsets == 0]] = 0
         used = np.flatnonzero(offsets)
         if len(used):
             flat = tables.reshape(-1).view(np.uint8).data
             size = self._image.header.cluster_size
-            for transfer in transfers(offsets[used].astype(np.int64), rows[used], size, flat):
+            for transfer in plan_transfers(offsets[used].astype(np.int64), rows[used], size, flat):
                 if read_transfer(self._image.fd, transfer) < transfer.length:
-                    raise self._image.damaged(
+                    raise self._image.damage_error(
                         f"L2 tables at {transfer.offset} were cut off while they were read"
                     )
         return tables
 
 
-def _bounded(runs: Extents, begin: int, end: int, tail: int) -> Extents:
-    """The runs cut to [begin, end), all changed from `tail` on, with their lengths."""
+def _cut(runs: Extents, begin: int, end: int, tail: int) -> Extents:
+    """Return the runs cut to [begin, end), with lengths, and all changed from `tail` on."""
     start, kind, changed = runs.start, runs.kind, runs.changed
     if begin < tail < end:
         at = int(np.searchsorted(start, tail))
@@ -186,22 +184,18 @@ def _bounded(runs: Extents, begin: int, end: int, tail: int) -> Extents:
     return Extents(start, np.diff(start, append=end), kind, changed | (start >= tail))
 
 
-def _turns(kind: _Bytes, changed: _Bools) -> _Bools:
-    """For each row whether it differs from the row before; true for the first."""
-    differ: _Bools = np.ones(len(kind), np.bool_)
+def _merge(rows: Extents) -> Extents:
+    """Return the extents with neighbours that are alike joined."""
+    kind, changed = rows.kind, rows.changed
+    differ = np.ones(len(kind), np.bool_)
     differ[1:] = (kind[1:] != kind[:-1]) | (changed[1:] != changed[:-1])
-    return differ
-
-
-def _merged(rows: Extents) -> Extents:
-    """Neighbours that are alike become one."""
-    firsts = np.flatnonzero(_turns(rows.kind, rows.changed))
+    firsts = np.flatnonzero(differ)
     end = int(rows.start[-1] + rows.length[-1])
     start = rows.start[firsts]
-    return Extents(start, np.diff(start, append=end), rows.kind[firsts], rows.changed[firsts])
+    return Extents(start, np.diff(start, append=end), kind[firsts], changed[firsts])
 
 
-def _joined(one: Extents, other: Extents) -> Extents:
+def _concatenate(one: Extents, other: Extents) -> Extents:
     return Extents(
         np.concatenate([one.start, other.start]),
         np.concatenate([one.length, other.length]),
@@ -210,5 +204,5 @@ def _joined(one: Extents, other: Extents) -> Extents:
     )
 
 
-def _rows(of: Extents, which: slice) -> Extents:
+def _select(of: Extents, which: slice) -> Extents:
     return Extents(of.start[which], of.length[which], of.kind[which], of.changed[which])

@@ -1,9 +1,8 @@
-"""The qcow2 header: bytes of the first cluster to a checked value.
+"""The qcow2 header: parse the bytes of the first cluster into a checked `Header`.
 
-Source: the qcow2 specification (docs/interop/qcow2), section "Header" and "Header extensions", with
-the limits that qemu applies on top of it. All numbers on disk are big-endian. The bytes are hostile
-input: a guest or a tenant may have written them, so nothing here follows a name, allocates by a
-number from the header, or goes on past a feature that it does not know.
+Source: the qcow2 specification, sections "Header" and "Header extensions", with the limits that QEMU adds.
+All numbers on disk are big-endian. The bytes are hostile input: a guest or a tenant may have written them. So
+nothing here follows a name, allocates by a number from the header, or continues past an unknown feature.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ COPIED = 1 << 63
 """Flag of an L1 or L2 entry: the cluster has exactly one reference and may be written in place."""
 
 L1_ENTRIES_LIMIT = 4 << 20
-"""qemu's limit for one L1 table: 32 MiB."""
+"""QEMU's limit for one L1 table: 32 MiB."""
 
 MAX_VOLUME_SIZE = 64 << 40
-"""Largest volume that is read, in bytes: a dirty map stays within 128 MiB for any header."""
+"""The largest volume that we read, in bytes; whatever the header says, a dirty map is at most 128 MiB."""
 
 _SNAPSHOTS_LIMIT = 65536
 _REFCOUNT_TABLE_LIMIT = 8 << 20
@@ -66,10 +65,10 @@ class Extension:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What the first cluster says, checked against qemu's limits and the size of the file.
+    """What the first cluster says, checked against QEMU's limits and the size of the file.
 
-    `size` is the volume in bytes, rounded down to 512 as qemu does. Offsets are bytes in the file
-    and cluster aligned. Refcount fields are checked and kept, and no reader uses them.
+    `size` is the size of the volume in bytes, rounded down to a multiple of 512 as QEMU does. Offsets are
+    bytes in the file and cluster aligned. Refcount fields are checked; no reader uses them.
     """
 
     version: int
@@ -97,7 +96,7 @@ class Header:
 
     @property
     def entry_words(self) -> int:
-        """Words of 8 bytes in an L2 entry: 1, or 2 with extended L2 (32 subclusters in each cluster)."""
+        """Words of 8 bytes in an L2 entry: 1, or 2 with extended L2 (32 subclusters per cluster)."""
         return 2 if self.incompatible & _EXTENDED_L2 else 1
 
     @property
@@ -112,27 +111,27 @@ class Header:
 
     @property
     def dirty(self) -> bool:
-        """Reference counts may be stale; the tables are right for reading."""
+        """Whether reference counts can be stale; the tables are still right for reading."""
         return bool(self.incompatible & _DIRTY)
 
     @property
     def corrupt(self) -> bool:
-        """A writer found the image broken: readable, but no table diff on it is sound."""
+        """Whether a writer found the image damaged: it is readable, but no table diff of it is sound."""
         return bool(self.incompatible & _CORRUPT)
 
     @property
     def lazy_refcounts(self) -> bool:
-        """Whether writers may put off reference count updates."""
+        """Whether writers are allowed to postpone reference count updates."""
         return bool(self.compatible & _LAZY_REFCOUNTS)
 
     def l1_entries(self, disk_size: int) -> int:
-        """L1 entries that a volume of `disk_size` bytes needs; later ones are VM state or unused."""
+        """Return how many L1 entries a volume of that many bytes needs; others are VM state or unused."""
         return -(-disk_size // self.table_span)
 
 
 @dataclass(frozen=True, slots=True)
 class _Fields:
-    """The header as it stands on disk, nothing checked yet."""
+    """The header as it is on disk, nothing checked yet."""
 
     version: int
     backing_offset: int
@@ -155,37 +154,38 @@ class _Fields:
 
 
 def header_span(data: bytes) -> int:
-    """How many bytes of the file `parse_header` needs, from its first 24: one cluster.
+    """Return how many bytes of the file `parse_header` needs, which is one cluster.
+
+    data: at least the first 24 bytes of the file, or all of a shorter one.
 
     Raises DamagedImageError: not a qcow2 file, or no possible cluster size.
     """
     if data[:4] != MAGIC:
         what = "is empty" if not data else "does not begin with the qcow2 magic"
         raise DamagedImageError(
-            f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is a raw one"
+            f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is raw"
         )
     if len(data) < _V2_LENGTH:
         raise _cut_header(len(data))
     bits = int.from_bytes(data[20:24], "big")
     if not 9 <= bits <= 21:
         raise DamagedImageError(
-            f"the qcow2 header gives clusters of 2^{bits} bytes, where 2^9 to 2^21 exist;"
+            f"the qcow2 header claims clusters of 2^{bits} bytes, outside of 2^9 to 2^21;"
             " restore the image from a good copy"
         )
     return 1 << bits
 
 
 def parse_header(data: bytes, file_size: int, *, backed: bool = False) -> Header:
-    """The checked header.
+    """Parse and check the header.
 
     data: the first cluster of the file (see `header_span`), or the whole file if it is shorter.
     file_size: bytes in the file; every table must lie inside.
-    backed: whether a backing file may be named; the name is kept and never followed.
+    backed: whether the image is allowed to name a backing file; the name is kept and never followed.
 
-    Raises UnsupportedImageError: a feature that is not read, named: version, backing file, external
-    data file, encryption, unknown incompatible feature.
-    Raises DamagedImageError: the header contradicts the format, qemu's limits or the size of the
-    file.
+    Raises UnsupportedImageError: an unsupported feature, which the message names: version, backing file,
+        external data file, encryption, or an unknown incompatible feature.
+    Raises DamagedImageError: the header contradicts the format, QEMU's limits or the size of the file.
     """
     span = header_span(data)
     fields = _unpack(data)
@@ -194,7 +194,7 @@ def parse_header(data: bytes, file_size: int, *, backed: bool = False) -> Header
         raise _bad(f"its length ({fields.length} bytes) exceeds the cluster")
     if len(data) < min(span, file_size):
         raise ValueError(f"parse_header needs the first {span} bytes")
-    extensions = tuple(_extensions(data[:span], fields.length))
+    extensions = tuple(_read_extensions(data[:span], fields.length))
     _check_geometry(fields, file_size)
     return Header(
         version=fields.version,
@@ -211,14 +211,14 @@ def parse_header(data: bytes, file_size: int, *, backed: bool = False) -> Header
         compatible=fields.compatible,
         autoclear=fields.autoclear,
         compression="zstd" if fields.compression else "zlib",
-        backing_name=_backing_name(fields, data[:span]),
+        backing_name=_read_backing_name(fields, data[:span]),
         crypt=fields.crypt,
         extensions=extensions,
     )
 
 
 def check_l1_span(offset: int, entries: int, cluster_size: int, file_size: int, whose: str) -> None:
-    """Raise DamagedImageError unless an L1 table lies aligned and whole inside the file."""
+    """Raise DamagedImageError unless an L1 table is aligned and completely inside the file."""
     if entries > L1_ENTRIES_LIMIT:
         raise _bad(f"the L1 table of {whose} has {entries} entries, over the limit of 4194304")
     if offset % cluster_size:
@@ -239,12 +239,12 @@ def _cut_header(length: int) -> DamagedImageError:
 
 
 def _unpack(data: bytes) -> _Fields:
-    """The fields of version 2 or 3; what lies past a version 2 header is never looked at."""
+    """Read the fields of version 2 or 3; bytes past a version 2 header are ignored."""
     (_, version, backing_offset, backing_length, bits, size, crypt, l1_size, l1_offset, rc_offset,
      rc_clusters, snapshots, snapshots_offset) = _FIXED.unpack_from(data)  # fmt: skip
     if version not in (2, 3):
         raise UnsupportedImageError(
-            f"qcow2 version {version} is not read, only 2 and 3; convert the image with qemu-img"
+            f"qcow2 version {version} is not supported, only 2 and 3; convert the image with qemu-img"
         )
     fields = _Fields(version, backing_offset, backing_length, bits, size, crypt, l1_size, l1_offset,
                      rc_offset, rc_clusters, snapshots, snapshots_offset)  # fmt: skip
@@ -254,7 +254,7 @@ def _unpack(data: bytes) -> _Fields:
         raise _cut_header(len(data))
     incompatible, compatible, autoclear, order, length = _FIXED_V3.unpack_from(data, _FIXED.size)
     if length < _V3_LENGTH:
-        raise _bad(f"its header is {length} bytes long, where version 3 has at least {_V3_LENGTH}")
+        raise _bad(f"its header is {length} bytes long, less than the {_V3_LENGTH} of version 3")
     if length > len(data):
         raise _cut_header(len(data))
     return replace(
@@ -268,8 +268,8 @@ def _unpack(data: bytes) -> _Fields:
     )
 
 
-def _backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
-    """The name of the backing file as it stands in the first cluster; None without one."""
+def _read_backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
+    """Return the name of the backing file as it is in the first cluster; None without one."""
     if not fields.backing_offset:
         return None
     end = fields.backing_offset + fields.backing_length
@@ -279,12 +279,12 @@ def _backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
 
 
 def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
-    """Refuse, by name and before anything depends on it, what this reader does not know."""
+    """Raise UnsupportedImageError for an unsupported feature, before anything else is interpreted."""
     _refuse_incompatible(fields, data)
     if fields.crypt:
         method = {1: "AES", 2: "LUKS"}.get(fields.crypt, f"method {fields.crypt}")
         raise UnsupportedImageError(
-            f"the image is encrypted ({method}), which is not read; decrypt it with qemu-img convert"
+            f"the image is encrypted ({method}), which is not supported; decrypt it with qemu-img convert"
         )
     if fields.backing_offset and not backed:
         name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
@@ -297,31 +297,32 @@ def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
 
 
 def _refuse_incompatible(fields: _Fields, data: bytes) -> None:
+    """Check the incompatible features and the compression type that they announce."""
     bits = fields.incompatible
     if bits & _DATA_FILE:
         raise UnsupportedImageError(
-            "the image keeps its data in an external data file, which is not read;"
+            "the image keeps its data in an external data file, which is not supported;"
             " convert it to a plain qcow2 image with qemu-img convert"
         )
     unknown = bits & ~(_READABLE | _DATA_FILE)
     if unknown:
-        names = ", ".join(_feature_names(unknown, data, fields.length))
+        names = ", ".join(_name_features(unknown, data, fields.length))
         raise UnsupportedImageError(
             f"the image uses unknown incompatible features: {names}; convert it with the program that made it"
         )
     if fields.compression > 1:
         raise UnsupportedImageError(
-            f"compression type {fields.compression} is not read, only zlib and zstd;"
+            f"compression type {fields.compression} is not supported, only zlib and zstd;"
             " convert the image with qemu-img convert"
         )
     if bool(bits & _COMPRESSION) != bool(fields.compression):
         raise _bad("its compression type contradicts its feature bits")
 
 
-def _feature_names(bits: int, data: bytes, length: int) -> Iterator[str]:
-    """Names of feature bits, as far as the image's own (untrusted) table knows them."""
+def _name_features(bits: int, data: bytes, length: int) -> Iterator[str]:
+    """Yield a text for each bit that is set, with its name if the image's own (untrusted) table has one."""
     known: dict[int, str] = {}
-    for extension in _extensions(data, length):
+    for extension in _read_extensions(data, length):
         if extension.kind == _FEATURE_NAMES:
             table = extension.data[: 128 * _FEATURE_ENTRY]
             for at in range(0, len(table) - _FEATURE_ENTRY + 1, _FEATURE_ENTRY):
@@ -332,8 +333,8 @@ def _feature_names(bits: int, data: bytes, length: int) -> Iterator[str]:
             yield f"bit {bit} ({known[bit]})" if bit in known else f"bit {bit}"
 
 
-def _extensions(data: bytes, start: int) -> Iterator[Extension]:
-    """The extensions up to the terminator or, as qemu accepts, the end of the cluster."""
+def _read_extensions(data: bytes, start: int) -> Iterator[Extension]:
+    """Yield the extensions up to the terminator or, as QEMU accepts, the end of the cluster."""
     while start + 8 <= len(data):
         kind, length = struct.unpack_from(">II", data, start)
         if kind == 0:
@@ -346,11 +347,11 @@ def _extensions(data: bytes, start: int) -> Iterator[Extension]:
 
 
 def _check_geometry(fields: _Fields, file_size: int) -> None:
-    """Tables aligned, inside the file and within qemu's limits; the volume within ours."""
+    """Check that tables are aligned, inside the file and within QEMU's limits, and the volume within ours."""
     cluster = 1 << fields.cluster_bits
     entry = 16 if fields.incompatible & _EXTENDED_L2 else 8
     if entry == 16 and fields.cluster_bits < _EXTENDED_BITS:
-        raise _bad(f"it has subclusters in clusters of {cluster} bytes, where 16384 is the least")
+        raise _bad(f"it has subclusters in clusters of {cluster} bytes, less than 16384")
     if fields.refcount_order > 6:
         raise _bad(f"its reference counts are 2^{fields.refcount_order} bits wide, over 64")
     if not 0 < fields.refcount_clusters <= _REFCOUNT_TABLE_LIMIT // cluster:
@@ -366,7 +367,7 @@ def _check_geometry(fields: _Fields, file_size: int) -> None:
     check_l1_span(fields.l1_offset, fields.l1_size, cluster, file_size, "the volume")
     needed = -(-fields.size // (cluster * cluster // entry))
     if fields.l1_size < needed:
-        raise _bad(f"its L1 table has {fields.l1_size} entries where its size needs {needed}")
+        raise _bad(f"its L1 table has {fields.l1_size} entries, but its size needs {needed}")
     if fields.size > MAX_VOLUME_SIZE:
         raise UnsupportedImageError(
             f"the volume has {fields.size} bytes, over the limit of 64 TiB; make it smaller"

@@ -1,8 +1,7 @@
-"""An image that is only ever read: its header, its internal snapshots, its L1 tables.
+"""Open an image read-only: its header, its internal snapshots and its L1 tables.
 
-Nothing here starts a program or opens a second file. The image may be open in qemu at the same
-time: what an internal snapshot holds does not change then, while the active tables may not be on
-disk yet.
+Nothing here starts a program or opens a second file. QEMU can have the image open at the same time. Then the
+content of an internal snapshot still does not change, but the active tables may not be on disk yet.
 """
 
 from __future__ import annotations
@@ -13,8 +12,8 @@ from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
-import numpy.typing as npt
 
+from island_fast.arrays import Int64s, Uint64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import (
     DamagedImageError,
@@ -30,7 +29,7 @@ from island_fast.qcow2.header import (
     header_span,
     parse_header,
 )
-from island_fast.qcow2.overlap import meets, table_spans
+from island_fast.qcow2.overlap import overlaps, table_spans
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase, find_pinned, read_snapshots
 from island_fast.qcow2.vectored_io import Transfer, read_transfer
 
@@ -44,9 +43,9 @@ _WINDOW = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One tree of tables in an image: the active one (`name` is None) or an internal snapshot's.
+    """One tree of tables in an image: the active one (`name` is None), or an internal snapshot's.
 
-    `l1_offset` in bytes, `l1_size` in entries, `disk_size` in bytes (a multiple of 512).
+    `l1_offset` is in bytes, `l1_size` in entries, `disk_size` in bytes (a multiple of 512).
     """
 
     l1_offset: int
@@ -56,19 +55,19 @@ class Point:
 
     @property
     def blocks(self) -> int:
-        """Blocks of the volume at this point; the last may be partial."""
+        """Number of blocks of the volume at this point; the last one can be partial."""
         return -(-self.disk_size // BLOCK_SIZE)
 
     @property
     def title(self) -> str:
-        """For messages."""
+        """What a message calls this point."""
         return "the volume" if self.name is None else f"internal snapshot '{self.name}'"
 
 
 class Image:
-    """A qcow2 image opened read-only. Owns the file descriptor; may be used by several threads.
+    """A qcow2 image opened read-only; a context manager. Several threads can use it at once.
 
-    `header` and `snapshots` are as of `open` or the last `reload`.
+    It owns the file descriptor `fd`. `header` and `snapshots` are as of `open` or the last `reload`.
     """
 
     def __init__(self, path: str, fd: int, backed: bool = False) -> None:
@@ -82,7 +81,7 @@ class Image:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], *, backed: bool = False) -> Self:
-        """Open the image read-only; with `backed`, one that names a backing file, which is not followed.
+        """Open an image read-only. `backed` allows it to name a backing file, which is not followed.
 
         Raises NotFoundError: no such file.
         Raises RefusedError: not a regular file.
@@ -90,14 +89,14 @@ class Image:
         """
         name = os.fspath(path)
         try:
-            # O_NONBLOCK: opening a pipe by mistake must fail below, not wait for a writer.
+            # O_NONBLOCK: a pipe named by mistake must be refused below, not wait for a writer.
             fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except FileNotFoundError as error:
             raise NotFoundError(f"there is no image '{name}'; check the path") from error
         except PermissionError as error:
             raise IslandError(f"permission denied at '{name}'; run as a user who may read it") from error
         except OSError as error:
-            raise IslandError(f"cannot open the image '{name}': {error.strerror}") from error
+            raise IslandError(f"cannot open the image '{name}': {error.strerror}; check the path") from error
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise RefusedError(f"'{name}' is not a regular file; name the qcow2 file itself")
@@ -113,24 +112,24 @@ class Image:
         self.close()
 
     def close(self) -> None:
-        """Close the file; again is harmless."""
+        """Close the file. A second call does nothing."""
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
 
     @property
     def file_size(self) -> int:
-        """Bytes in the file now; an image that is in use grows."""
+        """Bytes in the file now; an image in use can grow."""
         return os.fstat(self.fd).st_size
 
     @property
     def bytes_on_disk(self) -> int:
-        """Bytes of the file without its holes; its size where the file system does not tell."""
+        """Bytes of the file without its holes; its size if the file system does not report them."""
         status = os.fstat(self.fd)
         return min(status.st_blocks * 512 or status.st_size, status.st_size)
 
     def reload(self) -> None:
-        """Read header and snapshot table again, after somebody took or deleted a snapshot."""
+        """Read the header and the snapshot table again, after another process took or deleted a snapshot."""
         try:
             self.header, self.snapshots = self._load()
         except (DamagedImageError, UnsupportedImageError) as error:
@@ -145,16 +144,16 @@ class Image:
         header = parse_header(data, size, backed=self._backed)
         return header, read_snapshots(self.read, header, size)
 
-    def active(self) -> Point:
-        """The volume as it is now. On disk only what a writer has flushed."""
+    def active_point(self) -> Point:
+        """Return the point of the volume as it is now, as far as a writer has flushed it."""
         header = self.header
         return Point(header.l1_offset, header.l1_size, header.size, None)
 
-    def at(self, snapshot: InternalSnapshot) -> Point:
-        """The volume at an internal snapshot, with its own size.
+    def point_at(self, snapshot: InternalSnapshot) -> Point:
+        """Return the point of an internal snapshot, whose volume can have another size.
 
         Raises DamagedImageError: its L1 table is not inside the file.
-        Raises UnsupportedImageError: its volume is larger than is read.
+        Raises UnsupportedImageError: its volume is over the limit of 64 TiB.
         """
         title = f"internal snapshot '{snapshot.name}'"
         check_l1_span(snapshot.l1_offset, snapshot.l1_size, self.header.cluster_size, self.file_size, title)
@@ -165,12 +164,12 @@ class Image:
         size = snapshot.disk_size // 512 * 512
         return Point(snapshot.l1_offset, snapshot.l1_size, size, snapshot.name)
 
-    def find(self, base: PinnedBase) -> InternalSnapshot | None:
-        """The internal snapshot with exactly this identity, if it is in the table."""
+    def find_pinned(self, base: PinnedBase) -> InternalSnapshot | None:
+        """Return the internal snapshot with exactly this identity; None if there is not exactly one."""
         return find_pinned(self.snapshots, base)
 
-    def named(self, name: str) -> InternalSnapshot:
-        """The only internal snapshot with this name.
+    def find_named(self, name: str) -> InternalSnapshot:
+        """Return the only internal snapshot with this name.
 
         Raises NotFoundError: there is none.
         Raises RefusedError: there are several.
@@ -179,48 +178,46 @@ class Image:
         if not found:
             raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see 'island info'")
         if len(found) > 1:
-            raise RefusedError(f"{self.path} has several internal snapshots '{name}'; rename or drop one")
+            raise RefusedError(f"{self.path} has several internal snapshots '{name}'; delete one")
         return found[0]
 
     def read(self, offset: int, length: int) -> bytes:
-        """Bytes of the file, fewer at its end. The caller bounds `length`."""
+        """Return `length` bytes of the file, fewer at its end. The caller limits `length`."""
         data = bytearray(length)
         return bytes(data[: self.read_into(offset, memoryview(data))])
 
     def read_into(self, offset: int, buffer: memoryview) -> int:
-        """Fill `buffer` from the file; returns the bytes read, fewer only at the file's end."""
+        """Fill `buffer` from the file; return the bytes read, fewer only at the end of the file."""
         return read_transfer(self.fd, Transfer(offset, len(buffer), [buffer]))
 
-    def l1(self, point: Point) -> npt.NDArray[np.uint64]:
-        """The L1 table of a point, checked: native uint64[at most what its disk size needs].
+    def read_l1(self, point: Point) -> Uint64s:
+        """Read and check the L1 table of a point.
 
-        An entry is 0 or the offset of an L2 table with the COPIED flag. A table may be shorter than
-        its disk size: what it lacks is unallocated. Entries past the disk size (VM state, a bigger
-        size before) are left out.
+        Returns native uint64[n]: each entry is the offset of an L2 table or 0, plus the COPIED flag. n is at
+        most what the disk size needs: entries past it (VM state, an earlier larger size) are left out. A
+        table shorter than that is valid; what it lacks is unallocated.
 
-        Raises DamagedImageError: an offset that is unaligned, outside the file, over another table or used
-        twice, or a reserved bit.
+        Raises DamagedImageError: a reserved bit, or an offset that is unaligned, outside the file, over
+            another table or used twice.
         """
         count = min(self.header.l1_entries(point.disk_size), point.l1_size)
         entries = np.empty(count, np.uint64)
         if count and self.read_into(point.l1_offset, entries.view(np.uint8).data) < 8 * count:
-            raise self.damaged(f"the L1 table of {point.title} was cut off while it was read")
+            raise self.damage_error(f"the L1 table of {point.title} was cut off while it was read")
         entries.byteswap(inplace=True)
         spans = table_spans(self.header, point.l1_offset, point.l1_size)
-        # In windows, for a hostile table has 32 MiB and every step of the checks as much again.
+        # In windows, because a hostile table can have 32 MiB, and each step of the checks takes as much.
         for begin in range(0, count, _WINDOW):
             self._check_l1(entries[begin : begin + _WINDOW], begin, spans, point)
         used = entries[entries & np.uint64(L1_OFFSET_MASK) != 0]
         used &= np.uint64(L1_OFFSET_MASK)
         used.sort()
         if np.any(used[1:] == used[:-1]):
-            raise self.damaged(f"two L1 entries of {point.title} share one L2 table")
+            raise self.damage_error(f"two L1 entries of {point.title} share one L2 table")
         return entries
 
-    def _check_l1(
-        self, entries: npt.NDArray[np.uint64], first: int, spans: npt.NDArray[np.int64], point: Point
-    ) -> None:
-        """Each of some entries of the L1 table for itself; `first` is the number of the first."""
+    def _check_l1(self, entries: Uint64s, first: int, spans: Int64s, point: Point) -> None:
+        """Check each of these L1 entries by itself; `first` is the number of the first, for messages."""
         cluster = self.header.cluster_size
         offsets = entries & np.uint64(L1_OFFSET_MASK)
         # No wrap: masked offsets are below 2^56. A file shorter than a cluster holds no table.
@@ -230,14 +227,14 @@ class Image:
         wrong |= offsets > last
         bad = np.flatnonzero(wrong)
         if len(bad):
-            raise self.damaged(
+            raise self.damage_error(
                 f"L1 entry {first + bad[0]} of {point.title} ({int(entries[bad[0]]):#018x}) is not the"
                 " offset of a table inside the file, which may have been cut off"
             )
         places = offsets.astype(np.int64)
-        if np.any(meets(places, cluster, spans) & (places != 0)):
-            raise self.damaged(f"an L2 table of {point.title} lies over another table of the image")
+        if np.any(overlaps(places, cluster, spans) & (places != 0)):
+            raise self.damage_error(f"an L2 table of {point.title} lies over another table of the image")
 
-    def damaged(self, what: str) -> DamagedImageError:
-        """The error for an image that contradicts its own format."""
+    def damage_error(self, what: str) -> DamagedImageError:
+        """Return the error for an image that contradicts its own format."""
         return DamagedImageError(f"'{self.path}': damaged qcow2 image: {what}; restore it from a good copy")

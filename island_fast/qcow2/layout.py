@@ -1,8 +1,8 @@
-"""Where everything of a new qcow2 image goes, from the runs of its data alone.
+"""Plan where everything in a new qcow2 image goes, from the runs of its data alone.
 
-Clusters of the file, in order: header, refcount table, refcount blocks, snapshot table, active L1,
-the pin's L1, L2 tables, data clusters in volume order. The layout is known before the first byte of
-data, so any number of writers can put blocks to their final place in any order.
+Clusters of the file, in order: header, refcount table, refcount blocks, snapshot table, active L1, the pin's
+L1, L2 tables, data clusters in volume order. The layout is known before the first byte of data, so any number
+of writers can write blocks to their final place in any order.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_BITS, merge_intervals
 from island_fast.errors import UnsupportedImageError
 from island_fast.qcow2.header import L1_ENTRIES_LIMIT, MAX_VOLUME_SIZE
@@ -20,43 +20,41 @@ __all__ = ["Layout", "RankedRuns", "plan_layout"]
 
 REFCOUNT_BITS = 16
 
-_Ints = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True, slots=True)
 class RankedRuns:
-    """Sorted, disjoint runs of numbers, and how many numbers come before each run.
+    """Sorted, disjoint runs of numbers, and for each run its rank: how many numbers the runs before it hold.
 
-    `starts`, `stops`, `ranks` are int64[k]; `total` is how many numbers the runs hold.
+    `starts`, `stops` and `ranks` are int64[k]; `total` is how many numbers all runs hold.
     """
 
-    starts: _Ints
-    stops: _Ints
-    ranks: _Ints
+    starts: Int64s
+    stops: Int64s
+    ranks: Int64s
     total: int
 
     @classmethod
-    def of(cls, runs: _Ints) -> RankedRuns:
-        """From int64[k, 2] (start, stop) in any order; touching and overlapping ones are joined."""
+    def from_runs(cls, runs: Int64s) -> RankedRuns:
+        """Make them from int64[k, 2] (start, stop) in any order; runs that touch or overlap are joined."""
         merged = merge_intervals(runs)
         starts, stops = merged[:, 0].copy(), merged[:, 1].copy()
         sums = np.cumsum(stops - starts)
         ranks = np.concatenate(([0], sums[:-1])) if len(sums) else sums
         return cls(starts, stops, ranks, int(sums[-1]) if len(sums) else 0)
 
-    def rank(self, numbers: _Ints) -> _Ints:
-        """For each number of a run, how many numbers of runs are smaller.
+    def rank(self, numbers: Int64s) -> Int64s:
+        """Return for each number how many smaller numbers the runs hold.
 
-        Raises ValueError: one is in no run.
+        Raises ValueError: a number is in no run.
         """
         run = np.searchsorted(self.starts, numbers, side="right") - 1
         if len(numbers) and (run.min() < 0 or np.any(numbers >= self.stops[run])):
             raise ValueError("a block outside the data runs that the image was laid out for")
-        ranks: _Ints = self.ranks[run] + (numbers - self.starts[run])
+        ranks: Int64s = self.ranks[run] + (numbers - self.starts[run])
         return ranks
 
-    def within(self, start: int, stop: int) -> tuple[_Ints, int]:
-        """The numbers of runs in [start, stop), ascending, and the rank of the first of them."""
+    def within(self, start: int, stop: int) -> tuple[Int64s, int]:
+        """Return the numbers of the runs in [start, stop), ascending, and the rank of the first of them."""
         first = int(np.searchsorted(self.stops, start, side="right"))
         last = int(np.searchsorted(self.starts, stop, side="left"))
         if first >= last:
@@ -70,7 +68,11 @@ class RankedRuns:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Places in clusters of the file, `clusters` in all; `l1_size` and `pin_l1_size` in entries."""
+    """Where each part begins, in clusters of the file, which has `clusters` in all.
+
+    `l1_size` and `pin_l1_size` are in entries. `table_runs` are the L2 tables that exist, by L1 index;
+    `data_runs` the clusters of the volume with data.
+    """
 
     cluster_bits: int
     refcount_table: int
@@ -93,19 +95,21 @@ class Layout:
         """Bytes of one cluster."""
         return 1 << self.cluster_bits
 
-    def offsets(self, blocks: _Ints) -> _Ints:
-        """Where each block goes, in bytes of the file.
+    def offsets(self, blocks: Int64s) -> Int64s:
+        """Return the offset of each block in the file, in bytes.
 
         Raises ValueError: a block outside the data runs.
         """
         shift = self.cluster_bits - BLOCK_BITS
         place = (self.data + self.data_runs.rank(blocks >> shift)) << self.cluster_bits
-        offsets: _Ints = place + ((blocks & ((1 << shift) - 1)) << BLOCK_BITS)
+        offsets: Int64s = place + ((blocks & ((1 << shift) - 1)) << BLOCK_BITS)
         return offsets
 
 
-def plan_layout(volume_size: int, data_runs: _Ints, cluster_bits: int, pin: tuple[int, int] | None) -> Layout:
-    """The layout of a new image.
+def plan_layout(
+    volume_size: int, data_runs: Int64s, cluster_bits: int, pin: tuple[int, int] | None
+) -> Layout:
+    """Plan the layout of a new image.
 
     volume_size: bytes, a multiple of 512.
     data_runs: int64[k, 2], runs (start, stop) of blocks that hold data, inside the volume.
@@ -115,19 +119,19 @@ def plan_layout(volume_size: int, data_runs: _Ints, cluster_bits: int, pin: tupl
     Raises UnsupportedImageError: the volume is too large for any qcow2 image.
     Raises ValueError: the arguments contradict each other.
     """
-    _check(volume_size, data_runs, cluster_bits, pin)
+    _check_arguments(volume_size, data_runs, cluster_bits, pin)
     cluster = 1 << cluster_bits
     table_bits = cluster_bits - 3
     shift = cluster_bits - BLOCK_BITS
-    data = RankedRuns.of(_coarse(data_runs, shift))
-    tables = RankedRuns.of(_coarse(np.stack([data.starts, data.stops], 1), table_bits))
+    data = RankedRuns.from_runs(_coarsen(data_runs, shift))
+    tables = RankedRuns.from_runs(_coarsen(np.stack([data.starts, data.stops], 1), table_bits))
     l1_size = max(1, -(-volume_size // (cluster << table_bits)))
     pin_size, table_bytes = pin if pin is not None else (0, 0)
     pin_l1_size = max(1, -(-pin_size // (cluster << table_bits))) if pin is not None else 0
     snapshots = -(-table_bytes // cluster)
     l1, pin_l1 = -(-8 * l1_size // cluster), -(-8 * pin_l1_size // cluster)
     rest = 1 + snapshots + l1 + pin_l1 + tables.total + data.total
-    table_clusters, blocks = _refcount_clusters(rest, cluster)
+    table_clusters, blocks = _count_refcount_clusters(rest, cluster)
     begin = 1 + table_clusters + blocks
     return Layout(
         cluster_bits=cluster_bits,
@@ -148,12 +152,14 @@ def plan_layout(volume_size: int, data_runs: _Ints, cluster_bits: int, pin: tupl
     )
 
 
-def _check(volume_size: int, data_runs: _Ints, cluster_bits: int, pin: tuple[int, int] | None) -> None:
+def _check_arguments(
+    volume_size: int, data_runs: Int64s, cluster_bits: int, pin: tuple[int, int] | None
+) -> None:
     if not BLOCK_BITS <= cluster_bits <= 21:
         raise ValueError("cluster_bits must be 16 to 21")
     if volume_size < 0 or volume_size % 512:
         raise UnsupportedImageError(
-            f"a qcow2 volume is a multiple of 512 bytes and this one has {volume_size};"
+            f"a qcow2 volume must be a multiple of 512 bytes and this one has {volume_size};"
             " restore it to a raw image"
         )
     size_limit = min(MAX_VOLUME_SIZE, L1_ENTRIES_LIMIT << (2 * cluster_bits - 3))
@@ -174,13 +180,13 @@ def _check(volume_size: int, data_runs: _Ints, cluster_bits: int, pin: tuple[int
         raise ValueError("data_runs must be non-empty and inside the volume (and its pinned base)")
 
 
-def _coarse(runs: _Ints, shift: int) -> _Ints:
-    """The runs in units of 2^shift: every unit that a run touches."""
+def _coarsen(runs: Int64s, shift: int) -> Int64s:
+    """Return the runs in units of 2^shift, each with every unit that it overlaps."""
     return np.stack([runs[:, 0] >> shift, -(-runs[:, 1] >> shift)], axis=1)
 
 
-def _refcount_clusters(rest: int, cluster: int) -> tuple[int, int]:
-    """(table clusters, blocks) that count `rest` clusters and themselves."""
+def _count_refcount_clusters(rest: int, cluster: int) -> tuple[int, int]:
+    """Return the numbers (table clusters, blocks) needed to count `rest` clusters and themselves."""
     per_block = cluster * 8 // REFCOUNT_BITS
     table = blocks = 0
     while True:

@@ -1,7 +1,7 @@
 r"""Names from an image, which are bytes, as text that is safe to print, store and compare.
 
-Printable UTF-8 stands for itself; a backslash is doubled; every other byte is `\xNN`. The mapping
-is one to one, so two different names never look the same and `unescape` gives back the exact bytes.
+Printable UTF-8 stays as it is, a backslash is doubled, and every other byte becomes `\xNN`. The mapping is
+one to one: different names have different texts, and `unescape` returns the exact bytes.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ _ESCAPE = re.compile(r"\\(\\|x[0-9a-f]{2})")
 
 
 def escape(raw: bytes) -> str:
-    """Text that stands for exactly these bytes, without control or other unprintable characters."""
+    """Return the printable text that stands for exactly these bytes."""
     text = raw.replace(b"\\", b"\\\\").decode("utf-8", "backslashreplace")
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else _bytes_of(c) for c in text)
+    return "".join(c if c.isprintable() else _escape_character(c) for c in text)
 
 
 def unescape(text: str) -> bytes:
-    """The bytes that `escape` made this text from.
+    """Return the bytes that `escape` made this text from.
 
-    Raises ValueError: the text has a backslash that begins no escape.
+    Raises ValueError: a backslash in the text does not begin an escape.
     """
     if "\\" in _ESCAPE.sub("", text):
         raise ValueError(f"not an escaped name: {text!r}")
@@ -35,5 +35,5 @@ def unescape(text: str) -> bytes:
     return b"".join(p + e for p, e in zip(plain, escapes, strict=True))
 
 
-def _bytes_of(character: str) -> str:
+def _escape_character(character: str) -> str:
     return "".join(f"\\x{byte:02x}" for byte in character.encode())

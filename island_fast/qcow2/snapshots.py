@@ -1,8 +1,8 @@
 """The table of internal snapshots.
 
-Source: the qcow2 specification, section "Snapshots", with qemu's limits: at most 65536 entries, 64
-MiB in all, 1024 bytes of extra data per entry. An entry's L1 table is checked when it is used, not
-here: one broken old snapshot must not hide the others.
+Source: the qcow2 specification, section "Snapshots", with QEMU's limits: at most 65536 entries, 64 MiB in
+all, and 1024 bytes of extra data per entry. An entry's L1 table is checked when it is used, not here: one
+damaged old snapshot must not hide the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from island_fast.qcow2.names import escape, unescape
 __all__ = [
     "InternalSnapshot",
     "PinnedBase",
+    "encode_snapshot",
     "find_pinned",
-    "pack_snapshot",
     "read_snapshots",
 ]
 
@@ -33,10 +33,10 @@ _NO_ICOUNT = (1 << 64) - 1
 
 @dataclass(frozen=True, slots=True)
 class PinnedBase:
-    """The identity of an internal snapshot: all five must match, for names and ids are reused.
+    """The identity of an internal snapshot. All five fields must match, because names and ids are reused.
 
-    `name` and `id` are escaped (see `names`), the time is the one that the writer of the snapshot
-    put in, `disk_size` is the volume then, in bytes.
+    `name` and `id` are escaped (see `names`), the time is the one that the writer of the snapshot recorded,
+    and `disk_size` is the size of the volume then, in bytes.
     """
 
     name: str
@@ -61,12 +61,12 @@ class InternalSnapshot:
 
     @property
     def identity(self) -> PinnedBase:
-        """What tells this snapshot from every other that this file ever had."""
+        """What distinguishes this snapshot from every other that the file ever had."""
         return PinnedBase(self.name, self.id, self.seconds, self.nanoseconds, self.disk_size)
 
 
 def find_pinned(snapshots: Iterable[InternalSnapshot], base: PinnedBase) -> InternalSnapshot | None:
-    """The one snapshot with exactly this identity; None if it is absent or not the only one."""
+    """Return the snapshot with exactly this identity; None if there is none, or more than one."""
     found = [snapshot for snapshot in snapshots if snapshot.identity == base]
     return found[0] if len(found) == 1 else None
 
@@ -74,14 +74,13 @@ def find_pinned(snapshots: Iterable[InternalSnapshot], base: PinnedBase) -> Inte
 def read_snapshots(
     read: Callable[[int, int], bytes], header: Header, file_size: int
 ) -> tuple[InternalSnapshot, ...]:
-    """The whole table, in its order.
+    """Read the whole table, in its order.
 
-    read: `read(offset, length)` gives bytes of the file, fewer at its end.
-    header: gives the place of the table and the number of entries.
+    read: `read(offset, length)` returns bytes of the file, fewer at its end.
+    header: has the offset of the table and the number of entries.
     file_size: bytes in the file.
 
-    Raises DamagedImageError: an entry over qemu's limits, or the table runs past the end of the
-    file.
+    Raises DamagedImageError: an entry over QEMU's limits, or a table that runs past the end of the file.
     Raises UnsupportedImageError: names of more than 8 MiB in all.
     """
     stop = min(file_size, header.snapshots_offset + _TABLE_LIMIT)
@@ -90,7 +89,7 @@ def read_snapshots(
     names = 0
     for number in range(header.snapshot_count):
         snapshots.append(_read_entry(table, number, header.size))
-        # qemu's own are below 400 bytes each; escaped, a byte can take 16 in memory.
+        # QEMU's own names are below 400 bytes each. Escaped, a byte can take 16 in memory.
         names += len(snapshots[-1].id) + len(snapshots[-1].name)
         if names > _NAMES_LIMIT:
             raise UnsupportedImageError(
@@ -100,8 +99,8 @@ def read_snapshots(
     return tuple(snapshots)
 
 
-def pack_snapshot(snapshot: InternalSnapshot) -> bytes:
-    """One table entry, padded to 8 bytes, with the extra data that qemu 7.2 writes."""
+def encode_snapshot(snapshot: InternalSnapshot) -> bytes:
+    """Return the table entry, padded to 8 bytes, with the extra data that QEMU 7.2 writes."""
     raw_id, raw_name = unescape(snapshot.id), unescape(snapshot.name)
     extra = struct.pack(">QQQ", snapshot.vm_state_size, snapshot.disk_size, _NO_ICOUNT)
     fixed = _ENTRY.pack(
@@ -113,7 +112,7 @@ def pack_snapshot(snapshot: InternalSnapshot) -> bytes:
 
 
 class _Table:
-    """Reads the table front to back through a small window, since its size is not known before."""
+    """Reads the table front to back through a small window, because its size is not known before."""
 
     def __init__(self, read: Callable[[int, int], bytes], start: int, stop: int) -> None:
         self._read = read
@@ -123,6 +122,7 @@ class _Table:
         self._window_at = start
 
     def take(self, length: int, entry: int) -> bytes:
+        """Return the next bytes; `entry` is the number of the entry, for messages."""
         if self._at + length > self._stop:
             raise DamagedImageError(
                 f"damaged qcow2 image: entry {entry} of its snapshot table runs past the end of the"
@@ -137,16 +137,17 @@ class _Table:
         if len(taken) < length:
             raise DamagedImageError(
                 "damaged qcow2 image: its snapshot table was cut off while it was read;"
-                " nobody else may shorten the file"
+                " keep other programs from shortening the file"
             )
         return taken
 
     def align(self) -> None:
+        """Skip to the next multiple of 8 bytes."""
         self._at += -(self._at - self._start) % 8
 
 
 def _read_entry(table: _Table, entry: int, active_size: int) -> InternalSnapshot:
-    """The next entry; a short extra part falls back as qemu does (old writers left it out)."""
+    """Read the next entry. Where old writers left extra data out, its values are taken as QEMU does."""
     table.align()
     (l1_offset, l1_size, id_length, name_length, seconds, nanoseconds, _, vm_state_size,
      extra_length) = _ENTRY.unpack(table.take(_ENTRY.size, entry))  # fmt: skip

@@ -1,8 +1,7 @@
-"""Rows of one buffer to and from scattered places of a file, in few system calls.
+"""Read or write rows of one buffer at scattered offsets of a file, in few system calls.
 
-A row is `unit` bytes of a flat buffer. Rows that are neighbours in the file go in one preadv or
-pwritev, and rows that are neighbours in memory as well share one entry of its vector, so the work
-in Python is one step per run and not per row.
+A row is `unit` bytes of a flat buffer. Rows that are adjacent in the file share one preadv or pwritev; rows
+that are adjacent in memory too share one entry of its vector. So Python takes one step per run, not per row.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy.typing as npt
 
 from island_fast.errors import IslandError
 
-__all__ = ["Transfer", "read_transfer", "transfers", "write_all"]
+__all__ = ["Transfer", "plan_transfers", "read_transfer", "write_all"]
 
 _VECTOR_LIMIT = 1024
 _BYTES_LIMIT = 8 << 20
@@ -24,20 +23,20 @@ _BYTES_LIMIT = 8 << 20
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """One system call: `length` bytes at `offset` of the file, and the memory for them in order."""
+    """One read or write: `length` bytes at `offset` of the file, and the memory for them, in order."""
 
     offset: int
     length: int
     buffers: list[memoryview]
 
 
-def transfers(
+def plan_transfers(
     offsets: npt.NDArray[np.int64], rows: npt.NDArray[np.int64], unit: int, flat: memoryview
 ) -> Iterator[Transfer]:
-    """The transfers that cover all rows, ascending in the file.
+    """Yield the transfers that cover all rows, ascending in the file.
 
-    offsets: int64[n], where each row stands in the file, in any order.
-    rows: int64[n], which row of `flat` it is.
+    offsets: int64[n], the offset of each row in the file, in any order.
+    rows: int64[n], its number in `flat`.
     unit: bytes of a row.
     flat: the whole buffer, contiguous bytes.
     """
@@ -47,29 +46,29 @@ def transfers(
     near = np.diff(place) == unit
     starts = np.flatnonzero(np.concatenate(([True], ~(near & (np.diff(row) == 1)))))
     stops = np.append(starts[1:], len(place))
-    yield from _gathered(place[starts].tolist(), row[starts].tolist(), (stops - starts).tolist(), unit, flat)
+    yield from _join_runs(place[starts].tolist(), row[starts].tolist(), (stops - starts).tolist(), unit, flat)
 
 
 def read_transfer(fd: int, transfer: Transfer) -> int:
-    """Fill the transfer's memory from the file; returns the bytes read, fewer only at its end.
+    """Fill the transfer's memory from the file; return the bytes read, fewer only at the end of the file.
 
     Raises IslandError: the file system failed.
     """
-    return _move(os.preadv, "read", fd, transfer.buffers, transfer.offset)
+    return _transfer_all(os.preadv, "read", fd, transfer.buffers, transfer.offset)
 
 
 def write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
-    """Write every byte of the buffers at `offset`, in order; at most 1024 buffers.
+    """Write all bytes of at most 1024 buffers at `offset`, in order.
 
     Raises IslandError: the file system failed, or has no space left.
     """
-    _move(os.pwritev, "write", fd, buffers, offset)
+    _transfer_all(os.pwritev, "write", fd, buffers, offset)
 
 
-def _gathered(
+def _join_runs(
     places: list[int], rows: list[int], counts: list[int], unit: int, flat: memoryview
 ) -> Iterator[Transfer]:
-    """Join runs that touch in the file, within the limits of one system call."""
+    """Yield transfers, each joining runs that touch in the file, within the limits of one system call."""
     begin = at = -1
     buffers: list[memoryview] = []
     for place, row, count in zip(places, rows, counts, strict=True):
@@ -86,14 +85,14 @@ def _gathered(
         yield Transfer(begin, at - begin, buffers)
 
 
-def _move(
+def _transfer_all(
     call: Callable[[int, list[memoryview], int], int],
     verb: str,
     fd: int,
     buffers: list[memoryview],
     offset: int,
 ) -> int:
-    """Repeat the call until every buffer is done or it moves nothing."""
+    """Repeat the call until all buffers are done or it moves nothing; return the bytes moved."""
     todo = [buffer for buffer in buffers if len(buffer)]
     done = 0
     while todo:
@@ -102,7 +101,7 @@ def _move(
         except OSError as error:
             raise IslandError(
                 f"cannot {verb} the image at byte {offset + done}: {error.strerror};"
-                " check the disk and its free space, then run it again"
+                " check the disk and its free space, then try again"
             ) from error
         if moved == 0:
             break

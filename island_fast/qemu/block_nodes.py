@@ -1,4 +1,4 @@
-"""The nodes of a volume's daemon in qemu, by the options of QAPI's BlockdevOptions (qapi/block-core.json)."""
+"""The block nodes that we give to qemu, as QAPI's BlockdevOptions (qapi/block-core.json)."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 from island_fast.qemu.sizing import node_options
 
-__all__ = ["FRONT_NODE", "VOLUME_NODE", "file_node", "front_node", "qcow2_node", "takes_direct"]
+__all__ = ["FRONT_NODE", "VOLUME_NODE", "file_node", "front_node", "qcow2_node", "supports_direct_io"]
 
 FRONT_NODE, VOLUME_NODE, _FILE_NODE = "front", "volume", "file"
 
 
 def file_node(image: Path, direct: bool) -> dict[str, object]:
-    """The file itself. With locks, for they tell others that the image is in use (`imagelock.py`)."""
+    """Return the node of the image file, with locks that show others that it is in use (`image_lock.py`)."""
     return {
         "node-name": _FILE_NODE,
         "driver": "file",
@@ -26,10 +26,11 @@ def file_node(image: Path, direct: bool) -> dict[str, object]:
 
 
 def qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
-    """The volume, `size` bytes, its tables cached as a whole; nothing that the header names is opened.
+    """Return the node of a volume of `size` bytes, with all of its tables cached.
 
-    Without the host's page cache (`direct`): a flush, and so an internal snapshot, would else have to write
-    gigabytes first, while the guest waits. A guest's flush reaches the disk with the tables.
+    No file that the image's header names is opened. With `direct` the host's page cache is not used:
+    otherwise a flush, and so an internal snapshot, must first write gigabytes while the guest waits. A
+    guest's flush brings data and tables to the disk.
     """
     return {
         "node-name": VOLUME_NODE,
@@ -44,9 +45,9 @@ def qcow2_node(size: int, cluster: int, direct: bool) -> dict[str, object]:
 
 
 def front_node() -> dict[str, object]:
-    """What is exported: the volume without discards (`daemon.py` says why).
+    """Return the node that is exported: the volume without discards (`cinder/attach/daemon.py` says why).
 
-    With discard=unmap all the same, for else qemu says "done" to each and asks nobody.
+    It has discard=unmap nevertheless: without, qemu would report each discard as done and drop it.
     """
     refusal = {
         "event": "none",
@@ -64,8 +65,8 @@ def front_node() -> dict[str, object]:
     }
 
 
-def takes_direct(image: Path) -> bool:
-    """Tell whether the image's file system has O_DIRECT; tmpfs has not everywhere."""
+def supports_direct_io(image: Path) -> bool:
+    """Return whether the image's file system supports O_DIRECT; tmpfs does not everywhere."""
     try:
         os.close(os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC))
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Doing something while a guest's file systems are frozen, by the agent inside it (QEMU's guest agent).
+"""Running something while a guest's file systems are frozen by the agent inside it (QEMU's guest agent).
 
-A guest that stays frozen is worse than any snapshot that fails. So what is frozen is thawed whatever happens;
-and freezing, work and thawing are done in a thread, which no signal interrupts, unlike the main one.
-The commands are in qemu's qga/qapi-schema.json: each of the two counts file systems, and a freeze that
-the guest ended by itself (as Windows does after seconds) shows in a thaw that finds none.
+A guest that stays frozen is worse than a failed snapshot. So what was frozen is thawed whatever happens, and
+freeze, work and thaw run in a thread of their own, because signals interrupt only the main thread. The
+commands are in qemu's qga/qapi-schema.json. Freeze and thaw return the number of file systems; if the guest
+ended the freeze by itself (as Windows does after seconds), the thaw returns 0.
 """
 
 from __future__ import annotations
@@ -17,46 +17,46 @@ from typing import Protocol
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 
-__all__ = ["CRASH", "FILESYSTEM", "FREEZES", "Clock", "Guest", "Moment", "at_one_moment"]
+__all__ = ["CRASH", "FILESYSTEM", "FREEZES", "Clock", "FreezeResult", "Guest", "run_while_frozen"]
 
 _LOG = logging.getLogger(__name__)
 
 CRASH = "crash"
 FILESYSTEM = "filesystem"
 FREEZES = ("auto", "require", "never")
-"""Freeze if the guest's agent answers; do nothing without; do not ask it."""
+"""In this order: freeze if the guest's agent can; fail if it cannot; do not freeze."""
 
-_LOOK = 5  # seconds for an agent to answer, without which there is none
-_FREEZE = 60  # seconds in which a guest has written what it holds in memory
+_STATUS = 5  # seconds for an agent to answer; otherwise there is none
+_FREEZE = 60  # seconds for a guest to write what it has in memory
 _THAW = 20  # seconds
-_PATIENCE = 300  # seconds in which a thaw is tried again: an agent may be busy with a freeze given up here
-_SOONEST, _LATEST = 0.5, 5.0  # seconds between two tries, which double
+_PATIENCE = 300  # seconds to retry a thaw: the agent can be busy with a freeze that timed out here
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 5.0  # seconds between tries; each pause is twice the one before
 
 
 class Guest(Protocol):
-    """A guest with or without an agent; see `Domain`."""
+    """A running guest, with or without an agent; see `Domain`. `who` is what messages call it."""
 
     who: str
 
     @property
-    def thaw_by_hand(self) -> str:
-        """The command that thaws it, for people."""
+    def thaw_command(self) -> str:
+        """Return a shell command that thaws the guest, for messages."""
 
-    def agent(self, command: str, timeout: int) -> object:
-        """Give the agent a command; IslandError if no answer comes within `timeout` seconds.
+    def ask_agent(self, command: str, timeout: int) -> object:
+        """Send the agent a command and return its answer; IslandError if there is none in `timeout` seconds.
 
         RefusedError if the agent answers that it did not do it.
         """
 
-    def renew(self) -> None:
-        """Connect again; NotFoundError or RefusedError if the guest does not run any more."""
+    def reconnect(self) -> None:
+        """Connect again; NotFoundError or RefusedError if the guest no longer runs."""
 
 
 @dataclass(frozen=True, slots=True)
-class Moment:
-    """What holds for the volumes at that moment: as after a freeze, or as after a power cut, and why.
+class FreezeResult:
+    """The state of the volumes when the work ran: FILESYSTEM, or CRASH (as after a power cut), and why.
 
-    `stuck` is a sentence about a guest that may be frozen even now, "" where it is not.
+    `stuck` is a sentence about a guest that may still be frozen, "" if it is not.
     """
 
     consistency: str
@@ -66,110 +66,114 @@ class Moment:
 
 @dataclass(frozen=True, slots=True)
 class Clock:
-    """Seconds that pass, and waiting for some."""
+    """A monotonic clock in seconds, and a way to wait; tests replace both."""
 
     now: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
 
 
-def at_one_moment(guest: Guest, freeze: str, work: Callable[[], None], clock: Clock | None = None) -> Moment:
-    """Do `work` while the guest is frozen, as far as `freeze`, one of FREEZES, says.
+def run_while_frozen(
+    guest: Guest, freeze: str, work: Callable[[], None], clock: Clock | None = None
+) -> FreezeResult:
+    """Call `work` once while the guest is frozen, if `freeze`, one of FREEZES, says so.
 
-    With "require" it is a RefusedError if the guest could not be frozen, or was not for all of the time;
-    `work` may have been done then. What `work` raises comes out, after the thaw. That a guest may still be
-    frozen is logged as a warning, too, since work may go on for long.
+    With "require" it is a RefusedError if the guest could not be frozen, or was not frozen all the time;
+    `work` may have been called then. An exception of `work` is raised after the thaw. If the guest may still
+    be frozen, this is also logged as a warning at once, because the caller can continue for long.
     """
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(_at_one_moment, guest, freeze, work, clock or Clock()).result()
+        return thread.submit(_run_while_frozen, guest, freeze, work, clock or Clock()).result()
 
 
-def _at_one_moment(guest: Guest, freeze: str, work: Callable[[], None], clock: Clock) -> Moment:
+def _run_while_frozen(guest: Guest, freeze: str, work: Callable[[], None], clock: Clock) -> FreezeResult:
     if freeze == "never":
         work()
-        return Moment(CRASH, "no freeze was asked for")
-    if why_not := _unable(guest):
-        thawed = _Thawed()
+        return FreezeResult(CRASH, "no freeze was requested")
+    if why_not := _reason_not_freezable(guest):
+        thawed = _ThawResult()
     else:
         done, frozen = False, True
         try:
-            why_not, frozen = _frozen(guest)
+            why_not, frozen = _try_freeze(guest)
             if not why_not:
                 work()
                 done = True
         finally:
-            thawed = _thawed(guest, clock) if frozen else _Thawed()
+            thawed = _thaw(guest, clock) if frozen else _ThawResult()
         if done:
             if thawed.early:
-                _refuse(guest, freeze, thawed.early)
-                return Moment(CRASH, thawed.early, thawed.stuck)
-            return Moment(FILESYSTEM, "the guest's file systems were frozen")
-    _refuse(guest, freeze, why_not)
+                _refuse_if_required(guest, freeze, thawed.early)
+                return FreezeResult(CRASH, thawed.early, thawed.stuck)
+            return FreezeResult(FILESYSTEM, "the guest's file systems were frozen")
+    _refuse_if_required(guest, freeze, why_not)
     work()
-    return Moment(CRASH, why_not, thawed.stuck)
+    return FreezeResult(CRASH, why_not, thawed.stuck)
 
 
-def _refuse(guest: Guest, freeze: str, why_not: str) -> None:
+def _refuse_if_required(guest: Guest, freeze: str, why_not: str) -> None:
     if freeze == "require":
         raise RefusedError(
-            f"{guest.who} was not frozen: {why_not}; mend that in the guest, or use --freeze auto"
+            f"{guest.who} was not frozen: {why_not}; correct that in the guest, or use --freeze auto"
         )
 
 
-def _unable(guest: Guest) -> str:
-    """Why the guest cannot be frozen now; "" if it can. One that somebody else froze is not thawed either."""
+def _reason_not_freezable(guest: Guest) -> str:
+    """Return why the guest cannot be frozen now; "" if it can. Who froze it already must also thaw it."""
     try:
-        status = guest.agent("guest-fsfreeze-status", _LOOK)
+        status = guest.ask_agent("guest-fsfreeze-status", _STATUS)
     except IslandError as error:
         return str(error)
-    return "" if status == "thawed" else "somebody else froze it, and may thaw it at any time"
+    return "" if status == "thawed" else "another program froze it, and can thaw it at any time"
 
 
-def _frozen(guest: Guest) -> tuple[str, bool]:
-    """Freeze; returns why that failed, "" if it did not, and whether some file systems may be frozen now.
+def _try_freeze(guest: Guest) -> tuple[str, bool]:
+    """Freeze; return why that failed, "" if it did not, and whether file systems may be frozen now.
 
-    An agent that refuses has undone its freeze, or was frozen by somebody else meanwhile, whose thaw it is.
+    An agent that refuses has undone its freeze, or another program froze the guest and will thaw it.
     """
     try:
-        count = guest.agent("guest-fsfreeze-freeze", _FREEZE)
+        count = guest.ask_agent("guest-fsfreeze-freeze", _FREEZE)
     except RefusedError as error:
         return str(error), False
     except IslandError as error:
         return str(error), True
-    return "" if _some(count) else "its agent found no file system to freeze", True
+    return "" if _is_positive(count) else "its agent found no file system to freeze", True
 
 
 @dataclass(frozen=True, slots=True)
-class _Thawed:
-    """How a thaw ended: why the guest may have been thawed before; in a sentence, if it may be frozen."""
+class _ThawResult:
+    """Why the guest may have been thawed too early; a sentence, if it may still be frozen; "" if not."""
 
     early: str = ""
     stuck: str = ""
 
 
-def _thawed(guest: Guest, clock: Clock) -> _Thawed:
-    """Thaw, and try again for _PATIENCE seconds until the agent says that it did."""
+def _thaw(guest: Guest, clock: Clock) -> _ThawResult:
+    """Thaw the guest; retry for _PATIENCE seconds until the agent confirms it."""
     until = clock.now() + _PATIENCE
-    pause = _SOONEST
+    pause = _FIRST_PAUSE
     while True:
         try:
-            count = guest.agent("guest-fsfreeze-thaw", _THAW)
-            return _Thawed("" if _some(count) else "it was thawed by something else, perhaps too early")
+            count = guest.ask_agent("guest-fsfreeze-thaw", _THAW)
+            return _ThawResult(
+                "" if _is_positive(count) else "it was thawed by something else, perhaps too early"
+            )
         except IslandError as error:
             trouble = error
         if clock.now() + pause > until:
             break
         clock.sleep(pause)
-        pause = min(2 * pause, _LATEST)
+        pause = min(2 * pause, _LONGEST_PAUSE)
         try:
-            guest.renew()
+            guest.reconnect()
         except (NotFoundError, RefusedError) as error:
-            return _Thawed(f"it ended while it was frozen: {error}")
+            return _ThawResult(f"it ended while it was frozen: {error}")
         except IslandError:
-            pass  # the next try tells
-    stuck = f"{guest.who} may still be frozen ({trouble}); run '{guest.thaw_by_hand}', or restart its agent"
+            pass  # the next try shows whether it matters
+    stuck = f"{guest.who} may still be frozen ({trouble}); run '{guest.thaw_command}', or restart its agent"
     _LOG.warning("%s", stuck)
-    return _Thawed(f"whether it was frozen all the time cannot be told: {trouble}", stuck)
+    return _ThawResult(f"it is unknown whether it was frozen all the time: {trouble}", stuck)
 
 
-def _some(count: object) -> bool:
+def _is_positive(count: object) -> bool:
     return isinstance(count, int) and count > 0

@@ -1,7 +1,7 @@
-"""A qemu process that has images open; internal snapshots are taken there.
+"""The monitor of a qemu process that has images open, which takes internal snapshots of them.
 
-How commands reach it is the matter of the classes below `Monitor`: its QMP socket (`qmp.py`), or libvirt
-(`libvirt.py`). What it answers may come from a process that a guest has taken over.
+The subclasses of `Monitor` send commands to it: over its QMP socket (`qmp.py`), or through libvirt
+(`libvirt.py`). Its answers are not trusted: a guest can have taken over the process.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from typing import Self
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 from island_fast.qemu.image_lock import open_image, writer_present
 
-__all__ = ["Monitor", "plain"]
+__all__ = ["Monitor", "printable"]
 
-_MAX_SAID = 300  # characters of somebody else's words in a message
+_MAX_QUOTED = 300  # characters of another program's words in a message
 
 
 class Monitor(ABC):
     """The monitor of one qemu process; a context manager. Not for use by several threads at once.
 
-    `who` is what messages call the process, `otherwise` the way out where it does not hold an image.
+    `who` is what messages call the process. `way_out` is their advice if it does not have an image open.
     """
 
     who: str
-    otherwise: str
+    way_out: str
 
     def __enter__(self) -> Self:
         return self
@@ -41,21 +41,21 @@ class Monitor(ABC):
 
     @abstractmethod
     def command(self, name: str, arguments: Mapping[str, object] | None = None) -> object:
-        """Give one command and return qemu's answer to it; IslandError in one sentence if it fails."""
+        """Send one command and return qemu's answer; IslandError in one sentence if it fails."""
 
     @abstractmethod
     def locate(self, name: str) -> str:
-        """The absolute path that leads from here to the file which that process calls `name`."""
+        """Return the absolute path, from here, of the file that the qemu process calls `name`."""
 
     def find_node(self, path: str | os.PathLike[str]) -> str:
-        """Return the name of the qcow2 node whose file is the very inode of `path`.
+        """Return the name of the qcow2 node whose file is the same inode as `path`.
 
-        Where a daemon of ours has a filter in front of that node (`daemon.py` says why), it is the filter's
-        name: qemu takes internal snapshots through it, and refuses to take them below it.
+        If a daemon of ours has a filter in front of that node (`cinder/attach/daemon.py` says why), return
+        the filter's name: qemu takes internal snapshots through it, and refuses to take them below it.
 
-        Other nodes over the same file (its protocol node, a raw view, filters) do not count.
-        RefusedError if the process has no such node, or several, or if nobody has the file open for
-        writing: qemu tells the name that it opened, which may lead to another file by now.
+        Other nodes over the same file (its protocol node, a raw view, filters) do not count. RefusedError if
+        the process has no such node, or several, or if no process has the file open for writing: qemu reports
+        the name that it opened, which can lead to another file by now.
         """
         shown = os.fspath(path)
         fd = open_image(shown)
@@ -64,9 +64,9 @@ class Monitor(ABC):
         finally:
             os.close(fd)
         nodes = self.command("query-named-block-nodes", {"flat": True})
-        names = [name for name, file in _qcow2_nodes(nodes) if self._is_file(file, wanted)]
+        names = [name for name, file in _find_qcow2_nodes(nodes) if self._is_file(file, wanted)]
         if not names:
-            raise RefusedError(f"{self.who} does not hold image {shown!r}; {self.otherwise}")
+            raise RefusedError(f"{self.who} does not hold image {shown!r}; {self.way_out}")
         if len(names) > 1:
             raise RefusedError(
                 f"{self.who} has image {shown!r} open {len(names)} times "
@@ -74,23 +74,23 @@ class Monitor(ABC):
             )
         if not written:
             raise RefusedError(
-                f"{self.who} names image {shown!r}, but nobody has that file "
-                f"open for writing; see whether it was replaced while in use, or is open read-only"
+                f"{self.who} names image {shown!r}, but no process has that file "
+                f"open for writing; check whether it was replaced while in use, or is open read-only"
             )
-        fronts = [name for name, file in _fronts(nodes) if self._is_file(file, wanted)]
+        fronts = [name for name, file in _find_filters(nodes) if self._is_file(file, wanted)]
         return fronts[0] if len(fronts) == 1 else names[0]
 
     def snapshot_create(self, node: str, name: str) -> None:
         """Take an internal snapshot of the node's image; on return it is in the file.
 
-        The guest's writes wait meanwhile; what it has not written yet is not in the snapshot, as
-        after a power cut. The node must be a root: one under a filter or an overlay is refused by qemu, as
-        is a name that is in the table already.
+        The guest's writes wait meanwhile. What it has not written yet is not in the snapshot, as after a
+        power cut. The node must be a root: qemu refuses one under a filter or an overlay, and a name that is
+        already in the snapshot table.
         """
         self.command("blockdev-snapshot-internal-sync", {"device": node, "name": name})
 
     def snapshot_create_all(self, pins: Sequence[tuple[str, str]]) -> None:
-        """Take internal snapshots, each a node and a name, at one moment: all of them or none.
+        """Take internal snapshots at one moment, all of them or none; each pin is a node and a name.
 
         What `snapshot_create` says holds for each.
         """
@@ -104,60 +104,60 @@ class Monitor(ABC):
         """Delete the internal snapshot that has this id and this name; NotFoundError if there is none."""
         self.command("blockdev-snapshot-delete-internal-sync", {"device": node, "id": id, "name": name})
 
-    def refused(self, command: str, error: object) -> IslandError:
-        """What to raise for the `error` that qemu answered a command with."""
-        said = plain(str(error.get("desc")) if isinstance(error, dict) else str(error))
+    def refusal_error(self, command: str, error: object) -> IslandError:
+        """Return the exception for the `error` with which qemu answered a command."""
+        said = printable(str(error.get("desc")) if isinstance(error, dict) else str(error))
         sentence = f"{self.who} refused {command}: {said}"
         if "does not exist on" in said:
             return NotFoundError(sentence)
         return IslandError(sentence)
 
     def _is_file(self, name: str, wanted: os.stat_result) -> bool:
-        """Tell whether `name`, as that process reports it, is the inode `wanted` seen from here."""
+        """Return whether `name`, as the process reports it, leads from here to the inode `wanted`."""
         try:
             return os.path.samestat(os.stat(self.locate(name)), wanted)
         except (OSError, ValueError):
             return False
 
 
-def plain(said: str) -> str:
-    """Words of another program for use inside a sentence: bounded, printable, without a full stop."""
-    return "".join(c if c.isprintable() else "?" for c in said).rstrip(".")[:_MAX_SAID]
+def printable(said: str) -> str:
+    """Return another program's words for use inside a sentence: short, printable, without a full stop."""
+    return "".join(c if c.isprintable() else "?" for c in said).rstrip(".")[:_MAX_QUOTED]
 
 
-def _qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
-    """Yield node name and file name of every qcow2 node in an answer of query-named-block-nodes."""
+def _find_qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
+    """Iterate over the node name and file name of every qcow2 node in query-named-block-nodes' answer."""
     for node in nodes if isinstance(nodes, list) else ():
         if not isinstance(node, dict) or node.get("drv") != "qcow2":
             continue
         name, file = node.get("node-name"), node.get("file")
         if isinstance(name, str) and isinstance(file, str):
-            yield name, _protocol_file(file)
+            yield name, _bottom_file_name(file)
 
 
-def _fronts(nodes: object) -> Iterator[tuple[str, str]]:
-    """Yield node name and file name of every blkdebug filter that stands on a qcow2 node."""
+def _find_filters(nodes: object) -> Iterator[tuple[str, str]]:
+    """Iterate over the node name and file name of every blkdebug filter on top of a qcow2 node."""
     for node in nodes if isinstance(nodes, list) else ():
         if not isinstance(node, dict) or node.get("drv") != "blkdebug":
             continue
         name, file = node.get("node-name"), node.get("file")
         if isinstance(name, str) and isinstance(file, str):
-            below = _options(file).get("image")
+            below = _parse_options(file).get("image")
             if isinstance(below, dict) and below.get("driver") == "qcow2":
-                yield name, _bottom(below)
+                yield name, _bottom_file(below)
 
 
-def _protocol_file(name: str) -> str:
-    """Return the name of the file at the bottom of a node; "" where it is no file.
+def _bottom_file_name(name: str) -> str:
+    """Return the name of the file at the bottom of a node; "" if there is none.
 
-    qemu reports a plain name where that says all, else the node's options as JSON, each node's child
-    under "file".
+    qemu reports a plain name if that is all there is to say, otherwise the node's options as JSON, with each
+    node's child under "file".
     """
-    return _bottom(_options(name)) if name.startswith("json:") else name
+    return _bottom_file(_parse_options(name)) if name.startswith("json:") else name
 
 
-def _options(name: str) -> dict[str, object]:
-    """Return a node's options, where qemu reports it by them."""
+def _parse_options(name: str) -> dict[str, object]:
+    """Parse a node's options, if qemu reports them instead of a name; {} if not."""
     try:
         node = json.loads(name.removeprefix("json:"))
     except (ValueError, RecursionError):
@@ -165,7 +165,7 @@ def _options(name: str) -> dict[str, object]:
     return node if isinstance(node, dict) else {}
 
 
-def _bottom(node: object) -> str:
+def _bottom_file(node: object) -> str:
     while isinstance(node, dict) and "filename" not in node:
         node = node.get("file")
     file = node.get("filename") if isinstance(node, dict) else None

@@ -1,4 +1,8 @@
-"""The beginning of an NBD connection: newstyle negotiation by a client, up to the transmission phase."""
+"""The beginning of an NBD connection: fixed newstyle negotiation by a client, up to the transmission phase.
+
+The protocol is described in the NBD project's doc/proto.md. Numbers are big-endian. This module imports the
+standard library alone, because root runs it: `cinder/attach/nbd_root.py` uses it, and so does `qemu_nbd.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,16 +12,15 @@ from typing import NamedTuple
 
 __all__ = ["Client", "shake_hands"]
 
-# --- NBD ---
 _HELLO, _OPTION, _REPLY = b"NBDMAGIC", b"IHAVEOPT", 0x3E889045565A9
 _NEWSTYLE, _NO_ZEROES = 1, 2  # both sides' handshake flags
 _OPT_GO, _ACK, _INFO, _ERROR = 7, 1, 3, 1 << 31
 _INFO_EXPORT = 0
-_LONGEST = 64 << 10  # bytes of an option's reply
+_MAX_REPLY = 64 << 10  # bytes of the reply to an option
 
 
 class Client(NamedTuple):
-    """A connection to an NBD server that is ready for requests, and what the server said of its export."""
+    """A connection to an NBD server that is ready for requests, and what the server says of the export."""
 
     socket: socket.socket
     size: int  # bytes
@@ -25,12 +28,15 @@ class Client(NamedTuple):
 
 
 def shake_hands(connection: socket.socket, export: str) -> Client:
-    """Begin to use an export. ConnectionError, or another OSError, if the server does not offer it."""
+    """Negotiate the use of an export; ConnectionError, or another OSError, if the server does not offer it.
+
+    `connection` is a connected stream socket, which the result refers to; the caller still owns it.
+    """
     if _receive(connection, 16) != _HELLO + _OPTION:
-        raise ConnectionError("whoever listens there is no NBD server of today")
+        raise ConnectionError("the server does not speak the newstyle NBD protocol")
     (flags,) = struct.unpack(">H", _receive(connection, 2))
     if not flags & _NEWSTYLE:
-        raise ConnectionError("whoever listens there is no NBD server of today")
+        raise ConnectionError("the server does not speak the newstyle NBD protocol")
     name = export.encode()
     data = struct.pack(">I", len(name)) + name + struct.pack(">H", 0)
     hello = struct.pack(">I", _NEWSTYLE | (flags & _NO_ZEROES))
@@ -38,17 +44,17 @@ def shake_hands(connection: socket.socket, export: str) -> Client:
     found: Client | None = None
     while True:
         magic, option, kind, length = struct.unpack(">QIII", _receive(connection, 20))
-        if magic != _REPLY or option != _OPT_GO or length > _LONGEST:
-            raise ConnectionError("the NBD server talks nonsense")
-        said = _receive(connection, length)
+        if magic != _REPLY or option != _OPT_GO or length > _MAX_REPLY:
+            raise ConnectionError("the NBD server's reply is invalid")
+        reply = _receive(connection, length)
         if kind & _ERROR:
-            raise ConnectionError(f"the NBD server refuses: {said.decode(errors='backslashreplace')[:200]}")
-        if kind == _INFO and said[:2] == struct.pack(">H", _INFO_EXPORT):
-            size, flags = struct.unpack_from(">QH", said, 2)
+            raise ConnectionError(f"the NBD server refuses: {reply.decode(errors='backslashreplace')[:200]}")
+        if kind == _INFO and reply[:2] == struct.pack(">H", _INFO_EXPORT):
+            size, flags = struct.unpack_from(">QH", reply, 2)
             found = Client(connection, size, flags)
         elif kind == _ACK:
             if found is None:
-                raise ConnectionError("the NBD server does not tell its export's size")
+                raise ConnectionError("the NBD server does not state the size of its export")
             return found
 
 
@@ -57,7 +63,7 @@ def _receive(connection: socket.socket, length: int) -> bytes:
     while length:
         part = connection.recv(length)
         if not part:
-            raise ConnectionError("the NBD server hung up")
+            raise ConnectionError("the NBD server closed the connection")
         parts.append(part)
         length -= len(part)
     return b"".join(parts)

@@ -1,4 +1,4 @@
-"""How programs are started: to their end, by one callable that a caller may replace."""
+"""Running a program to its end, by a callable that callers can replace (`RunProgram`)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Protocol
 
 from island_fast.errors import IslandError
 
-__all__ = ["TIMEOUT", "Execute", "Finished", "run_to_the_end", "said_by", "succeed"]
+__all__ = ["TIMEOUT", "ProgramResult", "RunProgram", "check_run", "error_text", "run_program"]
 
 TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image takes about 5
-_MAX_SAID = 300  # characters of a program's own words in a message
-_PACKAGES = {  # Debian's, for programs that a host may lack
+_MAX_ERROR = 300  # characters of a program's error output in a message
+_PACKAGES = {  # Debian's packages of programs that a host can lack
     "fusermount3": "fuse3",
     "losetup": "mount",
     "qemu-img": "qemu-utils",
@@ -25,18 +25,18 @@ _PACKAGES = {  # Debian's, for programs that a host may lack
 }
 
 
-Finished = subprocess.CompletedProcess[str]
-"""A program that has ended: `args`, `returncode`, `stdout`, `stderr`."""
+ProgramResult = subprocess.CompletedProcess[str]
+"""What a program that has ended left: `args`, `returncode`, `stdout`, `stderr`."""
 
 
-class Execute(Protocol):
-    """Runs one program to its end and returns what it said, as `subprocess.run` does.
+class RunProgram(Protocol):
+    """A callable that runs one program to its end and returns its output, like `subprocess.run`.
 
-    Takes the command as a list, program first. With `root` the program gets root's rights; without, it runs
-    as the user who owns the images. `env` is added to the environment. Returns for every exit
-    status, with `stdout` and `stderr` as text and a negative `returncode` for a signal. Raises OSError
-    (FileNotFoundError: no such program) if the program did not start, and
-    `subprocess.TimeoutExpired` if it was given up.
+    The command is a list, program first. With `root` the program gets root's rights; without, it runs as the
+    user who owns the images. `env` is added to the environment. It returns for every exit status, with
+    `stdout` and `stderr` as text and a negative `returncode` for a signal. It raises OSError
+    (FileNotFoundError: no such program) if the program did not start, and `subprocess.TimeoutExpired` if it
+    was stopped after a time limit.
     """
 
     def __call__(
@@ -46,21 +46,20 @@ class Execute(Protocol):
         ...
 
 
-def run_to_the_end(
+def run_program(
     command: Sequence[str],
     *,
     root: bool = False,
     env: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a program that must not be stopped half-way; the default `Execute`.
+    """Run a program that must not be stopped half-way; the default `RunProgram`.
 
-    The program gets a session of its own, so that Ctrl-C in the terminal reaches this process and not
-    the program: half of an internal snapshot leaves clusters that nobody owns, which is worse than
-    a second of waiting. A KeyboardInterrupt, or a signal handler's SystemExit, is raised again when
-    the program has ended. After `timeout` seconds it is killed, and
-    `subprocess.TimeoutExpired` raised. Root's rights are not come by: with `root` this process must be
-    root's already, else PermissionError.
+    The program runs in a new session, so that Ctrl-C in the terminal reaches this process but not the
+    program: half an internal snapshot leaks clusters, which is worse than a second of waiting. A
+    KeyboardInterrupt, or a signal handler's SystemExit, is raised again after the program has ended. After
+    `timeout` seconds the program is killed, and `subprocess.TimeoutExpired` raised. This function gives no
+    rights: with `root` it is a PermissionError unless this process is already root's.
     """
     if root and os.geteuid() != 0:
         raise PermissionError(errno.EPERM, "only root may do this", command[0])
@@ -78,7 +77,7 @@ def run_to_the_end(
     interrupt: BaseException | None = None
     while True:
         try:
-            output, complaints = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+            output, error_output = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
             break
         except subprocess.TimeoutExpired:
             process.kill()
@@ -88,11 +87,11 @@ def run_to_the_end(
             interrupt = error
     if interrupt is not None:
         raise interrupt
-    return subprocess.CompletedProcess(command, process.returncode, output, complaints)
+    return subprocess.CompletedProcess(command, process.returncode, output, error_output)
 
 
-def succeed(execute: Execute, command: Sequence[str], task: str, *, root: bool = False) -> str:
-    """Run `command`, which shall `task`, and return its output; IslandError with its words if it fails."""
+def check_run(execute: RunProgram, command: Sequence[str], task: str, *, root: bool = False) -> str:
+    """Run `command`, which shall `task`, and return its output; IslandError that quotes it if it fails."""
     program = command[0]
     try:
         result = execute(command, root=root)
@@ -108,13 +107,13 @@ def succeed(execute: Execute, command: Sequence[str], task: str, *, root: bool =
             f"{'put island.filters where rootwrap looks for filters' if root else 'check the program'}"
         ) from error
     if result.returncode:
-        said = said_by(result.stderr or result.stdout or "")
-        raise IslandError(f"{program} could not {task} (status {result.returncode}): {said}")
+        reason = error_text(result.stderr or result.stdout or "")
+        raise IslandError(f"{program} could not {task} (status {result.returncode}): {reason}")
     return result.stdout
 
 
-def said_by(text: str) -> str:
-    """Return a program's complaint as one printable line; of a long one the end, where the cause is."""
+def error_text(text: str) -> str:
+    """Return a program's error output as one printable line; of a long one the end, where the cause is."""
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     shown = "".join(c if c.isprintable() else "?" for c in line).rstrip(".")
-    return shown[-_MAX_SAID:] or "it gave no reason"
+    return shown[-_MAX_ERROR:] or "it gave no reason"

@@ -1,9 +1,9 @@
 """Internal snapshots of an image that no process has open, taken and deleted by qemu-img.
 
-qemu-img has no format option for its snapshot command (7.2), so the image is named as a whole node in
-JSON: format and protocol are stated and nothing is probed, no character of the file's name means
-anything, and a backing file that a hostile header names is not opened. See "blockdev options" in
-qemu's docs/tools/qemu-img.rst and BlockdevOptionsQcow2 in qapi/block-core.json.
+qemu-img has no format option for its snapshot command (7.2), so the image is named as a whole node in JSON:
+format and protocol are given and nothing is probed, no character of the file's name is special, and a backing
+file that a hostile header names is not opened. See "blockdev options" in qemu's docs/tools/qemu-img.rst and
+BlockdevOptionsQcow2 in qapi/block-core.json.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import signal
 import subprocess
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.qemu.programs import Execute, run_to_the_end
+from island_fast.qemu.programs import RunProgram, run_program
 
 __all__ = ["QemuImg"]
 
-_MAX_NAME_BYTES = 255  # qemu cuts longer names off in silence
-_MAX_SAID = 300  # characters of qemu's own words in a message
+_MAX_NAME_BYTES = 255  # qemu cuts longer names off silently
+_MAX_QUOTED = 300  # characters of qemu's own words in a message
 
-# Both commands go through every L2 table and look up a refcount for every cluster. With qemu's default
-# of four refcount blocks, clusters that lie scattered cost a block read each: 32 GiB took 24 s to
-# snapshot and 95 s to delete, with a cache for them all 0.05 s. Memory is only taken as it is used. An odd
-# number of places in the refcount cache, and no holes punched for the clusters that a deletion frees:
-# host/sizing.py says why. The file keeps their space and uses it again before it grows.
+# Both commands go through every L2 table and look up a refcount for every cluster. With qemu's default of
+# four refcount blocks, scattered clusters cost a block read each: 32 GiB took 24 s to snapshot and 95 s to
+# delete, with a cache for all blocks 0.05 s. qemu takes the memory only as it uses it. sizing.py says why the
+# refcount cache has an odd number of places, and why no holes are punched for clusters that a deletion frees:
+# the file keeps their space and reuses it before it grows.
 _L2_CACHE_BYTES = 256 << 20
 _REFCOUNT_CACHE_BYTES = (64 << 20) - 1
 
@@ -33,35 +33,34 @@ _REFCOUNT_CACHE_BYTES = (64 << 20) - 1
 class QemuImg:
     """Takes and deletes internal snapshots of qcow2 images that no process has open for writing.
 
-    `execute` runs the program; another one may run it elsewhere or under other rights. A qemu-img that is
-    refused because a process has the image open is an ImageInUseError. Every other failure is an
-    IslandError (NotFoundError where the image or the snapshot is not there) of one sentence that ends in
-    qemu's own words.
+    `execute` runs the program; another `RunProgram` can run it elsewhere or with other rights.
+    ImageInUseError if a process has the image open. Every other failure is an IslandError (NotFoundError if
+    the image or the snapshot does not exist) of one sentence that ends in qemu's own words.
     """
 
-    def __init__(self, execute: Execute = run_to_the_end, program: str = "qemu-img") -> None:
+    def __init__(self, execute: RunProgram = run_program, program: str = "qemu-img") -> None:
         self._execute = execute
         self._program = program
 
     def snapshot_create(self, path: str | os.PathLike[str], name: str) -> None:
         """Take an internal snapshot of the whole image; on return it is in the file.
 
-        qemu-img does not mind that a snapshot of this name is there already: the name must be unique.
+        qemu-img accepts a name that another snapshot already has, so the caller must pass a unique one.
         """
         self._snapshot("-c", path, name, f"take internal snapshot {name!r} in")
 
     def snapshot_delete(self, path: str | os.PathLike[str], name: str) -> None:
         """Delete the internal snapshot of this name; NotFoundError if there is none.
 
-        Of several with one name qemu-img deletes the first: look at ids and times before calling this.
+        Of several with one name qemu-img deletes the first: check ids and times before calling this.
         """
         self._snapshot("-d", path, name, f"delete internal snapshot {name!r} of")
 
     def _snapshot(self, option: str, path: str | os.PathLike[str], name: str, task: str) -> None:
         shown = os.fspath(path)
         task = f"{task} image {shown!r}"
-        node = _node(shown)
-        command = [self._program, "snapshot", "-q", option, _checked_name(name), node]
+        node = _image_node(shown)
+        command = [self._program, "snapshot", "-q", option, _check_name(name), node]
         try:
             result = self._execute(command)
         except FileNotFoundError as error:
@@ -80,10 +79,10 @@ class QemuImg:
                 f"qemu-img could not be started to {task} ({reason}); check {self._program!r}"
             ) from error
         if result.returncode:
-            raise _failure(task, result.returncode, _said(result.stderr or "", shown, node))
+            raise _qemu_img_error(task, result.returncode, _error_text(result.stderr or "", shown, node))
 
 
-def _checked_name(name: str) -> str:
+def _check_name(name: str) -> str:
     try:
         size = len(name.encode())
     except UnicodeEncodeError:
@@ -95,16 +94,16 @@ def _checked_name(name: str) -> str:
     return name
 
 
-def _node(path: str) -> str:
-    """Name a file to qemu so that all of its name is taken literally (see the module's docstring).
+def _image_node(path: str) -> str:
+    """Return the node that names a file to qemu literally (see the module's docstring).
 
-    JSON is UTF-8, so a name that is not cannot be said.
+    UsageError if the name is not UTF-8, because JSON is.
     """
     try:
         path.encode()
     except UnicodeEncodeError as error:
         raise UsageError(
-            f"the path {path!r} is not UTF-8, so qemu cannot be told of it; "
+            f"the path {path!r} is not UTF-8, so qemu cannot open it; "
             f"rename it, or go without a pinned base (--no-pin)"
         ) from error
     node = {
@@ -118,39 +117,41 @@ def _node(path: str) -> str:
     return "json:" + json.dumps(node)
 
 
-def _said(stderr: str, path: str, node: str) -> str:
-    """Return all that qemu complained of, as one line without the image's name.
+def _error_text(stderr: str, path: str, node: str) -> str:
+    """Return qemu's errors as one line without the image's name.
 
-    The name goes because our messages have it already, and because whoever chose it could otherwise
-    choose what `_failure` reads.
+    The name is removed because our messages have it already, and because `_qemu_img_error` reads this text:
+    whoever chose the name could otherwise choose the error.
     """
     for quoted in (f"'{node}'", f"'{path}'", f"[{path}]"):
         stderr = stderr.replace(quoted, "''")
     lines = [line.removeprefix("qemu-img: ") for line in stderr.splitlines()]
-    complaints = [line for line in lines if line and not line.startswith("warning: ")]
-    said = "; ".join(complaints).replace("Could not open '': ", "")
-    return "".join(c if c.isprintable() else "?" for c in said) or "it gave no reason"
+    errors = [line for line in lines if line and not line.startswith("warning: ")]
+    text = "; ".join(errors).replace("Could not open '': ", "")
+    return "".join(c if c.isprintable() else "?" for c in text) or "it gave no reason"
 
 
-def _failure(task: str, returncode: int, said: str) -> IslandError:
-    """Translate a failed run into the error that the caller can act on."""
+def _qemu_img_error(task: str, returncode: int, text: str) -> IslandError:
+    """Return the exception for a failed run, of a class that the caller can act on."""
     if returncode < 0 or returncode > 128:
         number = -returncode if returncode < 0 else returncode - 128
         return IslandError(
             f"qemu-img was ended by {_signal_name(number)} before it could {task}; "
             f"run `qemu-img check` on the image"
         )
-    if 'Failed to get "' in said and '" lock' in said:
+    if 'Failed to get "' in text and '" lock' in text:
         return ImageInUseError(
             f"qemu-img could not {task}, because another process has the image open "
-            f"({said[:_MAX_SAID]}); stop that process, or name its QMP socket"
+            f"({text[:_MAX_QUOTED]}); stop that process, or name its QMP socket"
         )
-    said = said.rstrip(".")[:_MAX_SAID]
-    if "snapshot not found" in said or "No such file or directory" in said:
-        return NotFoundError(f"qemu-img could not {task}: {said}")
-    if "No space left on device" in said or "Disk quota exceeded" in said:
-        return IslandError(f"qemu-img could not {task}, because its file system is full; make room: {said}")
-    return IslandError(f"qemu-img could not {task}: {said}")
+    text = text.rstrip(".")[:_MAX_QUOTED]
+    if "snapshot not found" in text or "No such file or directory" in text:
+        return NotFoundError(f"qemu-img could not {task}: {text}")
+    if "No space left on device" in text or "Disk quota exceeded" in text:
+        return IslandError(
+            f"qemu-img could not {task}, because its file system is full; free some space: {text}"
+        )
+    return IslandError(f"qemu-img could not {task}: {text}")
 
 
 def _signal_name(number: int) -> str:

@@ -1,8 +1,8 @@
 """A qemu process that has images open, over its QMP socket.
 
 QMP is JSON, one message to a line: a greeting, then commands and their replies, with events between them
-(qemu's docs/interop/qmp-spec.rst; the commands are in qapi/block-core.json). Answers are bounded in size
-and in time: the process may be one that a guest has taken over.
+(qemu's docs/interop/qmp-spec.rst; the commands are in qapi/block-core.json). Answers are limited in size and
+time: a guest can have taken over the process.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from island_fast.qemu.monitor import Monitor
 
 __all__ = ["Qmp"]
 
-TIMEOUT = 1800.0  # seconds for one command: with small caches, scattered tables take minutes
-_HANDSHAKE_TIMEOUT = 10.0  # seconds; nothing but another client of the monitor delays a greeting
+TIMEOUT = 1800.0  # seconds for one command; with small caches, scattered tables take minutes
+_HANDSHAKE_TIMEOUT = 10.0  # seconds; only another client of the monitor delays a greeting
 _QUEUE_STEP = 0.02  # seconds
 _MAX_MESSAGE = 16 << 20
 _READ_SIZE = 65536
@@ -31,17 +31,17 @@ _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 class Qmp(Monitor):
     """A connection to one qemu process (a virtual machine or a qemu-storage-daemon). A context manager.
 
-    Made, it is connected and has been greeted: NotFoundError if there is no such socket, IslandError if
-    nobody answers on it within 10 seconds (a QMP socket serves one client at a time). `timeout` bounds
-    each command, in seconds. A command that fails is an IslandError of one sentence with qemu's own
-    words; when it times out or the connection ends, it may have been done or not, and the image's snapshot
-    table tells. Not for use by several threads at once.
+    The constructor connects and waits for the greeting: NotFoundError if there is no such socket, IslandError
+    if nobody answers on it within 10 seconds (a QMP socket serves one client at a time). `timeout` limits
+    each command, in seconds. A command that fails is an IslandError of one sentence with qemu's own words.
+    After a timeout, or if the connection ends, the command may have taken effect: the image's snapshot table
+    shows it. Not for use by several threads at once.
     """
 
     def __init__(self, socket_path: str | os.PathLike[str], timeout: float = TIMEOUT) -> None:
         self.socket_path = os.fspath(socket_path)
         self.who = f"the process behind {self.socket_path!r}"
-        self.otherwise = "name the QMP socket of the process that does"
+        self.way_out = "name the QMP socket of the process that does"
         self._timeout = timeout
         self._sent = 0
         self._received = bytearray()
@@ -60,26 +60,26 @@ class Qmp(Monitor):
         """See Monitor.command."""
         return self._execute(name, arguments or {})
 
-    def peer(self) -> int:
+    def peer_pid(self) -> int:
         """Return the pid of the process that listens on the socket."""
         peer = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size)
         pid: int = _PEER.unpack(peer)[0]
         return pid
 
     def locate(self, name: str) -> str:
-        """See Monitor.locate: a relative name is one from that process's own working directory."""
-        return name if os.path.isabs(name) else f"/proc/{self.peer()}/cwd/{name}"
+        """See Monitor.locate: a relative name starts at that process's working directory."""
+        return name if os.path.isabs(name) else f"/proc/{self.peer_pid()}/cwd/{name}"
 
     def _shake_hands(self) -> None:
         deadline = time.monotonic() + min(self._timeout, _HANDSHAKE_TIMEOUT)
         if "QMP" not in self._receive(deadline, "its greeting"):
-            raise self._nonsense("does not speak QMP")
+            raise self._protocol_error("does not speak QMP")
         self._execute("qmp_capabilities", {}, deadline)
 
     def _execute(
         self, command: str, arguments: Mapping[str, object], deadline: float | None = None
     ) -> object:
-        """Send a command and return its answer; events, and answers to earlier commands, are passed by."""
+        """Send a command and return its answer; skip events, and answers to earlier commands."""
         if deadline is None:
             deadline = time.monotonic() + self._timeout
         self._sent += 1
@@ -89,61 +89,61 @@ class Qmp(Monitor):
             reply = self._receive(deadline, command)
             if "return" in reply and reply.get("id") == self._sent:
                 return reply["return"]
-            # an error without an id is about a message that could not be understood at all
+            # an error without an id is about a message that qemu could not parse
             if "error" in reply and reply.get("id", self._sent) == self._sent:
-                raise self.refused(command, reply["error"])
+                raise self.refusal_error(command, reply["error"])
 
     def _send(self, message: bytes, deadline: float, command: str) -> None:
         try:
-            self._socket.settimeout(_left(deadline))
+            self._socket.settimeout(_seconds_left(deadline))
             self._socket.sendall(message)
         except TimeoutError as error:
-            raise self._silence(command) from error
+            raise self._timeout_error(command) from error
         except OSError as error:
-            raise self._hung_up(command) from error
+            raise self._hung_up_error(command) from error
 
     def _receive(self, deadline: float, awaited: str) -> dict[str, Any]:
-        """Return the next message, whatever it is."""
+        """Return the next message of any kind."""
         seen = 0
         while (end := self._received.find(b"\n", seen)) < 0:
             seen = len(self._received)
             if seen > _MAX_MESSAGE:
-                raise self._nonsense(f"sent a message over {_MAX_MESSAGE >> 20} MiB")
+                raise self._protocol_error(f"sent a message over {_MAX_MESSAGE >> 20} MiB")
             try:
-                self._socket.settimeout(_left(deadline))
+                self._socket.settimeout(_seconds_left(deadline))
                 data = self._socket.recv(_READ_SIZE)
             except TimeoutError as error:
-                raise self._silence(awaited) from error
+                raise self._timeout_error(awaited) from error
             except OSError as error:
-                raise self._hung_up(awaited) from error
+                raise self._hung_up_error(awaited) from error
             if not data:
-                raise self._hung_up(awaited)
+                raise self._hung_up_error(awaited)
             self._received += data
         line = bytes(self._received[:end])
         del self._received[: end + 1]
         try:
             message = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise self._nonsense("does not speak QMP") from error
+            raise self._protocol_error("does not speak QMP") from error
         if not isinstance(message, dict):
-            raise self._nonsense("does not speak QMP")
+            raise self._protocol_error("does not speak QMP")
         return message
 
-    def _silence(self, awaited: str) -> IslandError:
+    def _timeout_error(self, awaited: str) -> IslandError:
         return IslandError(
             f"{self.who} did not answer in time ({awaited}); "
-            f"see whether it hangs, or whether another client holds this socket"
+            f"check whether it hangs, or whether another client uses this socket"
         )
 
-    def _hung_up(self, awaited: str) -> IslandError:
-        return IslandError(f"{self.who} ended the connection ({awaited}); see whether it still runs")
+    def _hung_up_error(self, awaited: str) -> IslandError:
+        return IslandError(f"{self.who} ended the connection ({awaited}); check whether it still runs")
 
-    def _nonsense(self, what: str) -> IslandError:
+    def _protocol_error(self, what: str) -> IslandError:
         return IslandError(f"{self.who} {what}; name the QMP socket of a qemu process")
 
 
 def _connect(path: str) -> socket.socket:
-    """Connect to a unix socket, waiting for a place in its queue: qemu's has one, for the next client."""
+    """Connect to a unix socket; wait for a place in its queue, which in qemu has only one."""
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC)
     try:
         connection.settimeout(_HANDSHAKE_TIMEOUT)
@@ -162,12 +162,12 @@ def _connect(path: str) -> socket.socket:
     except ConnectionRefusedError as error:
         connection.close()
         raise IslandError(
-            f"nothing listens on QMP socket {path!r}; see whether its process still runs"
+            f"nothing listens on QMP socket {path!r}; check whether its process still runs"
         ) from error
     except BlockingIOError as error:
         connection.close()
         raise IslandError(
-            f"QMP socket {path!r} is busy with other clients; try again when they have ended"
+            f"QMP socket {path!r} is busy with other clients; run this again when they have ended"
         ) from error
     except (OSError, ValueError) as error:
         connection.close()
@@ -178,8 +178,8 @@ def _connect(path: str) -> socket.socket:
         raise
 
 
-def _left(deadline: float) -> float:
-    """Return the seconds until `deadline`; TimeoutError when it is past, also if there is data to read."""
+def _seconds_left(deadline: float) -> float:
+    """Return the seconds until `deadline`; TimeoutError if it is past, even if there is data to read."""
     left = deadline - time.monotonic()
     if left <= 0:
         raise TimeoutError

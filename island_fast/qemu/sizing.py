@@ -1,8 +1,8 @@
 """How big a new image's clusters are, and how much of its tables a daemon keeps in memory.
 
-Taking an internal snapshot, and dropping one, goes through every cluster's table entry and reference count
-while the guest's writes wait. So the number of clusters decides how long they wait, and so do caches that
-do not hold all of the tables. The figures behind the policy are in docs/pause.md.
+To take or delete an internal snapshot, qemu goes through every cluster's table entry and reference count
+while the guest's writes wait. So they wait longer if there are more clusters, and if the caches do not hold
+all of the tables. The figures behind the policy are in docs/pause.md.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from island_fast.errors import UsageError
 
 __all__ = ["Caches", "cache_sizes", "cluster_size", "node_options"]
 
-_SMALLEST, _BIGGEST = 64 << 10, 2 << 20  # bytes; qemu's default, and the most that qcow2 knows
-_MAX_CLUSTERS = 2 << 20  # of one volume: with so many, at random places, a guest waits for half a second
+_SMALLEST, _BIGGEST = 64 << 10, 2 << 20  # bytes; qemu's default, and the largest that qcow2 allows
+_MAX_CLUSTERS = 2 << 20  # of one volume; with this number, at random places, a guest waits for half a second
 _L2_ENTRY_BYTES = 8
 _REFCOUNT_BYTES = 2  # refcount_bits=16, qemu's default
-_VERSIONS = 3  # of a volume in its file at most: the pinned base, a new snapshot, what the guest writes now
-_MIN_L2_TABLES, _MIN_REFCOUNT_BLOCKS = 2, 4  # qemu takes no less
-_MAX_CACHE = 256 << 20  # bytes; a foreign image's clusters do not decide over this host's memory
+_VERSIONS = 3  # of a volume in its file, at most: the pinned base, a new snapshot, what the guest writes now
+_MIN_L2_TABLES, _MIN_REFCOUNT_BLOCKS = 2, 4  # the least that qemu accepts
+_MAX_CACHE = 256 << 20  # bytes; a foreign image must not decide how much memory of this host it takes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Caches:
 def cluster_size(volume_size: int) -> int:
     """Return the cluster size, in bytes, for a new image of `volume_size` bytes.
 
-    The smallest of 64 KiB to 2 MiB with which the volume has few enough clusters; 2 MiB where none has
-    (volumes over 4 TiB). UsageError if the size is negative.
+    It is the smallest from 64 KiB to 2 MiB with which the volume has few enough clusters, or 2 MiB if none
+    has (volumes over 4 TiB). UsageError if the size is negative.
     """
     _check(volume_size)
     size = _SMALLEST
@@ -44,11 +44,11 @@ def cluster_size(volume_size: int) -> int:
 
 
 def cache_sizes(volume_size: int, cluster_size: int) -> Caches:
-    """Return caches that hold all tables of a volume, its pinned base and a snapshot under way, in bytes.
+    """Return caches that hold all tables of a volume, its pinned base and a snapshot in progress.
 
-    For the volume's size now; a volume that has grown wants them anew. `cluster_size` is the image's own,
-    whoever made it; with far smaller ones than ours the tables can be more than the 256 MiB that either cache
-    has at most. qemu takes the memory only for tables that it has read.
+    They are for the volume's present size, and must be computed again after it has grown. `cluster_size` is
+    the image's own, whoever made it; if it is far smaller than ours, the tables can exceed the 256 MiB that
+    each cache has at most. qemu takes the memory only for tables that it has read.
     """
     _check(volume_size)
     if cluster_size < 512 or cluster_size & (cluster_size - 1):
@@ -58,18 +58,19 @@ def cache_sizes(volume_size: int, cluster_size: int) -> Caches:
     tables = min(-(-clusters * _L2_ENTRY_BYTES // cluster_size), most)
     blocks = min(-(-clusters * _REFCOUNT_BYTES * _VERSIONS // cluster_size), most - 1)
     # Blocks lie a power of two apart, and qemu looks for one at a multiple of that modulo the number of
-    # places: an even number makes many of them want the same place, which more than doubles the wait.
+    # places. With an even number many blocks want the same place, which more than doubles the wait.
     blocks = max(blocks, _MIN_REFCOUNT_BLOCKS) | 1
     return Caches(max(tables, _MIN_L2_TABLES) * cluster_size, blocks * cluster_size)
 
 
 def node_options(volume_size: int, cluster_size: int) -> dict[str, int | bool]:
-    """Return the options of a qcow2 node in qemu with which a snapshot's drop does not hold up the guest.
+    """Return the options of a qcow2 node in qemu with which deleting a snapshot does not hold up the guest.
 
-    They are `cache_sizes`, and that clusters freed by dropping a snapshot are not punched out of the file.
-    qemu (7.2) queues these holes in one list that it searches twice for each cluster, and punches them while
-    the guest waits: 65 536 clusters at random places took 17 s, without it 0.2 s. The file keeps the space,
-    and qemu writes there before it lets the file grow. A discard of what no snapshot holds is not affected.
+    They are `cache_sizes`, and an option that clusters freed by deleting a snapshot are not punched out of
+    the file. qemu (7.2) queues these holes in a list that it searches twice for each cluster, and punches
+    them while the guest waits: for 65 536 clusters at random places this took 17 s, without it 0.2 s. The
+    file keeps the space, and qemu writes there before it lets the file grow. Discards of what no snapshot
+    holds are not affected.
     """
     caches = cache_sizes(volume_size, cluster_size)
     return {

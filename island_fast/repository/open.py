@@ -35,7 +35,7 @@ from island_fast.stores.checked_read import get_checked
 from island_fast.stores.open import open_store
 
 if TYPE_CHECKING:
-    from island_fast.stores.rate_limit import Meters
+    from island_fast.stores.rate_limit import RateLimiters
 
 __all__ = ["FoundSnapshot", "RepositoryBase"]
 
@@ -85,7 +85,7 @@ class RepositoryBase:
         create: bool = False,
         variables: str = "",
         workers: int | None = None,
-        meters: Meters | None = None,
+        meters: RateLimiters | None = None,
     ) -> Self:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
@@ -104,9 +104,9 @@ class RepositoryBase:
         if workers is not None:
             store.use_workers(workers)
         if meters is not None:
-            from island_fast.stores.rate_limit import MeteredStore
+            from island_fast.stores.rate_limit import RateLimitedStore
 
-            store = MeteredStore(store, meters)
+            store = RateLimitedStore(store, meters)
         try:
             return cls(store, state or LocalState(), create=create)
         except BaseException:

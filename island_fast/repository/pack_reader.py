@@ -230,7 +230,7 @@ class PackReader:
             self._count(data.nbytes)
             return open_pack(location.name, data)
 
-        return get_checked(self._lineage.store, location.name, check, damaged=failed_reads)
+        return get_checked(self._lineage.store, location.name, check, failed_reads=failed_reads)
 
     def _count(self, size: int) -> None:
         with self._lock:

@@ -1,7 +1,7 @@
-"""What a store is: a few verbs on write-once objects, the same for a directory and for Swift.
+"""The contract of a store: a few operations on write-once objects, the same for a directory and for Swift.
 
-A store knows nothing of what its objects mean. Names are relative to the store's own prefix; every
-object is written once and never changed; listings may be late or partial and prove nothing.
+A store does not know what its objects mean. Names are relative to the store's own prefix. Every object is
+written once and never changed. Listings can be late or incomplete, and prove nothing.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ __all__ = [
     "check_prefix",
     "check_ranges",
     "check_size",
+    "flat_views",
     "is_name",
-    "views",
 ]
 
 Range = tuple[int, int]
-"""Offset and length of some bytes of an object."""
+"""Offset and length of a part of an object, in bytes."""
 Views = list[memoryview]
-"""Buffers in order. (Inside a store `list` is the verb, hence this name.)"""
+"""Buffers, in order. (In the body of a store class `list` is the method, hence this alias.)"""
 
 MAX_OBJECT = 4 << 30
-"""No object is larger, in bytes (Swift's own limit is 5 GiB); a larger one is refused unread."""
+"""Largest size of an object, in bytes (Swift's own limit is 5 GiB). A larger one is refused, not read."""
 
 _MAX_NAME = 600  # Swift allows 1024 bytes for prefix and name together
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._-]{1,200}"
@@ -47,8 +47,8 @@ _NAME = re.compile(rf"{_COMPONENT}(?:/{_COMPONENT})*")
 class ObjectInfo:
     """An object as the store describes it.
 
-    `size` is in bytes; `age` is the seconds since it was stored, by the store's own clock, never
-    negative, and 0.0 where the store does not say.
+    `size` is in bytes. `age` is the number of seconds since it was stored, by the store's own clock: never
+    negative, and 0.0 if the store does not say.
     """
 
     name: str
@@ -57,12 +57,12 @@ class ObjectInfo:
 
 
 def is_name(name: str) -> bool:
-    """Whether `name` can be an object's name: components of [A-Za-z0-9._-], never '.' or '..'."""
+    """Return whether `name` can be an object's name: components of [A-Za-z0-9._-], never '.' or '..'."""
     return len(name) <= _MAX_NAME and _NAME.fullmatch(name) is not None
 
 
 def check_name(name: str) -> str:
-    """`name` itself, or UsageError when it cannot be an object's name."""
+    """Return `name`; UsageError if it cannot be an object's name."""
     if not is_name(name):
         raise UsageError(
             f"{name!r} cannot name an object; use letters, digits, '.', '_' and '-', in parts joined by '/'"
@@ -71,14 +71,14 @@ def check_name(name: str) -> str:
 
 
 def check_prefix(prefix: str) -> str:
-    """`prefix` itself: '' or a name that ends with '/'. Anything else is a UsageError."""
+    """Return `prefix`; UsageError unless it is '' or a name followed by '/'."""
     if prefix and not (prefix.endswith("/") and is_name(prefix[:-1])):
         raise UsageError(f"{prefix!r} cannot be listed; name a folder and end it with '/'")
     return prefix
 
 
 def check_ranges(ranges: Sequence[Range]) -> None:
-    """ValueError unless `ranges` are ascending, disjoint and without negative numbers."""
+    """Raise ValueError unless `ranges` are ascending, disjoint and without negative numbers."""
     end = 0
     for offset, length in ranges:
         if offset < end or length < 0:
@@ -87,52 +87,54 @@ def check_ranges(ranges: Sequence[Range]) -> None:
 
 
 def check_size(name: str, size: int, needed: int = 0) -> int:
-    """`size` of an object, or DamagedObjectError if it is less than `needed` or more than MAX_OBJECT."""
+    """Return `size`, an object's; DamagedObjectError if it is below `needed` or above MAX_OBJECT."""
     if size < needed:
         raise DamagedObjectError(
-            f"object {name} is {size} bytes and bytes up to {needed} were asked for; it is damaged"
+            f"object {name} has {size} bytes instead of at least {needed}; it is damaged"
         )
     if size > MAX_OBJECT:
-        raise DamagedObjectError(f"object {name} is {size} bytes, which no object of ours can be")
+        raise DamagedObjectError(
+            f"object {name} has {size} bytes, more than any object of a repository; it is damaged"
+        )
     return size
 
 
-def views(parts: Sequence[Buffer]) -> Views:
-    """`parts` as flat views of bytes, the empty ones left out; nothing is copied."""
+def flat_views(parts: Sequence[Buffer]) -> Views:
+    """Return `parts` as flat views of bytes, without the empty ones. Nothing is copied."""
     whole = (memoryview(part) for part in parts)
     return [view.cast("B") for view in whole if view.nbytes]
 
 
 class Store(ABC):
-    """Where objects go. Every method may be called from several threads at once.
+    """Where objects are kept. Every method can be called from several threads at once.
 
-    A name outside the rules of `is_name` is a UsageError. A store that does not answer, or whose
-    answer leaves the outcome unknown after all retries, is a StoreError.
+    A name that `is_name` rejects is a UsageError. StoreError if the store does not answer, or if its answers
+    leave the outcome unknown after all retries.
     """
 
     location: str
-    """What the user calls this store, for messages; never holds a secret."""
+    """What the user calls this store, for messages. It contains no secret."""
 
     grace: float
-    """Seconds that an object must have been there before it may be taken for garbage."""
+    """The least age, in seconds, at which an unreferenced object can be treated as garbage."""
 
     range_gap: int
-    """Bytes between two ranges of one object that cost less to fetch than another range does."""
+    """The largest gap, in bytes, between two ranges that is cheaper to fetch than to split a request at."""
 
     ranges_at_once: int | None = None
-    """Ranges of one object that one request can ask for; None: any number."""
+    """The most ranges of an object that one request can ask for; None: any number."""
 
     uploads: int
-    """How many large objects are sent at the same time: more gain little, and take a pack's memory each."""
+    """How many large objects to send at the same time. More gain little, and each takes a pack's memory."""
 
     downloads: int = 3
-    """The same for those that are fetched."""
+    """How many large objects to fetch at the same time."""
 
     readers: int = os.cpu_count() or 1
-    """How many threads at the same time hash and compress what is sent here, or compare what is here."""
+    """How many threads hash and compress what is sent to this store, or compare what is stored in it."""
 
     def use_workers(self, most: int) -> None:
-        """Work with no more threads of each kind than `most`, at least 1: those that read, send and fetch."""
+        """Limit `readers`, `uploads` and `downloads` to `most` each, which is at least 1."""
         self.readers, self.uploads, self.downloads = (
             min(most, count) for count in (self.readers, self.uploads, self.downloads)
         )
@@ -141,44 +143,44 @@ class Store(ABC):
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.
 
-        The buffers must not change during the call and are not kept after it. If the name already
-        holds the same bytes, that is success; other bytes are a ConflictError. After a StoreError
-        the object may exist or come to exist: only the same bytes may be sent to that name again.
+        The buffers must not change during the call and are not kept after it. If the name already has the
+        same bytes the call succeeds; if it has others, it is a ConflictError. After a StoreError the object
+        may exist, or appear later: only the same bytes may be sent to that name again.
         """
 
     @abstractmethod
     def get(self, name: str, *, newest: bool = False) -> memoryview:
-        """All bytes of an object, in a buffer of their own; not checked against anything but their length.
+        """Return all bytes of an object, in a buffer that the caller owns. Only their number is verified.
 
-        `newest` asks every replica. ObjectMissingError only where absence is confirmed.
+        `newest` asks every replica. ObjectMissingError only if the object is confirmed to be absent.
         """
 
     @abstractmethod
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
-        """The bytes of each range, in order; ranges are ascending and disjoint, else ValueError.
+        """Return the bytes of each range, in order; ValueError unless ranges are ascending and disjoint.
 
-        Views may share one buffer. A range that ends beyond the object is a DamagedObjectError, a
-        missing object an ObjectMissingError.
+        Views can share one buffer. DamagedObjectError if a range ends past the end of the object,
+        ObjectMissingError if there is no object.
         """
 
     @abstractmethod
     def head(self, name: str) -> ObjectInfo | None:
-        """What is stored under `name`, asked of every replica; None when all of them lack it."""
+        """Describe the object `name`, asking every replica; None if none of them has it."""
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Objects below `prefix` ('' or 'a/b/'), ascending by name. May be late or partial."""
+        """Iterate over objects below `prefix` ('' or 'a/b/') in the order of names; late or incomplete."""
 
     @abstractmethod
     def folders(self, prefix: str) -> Iterator[str]:
-        """The next component of names that go on below it, once each. May be late or partial."""
+        """Iterate over the names of folders directly below `prefix`, once each; late or incomplete."""
 
     @abstractmethod
     def delete(self, name: str) -> None:
-        """Remove an object; an absent one counts as removed."""
+        """Remove an object; succeed if it is absent."""
 
     def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do here
-        """Release connections. No other call may be under way or follow."""
+        """Close connections. No other call may be running, or follow."""
 
     def __enter__(self) -> Self:
         return self

@@ -1,7 +1,8 @@
-"""Reading an object until it is whole: what comes damaged is asked for again before it is believed.
+"""Reading an object until it is intact: damaged bytes are read again before the damage is reported.
 
-A bit can flip on the way, or rot in one of several replicas. Swift serves a rotten replica's ranges for
-ever, but notices it when it sends it whole, and asks another one from then on: so repetitions are whole.
+A bit can flip on the way, or rot in one of several replicas. Swift serves ranges of a rotten replica for
+ever, but detects the damage when it sends the whole object, and then uses another replica. So every repeated
+read is of the whole object.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ __all__ = ["READS", "get_checked"]
 T = TypeVar("T")
 
 READS = 6
-"""Whole reads of one object before damage is believed: with one rotten replica of three, two suffice."""
+"""Whole reads of an object before damage is reported. With one rotten replica of three, two suffice."""
 
-_MENDED = (
-    "object %s came damaged from %s (%d times) before it came whole; if that happens often, have the store's "
-    "disks and the way to it checked"
+_READ_AGAIN = (
+    "object %s came damaged from %s (%d times) before it came whole; if this happens often, have the store's "
+    "disks and the network to it checked"
 )
 _LOG = logging.getLogger(__name__)
 
@@ -33,13 +34,14 @@ def get_checked(
     check: Callable[[memoryview], T],
     *,
     newest: bool = False,
-    damaged: int = 0,
+    failed_reads: int = 0,
 ) -> T:
-    """What `check` makes of the bytes of object `name`, read at most READS times while it finds damage.
+    """Read object `name` and return what `check` makes of its bytes; repeat while `check` finds damage.
 
-    Damage that another read mends is told to the user; `damaged` counts reads that found some before.
-    The last DamagedObjectError is raised, or UnsupportedObjectError: a flipped bit may look like a newer
-    version. ObjectMissingError and StoreError as in `Store.get`.
+    The object is read at most READS times. If a later read is intact, a warning is logged that counts the
+    damaged reads, `failed_reads` earlier ones of the caller included. If none is, the last exception of
+    `check` is raised: DamagedObjectError, or UnsupportedObjectError, because a flipped bit can look like a
+    newer version. ObjectMissingError and StoreError as in `Store.get`.
     """
     for reads_left in range(READS - 1, -1, -1):
         data = store.get(name, newest=newest)
@@ -48,9 +50,9 @@ def get_checked(
         except UNREADABLE:
             if not reads_left:
                 raise
-            damaged += 1
+            failed_reads += 1
         else:
-            if damaged:
-                _LOG.warning(_MENDED, name, store.location, damaged)
+            if failed_reads:
+                _LOG.warning(_READ_AGAIN, name, store.location, failed_reads)
             return found
     raise AssertionError

@@ -1,7 +1,7 @@
 """A store in a directory: one file for each object, at the object's name.
 
-An object is written to a temporary file below `.tmp~` (no object can have that name), flushed, and
-then linked to its name, which fails if the name is taken: what stands under a name is always whole.
+An object is written to a temporary file below `.tmp~` (no object can have that name), flushed, and then
+linked to its name, which fails if the name is taken. So a file with an object's name is always complete.
 Files are 0600 and directories 0700.
 """
 
@@ -26,7 +26,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.files import FOLDER_FLAGS, link_new, make_folder, opened, write_scratch
+from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
 from island_fast.stores.base import (
     ObjectInfo,
     Range,
@@ -36,54 +36,54 @@ from island_fast.stores.base import (
     check_prefix,
     check_ranges,
     check_size,
+    flat_views,
     is_name,
-    views,
 )
 
 __all__ = ["DirectoryStore"]
 
 _SCRATCH = ".tmp~"
 _LEFTOVER_AGE = 86400.0  # seconds; no put takes this long
-_TRIES = 5  # at a folder that keeps vanishing
-_COMPARED_AT_ONCE = 1 << 20
-_MAPPED = 1 << 20  # bytes
-# Not blocking: should the file turn out to be a pipe, open() would wait for its other end.
+_TRIES = 5  # at a put whose folder is removed again and again
+_COMPARED_AT_ONCE = 1 << 20  # bytes
+_MAPPED = 1 << 20  # bytes; buffers from here on are mapped, not allocated
+# O_NONBLOCK: if the file is a pipe, open() would wait for its other end.
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
 
 class DirectoryStore(Store):
-    """A store in the directory `path`, which may be relative or begin with `~`.
+    """A store in the directory `path`, which can be relative or begin with `~`.
 
-    With `create_ok` a missing directory is made by the first `put`; until then the store is empty.
-    The clock is this host's. A deletion is not flushed: after a crash of the host the object may be
-    back. A name cannot be both an object and a folder. Symbolic links in place of an object are
+    A missing directory is a NotFoundError; with `create_ok` the first `put` creates it, and until then the
+    store is empty. Ages are by this host's clock. A deletion is not flushed: after a crash of the host the
+    object can be back. A name cannot be both an object and a folder. A symbolic link in place of an object is
     refused.
     """
 
     grace = 0.0
     range_gap = 0
     uploads = 3  # each waits for two fsyncs
-    downloads = min(os.cpu_count() or 1, 4)  # these wait for nothing: more would only be in each other's way
+    downloads = min(os.cpu_count() or 1, 4)  # these wait for nothing; more would only get in each other's way
 
     def __init__(self, path: str, *, create_ok: bool = False) -> None:
         self.location = path
         self._root = os.path.abspath(os.path.expanduser(path))
-        self._making = threading.Lock()
-        self._made: set[str] = set()  # folders known to be there and on disk
-        self._identity = self._identify()  # None until the directory is made
+        self._folders_lock = threading.Lock()
+        self._known_folders: set[str] = set()  # folders that exist and are flushed
+        self._identity = self._identify()  # None until the directory is created
         if self._identity is None and not create_ok:
             raise NotFoundError(
                 f"directory {path} does not exist; check the path and whether its disk is mounted"
             )
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        """See Store.put; other processes may put the same name meanwhile."""
+        """See Store.put. Other processes can put the same name meanwhile."""
         path = self._path(name)
-        content = views(parts)
+        content = flat_views(parts)
         try:
             created = self._publish(path, content)
         except OSError as error:
-            self._fail(error)
+            self._raise_translated(error)
         if not created and not self._holds(name, content):
             raise ConflictError(
                 f"object {name} in {self.location} already holds other bytes, and none is ever overwritten; "
@@ -91,48 +91,48 @@ class DirectoryStore(Store):
             )
 
     def _publish(self, path: str, content: Views) -> bool:
-        """Make the file `path` with `content`, durably; False if something has that name.
+        """Create the file `path` with `content`, durably; return False if the name is taken.
 
-        A deletion may take the folder away just before it is used; then all is done again.
+        A deletion can remove the folder just before it is used; then everything is done again.
         """
         for _ in range(_TRIES - 1):
             with contextlib.suppress(FileNotFoundError):
                 return self._publish_once(path, content)
-            self._made.clear()
+            self._known_folders.clear()
         return self._publish_once(path, content)
 
     def _publish_once(self, path: str, content: Views) -> bool:
-        # The folder comes second: where the disk is full, not even that shall appear.
-        scratch = write_scratch(self._folder(os.path.join(self._root, _SCRATCH)), content)
+        # The object's folder comes after the scratch file: a full disk must not leave even an empty folder.
+        scratch = write_scratch(self._ensure_folder(os.path.join(self._root, _SCRATCH)), content)
         try:
-            with opened(self._folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
+            with open_fd(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
                 created = link_new(scratch, path)
-                os.fsync(fd)  # also if the name was taken: its owner may not have come to that yet
+                os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
         finally:
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(scratch)
         return created
 
-    def _folder(self, path: str) -> str:
-        """`path` itself, made and flushed with everything above it."""
-        if path not in self._made:
-            with self._making:
-                self._make(path)
+    def _ensure_folder(self, path: str) -> str:
+        """Create folder `path` and everything above it, unless it is known; flush; return `path`."""
+        if path not in self._known_folders:
+            with self._folders_lock:
+                self._make_with_parents(path)
         return path
 
-    def _make(self, path: str) -> None:
-        if path in self._made:
+    def _make_with_parents(self, path: str) -> None:
+        if path in self._known_folders:
             return
         if path == self._root:
             self._make_root()
             self._clean_scratch()
         else:
-            self._make(os.path.dirname(path))
+            self._make_with_parents(os.path.dirname(path))
             if path == os.path.join(self._root, _SCRATCH):
-                _make_first(path)
+                _make_first_folder(path)
             else:
                 make_folder(path)
-        self._made.add(path)
+        self._known_folders.add(path)
 
     def _make_root(self) -> None:
         self._check_root()
@@ -141,11 +141,11 @@ class DirectoryStore(Store):
             while not os.path.isdir(os.path.dirname(missing[-1])):
                 missing.append(os.path.dirname(missing[-1]))
             for folder in reversed(missing):
-                _make_first(folder)
+                _make_first_folder(folder)
             self._identity = self._identify()
 
     def _identify(self) -> tuple[int, int] | None:
-        """Device and inode of the directory; None if it is not there."""
+        """Return device and inode of the store's directory; None if it does not exist."""
         try:
             status = os.stat(self._root)
         except FileNotFoundError:
@@ -153,30 +153,30 @@ class DirectoryStore(Store):
         except NotADirectoryError:
             status = None
         except OSError as error:
-            self._fail(error)
+            self._raise_translated(error)
         if status is None or not stat.S_ISDIR(status.st_mode):
             raise NotFoundError(f"{self.location} is not a directory; name the directory of a repository")
         return status.st_dev, status.st_ino
 
     def _check_root(self) -> None:
-        """StoreError if the directory went away: its objects are not absent then, and nothing is put."""
+        """Raise StoreError if the directory is gone: objects are not absent then, and nothing may be put."""
         if self._identity is not None and self._identify() != self._identity:
             raise StoreError(
-                f"directory {self.location} is not the one it was when this began; check whether its disk "
-                "is mounted"
+                f"directory {self.location} was replaced or unmounted during this command; check whether its "
+                "disk is mounted"
             )
 
     def _clean_scratch(self) -> None:
-        """Remove the temporary files that processes left behind when they died."""
+        """Remove temporary files that dead processes left."""
         oldest = time.time() - _LEFTOVER_AGE
-        for entry in self._entries(_SCRATCH):
+        for entry in self._scan_folder(_SCRATCH):
             with contextlib.suppress(FileNotFoundError):
                 if entry.stat(follow_symlinks=False).st_mtime < oldest:
                     os.unlink(entry.path)
 
     def _holds(self, name: str, content: Views) -> bool:
-        """Whether the object `name` has exactly the bytes of `content`."""
-        with self._reading(name) as (fd, size):
+        """Return whether the object `name` has exactly the bytes of `content`."""
+        with self._open_object(name) as (fd, size):
             if size != sum(view.nbytes for view in content):
                 return False
             offset = 0
@@ -189,22 +189,22 @@ class DirectoryStore(Store):
         return True
 
     def get(self, name: str, *, newest: bool = False) -> memoryview:
-        """See Store.get; there is one replica."""
-        with self._reading(name) as (fd, size):
-            return _read(fd, name, [(0, check_size(name, size))])[0]
+        """See Store.get. There is one replica."""
+        with self._open_object(name) as (fd, size):
+            return _read_ranges(fd, name, [(0, check_size(name, size))])[0]
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
-        """See Store.get_ranges; each range is read by itself, exactly."""
+        """See Store.get_ranges. Exactly the ranges are read."""
         check_ranges(ranges)
-        with self._reading(name) as (fd, size):
+        with self._open_object(name) as (fd, size):
             check_size(name, size, max((o + n for o, n in ranges), default=0))
-            return _read(fd, name, ranges)
+            return _read_ranges(fd, name, ranges)
 
     @contextlib.contextmanager
-    def _reading(self, name: str) -> Iterator[tuple[int, int]]:
-        """The object's file descriptor and size in bytes. An OSError in the block is translated, too."""
+    def _open_object(self, name: str) -> Iterator[tuple[int, int]]:
+        """Open an object; yield its descriptor and size in bytes. Translates an OSError of the body, too."""
         try:
-            with opened(self._path(name), _READ_FLAGS) as fd:
+            with open_fd(self._path(name), _READ_FLAGS) as fd:
                 status = os.fstat(fd)
                 if stat.S_ISDIR(status.st_mode):
                     raise NotADirectoryError
@@ -217,43 +217,43 @@ class DirectoryStore(Store):
                 f"object {name} is not in {self.location}; it was deleted or never written"
             ) from None
         except OSError as error:
-            self._fail(error)
+            self._raise_translated(error)
 
     def head(self, name: str) -> ObjectInfo | None:
-        """See Store.head; anything but a file counts as absent."""
+        """See Store.head. Anything but a regular file counts as absent."""
         try:
             status = os.lstat(self._path(name))
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()
             return None
         except OSError as error:
-            self._fail(error)
-        return _describe(name, status) if stat.S_ISREG(status.st_mode) else None
+            self._raise_translated(error)
+        return _object_info(name, status) if stat.S_ISREG(status.st_mode) else None
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """See Store.list. Files whose names no object can have are passed over."""
-        return self._objects(check_prefix(prefix))
+        """See Store.list. Files whose names no object can have are skipped."""
+        return self._list_objects(check_prefix(prefix))
 
-    def _objects(self, prefix: str) -> Iterator[ObjectInfo]:
-        for entry in self._entries(prefix):
+    def _list_objects(self, prefix: str) -> Iterator[ObjectInfo]:
+        for entry in self._scan_folder(prefix):
             name = prefix + entry.name
             if is_name(name) and entry.is_dir(follow_symlinks=False):
-                yield from self._objects(name + "/")
+                yield from self._list_objects(name + "/")
             elif is_name(name) and entry.is_file(follow_symlinks=False):
                 try:
-                    yield _describe(name, entry.stat(follow_symlinks=False))
+                    yield _object_info(name, entry.stat(follow_symlinks=False))
                 except FileNotFoundError:  # deleted just now
                     continue
                 except OSError as error:
-                    self._fail(error)
+                    self._raise_translated(error)
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """See Store.folders. One may be empty: its last object is just gone, or its first to come."""
-        entries = self._entries(check_prefix(prefix))
+        """See Store.folders. One can be empty: its last object was just removed, or its first is coming."""
+        entries = self._scan_folder(check_prefix(prefix))
         return (e.name for e in entries if is_name(e.name) and e.is_dir(follow_symlinks=False))
 
-    def _entries(self, prefix: str) -> Sequence[os.DirEntry[str]]:
-        """What is in a folder, in the order in which whole names ascend; nothing if it is not there."""
+    def _scan_folder(self, prefix: str) -> Sequence[os.DirEntry[str]]:
+        """Return a folder's entries, in the order of whole object names; none if it does not exist."""
         try:
             with os.scandir(os.path.join(self._root, prefix)) as entries:
                 found = [*entries]
@@ -261,11 +261,11 @@ class DirectoryStore(Store):
             self._check_root()
             return []
         except OSError as error:
-            self._fail(error)
+            self._raise_translated(error)
         return sorted(found, key=lambda e: e.name + "/" * e.is_dir(follow_symlinks=False))
 
     def delete(self, name: str) -> None:
-        """See Store.delete. Folders that it empties go too."""
+        """See Store.delete. Folders that become empty are removed."""
         path = self._path(name)
         try:
             os.unlink(path)
@@ -273,39 +273,39 @@ class DirectoryStore(Store):
             self._check_root()
             return
         except OSError as error:
-            self._fail(error)
+            self._raise_translated(error)
         folder = os.path.dirname(path)
-        with contextlib.suppress(OSError):  # it is not empty, mostly
+        with contextlib.suppress(OSError):  # usually: it is not empty
             while folder != self._root:
                 os.rmdir(folder)
-                self._made.discard(folder)
+                self._known_folders.discard(folder)
                 folder = os.path.dirname(folder)
 
     def _path(self, name: str) -> str:
         return os.path.join(self._root, check_name(name))
 
-    def _fail(self, error: OSError) -> NoReturn:
-        """Translate what the file system said."""
+    def _raise_translated(self, error: OSError) -> NoReturn:
+        """Raise `error`, the file system's, as an error for the user."""
         what = error.filename or self.location
         if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
             raise RefusedError(
-                f"{what} is not what a repository has at that place (a link, or a file and folder "
-                "exchanged); remove it or use another directory"
+                f"{what} is a link, or a file where a repository has a folder, or the reverse; remove it or "
+                "use another directory"
             ) from error
-        raise StoreError(_sentence(error, what, self.location)) from error
+        raise StoreError(_error_text(error, what, self.location)) from error
 
 
-def _make_first(folder: str) -> None:
-    """Make what a repository begins with; where that may not be, it is no repository yet."""
+def _make_first_folder(folder: str) -> None:
+    """Create a folder of a new repository; if that is forbidden, the user chose the wrong directory."""
     try:
         make_folder(folder)
     except PermissionError as error:
         raise StoreError(
-            f"{os.path.dirname(folder)} cannot be written; name a directory that you may write to, with -r"
+            f"{os.path.dirname(folder)} cannot be written; use -r to name a directory that you can write to"
         ) from error
 
 
-def _sentence(error: OSError, what: str, location: str) -> str:
+def _error_text(error: OSError, what: str, location: str) -> str:
     match error.errno:
         case errno.ENOSPC | errno.EDQUOT:
             return f"no space is left for {location}; free some or raise the quota, then try again"
@@ -321,15 +321,15 @@ def _sentence(error: OSError, what: str, location: str) -> str:
     return f"{what}: {error.strerror or error}; check the disk of {location}"
 
 
-def _describe(name: str, status: os.stat_result) -> ObjectInfo:
-    """Its age counts from the later of writing and naming: copying tools put back only the first."""
+def _object_info(name: str, status: os.stat_result) -> ObjectInfo:
+    """Describe an object. Age counts from the later of mtime and ctime: copying tools restore only mtime."""
     age = time.time() - max(status.st_mtime, status.st_ctime)
     return ObjectInfo(name, status.st_size, max(0.0, age))
 
 
-def _read(fd: int, name: str, ranges: Sequence[Range]) -> Views:
-    """Exactly these bytes, in pieces of one buffer; they were within the file a moment ago."""
-    buffer = _buffer(sum(length for _, length in ranges))
+def _read_ranges(fd: int, name: str, ranges: Sequence[Range]) -> Views:
+    """Read exactly these ranges into one buffer; return its parts. The file had all of them a moment ago."""
+    buffer = _allocate(sum(length for _, length in ranges))
     parts, at = [], 0
     for offset, length in ranges:
         part = buffer[at : at + length]
@@ -344,14 +344,14 @@ def _read(fd: int, name: str, ranges: Sequence[Range]) -> Views:
     return parts
 
 
-def _buffer(length: int) -> memoryview:
-    """Memory that goes back to the system with its last view; what threads free, malloc keeps.
+def _allocate(length: int) -> memoryview:
+    """Allocate memory that the system gets back when its last view is gone; malloc keeps what threads free.
 
-    Of huge pages, where there are any: else its page faults would take as long as reading.
+    With huge pages if the kernel has them: otherwise page faults would take as long as reading.
     """
     if length < _MAPPED:
         return memoryview(bytearray(length))
     mapped = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # the kernel has no huge pages
         mapped.madvise(mmap.MADV_HUGEPAGE)
     return memoryview(mapped)

@@ -1,7 +1,8 @@
-"""How fast bytes may go to stores and come from them, on the whole: by one meter for each direction.
+"""Limits on the bytes per second that go to stores and come from them.
 
-A meter is shared by all threads, and by all stores of a verb. An object goes at the speed of the wire, for a
-server may take a body that trickles for a dead one; those after it wait until the rate is kept again.
+One limiter for each direction is shared by all threads, and by all stores of a command. One object is
+transferred at full speed, because a server may drop a request whose body trickles; the objects after it wait
+until the average rate is kept again.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from island_fast.arrays import Buffer
-from island_fast.stores.base import ObjectInfo, Range, Store, Views, views
+from island_fast.stores.base import ObjectInfo, Range, Store, Views, flat_views
 
-__all__ = ["Meter", "MeteredStore", "Meters"]
+__all__ = ["RateLimitedStore", "RateLimiter", "RateLimiters"]
 
 
-class Meter:
-    """Lets `rate` bytes pass in a second, None for any number. Thread-safe.
+class RateLimiter:
+    """Lets `rate` bytes per second pass; None for no limit. Thread-safe.
 
-    Whoever comes waits until all that came before has had its time; time that nobody used is gone. `clock`
-    tells seconds, `wait` waits for some, and may raise whatever ends the work.
+    First come, first served; unused time is not saved up. `clock` returns seconds. `wait` waits for a number
+    of seconds, and can raise an exception to end the work.
     """
 
     def __init__(
@@ -31,25 +32,25 @@ class Meter:
         wait: Callable[[float], None] = time.sleep,
     ) -> None:
         if rate is not None and rate <= 0:
-            raise ValueError("a rate is more than nothing")
+            raise ValueError("a rate must be above 0")
         self._rate = rate
         self._clock = clock
         self._wait = wait
         self._lock = threading.Lock()
-        self._free = clock()  # when the next may pass
+        self._free = clock()  # the time from which on the next bytes can pass
 
     def wait(self, size: int = 0) -> None:
-        """Wait for the turn of `size` bytes, which begin to pass on return; 0 where that is not known yet."""
-        wait = self._reserved(size)
-        if wait > 0:
-            self._wait(wait)
+        """Wait until `size` bytes can pass; 0 if their number is not known yet: `count` them later."""
+        pause = self._reserve(size)
+        if pause > 0:
+            self._wait(pause)
 
     def count(self, size: int) -> None:
-        """Bytes have passed whose number was not known before: the next wait for them."""
-        self._reserved(size)
+        """Count bytes that have passed already; later calls of `wait` make up for them."""
+        self._reserve(size)
 
-    def _reserved(self, size: int) -> float:
-        """Take the next free time for `size` bytes; the seconds until it begins."""
+    def _reserve(self, size: int) -> float:
+        """Reserve the next free time for `size` bytes; return the seconds until it begins."""
         if self._rate is None:
             return 0.0
         with self._lock:
@@ -60,20 +61,23 @@ class Meter:
 
 
 @dataclass(frozen=True, slots=True)
-class Meters:
-    """What passes to stores, and what comes from them."""
+class RateLimiters:
+    """The limiter of what goes to stores, and of what comes from them."""
 
-    up: Meter
-    down: Meter
+    up: RateLimiter
+    down: RateLimiter
 
 
-class MeteredStore(Store):
-    """A store whose objects pass `meters`. Owns `store`; what is asked beside objects is not metered."""
+class RateLimitedStore(Store):
+    """A store that transfers objects at the rate of `limiters`. Owns `store`.
 
-    def __init__(self, store: Store, meters: Meters) -> None:
+    Only the bytes of objects count: `head`, `list`, `folders` and `delete` are not limited.
+    """
+
+    def __init__(self, store: Store, limiters: RateLimiters) -> None:
         self._store = store
-        self._up = meters.up
-        self._down = meters.down
+        self._up = limiters.up
+        self._down = limiters.down
         self.location = store.location
         self.grace = store.grace
         self.range_gap = store.range_gap
@@ -84,7 +88,7 @@ class MeteredStore(Store):
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
-        self._up.wait(sum(view.nbytes for view in views(parts)))
+        self._up.wait(sum(view.nbytes for view in flat_views(parts)))
         self._store.put(name, parts)
 
     def get(self, name: str, *, newest: bool = False) -> memoryview:

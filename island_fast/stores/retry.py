@@ -1,4 +1,4 @@
-"""The one retry loop: jittered exponential pauses, and a total after which it gives up."""
+"""The retry loop: exponential pauses with jitter, until a total time is over."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Again", "Patience", "persist"]
+__all__ = ["RetryPolicy", "RetryableError", "retry"]
 
 T = TypeVar("T")
 
 
-class Again(Exception):
-    """An attempt failed, and the next one may not.
+class RetryableError(Exception):
+    """An attempt failed in a way that the next one may not.
 
-    `reason` says in a few words what was seen; `wait` is how many seconds the server asked to be
-    left alone, 0.0 if it did not say. Never reaches a user: whoever calls `persist` translates it.
+    `reason` says in a few words what was seen. `wait` is the pause in seconds that the server asked for, 0.0
+    if it did not. It never reaches a user: the caller of `retry` translates it.
     """
 
     def __init__(self, reason: str, wait: float = 0.0) -> None:
@@ -27,12 +27,13 @@ class Again(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
-    """How long to go on, in seconds: altogether, the first pause, and the longest one.
+class RetryPolicy:
+    """How long to retry: the time for all attempts, the first pause and the longest pause, in seconds.
 
-    `allowance` (seconds) and `rate` (bytes a second) bound one body: of n bytes, it must have come, or gone,
-    within allowance + n / rate, and may at no moment be later than that for the bytes so far. The rate is
-    low: several bodies share a line, and only those are meant that would keep a verb for hours.
+    `allowance` (seconds) and `rate` (bytes per second) limit one body: after t seconds at least (t -
+    allowance) * rate of its bytes must have been transferred, so n bytes never take longer than allowance + n
+    / rate. The rate is low, because several bodies share a line: the limit is there for transfers that would
+    otherwise keep a command for hours.
     """
 
     total: float = 300.0
@@ -42,28 +43,28 @@ class Patience:
     rate: float = 16 << 10
 
 
-def persist(
+def retry(
     attempt: Callable[[], T],
-    patience: Patience,
+    policy: RetryPolicy,
     *,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call `attempt` until it returns, and return that.
+    """Call `attempt` until it returns, and return its result.
 
-    Only `Again` leads to another call; it is raised to the caller once the next pause would end
-    after `patience.total` seconds. Each pause is between half and all of a step that doubles; a
-    server may ask for more, up to `patience.longest`.
+    Only `RetryableError` leads to another call. It is raised once the next pause would end more than
+    `policy.total` seconds after the start. Each pause is between half and all of a step that doubles; a
+    server can ask for a longer one, up to `policy.longest`.
     """
-    end = clock() + patience.total
-    step = patience.first
+    end = clock() + policy.total
+    step = policy.first
     while True:
         try:
             return attempt()
-        except Again as failure:
+        except RetryableError as error:
             jittered = random.uniform(step / 2, step)
-            pause = max(jittered, min(failure.wait, patience.longest))
+            pause = max(jittered, min(error.wait, policy.longest))
             if clock() + pause > end:
                 raise
         sleep(pause)
-        step = min(step * 2, patience.longest)
+        step = min(step * 2, policy.longest)

@@ -1,7 +1,7 @@
-"""Signing in to Swift with the credentials that people already have in their environment.
+"""Signing in to Swift with the credentials that users already have in their environment.
 
-All ways go through a keystoneauth session, TempAuth ("v1") too. No secret is ever part of a
-message, a log line or a repr.
+Every way goes through a keystoneauth session, TempAuth ("v1") too. No secret is ever part of a message, a log
+line or a repr.
 """
 
 from __future__ import annotations
@@ -10,22 +10,23 @@ import logging
 import os
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import urlsplit
 
 from keystoneauth1 import exceptions, loading, plugin, token_endpoint
 from keystoneauth1.session import Session
 
 from island_fast.errors import StoreError
-from island_fast.stores.retry import Again
+from island_fast.stores.retry import RetryableError
 
-__all__ = ["TIMEOUT", "Keyring", "Ticket", "from_environment", "quiet"]
+__all__ = ["TIMEOUT", "SwiftAuth", "Token", "auth_from_environment", "silence_logger", "walk_causes"]
 
 TIMEOUT = 60.0
-"""Seconds of silence, on any connection, after which an attempt has failed."""
+"""Seconds without a byte, on any connection, after which an attempt has failed."""
 
-_OF_REQUESTS = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+_CA_VARIABLES = ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")  # those of the library requests
 _HOW = (
     "set ST_AUTH, ST_USER and ST_KEY, or OS_CLOUD, or OS_AUTH_URL with OS_USERNAME, OS_PASSWORD and "
     "OS_PROJECT_NAME (or OS_APPLICATION_CREDENTIAL_ID and _SECRET), or OS_STORAGE_URL and OS_AUTH_TOKEN"
@@ -33,27 +34,27 @@ _HOW = (
 
 
 @dataclass(frozen=True, slots=True)
-class Ticket:
-    """Where an account's objects are, and the token that opens it."""
+class Token:
+    """A token of an account, and the URL below which the account's objects are."""
 
     url: str
-    token: str = field(repr=False)
+    value: str = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """Which of the object stores in a catalogue is meant. `url` overrides the catalogue."""
+    """Which of the object stores in a Keystone catalogue to use. `url` overrides the catalogue."""
 
     interface: str = "public"
     region: str | None = None
     url: str | None = None
 
 
-class Keyring:
-    """The one ticket that all threads use, renewed by one of them when it has expired.
+class SwiftAuth:
+    """Signs in to one account, and keeps the token that all threads use. Thread-safe.
 
-    `source` names the variables that the user would correct; `prefix` is before the names of all of them.
-    Owns the session.
+    `source` names the variables that the user would correct, for messages. `prefix` is the text in front of
+    the names of all of them. Owns the session.
     """
 
     def __init__(self, session: Session, service: Service, source: str) -> None:
@@ -62,46 +63,51 @@ class Keyring:
         self._session = session
         self._service = service
         self._lock = threading.Lock()
-        self._ticket: Ticket | None = None
+        self._token: Token | None = None
 
     def __repr__(self) -> str:
-        return f"<Keyring of {self.source}>"
+        return f"<SwiftAuth of {self.source}>"
 
     @property
     def verify(self) -> bool | str:
-        """Whether to check the server's certificate, or the file of authorities to check it with."""
+        """Return whether to verify the server's certificate, or the file of authorities to verify it with."""
         return True if self._session.verify is None else self._session.verify
 
     @property
     def cert(self) -> tuple[str | None, str | None]:
-        """The client's certificate and key files."""
+        """Return the names of the client's certificate and key files."""
         cert = self._session.cert
         return (cert, None) if isinstance(cert, str) else cert or (None, None)
 
-    def ticket(self) -> Ticket:
-        """The current ticket; the first call signs in.
+    def get_token(self) -> Token:
+        """Return the current token; the first call signs in.
 
-        `Again` if the server of identities does not answer, StoreError if it refuses.
+        `RetryableError` if the identity server does not answer, StoreError if it refuses.
         """
         with self._lock:
-            if self._ticket is None:
-                self._ticket = self._sign_in()
-            return self._ticket
+            if self._token is None:
+                self._token = self._sign_in()
+            return self._token
 
-    def renew(self, expired: Ticket) -> Ticket:
-        """A ticket other than `expired`. Of several threads that ask at once only the first signs in."""
+    def renew(self, expired: Token) -> Token:
+        """Return a token other than `expired`. If several threads ask at once only the first signs in."""
         with self._lock:
-            if self._ticket is expired or self._ticket is None:
-                self._ticket = None
+            if self._token is expired or self._token is None:
+                self._token = None
                 self._session.invalidate()
-                self._ticket = self._sign_in()
-            return self._ticket
+                self._token = self._sign_in()
+            return self._token
 
-    def refused(self) -> StoreError:
-        """What to tell the user whose credentials are not accepted."""
+    def refusal_error(self) -> StoreError:
+        """Return the error for credentials that Swift does not accept."""
         return StoreError(f"Swift does not accept the credentials of {self.source}; correct or renew them")
 
-    def _sign_in(self) -> Ticket:
+    def address(self) -> str:
+        """Return host and port of Swift, or of the identity server while there is no token; "" if unknown."""
+        url = self._token.url if self._token else getattr(self._session.auth, "auth_url", None)
+        return urlsplit(url or "").netloc.rpartition("@")[2]
+
+    def _sign_in(self) -> Token:
         try:
             token = self._session.get_token()
             url = self._service.url or self._session.get_endpoint(
@@ -110,9 +116,11 @@ class Keyring:
                 region_name=self._service.region,
             )
         except (exceptions.Unauthorized, exceptions.Forbidden):
-            raise self.refused() from None
+            raise self.refusal_error() from None
         except _SILENCE as error:
-            raise Again(f"no answer to the sign-in with {self.source} ({_named(error)})") from None
+            reasons = (cause.strerror for cause in walk_causes(error) if isinstance(cause, OSError))
+            reason = next(filter(None, reasons), _short_name(error))
+            raise RetryableError(f"{reason} at the sign-in with {self.source}") from None
         except exceptions.SSLError:
             raise StoreError(
                 f"the certificate of the server in {self.source} cannot be verified; set "
@@ -122,14 +130,14 @@ class Keyring:
             url = None
         except exceptions.ClientException as error:
             raise StoreError(
-                f"signing in with {self.source} failed ({_named(error)}); check these variables"
+                f"signing in with {self.source} failed ({_short_name(error)}); check these variables"
             ) from None
         if not url or not token:
             where = f" in region {self._service.region}" if self._service.region else ""
             raise StoreError(
                 f"the catalogue of {self.source} has no object-store{where}; set {self.prefix}OS_REGION_NAME"
             )
-        return Ticket(url.rstrip("/"), token)
+        return Token(url.rstrip("/"), token)
 
 
 _SILENCE = (
@@ -142,67 +150,75 @@ _SILENCE = (
 )
 
 
-def _named(error: Exception) -> str:
-    """An exception in two words. Its own text may quote URLs, and those may hold passwords."""
+def _short_name(error: Exception) -> str:
+    """Return an exception as one or two words. Its own text can quote URLs, which can contain passwords."""
     status = getattr(error, "http_status", None)
     return f"{status} {type(error).__name__}" if status else type(error).__name__
 
 
-def from_environment(environ: Mapping[str, str] = os.environ, prefix: str = "") -> Keyring:
-    """The keyring that the environment describes; nothing is asked of any server yet.
+def walk_causes(error: BaseException) -> Iterator[BaseException]:
+    """Iterate over an exception, the one that led to it, and so on."""
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
 
-    Of ours only variables that begin with `prefix` count, without it; messages name them with it.
+
+def auth_from_environment(environ: Mapping[str, str] = os.environ, prefix: str = "") -> SwiftAuth:
+    """Return the `SwiftAuth` that the environment describes. No server is contacted yet.
+
+    Only variables whose names begin with `prefix` count, except those of the library requests. Messages name
+    the variables with it.
     """
-    found = {key: environ[key] for key in _OF_REQUESTS if key in environ}
+    found = {key: environ[key] for key in _CA_VARIABLES if key in environ}
     found |= {key.removeprefix(prefix): value for key, value in environ.items() if key.startswith(prefix)}
     try:
-        keyring = _keyring(found)
+        auth = _auth_from_variables(found)
     except StoreError as error:
-        raise StoreError(_prefixed(str(error), prefix)) from None
-    keyring.source, keyring.prefix = _prefixed(keyring.source, prefix), prefix
-    return keyring
+        raise StoreError(_add_prefix(str(error), prefix)) from None
+    auth.source, auth.prefix = _add_prefix(auth.source, prefix), prefix
+    return auth
 
 
-def _prefixed(text: str, prefix: str) -> str:
-    """`text` with `prefix` before each name of a variable."""
+def _add_prefix(text: str, prefix: str) -> str:
+    """Return `text` with `prefix` in front of each variable's name."""
     return re.sub(r"\b(?=(OS|ST)_)", lambda _: prefix, text)
 
 
-def _keyring(environ: Mapping[str, str]) -> Keyring:
-    """The keyring of these variables.
+def _auth_from_variables(environ: Mapping[str, str]) -> SwiftAuth:
+    """Return the `SwiftAuth` of these variables.
 
-    The first of these that is there counts: OS_STORAGE_URL with OS_AUTH_TOKEN; ST_AUTH (TempAuth);
-    OS_CLOUD (clouds.yaml, read by openstacksdk from the process's own environment); OS_AUTH_URL
-    (Keystone, any OS_AUTH_TYPE). Incomplete or missing credentials are a StoreError that says what
-    to set.
+    The first of these that is set counts: OS_STORAGE_URL with OS_AUTH_TOKEN; ST_AUTH (TempAuth); OS_CLOUD
+    (clouds.yaml, which openstacksdk reads from the process's own environment); OS_AUTH_URL (Keystone, any
+    OS_AUTH_TYPE). StoreError that says what to set if credentials are missing or incomplete.
     """
-    quiet("keystoneauth", logging.ERROR)
+    silence_logger("keystoneauth", logging.ERROR)
     url, token = environ.get("OS_STORAGE_URL"), environ.get("OS_AUTH_TOKEN")
     if url and token:
         auth: plugin.BaseAuthPlugin = token_endpoint.Token(url, token)
-        return Keyring(_session(auth, environ), Service(url=url), "OS_STORAGE_URL and OS_AUTH_TOKEN")
+        return SwiftAuth(_session(auth, environ), Service(url=url), "OS_STORAGE_URL and OS_AUTH_TOKEN")
     if environ.get("ST_AUTH"):
-        return _from_tempauth(environ)
+        return _auth_from_tempauth(environ)
     if environ.get("OS_CLOUD"):
-        return _from_cloud(environ["OS_CLOUD"])
+        return _auth_from_cloud(environ["OS_CLOUD"])
     if environ.get("OS_AUTH_URL"):
-        return _from_keystone(environ)
+        return _auth_from_keystone(environ)
     raise StoreError(f"there are no credentials for Swift; {_HOW}")
 
 
-def _from_tempauth(environ: Mapping[str, str]) -> Keyring:
+def _auth_from_tempauth(environ: Mapping[str, str]) -> SwiftAuth:
     missing = [key for key in ("ST_USER", "ST_KEY") if not environ.get(key)]
     if missing:
-        raise StoreError(f"ST_AUTH is set and {' and '.join(missing)} not; set all three")
+        raise StoreError(f"ST_AUTH is set without {' and '.join(missing)}; set all three")
     auth: plugin.BaseAuthPlugin = loading.get_plugin_loader("v1password").load_from_options(
         auth_url=environ["ST_AUTH"], username=environ["ST_USER"], password=environ["ST_KEY"]
     )
     service = Service(url=environ.get("OS_STORAGE_URL"))
-    return Keyring(_session(auth, environ), service, "ST_AUTH, ST_USER and ST_KEY")
+    return SwiftAuth(_session(auth, environ), service, "ST_AUTH, ST_USER and ST_KEY")
 
 
-def _from_keystone(environ: Mapping[str, str]) -> Keyring:
-    """Any plugin of keystoneauth, its options under the names that openrc files give them."""
+def _auth_from_keystone(environ: Mapping[str, str]) -> SwiftAuth:
+    """Return the `SwiftAuth` of any keystoneauth plugin, its options named as in openrc files."""
     kind = environ.get("OS_AUTH_TYPE")
     if not kind:
         by_credential = environ.get("OS_APPLICATION_CREDENTIAL_SECRET")
@@ -226,10 +242,10 @@ def _from_keystone(environ: Mapping[str, str]) -> Keyring:
         region=environ.get("OS_REGION_NAME"),
         url=environ.get("OS_STORAGE_URL"),
     )
-    return Keyring(_session(auth, environ), service, "OS_AUTH_URL and the OS_ variables with it")
+    return SwiftAuth(_session(auth, environ), service, "OS_AUTH_URL and the OS_ variables with it")
 
 
-def _from_cloud(name: str) -> Keyring:
+def _auth_from_cloud(name: str) -> SwiftAuth:
     try:
         from openstack.config import OpenStackConfig
         from openstack.exceptions import ConfigException
@@ -250,13 +266,13 @@ def _from_cloud(name: str) -> Keyring:
         region=cloud.get_region_name("object-store"),
         url=cloud.get_endpoint("object-store"),
     )
-    return Keyring(session, service, f"OS_CLOUD {name}")
+    return SwiftAuth(session, service, f"OS_CLOUD {name}")
 
 
 def _session(auth: plugin.BaseAuthPlugin, environ: Mapping[str, str]) -> Session:
     insecure = environ.get("OS_INSECURE", "").lower() in ("1", "true", "yes", "on")
-    # requests looks for its own by itself, but only on the sessions that trust the environment.
-    authorities = ("OS_CACERT", *_OF_REQUESTS)
+    # requests reads its own variables, but only for sessions that trust the environment.
+    authorities = ("OS_CACERT", *_CA_VARIABLES)
     cacert = next((environ[key] for key in authorities if environ.get(key)), True)
     cert, key = environ.get("OS_CERT"), environ.get("OS_KEY")
     return Session(
@@ -267,10 +283,10 @@ def _session(auth: plugin.BaseAuthPlugin, environ: Mapping[str, str]) -> Session
     )
 
 
-def quiet(logger: str, level: int) -> None:
-    """Keep a library's own account of failures (tracebacks, parts of tokens) out of sight.
+def silence_logger(logger: str, level: int) -> None:
+    """Hide what a library logs below `level`: its failures have tracebacks and parts of tokens.
 
-    Not if someone has asked for it, by setting that logger's level.
+    A level that somebody has set for that logger stays.
     """
     log = logging.getLogger(logger)
     if log.level == logging.NOTSET:

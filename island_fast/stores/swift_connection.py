@@ -1,72 +1,88 @@
-"""The way to a Swift account: connections, the renewal of the token, and what a failure means.
+"""Connections to a Swift account: the renewal of the token, retries, and what a failure means.
 
-A 2xx is an outcome, and so is any 4xx that a verb expects; 401 renews the token; other 4xx are
-final; everything else (408, 409, 425, 429, 498, 499, 5xx, timeouts, broken connections) leaves the
-outcome unknown, and the request is made again until it is known. The only module that imports
-swiftclient.
+A 2xx is an outcome, and so is any 4xx that the caller expects. 401 renews the token; other 4xx are final.
+Everything else (408, 409, 425, 429, 498, 499, 5xx, timeouts, broken connections) leaves the outcome unknown,
+and the request is repeated until it is known. This is the only module that imports swiftclient.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from http.client import HTTPException
 from typing import Any, TypeVar
 
 import requests
 import urllib3
 from swiftclient import client
-from swiftclient.exceptions import ClientException as Refusal
+from swiftclient.exceptions import ClientException as HttpError
 
 from island_fast import __version__
 from island_fast.errors import StoreError
-from island_fast.stores.retry import Again, Patience, persist
-from island_fast.stores.swift_auth import TIMEOUT, Keyring, Ticket, quiet
+from island_fast.stores.retry import RetryableError, RetryPolicy, retry
+from island_fast.stores.swift_auth import TIMEOUT, SwiftAuth, Token, silence_logger, walk_causes
 from island_fast.stores.swift_pace import PacedAdapter, TooSlow
 
-__all__ = ["Connection", "Refusal", "Wire", "unless"]
+__all__ = ["Connection", "HttpError", "SwiftConnectionPool", "none_if_status"]
 
 T = TypeVar("T")
 Connection = Any
-"""swiftclient's Connection; it has no types. Its calls raise Refusal for any answer but 2xx."""
+"""swiftclient's Connection; it has no types. Its methods raise HttpError for any answer but 2xx."""
 
 _BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, OSError)
 _UNKNOWN = (408, 409, 425, 429, 498, 499)
-_UNFRAMED = (None, 408, 499)  # the connection may be in the middle of something
+_UNFRAMED = (None, 408, 499)  # the connection can be in the middle of a message
+_OPENING = 20.0  # seconds; nobody should wait minutes to learn that a host name is wrong
 
 
-class Wire:
+class SwiftConnectionPool:
     """Connections to an account, each used by one thread at a time, and the retry loop around them.
 
-    An attempt ends in bounded time: connecting, and each silence, in TIMEOUT seconds; an answer, however
-    slowly it drips, as `Patience` says; sending, as `SwiftStore.put` says.
+    An attempt ends in bounded time: connecting, and each silence, after TIMEOUT seconds; an answer, however
+    slowly it comes, as `RetryPolicy` says; sending, as `SwiftStore.put` says.
 
-    swiftclient's Connection mixes up answers when threads share it; so each call takes one out of
-    the idle ones and puts it back. A connection whose state is in doubt is closed first, and opens
-    itself again.
+    swiftclient's Connection mixes up answers when threads share it, so each call takes one out of the idle
+    ones and puts it back. A connection whose state is in doubt is closed first, and opens itself again.
     """
 
-    def __init__(self, keyring: Keyring, patience: Patience) -> None:
-        self.patience = patience
-        self._keyring = keyring
+    def __init__(self, auth: SwiftAuth, policy: RetryPolicy) -> None:
+        self.policy = policy
+        self._auth = auth
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
-        quiet("swiftclient", logging.CRITICAL)
+        silence_logger("swiftclient", logging.CRITICAL)
 
-    def ask(self, what: str, action: Callable[[Connection], T], patience: Patience | None = None) -> T:
-        """What `action` returns, called again for as long as the outcome is unknown.
+    def call(self, what: str, action: Callable[[Connection], T], *, writes: bool = False) -> T:
+        """Return the result of `action`, which is repeated while its outcome is unknown.
 
-        It may raise Refusal and whatever a connection raises, or `Again`, or an error for the user.
+        `action` can raise HttpError and whatever a connection raises, or `RetryableError`, or an error for
+        the user. `what` names the request in messages. With `writes`, the StoreError after the last attempt
+        says that the outcome is unknown.
         """
-        patience = patience or self.patience
         try:
-            return persist(lambda: self._attempt(what, action), patience)
-        except Again as failure:
+            return retry(lambda: self._call_with_token(what, action), self.policy)
+        except RetryableError as error:
+            unknown = ", so the outcome is unknown" if writes else ""
             raise StoreError(
-                f"{what}: Swift has not answered for {patience.total:.0f} s (last: {failure.reason}), so "
-                "the outcome is unknown; run it again when the store is well"
-            ) from failure.__cause__
+                f"{what}: Swift{self._where()} has not answered for {self.policy.total:.0f} s "
+                f"(last: {error.reason}){unknown}; run the command again when it does"
+            ) from error.__cause__
+
+    def call_first(self, what: str, action: Callable[[Connection], T]) -> T:
+        """Return the result of `action`, a store's first request, which changes nothing. See `call`.
+
+        It is given up sooner: whoever typed a wrong host name should not wait for minutes.
+        """
+        policy = replace(self.policy, total=min(self.policy.total, _OPENING))
+        try:
+            return retry(lambda: self._call_with_token(what, action), policy)
+        except RetryableError as error:
+            raise StoreError(
+                f"cannot reach Swift{self._where()} ({error.reason}, tried for {policy.total:.0f} s); "
+                "nothing was changed"
+            ) from error.__cause__
 
     def close(self) -> None:
         """Close the idle connections."""
@@ -75,29 +91,34 @@ class Wire:
         for connection in idle:
             connection.close()
 
-    def _attempt(self, what: str, action: Callable[[Connection], T]) -> T:
-        ticket = self._keyring.ticket()
+    def _where(self) -> str:
+        address = self._auth.address()
+        return f" at {address}" if address else ""
+
+    def _call_with_token(self, what: str, action: Callable[[Connection], T]) -> T:
+        """Call `action` once, and once more with a new token if Swift does not accept the old one."""
+        token = self._auth.get_token()
         try:
-            return self._call(what, action, ticket)
-        except _Expired:
+            return self._call_once(what, action, token)
+        except _TokenExpired:
             pass
         try:
-            return self._call(what, action, self._keyring.renew(ticket))
-        except _Expired:
-            raise self._keyring.refused() from None
+            return self._call_once(what, action, self._auth.renew(token))
+        except _TokenExpired:
+            raise self._auth.refusal_error() from None
 
-    def _call(self, what: str, action: Callable[[Connection], T], ticket: Ticket) -> T:
-        """One try with one connection; failures are sorted into `Again`, `_Expired` and StoreError."""
-        connection = self._take(ticket)
+    def _call_once(self, what: str, action: Callable[[Connection], T], token: Token) -> T:
+        """Call `action` with a connection; raise RetryableError, _TokenExpired or StoreError if it fails."""
+        connection = self._take_connection(token)
         clean = False
         try:
             result = action(connection)
             clean = True
-        except Refusal as error:
+        except HttpError as error:
             clean = error.http_status not in _UNFRAMED
-            raise _sorted(what, error) from error
+            raise _error_for_answer(what, error) from error
         except _BROKEN as error:
-            raise _broken(what, error) from error
+            raise _error_for_failure(what, error) from error
         finally:
             if not clean:
                 connection.close()
@@ -105,63 +126,64 @@ class Wire:
                 self._idle.append(connection)
         return result
 
-    def _take(self, ticket: Ticket) -> Connection:
+    def _take_connection(self, token: Token) -> Connection:
+        """Take an idle connection, or make one; give it the token."""
         with self._lock:
             connection = self._idle.pop() if self._idle else None
         if connection is None:
-            cert, key = self._keyring.cert
-            verify = self._keyring.verify
+            cert, key = self._auth.cert
+            verify = self._auth.verify
             connection = client.Connection(
                 retries=0,
                 timeout=TIMEOUT,
-                preauthurl=ticket.url,
-                preauthtoken=ticket.token,
+                preauthurl=token.url,
+                preauthtoken=token.value,
                 insecure=verify is False,
                 cacert=verify if isinstance(verify, str) else None,
                 cert=cert,
                 cert_key=key,
             )
-        elif connection.url != ticket.url:
+        elif connection.url != token.url:
             connection.close()
-        connection.url, connection.token = ticket.url, ticket.token
+        connection.url, connection.token = token.url, token.value
         if connection.http_conn is None:
-            connection.http_conn = _dial(connection, self.patience)
+            connection.http_conn = _make_http(connection, self.policy)
         return connection
 
 
-def _dial(connection: Connection, patience: Patience) -> tuple[Any, Any]:
-    """What swiftclient would make, but its answers are paced, and the environment is read once, here."""
+def _make_http(connection: Connection, policy: RetryPolicy) -> tuple[Any, Any]:
+    """Make what swiftclient would make, but with paced answers, and read the environment only once, here."""
     parsed, http = connection.http_connection()
     http.default_user_agent = f"island-fast/{__version__}"
     session = http.request_session
     session.trust_env = False
     session.max_redirects = 0  # the token is for this server only
     session.proxies = requests.utils.get_environ_proxies(connection.url)
-    adapter = PacedAdapter(patience)
+    adapter = PacedAdapter(policy)
     for scheme in ("http://", "https://"):
         session.mount(scheme, adapter)
     return parsed, http
 
 
-class _Expired(Exception):
-    """Swift does not know the token (any more)."""
+class _TokenExpired(Exception):
+    """Swift does not know the token, or not any more."""
 
 
-def _sorted(what: str, error: Refusal) -> Exception:
-    """What an answer that no verb expects means."""
+def _error_for_answer(what: str, error: HttpError) -> Exception:
+    """Return the exception for an answer that the caller does not expect."""
     status = error.http_status
     shown = f"{status} {error.http_reason}".strip()
     if status == 401:
-        return _Expired()
+        return _TokenExpired()
     if status is None:
-        return Again("an unreadable answer")
+        return RetryableError("an unreadable answer")
     if status in _UNKNOWN or status >= 500:
-        return Again(shown, _retry_after(error.http_response_headers))
+        return RetryableError(shown, _retry_after(error.http_response_headers))
     if status == 403:
-        return StoreError(f"{what}: Swift refuses ({shown}); ask for a role that may write the container")
+        return StoreError(f"{what}: Swift refuses ({shown}); ask for a role that can write to the container")
     if status == 413:
         return StoreError(f"{what}: Swift refuses ({shown}); raise the quota or free some space")
-    return StoreError(f"{what}: Swift refuses ({shown}); its administrator can tell why")
+    return StoreError(f"{what}: Swift refuses ({shown}); ask its administrator for the reason")
 
 
 def _retry_after(headers: Mapping[str, str] | None) -> float:
@@ -169,8 +191,8 @@ def _retry_after(headers: Mapping[str, str] | None) -> float:
     return float(value) if value.isdecimal() and len(value) < 7 else 0.0
 
 
-def _broken(what: str, error: Exception) -> Exception:
-    """What a connection that failed means. The libraries' own texts are long and may quote the URL."""
+def _error_for_failure(what: str, error: Exception) -> Exception:
+    """Return the exception for a failed connection. The libraries' texts are long and can quote the URL."""
     if isinstance(error, requests.exceptions.SSLError) and "certificate verify" in str(error):
         return StoreError(
             f"{what}: the certificate of Swift cannot be verified; set OS_CACERT to its authority's file"
@@ -178,31 +200,23 @@ def _broken(what: str, error: Exception) -> Exception:
     if isinstance(error, requests.TooManyRedirects):
         return StoreError(f"{what}: the address of Swift only redirects; correct the endpoint in use")
     if isinstance(error, ValueError) and isinstance(error, requests.RequestException):
-        return StoreError(f"{what}: the address of Swift is no URL; correct the endpoint in use")
-    causes = list(_causes(error))
+        return StoreError(f"{what}: the address of Swift is not a valid URL; correct the endpoint in use")
+    causes = list(walk_causes(error))
     if any(isinstance(cause, TooSlow) for cause in causes):
-        return Again("a body that came too slowly")
+        return RetryableError("a body that came too slowly")
     if isinstance(error, requests.Timeout | urllib3.exceptions.TimeoutError | TimeoutError):
-        return Again("a timeout")
+        return RetryableError("a timeout")
     for cause in causes:
         if isinstance(cause, OSError) and cause.strerror:
-            return Again(cause.strerror)
-    return Again("a broken connection")
+            return RetryableError(cause.strerror)
+    return RetryableError("a broken connection")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """An exception, what led to it, and so on."""
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def unless(status: int, call: Callable[[], T]) -> T | None:
-    """What `call` returns, or None where Swift answers `status`."""
+def none_if_status(status: int, call: Callable[[], T]) -> T | None:
+    """Return the result of `call`, or None if Swift answers `status`."""
     try:
         return call()
-    except Refusal as error:
+    except HttpError as error:
         if error.http_status == status:
             return None
         raise

@@ -1,8 +1,8 @@
-"""How slowly bytes may come and go.
+"""The least speed at which bodies must come and go.
 
-A socket's timeout is for one call: a server that sends a byte now and then would keep a reader for ever. So
-each answer is read against a clock, header and body alike, whatever library asks for it: the limit sits on
-the socket, below requests and urllib3, where nothing is copied for it. `PacedAdapter` brings it there.
+A socket's timeout is for one call: a server that sends a byte now and then would keep a reader waiting for
+ever. So each answer, header and body, is read against a clock, whatever library reads it. The limit is at the
+socket, below requests and urllib3, where it needs no copy of the data. `PacedAdapter` installs it there.
 """
 
 from __future__ import annotations
@@ -19,65 +19,65 @@ from urllib3 import HTTPConnectionPool, HTTPSConnectionPool, PoolManager, ProxyM
 
 from island_fast.arrays import Buffer
 from island_fast.stores.base import Views
-from island_fast.stores.retry import Again, Patience
+from island_fast.stores.retry import RetryableError, RetryPolicy
 
 __all__ = ["Pace", "PacedAdapter", "PacedBody", "TooSlow"]
 
-_SENT_AT_ONCE = 256 << 10  # bytes; each must go out within the timeout
+_SENT_AT_ONCE = 256 << 10  # bytes; each piece must be sent within the socket's timeout
 
 Arg = Any
-"""What only passes through, to a library."""
+"""An argument that is only passed on to a library."""
 
 
 class TooSlow(TimeoutError):
-    """Bytes come, and would not all have come in any bearable time."""
+    """Bytes come, but too slowly for a `RetryPolicy`."""
 
 
 class Pace:
-    """The clock of one stretch of bytes.
+    """The clock of one body. The caller adds to `bytes` what was transferred.
 
-    After t seconds at least (t - `patience.allowance`) * `patience.rate` bytes must have been counted; so n
-    bytes never take longer than allowance + n / rate.
+    After t seconds at least (t - `policy.allowance`) * `policy.rate` bytes must have been counted, so n bytes
+    never take longer than allowance + n / rate.
     """
 
-    def __init__(self, patience: Patience, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, policy: RetryPolicy, clock: Callable[[], float] = time.monotonic) -> None:
         self.bytes = 0
-        self._patience = patience
+        self._policy = policy
         self._clock = clock
         self._began = clock()
 
-    def left(self) -> float:
-        """Seconds until it is too slow; not positive when it is."""
-        patience = self._patience
-        return self._began + patience.allowance + self.bytes / patience.rate - self._clock()
+    def seconds_left(self) -> float:
+        """Return the seconds until the body is too slow; 0 or less if it is."""
+        policy = self._policy
+        return self._began + policy.allowance + self.bytes / policy.rate - self._clock()
 
 
 class PacedBody:
-    """Buffers as a file whose `read` gives out the next one whole: nothing is copied on the way.
+    """Buffers as a file for requests to read from. Nothing is copied.
 
-    A server that takes them too slowly is left, by `Again` in the middle of the request.
+    `read` raises RetryableError, in the middle of the request, if the server takes the bytes too slowly.
     """
 
-    def __init__(self, content: Views, patience: Patience) -> None:
+    def __init__(self, content: Views, policy: RetryPolicy) -> None:
         self._pieces = (
             view[i : i + _SENT_AT_ONCE] for view in content for i in range(0, view.nbytes, _SENT_AT_ONCE)
         )
-        self._patience = patience
+        self._policy = policy
         self._pace: Pace | None = None
 
     def read(self, size: int = -1) -> Buffer:
-        """The next bytes, however many were asked for; b'' at the end."""
+        """Return the next piece, whatever `size` is; b'' at the end."""
         if self._pace is None:
-            self._pace = Pace(self._patience)  # now: whoever connects has a time limit of his own
-        if self._pace.left() <= 0:
-            raise Again("a body that went too slowly")
+            self._pace = Pace(self._policy)  # not earlier: connecting has a time limit of its own
+        if self._pace.seconds_left() <= 0:
+            raise RetryableError("a body that was sent too slowly")
         piece: Buffer = next(self._pieces, b"")
         self._pace.bytes += len(piece)
         return piece
 
 
-class _Paced(io.RawIOBase):
-    """The bytes of one answer. Owns `raw`, which reads from `sock`; the socket's own timeout stays valid."""
+class _PacedReader(io.RawIOBase):
+    """The bytes of one answer. Owns `raw`, which reads from `sock`. The socket's own timeout remains."""
 
     def __init__(self, raw: io.RawIOBase, sock: socket.socket, pace: Pace) -> None:
         self._raw = raw
@@ -85,27 +85,27 @@ class _Paced(io.RawIOBase):
         self._pace = pace
 
     def readable(self) -> bool:
-        """It is."""
+        """Return True."""
         return True
 
     def fileno(self) -> int:
-        """The socket's."""
+        """Return the socket's file descriptor."""
         return self._raw.fileno()
 
     def readinto(self, buffer: Arg) -> int | None:
-        """What is there, at least one byte unless it is the end; TooSlow when its time is over."""
-        left, usual = self._pace.left(), self._sock.gettimeout()
+        """Read what has come, at least one byte except at the end; TooSlow if its time is over."""
+        left, usual = self._pace.seconds_left(), self._sock.gettimeout()
         if left <= 0:
             raise TooSlow
         if usual is not None and usual <= left:
             count: int | None = self._raw.readinto(buffer)
         else:
-            count = self._hurried(buffer, left, usual)
+            count = self._read_within(buffer, left, usual)
         self._pace.bytes += count or 0
         return count
 
-    def _hurried(self, buffer: Arg, left: float, usual: float | None) -> int | None:
-        """Read with `left` seconds at most. Where nothing has come at all, it is an ordinary timeout."""
+    def _read_within(self, buffer: Arg, left: float, usual: float | None) -> int | None:
+        """Read for at most `left` seconds; an ordinary TimeoutError if nothing has come at all."""
         self._sock.settimeout(left)
         try:
             return self._raw.readinto(buffer)
@@ -117,44 +117,44 @@ class _Paced(io.RawIOBase):
             self._sock.settimeout(usual)
 
     def close(self) -> None:
-        """Let go of the socket, as http.client expects."""
+        """Close the file, and release the socket as http.client expects."""
         super().close()
         self._raw.close()
 
 
-class _Answer(HTTPResponse):
-    """http.client's answer, whose bytes are paced from here on."""
+class _PacedResponse(HTTPResponse):
+    """http.client's response, read at the least pace of `policy`."""
 
-    def __init__(self, patience: Patience, sock: socket.socket, *args: Arg, **options: Arg) -> None:
+    def __init__(self, policy: RetryPolicy, sock: socket.socket, *args: Arg, **options: Arg) -> None:
         super().__init__(sock, *args, **options)
         raw = self.fp.detach()
-        self.fp = io.BufferedReader(_Paced(raw, sock, Pace(patience)))
+        self.fp = io.BufferedReader(_PacedReader(raw, sock, Pace(policy)))
 
 
 class PacedAdapter(requests.adapters.HTTPAdapter):
-    """The way of a requests session to its servers, every answer paced by `patience`.
+    """A transport adapter of a requests session: every answer must come at the pace of `policy`.
 
-    A SOCKS proxy has connections of its own kind: behind one, only a silent socket ends a call.
+    A SOCKS proxy has connections of another class: through one, only a silent socket ends a call.
     """
 
-    def __init__(self, patience: Patience) -> None:
+    def __init__(self, policy: RetryPolicy) -> None:
         super().__init__()
-        self._pools = _pools(patience)
-        self.poolmanager.pool_classes_by_scheme = self._pools
+        self._make_pools = _make_pools(policy)
+        self.poolmanager.pool_classes_by_scheme = self._make_pools
 
     def proxy_manager_for(self, proxy: str, **options: Arg) -> PoolManager:
         """See HTTPAdapter."""
         manager: PoolManager = super().proxy_manager_for(proxy, **options)
         if type(manager) is ProxyManager:
-            manager.pool_classes_by_scheme = self._pools
+            manager.pool_classes_by_scheme = self._make_pools
         return manager
 
 
-def _pools(patience: Patience) -> dict[str, type[HTTPConnectionPool]]:
-    """urllib3's pools, by scheme; each class names the class of its connections, and that of its answers."""
+def _make_pools(policy: RetryPolicy) -> dict[str, type[HTTPConnectionPool]]:
+    """Make urllib3 pool classes by scheme, whose connections' responses are paced."""
 
-    def answer(sock: socket.socket, *args: Arg, **options: Arg) -> _Answer:
-        return _Answer(patience, sock, *args, **options)
+    def answer(sock: socket.socket, *args: Arg, **options: Arg) -> _PacedResponse:
+        return _PacedResponse(policy, sock, *args, **options)
 
     def paced(pool: type[HTTPConnectionPool]) -> type[HTTPConnectionPool]:
         connection = type("Paced", (pool.ConnectionCls,), {"response_class": staticmethod(answer)})

@@ -1,8 +1,7 @@
-"""Several ranges of an object in one request: the header that asks, and the answer taken apart.
+"""Several ranges of an object in one request: writing its Range header, and parsing the answer.
 
-RFC 9110, sections 14.2 and 14.6. A server may answer with the ranges as asked, join neighbours, or
-send the whole object; all three are understood. Anything else is a ValueError that says what is
-wrong. No I/O.
+RFC 9110, sections 14.2 and 14.6. A server can send the ranges as asked, join neighbours, or send the whole
+object; all three are accepted. Anything else is a ValueError that says what is wrong. No I/O.
 """
 
 from __future__ import annotations
@@ -15,13 +14,21 @@ from dataclasses import dataclass
 
 from island_fast.stores.base import Range, Views
 
-__all__ = ["RANGES_PER_REQUEST", "Piece", "pick", "pieces", "range_header", "room", "split_ranges"]
+__all__ = [
+    "RANGES_PER_REQUEST",
+    "Piece",
+    "max_body_size",
+    "parse_pieces",
+    "range_header",
+    "select_ranges",
+    "split_ranges",
+]
 
 RANGES_PER_REQUEST = 49
-"""Swift answers 50 at most (swift.common.swob, MAX_RANGES)."""
+"""Swift accepts at most 50 (swift.common.swob, MAX_RANGES)."""
 
 _PART_OVERHEAD = 2048
-"""More than the delimiter and headers of one part take, in bytes."""
+"""Upper limit for the delimiter and headers of one part, in bytes."""
 
 _CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19}|\*)")
 _BOUNDARY = re.compile(r'multipart/byteranges\s*;(?:.*;)?\s*boundary="?([^\s";]{1,70})"?\s*(?:;.*)?', re.I)
@@ -29,7 +36,7 @@ _BOUNDARY = re.compile(r'multipart/byteranges\s*;(?:.*;)?\s*boundary="?([^\s";]{
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes of an object from `start` on, of `total` altogether (None: the server does not say)."""
+    """Bytes of an object from offset `start` on. `total` is the object's size; None if it is not given."""
 
     start: int
     data: memoryview
@@ -37,12 +44,12 @@ class Piece:
 
     @property
     def stop(self) -> int:
-        """The offset after the last byte."""
+        """Return the offset after the last byte."""
         return self.start + self.data.nbytes
 
 
 def split_ranges(ranges: Sequence[Range]) -> list[list[Range]]:
-    """Ascending disjoint ranges as requests: empty ones dropped, touching ones joined, 49 to a request."""
+    """Split ascending disjoint ranges into requests of at most 49; drop empty ones and join touching ones."""
     joined: list[Range] = []
     for offset, length in ranges:
         if joined and length and offset == sum(joined[-1]):
@@ -54,25 +61,29 @@ def split_ranges(ranges: Sequence[Range]) -> list[list[Range]]:
 
 
 def range_header(ranges: Sequence[Range]) -> str:
-    """The value of the Range header for ranges of at least one byte each."""
+    """Return the value of the Range header for ranges of at least one byte each."""
     return "bytes=" + ",".join(f"{offset}-{offset + length - 1}" for offset, length in ranges)
 
 
-def room(ranges: Sequence[Range]) -> int:
-    """The most bytes that a 206 to these ranges can have, be they joined over the gaps between them."""
+def max_body_size(ranges: Sequence[Range]) -> int:
+    """Return the most bytes of a valid 206 answer to these ranges, even with the gaps between them."""
     return sum(ranges[-1]) - ranges[0][0] + (len(ranges) + 1) * _PART_OVERHEAD
 
 
-def pieces(headers: Mapping[str, str], body: memoryview) -> list[Piece]:
-    """The pieces of a 206 answer, ascending and disjoint; they are views of `body`.
+def parse_pieces(headers: Mapping[str, str], body: memoryview) -> list[Piece]:
+    """Parse a 206 answer into pieces, ascending and disjoint; they are views of `body`.
 
     `headers` has lower-case keys.
     """
     boundary = _BOUNDARY.fullmatch(headers.get("content-type", "").strip())
     if boundary:
-        found = _parts(body, boundary[1].encode())
+        found = _parse_multipart(body, boundary[1].encode())
     else:
-        found = [_piece(headers.get("content-range", ""), body)]
+        content_range = headers.get("content-range", "")
+        start, stop, total = _parse_content_range(content_range)
+        if body.nbytes != stop - start:
+            raise ValueError(f"{body.nbytes} bytes came as {content_range!r}")
+        found = [Piece(start, body, total)]
     if not found:
         raise ValueError("it has no parts")
     for before, after in itertools.pairwise(found):
@@ -81,18 +92,10 @@ def pieces(headers: Mapping[str, str], body: memoryview) -> list[Piece]:
     return found
 
 
-def _piece(content_range: str, data: memoryview) -> Piece:
-    """A piece from its Content-Range header, and the bytes that must be exactly of that length."""
-    start, stop, total = _bounds(content_range)
-    if data.nbytes != stop - start:
-        raise ValueError(f"{data.nbytes} bytes came as {content_range!r}")
-    return Piece(start, data, total)
-
-
-def _bounds(content_range: str) -> tuple[int, int, int | None]:
+def _parse_content_range(content_range: str) -> tuple[int, int, int | None]:
     match = _CONTENT_RANGE.fullmatch(content_range.strip())
     if not match:
-        raise ValueError(f"{content_range[:80]!r} is no Content-Range")
+        raise ValueError(f"{content_range[:80]!r} is not a valid Content-Range")
     start, stop = int(match[1]), int(match[2]) + 1
     total = None if match[3] == "*" else int(match[3])
     if start >= stop or (total is not None and stop > total):
@@ -100,8 +103,8 @@ def _bounds(content_range: str) -> tuple[int, int, int | None]:
     return start, stop, total
 
 
-def _parts(body: memoryview, boundary: bytes) -> list[Piece]:
-    """The parts of a multipart body, by the length that each states: never by looking for a boundary."""
+def _parse_multipart(body: memoryview, boundary: bytes) -> list[Piece]:
+    """Parse a multipart body by the length that each part states, never by searching for a boundary."""
     delimiter = b"--" + boundary
     at = 2 if bytes(body[:2]) == b"\r\n" else 0
     found: list[Piece] = []
@@ -109,7 +112,7 @@ def _parts(body: memoryview, boundary: bytes) -> list[Piece]:
         at = _expect(body, at, delimiter)
         if bytes(body[at : at + 2]) == b"--":
             return found
-        at, start, stop, total = _part_head(body, at)
+        at, start, stop, total = _parse_part_head(body, at)
         end = at + stop - start
         if end > body.nbytes:
             raise ValueError("it ends inside a part")
@@ -117,8 +120,8 @@ def _parts(body: memoryview, boundary: bytes) -> list[Piece]:
         at = _expect(body, end, b"\r\n")
 
 
-def _part_head(body: memoryview, at: int) -> tuple[int, int, int, int | None]:
-    """A part's headers: where its bytes begin in the body, and its bounds."""
+def _parse_part_head(body: memoryview, at: int) -> tuple[int, int, int, int | None]:
+    """Parse a part's headers; return where its bytes begin in the body, and its start, stop and total."""
     head = bytes(body[at : at + _PART_OVERHEAD])
     end = head.find(b"\r\n\r\n")
     if end < 0:
@@ -126,18 +129,19 @@ def _part_head(body: memoryview, at: int) -> tuple[int, int, int, int | None]:
     for line in head[:end].split(b"\r\n"):
         key, _, value = line.partition(b":")
         if key.strip().lower() == b"content-range":
-            return at + end + 4, *_bounds(value.decode("latin-1"))
+            return at + end + 4, *_parse_content_range(value.decode("latin-1"))
     raise ValueError("a part has no Content-Range")
 
 
 def _expect(body: memoryview, at: int, token: bytes) -> int:
+    """Return the offset after `token`, which must be at offset `at`."""
     if body[at : at + len(token)] != token:
         raise ValueError(f"there is no {token!r} at byte {at}")
     return at + len(token)
 
 
-def pick(found: Sequence[Piece], ranges: Sequence[Range]) -> Views:
-    """The bytes of each range out of ascending pieces; ValueError where a range is not all there."""
+def select_ranges(found: Sequence[Piece], ranges: Sequence[Range]) -> Views:
+    """Return the bytes of each range, taken from ascending pieces; ValueError if a range is incomplete."""
     starts = [piece.start for piece in found]
     chosen = []
     for offset, length in ranges:

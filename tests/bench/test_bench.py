@@ -1,4 +1,4 @@
-"""The bench as a person runs it, on tiny volumes, with every peer."""
+"""The bench as a user runs it, on tiny volumes, with every peer."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ import pytest
 from rich.console import Console
 
 from island_fast.bench import plot, table
-from island_fast.bench.case import MIB, Context, Scale, Size, Work
+from island_fast.bench.case import MIB, Case, Context, Scale, Size
 from island_fast.bench.cases import full, increments
-from island_fast.bench.peers.versions import PEERS
+from island_fast.bench.compare import COUNT_TOLERANCE
+from island_fast.bench.peers.all_peers import PEERS
 from island_fast.bench.report import Counter, LeftOut, Report
 from island_fast.bench.runner import Plan, measure
 from island_fast.errors import IslandError
 
 TINY = Scale(Size(16 * MIB, 8 * MIB, 1), None)
-WORKS = (increments.WORKS[0], *full.WORKS)
+CASES = (increments.CASES[0], *full.CASES)
 
 
 def bench(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -32,10 +33,10 @@ def bench(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    """All that needs neither Swift nor devices, once; every restore in it is compared."""
+    """Run every case that compares with several peers, once; the cases compare every restore."""
     missing = [name for name in ("restic", "borg") if not shutil.which(name)]
     assert not missing, f"{missing} are not installed: scripts/install_packages peers"
-    return measure(Plan([*PEERS], WORKS, quick=True, scale=TINY), lambda text: None)
+    return measure(Plan([*PEERS], CASES, quick=True, scale=TINY), lambda text: None)
 
 
 def test_every_peer_has_its_row(tiny: Report) -> None:
@@ -49,14 +50,14 @@ def test_every_peer_has_its_row(tiny: Report) -> None:
 
 
 def test_what_is_stored_is_the_same_in_every_run(tiny: Report) -> None:
-    """All chance comes from the seed."""
+    """All random data comes from the seed."""
     (stored,) = (row for row in tiny.rows if row.against == "bytes edited")
     assert 0.3 < stored.ratio.median < 1.2
 
 
 def test_the_table_names_each_row_and_the_picture_is_one(tiny: Report, tmp_path: Path) -> None:
     with open(tmp_path / "table", "w+") as file:
-        table.draw(tiny, Console(file=file, width=150))
+        table.print_report(tiny, Console(file=file, width=150))
         file.seek(0)
         text = file.read()
     for row in tiny.rows:
@@ -76,8 +77,8 @@ def test_a_peer_that_is_missing_is_named_and_the_rest_is_measured(tmp_path: Path
     done = bench(*words, PATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     for line in (
-        "left out: restic: it is not installed; apt-get install restic",
-        "left out: borg: it is not installed; apt-get install borgbackup",
+        "left out: restic: it is not installed; run: apt-get install restic",
+        "left out: borg: it is not installed; run: apt-get install borgbackup",
     ):
         assert line in done.stdout
     assert {one["name"] for one in json.loads((tmp_path / "found.json").read_text())["left_out"]} >= {"borg"}
@@ -86,26 +87,34 @@ def test_a_peer_that_is_missing_is_named_and_the_rest_is_measured(tmp_path: Path
 @pytest.mark.parametrize(
     "words, code, sentence",
     [
-        (["--peers", "restic,tar"], 2, "tar: there are restic, borg, qemu-img, fio, cinder"),
-        (["--work", "nonsense"], 2, "no work has 'nonsense' in its name; they are: "),
+        (["--peers", "restic,tar"], 2, "unknown: tar; use any of restic, borg, qemu-img, fio, cinder"),
+        (["--work", "nonsense"], 2, "no case has 'nonsense' in its name; the cases are: "),
         (["--compare", "nowhere.json"], 3, "nowhere.json does not exist; make one with --json"),
-        (["--compare", "/dev/null"], 6, "/dev/null is no report of this bench"),
-        (["--json", "nowhere/found.json"], 2, "nowhere/found.json cannot be written"),
+        (["--compare", "/dev/null"], 6, "/dev/null is not a valid report of this bench"),
+        (["--json", "nowhere/found.json"], 2, "cannot write nowhere/found.json"),
         (["--nonsense"], 2, "--nonsense"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_measured(words: list[str], code: int, sentence: str) -> None:
+def test_mistakes_are_reported_before_anything_is_measured(
+    words: list[str], code: int, sentence: str
+) -> None:
     done = bench(*words)
     assert (done.returncode, done.stdout) == (code, "")
     assert sentence in done.stderr
     assert "Traceback" not in done.stderr
 
 
+def test_the_help_says_how_counts_are_compared() -> None:
+    done = bench("--help", COLUMNS="200")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert f"counts by more than {COUNT_TOLERANCE * 100:g} %" in " ".join(done.stdout.split())
+
+
 def test_a_run_is_kept_drawn_and_compared_with_an_earlier_one(tmp_path: Path) -> None:
     file, picture, before = (tmp_path / name for name in ("found.json", "found.png", "before.json"))
     words = ("--quick", "--work", "kernels")
     done = bench(*words, "--json", file, "--plot", picture)
-    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "kernels"), "works are told as they begin"
+    assert (done.returncode, done.stderr.splitlines()[0]) == (0, "kernels"), "cases are shown as they begin"
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(file.read_text())
     assert {*found["machine"]} == {"processor", "cores", "memory", "kernel", "file system", "load"}
@@ -117,13 +126,13 @@ def test_a_run_is_kept_drawn_and_compared_with_an_earlier_one(tmp_path: Path) ->
     done = bench(*words, "--compare", before)
     assert done.returncode == 1
     assert f"worse than {before}: {found['rows'][0]['work']}, against" in done.stderr
-    assert found["rows"][0]["against"] in done.stdout, "the table comes all the same"
+    assert found["rows"][0]["against"] in done.stdout, "the table is printed nevertheless"
     done = bench("--work", "kernels", "--compare", before)
     assert (done.returncode, done.stdout) == (2, "")
     assert "the baseline was measured with --quick" in done.stderr
 
 
-def test_a_work_that_fails_is_told_and_leaves_the_others() -> None:
+def test_a_case_that_fails_is_reported_and_the_others_run() -> None:
     def fails(context: Context) -> Iterator[Counter]:
         yield Counter("found before", 1)
         raise IslandError("the reason")
@@ -131,7 +140,7 @@ def test_a_work_that_fails_is_told_and_leaves_the_others() -> None:
     def works(context: Context) -> Iterator[Counter]:
         yield Counter("found after", 1)
 
-    found = measure(Plan([], [Work("one", fails), Work("other", works)], scale=TINY), lambda text: None)
+    found = measure(Plan([], [Case("one", fails), Case("other", works)], scale=TINY), lambda text: None)
     assert found.left_out == (LeftOut("one", "the reason", failed=True),)
     assert [counter.name for counter in found.counters] == ["found before", "found after"]
 

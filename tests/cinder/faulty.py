@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from island_fast.cinder.island_command import Commands
+from island_fast.cinder.island_command import IslandCommand
 from tests.cinder.cloud import Attached, Cloud
 from tests.cinder.disks import run
 from tests.cinder.programs import Program, free_ports, wait_for
@@ -101,7 +101,9 @@ class FaultyHost:
         """Return when Swift was asked so since faults were set last."""
 
         def asked() -> bool:
-            return any(one["method"] == method and re.search(path, one["path"]) for one in self.swift.seen())
+            return any(
+                one["method"] == method and re.search(path, one["path"]) for one in self.swift.list_requests()
+            )
 
         wait_for(f"{method} {path}", asked, self.service.complaints)
 
@@ -150,8 +152,8 @@ class FaultyHost:
     def stored(self, volume: Any) -> dict[str, str]:
         """The snapshots of the volume's lineage that are in the repository, by id, with their labels."""
         environment = self.swift.environment() | {"ISLAND_STATE": str(self.account.home / "looking")}
-        island = Commands(str(self.backend["island_repository"]), environment)
-        return {row["snapshot"]: row["label"] for row in island.listed(volume.id)}
+        island = IslandCommand(str(self.backend["island_repository"]), environment)
+        return {row["snapshot"]: row["label"] for row in island.list_snapshots(volume.id)}
 
     # -- killing
 

@@ -62,6 +62,6 @@ def test_every_option_has_a_help_text_and_secrets_are_secret() -> None:
 
 
 def test_the_document_names_every_option_of_the_drivers_own() -> None:
-    options = set(re.findall(r'"(island_\w+)"', (ROOT / "island_fast" / "driver_options.py").read_text()))
+    options = set(re.findall(r'"(island_\w+)"', (ROOT / "island_fast" / "cinder" / "options.py").read_text()))
     told = set(re.findall(r"^\| `(island_\w+)`", (ROOT / "docs" / "cinder.md").read_text(), re.MULTILINE))
     assert options == told

@@ -95,7 +95,7 @@ def untouched(services: Services, regions: Regions) -> Any:
     swift = services.swift("one")
     swift.calm()
     yield
-    assert [asked for asked in swift.seen() if asked["method"] not in ("GET", "HEAD")] == []
+    assert [asked for asked in swift.list_requests() if asked["method"] not in ("GET", "HEAD")] == []
     assert swift.count("GET", regions.lineage) > 0
 
 
@@ -143,10 +143,10 @@ def test_a_managed_snapshot_makes_volumes_and_is_only_forgotten(
 @pytest.mark.parametrize(
     ("name", "repository", "told"),
     [
-        ("{lineage}@123", "one", "names no snapshot"),
-        ("../../{lineage}@{id}", "one", "names no snapshot"),
-        ("a/b@{id}", "one", "names no snapshot"),
-        ("{lineage}@{id}", "../one", "names no snapshot"),
+        ("{lineage}@123", "one", "does not name a snapshot"),
+        ("../../{lineage}@{id}", "one", "does not name a snapshot"),
+        ("a/b@{id}", "one", "does not name a snapshot"),
+        ("{lineage}@{id}", "../one", "does not name a snapshot"),
         ("{lineage}@{id}", "nowhere", "no repository 'nowhere' is configured"),
         ("{lineage}@" + "0" * 32, "one", "there is no snapshot"),
         ("nothing@{id}", "one", "has no snapshots"),

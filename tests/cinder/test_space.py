@@ -79,10 +79,10 @@ def test_a_snapshot_under_way_is_given_up(host: FaultyHost) -> None:
         assert free(host) > RESERVE
         write(disk.device, 0, second + first[: 8 * MIB])
         assert free(host) < RESERVE / 2
-        host.await_word(f"snapshot of volume {disk.id} that is being taken is given up", begun)
+        host.await_word(f"aborting the running snapshot of volume {disk.id}", begun)
         with pytest.raises(AssertionError, match="is error, not available"):
             host.cloud.await_snapshot(given_up, "available")
-    assert f"the snapshot of volume {disk.id} was given up" in host.service.text()[begun:]
+    assert f"the snapshot of volume {disk.id} was aborted" in host.service.text()[begun:]
     host.await_word(f"pins of volume {disk.id} dropped", begun)
     assert host.pins(disk.volume) == []
     write(disk.device, 64 * MIB, first + second[: 10 * MIB])

@@ -147,4 +147,4 @@ def test_the_script_comes_whatever_the_configuration_says(island: Island) -> Non
     island.configuration.parent.mkdir(parents=True)
     island.configuration.write_text("nonsense")
     assert "_ISLAND_COMPLETE" in island.text("completion", "bash")
-    assert "is not TOML" in island.fails(2, "list")
+    assert "is not valid TOML" in island.fails(2, "list")

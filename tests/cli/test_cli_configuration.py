@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.island_command import Commands
+from island_fast.cinder.island_command import IslandCommand
 from tests.cli.conftest import MIB, Island
 from tests.support import qemu
 
@@ -72,6 +72,11 @@ def test_each_rule_is_looked_up_by_itself(
     assert kept() == [[], [], ["last"], ["last", "yearly"]]
     assert kept("--keep-last", 1) == [[], [], [], ["last", "yearly"]]
     assert kept("--keep-last", 0) == [[], [], [], ["yearly"]]
+    rules = island.text("retain", "--dry-run", "--keep-daily", 3).splitlines()[0]
+    assert rules == (
+        "Rules: keep-last 2 (ISLAND_KEEP_LAST), keep-daily 3 (command line), "
+        "keep-yearly 1 (configuration file)."
+    )
     assert "give at least one" in island.fails(2, "retain", "--keep-last", 0, "--keep-yearly", 0)
     monkeypatch.setenv("ISLAND_KEEP_LAST", "two")
     assert "ISLAND_KEEP_LAST" in island.fails(2, "retain")
@@ -102,6 +107,11 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
             "repositry is unknown; known are repository, compression, workers, limit-upload, ",
         ),
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
+        ("keep-daily = 7", "keep-daily belongs below a line [retain]"),
+        (
+            '[retain]\nrepository = "/srv"',
+            "retain.repository belongs at the top of the file, above every [tab",
+        ),
         ("[snapshot]\nfull = true", "snapshot is unknown; known are "),
         ("repository = 7", "repository must be a text in quotes"),
         ('repository = "snapshots"', "repository must be an absolute path, begin with ~/, or be swift://"),
@@ -109,17 +119,23 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
         ('repository = "~other"', "repository must be an absolute path, begin with ~/, or be swift://"),
         ('compression = "zlib"', 'compression must be "zstd" or "none"'),
         ("compression = true", 'compression must be "zstd" or "none"'),
-        ("limit-upload = 10", 'limit-upload must be a rate in quotes, such as "10M"'),
-        ('limit-download = "0M"', 'limit-download must be a rate in quotes, such as "10M"'),
-        ('limit-download = "10"', 'limit-download must be a rate in quotes, such as "10M"'),
+        ("limit-upload = 10", "limit-upload must be a rate in quotes: one number and K, M or G, without B"),
+        (
+            'limit-download = "0M"',
+            "limit-download must be a rate in quotes: one number and K, M or G, without B",
+        ),
+        (
+            'limit-download = "10"',
+            "limit-download must be a rate in quotes: one number and K, M or G, without B",
+        ),
         ("retain = 7", "retain must be a table"),
         ('[retain]\nkeep-daily = "7"', "retain.keep-daily must be a whole number, 0 or more"),
         ("[retain]\nkeep-daily = true", "retain.keep-daily must be a whole number, 0 or more"),
         ("[retain]\nkeep-daily = -1", "retain.keep-daily must be a whole number, 0 or more"),
         ("[[retain]]\nkeep-daily = 1", "retain must be a table"),
         ('"" = {repository = "/srv"}', " is unknown; known are "),
-        ("repository = /srv", "is not TOML ("),
-        ("x" * 10000, "is not TOML ("),
+        ("repository = /srv", "is not valid TOML ("),
+        ("x" * 10000, "is not valid TOML ("),
     ],
 )
 def test_what_would_have_no_effect_is_refused_by_name(island: Island, text: str, told: str) -> None:
@@ -127,6 +143,7 @@ def test_what_would_have_no_effect_is_refused_by_name(island: Island, text: str,
     sentence = island.fails(2, "list")
     assert told in sentence
     assert str(island.configuration) in sentence
+    assert "--help" not in sentence, "which says nothing on the file"
     assert island("--help").code == island("--version").code == 0
     assert island("list", "--help").code == island("list", "-h").code == 0
 
@@ -166,5 +183,5 @@ def test_a_file_that_anybody_may_write_to_decides_nothing(nowhere: Island) -> No
 
 def test_the_drivers_commands_read_none(island: Island, small: Path) -> None:
     configure(island, "nonsense")
-    commands = Commands(str(island.repository), {"ISLAND_STATE": str(island.state)})
-    assert commands.listed() == []
+    commands = IslandCommand(str(island.repository), {"ISLAND_STATE": str(island.state)})
+    assert commands.list_snapshots() == []

@@ -10,11 +10,9 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import click
 import pytest
 
 from island_fast.api import Repository
-from island_fast.cli.run import Run, conclude
 from island_fast.cli.text import printable
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
@@ -98,7 +96,7 @@ def test_a_repository_that_is_none(island: Island, disk: Path, tmp_path: Path) -
             assert hint in island.fails(3, "-r", where, *verb)
         assert fingerprint(where) == before
     assert "does not exist" in island.fails(3, "-r", tmp_path / "nowhere", "list")
-    assert "is no repository" in island.fails(2, "-r", "s3://bucket", "list")
+    assert "is not a repository address" in island.fails(2, "-r", "s3://bucket", "list")
     assert not pins(disk)
 
 
@@ -180,7 +178,7 @@ def test_a_target_that_will_not_do(island: Island, disk: Path, tmp_path: Path, w
         target = Path(".")
     before = sorted(tmp_path.iterdir())
     sentence = island.fails(3 if what == "nowhere" else 4, "restore", "disk@latest", target)
-    assert ("exists already" in sentence) == (what != "nowhere")
+    assert ("already exists" in sentence) == (what != "nowhere")
     assert sorted(tmp_path.iterdir()) == before
     assert what != "file" or target.read_bytes() == b"precious"
 
@@ -200,12 +198,18 @@ def test_a_name_that_another_image_has(island: Island, disk: Path, tmp_path: Pat
 
 def test_usage(island: Island, disk: Path) -> None:
     for words, hint in {
-        ("frob",): "no such command",
-        ("lst",): "no such command 'lst'",
+        ("frob",): "no such command 'frob'; see 'island --help'",
+        ("lst",): "no such command 'lst'; did you mean 'list'? See 'island list --help'",
+        ("ls",): "no such command 'ls'; 'island list' lists snapshots",
+        ("forget",): "no such command 'forget'; 'island retain' deletes the snapshots that no rule keeps",
+        ("mount",): "no such command 'mount'; 'island restore' writes a snapshot to a file",
+        ("help",): "no such command 'help'; run 'island --help'",
+        ("snapshot", "--lable", "x"): "no such option '--lable'; did you mean '--label'? See 'island snap",
+        ("retain", "--keep-last", "-1"): "must be at least 0, not -1; see 'island retain --help'",
         (
             "completion",
         ): "missing argument '{bash|zsh|fish}'. Choose from: bash, zsh, fish; see 'island compl",
-        ("retain", "--keep-last", "x"): "'x' is no whole number; see 'island retain --help'",
+        ("retain", "--keep-last", "x"): "'x' is not a whole number; see 'island retain --help'",
         ("snapshot",): "missing argument 'IMAGE', or --domain for a running libvirt guest; see 'island snap",
         ("snapshot", str(disk), "--frob"): "no such option",
         ("snapshot", str(disk), "extra"): "unexpected extra argument",
@@ -217,11 +221,11 @@ def test_usage(island: Island, disk: Path) -> None:
         ("restore", "disk@latest", "out", "--onto", "disk"): "with --onto",
         ("restore", "disk@latest", "out", "--dry-run"): "--dry-run goes with --onto",
         ("restore", "disk@latest", "--onto", "disk", "--no-pin"): "leave out --no-pin",
-        ("sweep", "--grace", "5"): "no time span",
-        ("sweep", "--limit-upload", "10"): "no rate; write one such as",
-        ("copy", "--limit-download", "0K"): "no rate; write one such as",
-        ("sweep", "--grace", "-1s"): "no time span",
-        ("sweep", "--grace", ""): "no time span",
+        ("sweep", "--grace", "5"): "not a valid time span",
+        ("sweep", "--limit-upload", "10"): "not a valid rate; write one number",
+        ("copy", "--limit-download", "0K"): "not a valid rate; write one number",
+        ("sweep", "--grace", "-1s"): "not a valid time span",
+        ("sweep", "--grace", ""): "not a valid time span",
         ("list", "--volume"): "requires an argument",
         ("list", "-r", ""): "-r names no repository",
         ("--repository", "", "list"): "-r names no repository",
@@ -235,15 +239,6 @@ def test_usage(island: Island, disk: Path) -> None:
         assert hint in island.fails(2, *words), words
     assert not island.repository.exists()
     assert island("snapshot", disk, "--label", "--json").code == 0, "an option's value is no option"
-
-
-def test_a_suggestion_of_click_stays_a_question(capsys: pytest.CaptureFixture[str]) -> None:
-    def work(run: Run) -> None:
-        raise click.UsageError("No such command 'lst'. Did you mean 'list'?")
-
-    assert conclude(work) == 2
-    told = one_sentence(capsys.readouterr().err)
-    assert told == "no such command 'lst'; did you mean 'list'? See 'island --help'"
 
 
 def test_at_a_snapshot_that_is_not_in_the_image(island: Island, disk: Path) -> None:
@@ -384,7 +379,7 @@ def test_an_image_that_may_not_be_written(
 ) -> None:
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)  # root may write to all
     told = island.fails(1, "snapshot", disk)
-    assert told == f"{disk} cannot be written, so it can hold no pin; run as its owner, or give --no-pin"
+    assert told == f"{disk} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
     assert pins(disk) == []
     island.json("snapshot", disk, "--no-pin")
 
@@ -404,13 +399,13 @@ def test_a_directory_that_may_not_be_written(
     monkeypatch.setattr(os, "mkdir", mkdir)
     for place in (folder, folder / "new"):
         told = island.fails(5, "-r", place, "snapshot", disk)
-        assert told == f"{folder} cannot be written; name a directory that you may write to, with -r"
+        assert told == f"{folder} cannot be written; use -r to name a directory that you can write to"
 
 
 def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> None:
     island.json("snapshot", disk)
     told = island.fails(3, "restore", "disk@latest", tmp_path / "nodir/x.qcow2")
-    assert told.endswith(f"there is no folder {tmp_path / 'nodir'}; make it or name another target")
+    assert told.endswith(f"there is no folder {tmp_path / 'nodir'}; create it or name another target")
 
 
 def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:

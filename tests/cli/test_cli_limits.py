@@ -23,20 +23,20 @@ def rates(monkeypatch: pytest.MonkeyPatch) -> Rates:
     made: dict[int, float | None] = {}
     found: Rates = []
 
-    class Meter(rate_limit.Meter):
+    class RateLimiter(rate_limit.RateLimiter):
         def __init__(self, rate: float | None, wait: Callable[[float], None]) -> None:
             made[id(self)] = rate
             super().__init__(None, wait=wait)
 
-    class MeteredStore(rate_limit.MeteredStore):
-        def __init__(self, store: rate_limit.Store, meters: rate_limit.Meters) -> None:
+    class RateLimitedStore(rate_limit.RateLimitedStore):
+        def __init__(self, store: rate_limit.Store, meters: rate_limit.RateLimiters) -> None:
             found.append((made[id(meters.up)], made[id(meters.down)]))
             shared.add(id(meters))
             super().__init__(store, meters)
 
     shared: set[int] = set()
-    monkeypatch.setattr(rate_limit, "Meter", Meter)
-    monkeypatch.setattr(rate_limit, "MeteredStore", MeteredStore)
+    monkeypatch.setattr(rate_limit, "RateLimiter", RateLimiter)
+    monkeypatch.setattr(rate_limit, "RateLimitedStore", RateLimitedStore)
     return found
 
 
@@ -114,4 +114,4 @@ def test_option_variable_and_file(
     island.json("sweep", "--limit-upload", "4K")
     assert rates == [(1 << 30, None), (2048, 3072), (4096, 3072)]
     monkeypatch.setenv("ISLAND_LIMIT_UPLOAD", "fast")
-    assert "'fast' is no rate" in island.fails(2, "sweep")
+    assert "'fast' is not a valid rate" in island.fails(2, "sweep")

@@ -99,7 +99,7 @@ def test_an_interruption_tells_what_it_leaves(
     assert (process.returncode, out) == (1, b"")
     sentence = one_sentence(err.decode())
     assert sentence == (
-        f"interrupted; {target} is partly what it was and partly the snapshot; "
+        f"interrupted; {target} is a mix of what it was and the snapshot; "
         f"run 'island restore {taken} --onto {target}'"
     )
     qemu.check(target)

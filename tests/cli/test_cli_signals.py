@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from island_fast.cli.signals import Interrupted, Signals
-from island_fast.images.new_file import new_file
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.images.new_file import create_file
+from island_fast.qemu.programs import run_program
 from tests.cli.conftest import MIB, Island, one_sentence, pins, wait_until
 from tests.support import qemu
 
@@ -68,7 +68,7 @@ def test_an_interrupted_snapshot_leaves_everything_as_it_was(
     held = pins(large)
     sentence = interrupted_snapshot(island, large, number)
     assert sentence == (
-        "interrupted; no snapshot was made, earlier ones are as they were; "
+        "interrupted; no snapshot was made, earlier ones are unchanged; "
         "what was sent is kept for the next one"
     )
     qemu.check(large)
@@ -160,7 +160,7 @@ def test_a_signal_just_when_the_file_was_made(tmp_path: Path, monkeypatch: pytes
         raise KeyboardInterrupt
 
     monkeypatch.setattr(os, "open", interrupted)
-    with pytest.raises(KeyboardInterrupt), new_file(tmp_path / "out"):
+    with pytest.raises(KeyboardInterrupt), create_file(tmp_path / "out"):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -172,8 +172,8 @@ def test_as_json(island: Island, large: Path) -> None:
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (1, b"")
     assert out == (
-        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are as they '
-        b'were; what was sent is kept for the next one", "exit_code": 1}\n'
+        b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are '
+        b'unchanged; what was sent is kept for the next one", "exit_code": 1}\n'
     )
 
 
@@ -217,7 +217,7 @@ def test_a_process_just_started_is_not_forgotten(tmp_path: Path) -> None:
     script = f"kill -TERM {os.getpid()}; sleep 0.2; echo > {tmp_path}/ended"
 
     def work() -> None:
-        assert run_to_the_end(["sh", "-c", script]).returncode == 0
+        assert run_program(["sh", "-c", script]).returncode == 0
         time.sleep(10)
 
     with Signals(), pytest.raises(Interrupted):

@@ -62,10 +62,10 @@ def test_an_unchanged_volume_imports_no_more_than_its_snapshot_needs(island: Isl
     assert not {"hashlib", "lzma", "numpy.ma", "rich", "secrets", "shutil", "socket"} & found
 
 
-def on_terminal(island: Island, *words: object) -> str:
+def on_terminal(island: Island, *words: object, columns: int = 120) -> str:
     """What a process writes to a standard error that is a terminal."""
     ours, theirs = os.openpty()
-    process = island.start(*words, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": "120"})
+    process = island.start(*words, stderr=theirs, env=os.environ | {"TERM": "xterm", "COLUMNS": str(columns)})
     os.close(theirs)
     seen = b""
     with contextlib.suppress(OSError):  # EIO: nobody holds the other side any more
@@ -95,6 +95,12 @@ def test_bars_on_a_terminal(island: Island, larger: Path, tmp_path: Path) -> Non
     assert re.search(r"Sweeping.* of \d+\.\d MiB", on_terminal(island, "sweep"))
 
 
+def test_bars_on_a_narrow_terminal(island: Island, larger: Path) -> None:
+    seen = on_terminal(island, "snapshot", larger, columns=50)
+    assert re.search(r"Sending.*\d+% \d+ s left", seen)
+    assert "iB/s" not in seen
+
+
 def test_quiet_has_no_bars(island: Island, larger: Path) -> None:
     assert on_terminal(island, "snapshot", larger, "--quiet") == ""
 
@@ -116,7 +122,7 @@ def test_standard_output_that_is_full(island: Island, disk: Path, words: list[st
         process = island.start(*words, stdout=full, cwd=disk.parent)
     _, err = process.communicate(timeout=30)
     assert process.returncode == 1
-    assert "what was asked for was done" in one_sentence(err.decode())
+    assert "the work was done, but the answer cannot be written" in one_sentence(err.decode())
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
@@ -128,6 +134,19 @@ def test_streams_that_are_closed(island: Island, disk: Path, closed: int) -> Non
         assert b"Traceback" not in out + err
     qemu.check(disk)
     assert len(island.text("list", "-q").split()) == 1
+
+
+def test_list_on_a_narrow_terminal_has_no_parents(island: Island, disk: Path) -> None:
+    island("snapshot", disk)
+    for columns, parents in ((80, False), (100, True)):
+        ours, theirs = os.openpty()
+        process = island.start("list", stdout=theirs, env=os.environ | {"COLUMNS": str(columns)})
+        assert process.wait(timeout=30) == 0
+        seen = os.read(ours, 65536).decode()
+        os.close(ours)
+        os.close(theirs)
+        assert ("PARENT" in seen) == parents
+        assert max(map(len, seen.splitlines())) <= columns
 
 
 def test_a_plain_locale(island: Island, disk: Path) -> None:
@@ -182,6 +201,14 @@ def test_pace() -> None:
     assert pace(0, 4096, 1.0) == "0 B of 4.0 KiB"
     assert pace(1024, 4096, 2.0) == "1.0 KiB of 4.0 KiB, 512 B/s, 6 s left"
     assert pace(1024, 1024 * 101, 2.0).endswith("512 B/s, 3 min 20 s left")
+
+
+def test_pace_on_a_narrow_terminal() -> None:
+    full = "1.0 KiB of 4.0 KiB, 512 B/s, 6 s left"
+    assert pace(1024, 4096, 2.0, len(full)) == full
+    assert pace(1024, 4096, 2.0, len(full) - 1) == "1.0 KiB of 4.0 KiB, 6 s left", "the rate goes first"
+    assert pace(1024, 4096, 2.0, 20) == "6 s left", "then the bytes"
+    assert pace(1024, 4096, 2.0, 5) == pace(0, 4096, 2.0, 5) == "", "the percentage is beside it"
 
 
 def test_progress_ends_the_work_when_the_exception_of_a_signal_got_lost(

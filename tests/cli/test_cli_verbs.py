@@ -87,7 +87,7 @@ def test_snapshot_tells_its_rule_and_its_work(island: Island, disk: Path, tmp_pa
     assert found["volume"] == "disk, 64.0 MiB"
     assert found["parent"] == first["snapshot"]
     assert found["rule"] == f"table-diff: compared with the pinned base of snapshot {first['snapshot']}"
-    assert found["blocks"] == "2 may have changed, 2 did; 64 KiB each"
+    assert found["blocks"] == "2 changed, of 2 that could have; 64 KiB each"
     assert found["read"] == "128.0 KiB"
     assert re.fullmatch(r"12\d\.\d KiB; 3 objects written", found["stored"])
     assert re.fullmatch(r"\d+\.\d\d? s", found["time"])
@@ -242,35 +242,6 @@ def test_common_options_before_or_after_the_verb(
     assert island.text("-r", "/nowhere", "list", "-r", elsewhere, "--json") == before, "the last one counts"
 
 
-def test_help_tells_verbs_examples_and_exit_codes(island: Island) -> None:
-    text = island.text("--help")
-    verbs = re.findall(r"^  ([a-z]+)  ", text.split("Commands:")[1], re.MULTILINE)
-    assert verbs == [
-        "snapshot",
-        "list",
-        "show",
-        "restore",
-        "delete",
-        "sweep",
-        "adopt",
-        "unpin",
-        "copy",
-        "retain",
-        "diff",
-        "usage",
-        "verify",
-        "info",
-        "map",
-        "completion",
-    ]
-    assert re.findall(r"^    ([0-9])  ", text, re.MULTILINE) == list("0123456")
-    assert island.text("-h") == island.text() == text
-    for verb in verbs:
-        shown = island.text(verb, "--help")
-        assert "    island " in shown.split("Example:")[1]
-        assert all(option in shown for option in ("--repository", "--json", "--quiet"))
-
-
 def test_names_that_are_not_utf8(island: Island, disk: Path, tmp_path: Path) -> None:
     strange = os.path.join(os.fsencode(tmp_path), b"d\xff.qcow2")
     os.rename(disk, strange)
@@ -281,7 +252,7 @@ def test_names_that_are_not_utf8(island: Island, disk: Path, tmp_path: Path) -> 
     assert island.json("snapshot", name, "--volume", "d", "--no-pin")["blocks_changed"] == 48
     target = os.fsdecode(os.path.join(os.fsencode(tmp_path), b"t\xfe"))
     assert island.json("restore", "d@latest", target)["target"] == target
-    assert "t\\udcfe exists already" in island.fails(4, "restore", "d@latest", target)
+    assert "t\\udcfe already exists" in island.fails(4, "restore", "d@latest", target)
 
 
 def test_as_a_process_and_as_a_console_script(island: Island, disk: Path) -> None:
@@ -318,9 +289,9 @@ def test_unpin_of_orphans_keeps_what_a_table_diff_can_use(island: Island, disk: 
         qemu.snapshot_create(disk, name)
     told = island.text("unpin", disk, "--orphans")
     assert told.startswith(f"Dropped 1 pin from {disk}: ")
-    assert told.endswith("; every other pin stays.\n")
+    assert told.endswith("; other pins stay.\n")
     told = island.text("unpin", disk, "--orphans")
-    assert told == f"No interrupted snapshot left a pin in {disk}; any other stays.\n"
+    assert told == f"No interrupted snapshot left a pin in {disk}; other pins stay.\n"
     assert orphan not in pins(disk)
     assert stranger in pins(disk)
     island.json("delete", "disk@latest")

@@ -38,10 +38,11 @@ def test_a_whole_repository(island: Island, disk: Path) -> None:
     assert {key: found[key] for key in KEYS[:3]} == {"snapshots": 1, "objects": 4, "objects_read": 2}
     assert (found["damages"], found["objects_unproved"]) == ([], 2)
     lines = island.text("verify", "disk@latest", "--sample", "100%").splitlines()
-    assert [line.split()[0] for line in lines] == ["verified", "read", "damaged", "time"]
+    assert [line.split()[0] for line in lines] == ["verified", "read", "damage", "time"]
     assert lines[0] == "verified  1 snapshot, 4 objects"
-    assert lines[2] == "damaged   nothing was found"
+    assert lines[2] == "damage    none"
     assert island.text("verify", "--all", "--quiet") == ""
+    assert "unread" not in lines
     compared = island.text("verify", "disk@latest", "--against", disk).splitlines()
     assert "compared  3.0 MiB" in compared
     assert island.json("verify", "--all", "--since", "7d")["objects_read"] == 2, "read just now"
@@ -53,10 +54,10 @@ def test_damage_is_told_until_it_is_mended(island: Island, disk: Path, tmp_path:
     name = str(the_pack(island).relative_to(island.repository))
     done = island("verify", "--all", "--sample", "100%")
     assert done.code == 6
-    assert one_sentence(done.err).startswith("1 damaged object found and not mended")
+    assert one_sentence(done.err).startswith("1 damaged object found and not repaired")
     lines = done.out.splitlines()
     assert lines[0].startswith(f"damaged: {name} (rot): ")
-    assert lines[1] == f"  volume disk, snapshot {taken} lacks 64.0 KiB at byte {3 * MIB - 65536}+65536"
+    assert lines[1] == f"  volume disk, snapshot {taken} lacks 64.0 KiB at byte {3 * MIB - 65536}"
     assert "island verify --heal" in lines[2]
     told = island("verify", "--all", "--json")
     assert told.code == 6
@@ -68,8 +69,8 @@ def test_damage_is_told_until_it_is_mended(island: Island, disk: Path, tmp_path:
     assert island("verify", "--all", "--quiet").out == f"{name}\n"
     healed = island("verify", "--all", "--heal")
     assert (healed.code, healed.err) == (0, "")
-    assert healed.out.startswith(f"mended: {name} (rot): ")
-    assert "\nmended    1 object\n" in healed.out
+    assert healed.out.startswith(f"repaired: {name} (rot): ")
+    assert "\nrepaired  1 object\n" in healed.out
     assert island.json("verify", "--all", "--sample", "100%")["damages"] == []
     island("restore", "disk@latest", tmp_path / "back.qcow2")
     qemu.compare(disk, tmp_path / "back.qcow2", other_format="qcow2")

@@ -44,19 +44,20 @@ def test_retain_tells_what_stays_and_why(island: Island, taken: list[str]) -> No
              "reasons": ["last", "yearly"], **empty},
         ],
     }  # fmt: skip
-    header, *rows, told = island.text(*words, "--dry-run").splitlines()
+    rules, header, *rows, told = island.text(*words, "--dry-run").splitlines()
+    assert rules == "Rules: keep-last 1 (command line), keep-yearly 2 (command line)."
     assert re.split(r"  +", header) == ["ACTION", "SNAPSHOT", "CREATED", "FREES", "KEPT AS", "LABEL"]
     assert [re.split(r"  +", row) for row in rows] == [
         ["keep", taken[0][:12], created[0], "oldest yearly", "first\\n\\x1b[2J"],
         ["delete", taken[1][:12], created[1], f"{frees / 1024:.1f} KiB" if frees >= 1024 else f"{frees} B"],
         ["keep", taken[2][:12], created[2], "last, yearly"],
     ]
-    would_be = r"1 would be deleted; because of it the next sweep would free \S+ \S+\."
+    would_be = r"1 would be deleted; 'island sweep' would then free \S+ \S+\."
     assert re.fullmatch(rf"Volume disk: 2 of 3 snapshots kept, {would_be}", told)
     assert len(island.json("list")) == 3, "a dry run deletes nothing"
     done = island.text(*words).splitlines()
-    assert done[:-1] == [header, *rows]
-    assert done[-1] == told.replace("would be deleted", "deleted").replace("would free", "will free")
+    assert done[:-1] == [rules, header, *rows]
+    assert done[-1] == told.replace("would be deleted", "deleted").replace("would then free", "will free")
     assert [one["snapshot"] for one in island.json("list")] == [taken[0], taken[2]]
     assert island.json("sweep")[0]["bytes_freed"] == frees
     assert island.text(*words).splitlines()[-1] == "Volume disk: all 2 snapshots kept."
@@ -102,9 +103,9 @@ def test_diff_tells_extents_and_their_sum(island: Island, taken: list[str]) -> N
         [str(MIB), str(BLOCK), "zero"],
         [str(MIB + BLOCK), str(BLOCK), "data"],
     ]
-    assert told == ("Volume disk: 128.0 KiB may differ in 2 extents, 64.0 KiB of data and 64.0 KiB of zeros.")
+    assert told == ("Volume disk: 128.0 KiB can differ in 2 extents, 64.0 KiB of data and 64.0 KiB of zeros.")
     same = island.text("diff", "disk@latest", taken[2])
-    assert same == "Volume disk: 0 B may differ in 0 extents, 0 B of data and 0 B of zeros.\n"
+    assert same == "Volume disk: 0 B can differ in 0 extents, 0 B of data and 0 B of zeros.\n"
     assert island.text("diff", taken[0], taken[1], "--quiet") == ""
 
 

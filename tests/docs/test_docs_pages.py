@@ -27,12 +27,16 @@ def test_every_verb_and_option_is_on_the_page_and_in_its_man_page() -> None:
     for name, verb, context in pages.verbs(island):
         page = (pages.ROOT / f"man/island-{name}.1").read_text().replace("\\-", "-")
         part = text.partition(f"\n## island {name}\n")[2].partition("\n## ")[0]
-        rows = pages.options(verb, context)
-        assert len(rows) >= len(pages.COMMON)
-        for names, _ in rows:
-            assert all(name in page for name in re.findall(r"--[\w-]+", names))
-        for names, _ in pages.own(rows):
-            assert f"- `{names}`: " in part
+        found, common = pages.options(verb, context), pages.common(island)
+        assert sorted(common) == ["Output", "Repository"]
+        for group, rows in found.items():
+            assert f".SS {group}\n" in page
+            for names, _ in rows:
+                assert all(name in page for name in re.findall(r"--[\w-]+", names))
+        for group, rows in pages.without(found, common).items():
+            assert f"\n**{group}**\n" in part
+            for names, _ in rows:
+                assert f"- `{names}`: " in part
 
 
 def test_what_is_markup_in_a_man_page_is_escaped() -> None:

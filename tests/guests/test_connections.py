@@ -13,7 +13,7 @@ from tests.guests.test_domains import image
 def test_a_connection_is_renewed_or_kept(guest: Guest, monkeypatch: pytest.MonkeyPatch) -> None:
     with Domain(guest.name, guest.libvirt.uri) as domain:
         first = domain._connection
-        domain.renew()
+        domain.reconnect()
         assert domain._connection is not first
         node = domain.find_node(image(guest, "a"))
         for name, value, error in (
@@ -23,7 +23,7 @@ def test_a_connection_is_renewed_or_kept(guest: Guest, monkeypatch: pytest.Monke
             with monkeypatch.context() as patch:
                 patch.setattr(domain, name, value)
                 with pytest.raises(error):
-                    domain.renew()
+                    domain.reconnect()
             assert domain.find_node(image(guest, "a")) == node
 
 
@@ -33,7 +33,7 @@ def test_this_host_has_several_names(guest: Guest, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(module.virConnect, "getURI", lambda _: f"qemu+tcp://{host}/system")
     with Domain(guest.name, guest.libvirt.uri) as domain:
-        assert [disk.name for disk in domain.disks()] == ["vda", "vdb"]
+        assert [disk.name for disk in domain.find_disks()] == ["vda", "vdb"]
 
 
 @pytest.mark.parametrize("asked", ["getURI", "getType"])
@@ -46,7 +46,7 @@ def test_a_connection_that_dies_at_once_is_told(
         raise module.libvirtError("client socket is closed")
 
     monkeypatch.setattr(module.virConnect, asked, dead)
-    with pytest.raises(IslandError, match=r"tell where and what it is \(client socket is closed\)"):
+    with pytest.raises(IslandError, match=r"report host and kind for domain .* \(client socket is closed\)"):
         Domain(guest.name, guest.libvirt.uri)
 
 
@@ -59,9 +59,9 @@ def test_answers_without_sense_are_told(guest: Guest, monkeypatch: pytest.Monkey
         monkeypatch.setattr(libvirt_qemu, "qemuMonitorCommand", lambda *_: answer)
         monkeypatch.setattr(libvirt_qemu, "qemuAgentCommand", lambda *_: answer)
         monkeypatch.setattr(module.virDomain, "XMLDesc", lambda *_: answer)
-        with pytest.raises(IslandError, match=r"pass on query-status \(no sense in the answer\)"):
+        with pytest.raises(IslandError, match=r"pass on query-status for .* \(its answer is invalid\)"):
             domain.command("query-status")
-        with pytest.raises(IslandError, match=r"tell its disks \(no sense in the answer\)"):
-            domain.disks()
+        with pytest.raises(IslandError, match=r"list the disks for .* \(its answer is invalid\)"):
+            domain.find_disks()
         with pytest.raises(IslandError, match="its agent did not answer guest-ping "):
-            domain.agent("guest-ping", 1)
+            domain.ask_agent("guest-ping", 1)

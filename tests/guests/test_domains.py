@@ -80,7 +80,7 @@ def test_the_disks_of_a_guest_that_writes_on(island: Island, guest: Guest) -> No
 
 def test_manifests_tell_what_belongs_together(island: Island, guest: Guest) -> None:
     several = island.json(*words(guest, "--freeze", "never"))
-    assert several["reason"] == "no freeze was asked for"
+    assert several["reason"] == "no freeze was requested"
     told = [manifest(island, one["snapshot"]) for one in several["snapshots"]]
     assert {one.group for one in told} == {several["group"]}
     assert re.fullmatch("[0-9a-f]{32}", several["group"])
@@ -248,7 +248,7 @@ def test_a_guest_that_ends_while_it_is_stored(
     assert [one["blocks_changed"] for one in json.loads(done.out)["snapshots"]] == [0, 1]
     for disk, told in zip(("vda", "vdb"), done.err.splitlines(), strict=True):
         assert told.startswith(f"island: disk {disk}: the old pin island-")
-        assert " stays until the next snapshot: libvirt could not, for domain " in told
+        assert " stays until the next snapshot: libvirt could not pass on " in told
     for part in "ab":
         assert len(pins(image(guest, part))) == 2
         assert island.json("snapshot", image(guest, part))["rule"] == "table-diff"
@@ -291,8 +291,8 @@ def test_a_raw_disk_is_refused_by_name(island: Island, libvirt: Libvirt, name: s
     guest = libvirt.make(name, {"vda": file(libvirt.image(name)), "vdb": file(raw, "raw")})
     sentence = island.fails(4, *words(guest))
     assert sentence == (
-        f"disk vdb of domain '{name}' has format 'raw', and only qcow2 files are snapshotted in use; "
-        "name others with --disk: vda"
+        f"disk vdb of domain '{name}' has format 'raw', and only qcow2 files can be snapshotted while in "
+        "use; name others with --disk: vda"
     )
     assert len(island.json(*words(guest, "--disk", "vda"))["snapshots"]) == 1
 
@@ -311,8 +311,8 @@ def test_a_disk_on_the_network_is_refused_by_name(island: Island, libvirt: Libvi
             guest.stop()
         finally:
             server.terminate()
-    assert f"disk vda of domain '{name}' is no file but of type 'network', and only" in sentence
-    assert sentence.endswith("; it has no other")
+    assert f"disk vda of domain '{name}' is not a file but of type 'network', and only" in sentence
+    assert sentence.endswith("; it has no other disk")
 
 
 def test_two_new_images_of_one_name_are_not_mixed(island: Island, libvirt: Libvirt, name: str) -> None:
@@ -346,8 +346,8 @@ def test_a_libvirt_that_cannot_be_used(island: Island, libvirt: Libvirt, tmp_pat
         return island.fails(code, "snapshot", "--domain", "web1", "--connect", uri)
 
     assert "cannot be reached at qemu:///session?socket=" in fails(1, f"qemu:///session?socket={tmp_path}/no")
-    assert "see whether libvirtd runs" in fails(1, f"qemu:///session?socket={tmp_path}/no")
-    assert "has no guests of qemu's" in fails(2, "test:///default")
+    assert "check whether libvirtd runs" in fails(1, f"qemu:///session?socket={tmp_path}/no")
+    assert "has no qemu guests" in fails(2, "test:///default")
     assert island.repository.exists() is False
 
 

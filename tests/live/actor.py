@@ -20,7 +20,7 @@ from typing import Any
 from island_fast import errors
 from island_fast.cinder.attach.exports import Exports, State
 from island_fast.cinder.attach.selftest import check_data_path, choose_kind, measure_speed
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 KIND = os.environ.get("ISLAND_LIVE_KIND", "loop")
@@ -63,7 +63,7 @@ class Remote:
             answer = self._hear()
             if "root" in answer:
                 self.became_root.append(answer["root"])
-                done = run_to_the_end(answer["root"], root=True)
+                done = run_program(answer["root"], root=True)
                 self._say({"status": done.returncode, "out": done.stdout, "err": done.stderr})
             elif "error" in answer:
                 raise getattr(errors, answer["error"])(answer["message"])
@@ -103,8 +103,8 @@ def _ask_root(command: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def execute(command, /, *, root=False, env=None):
-    """An `Execute`: what wants root's rights goes up to the test."""
-    return _ask_root(list(command)) if root else run_to_the_end(command, env=env)
+    """A `RunProgram`: what wants root's rights goes up to the test."""
+    return _ask_root(list(command)) if root else run_program(command, env=env)
 
 
 def _calls() -> Iterator[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from island_fast.cinder.attach.exports import Exports
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from tests.live.actor import KIND, ROOT, USER, Remote
 from tests.support.daemon import create_qcow2
 
@@ -104,7 +104,7 @@ def _host_in(user: str, folder: Path, links: Path) -> Iterator[Host]:
         os.chown(place, uid, uid)
     if uid and not _may_read(uid):
         pytest.skip(f"the user nobody may not read {ROOT}")
-    exports = Remote(run, links) if uid else Exports(run, links, run_to_the_end, KIND)
+    exports = Remote(run, links) if uid else Exports(run, links, run_program, KIND)
     host = Host(run, links, images, exports, uid)
     try:
         yield host

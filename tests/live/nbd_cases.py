@@ -15,7 +15,7 @@ from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exports import State
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import ImageInUseError, IslandError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from tests.live.conftest import SIZE, Host
 from tests.live.test_attach import check, daemon_of, eventually, make_file_system, mounted, run
 from tests.live.test_snapshots import Writer, newest
@@ -57,7 +57,7 @@ def a_volume_that_is_written_to_is_frozen_and_grows(host: Host) -> None:
     with Writer(link) as writer:
         assert eventually(lambda: writer.done > 20)
         flushed = writer.done
-        host.exports.freeze(volume, "one")
+        host.exports.take_internal_snapshot(volume, "one")
         host.exports.grow(volume, 2 * SIZE)
         grown = writer.done
         assert eventually(lambda: writer.done > grown + 20)
@@ -85,7 +85,7 @@ def growth_that_was_cut_off_is_finished(host: Host) -> None:
         assert device.read_direct(2 * SIZE - 4096, 4096) == bytes(4096)
         with (
             mock.patch.object(NbdDevices, "resume", side_effect=CutOffError),
-            mock.patch.object(Daemon, "_add", return_value=None),
+            mock.patch.object(Daemon, "_add_export", return_value=None),
             pytest.raises(CutOffError),
         ):
             host.exports.grow(volume, 3 * SIZE)
@@ -93,7 +93,7 @@ def growth_that_was_cut_off_is_finished(host: Host) -> None:
         assert link.readlink() == before
         assert device.read_direct(0, 4096) == b"x" * 4096
         assert device.read_direct(3 * SIZE - 4096, 4096) == bytes(4096)
-    assert not Daemon(host.run / volume, run_to_the_end).growing.exists()
+    assert not Daemon(host.run / volume, run_program).growing_mark.exists()
     host.exports.stop(volume)
     check(image)
 
@@ -128,14 +128,14 @@ def another_program_s_device_is_left_alone(host: Host) -> None:
     (first, image), (second, other) = host.volume(), host.volume()
     device = host.exports.attach(first, image).readlink()
     host.exports.attach(second, other)
-    backing = Daemon(host.run / first, run_to_the_end).backing()
+    backing = Daemon(host.run / first, run_program).backing()
     stranger = backing.with_name("0" * 16)
     for command in ("release", "abandon", "loosen"):
-        assert run_to_the_end(["island-nbd", command, str(stranger)], root=True).returncode == 0
+        assert run_program(["island-nbd", command, str(stranger)], root=True).returncode == 0
     with pytest.raises(IslandError, match=r"has .* bytes and the volume"):
-        NbdDevices(run_to_the_end).attach(stranger, SIZE + 4096)
-    assert NbdDevices(run_to_the_end).stands_on(device, backing)
-    assert not NbdDevices(run_to_the_end).stands_on(device, stranger)
+        NbdDevices(run_program).attach(stranger, SIZE + 4096)
+    assert NbdDevices(run_program).stands_on(device, backing)
+    assert not NbdDevices(run_program).stands_on(device, stranger)
     assert len(host.devices()) == 2
 
 

@@ -23,7 +23,7 @@ from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exports import Exports, State
 from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from island_fast.qemu.qmp import Qmp
 from tests.live.actor import KIND, ROOT, Remote
 from tests.live.conftest import SIZE, Host
@@ -36,7 +36,7 @@ def check(image: Path) -> None:
 
 def daemon_of(host: Host, volume: str) -> int:
     with Qmp(host.control(volume)) as qmp:
-        return qmp.peer()
+        return qmp.peer_pid()
 
 
 def status(pid: int) -> list[str]:
@@ -239,7 +239,7 @@ def test_a_daemon_outlives_the_process_that_started_it(host: Host) -> None:
     volume, image = host.volume()
     script = (
         "import sys; from pathlib import Path; from island_fast.cinder.attach.exports import Exports;"
-        "from island_fast.qemu.programs import run_to_the_end as run;"
+        "from island_fast.qemu.programs import run_program as run;"
         "from tests.live.actor import KIND; a, b, v, i = sys.argv[1:];"
         "Exports(Path(a), Path(b), run, KIND).serve(v, Path(i))"
     )
@@ -389,7 +389,7 @@ def test_stale_links_go_and_good_ones_stay(host: Host) -> None:
     good = link.readlink()
     (host.links / gone).symlink_to(good)  # as after a reboot: its number is another's now
     (host.links / "a-note").symlink_to("/etc/hostname")
-    host.exports.forget_stale_links()
+    host.exports.remove_stale_links()
     assert not (host.links / gone).is_symlink()
     assert link.readlink() == good
     (host.links / "a-note").unlink()
@@ -408,7 +408,7 @@ def test_a_device_of_the_wrong_size_is_refused(root_host: Host, monkeypatch: pyt
         root_host.exports.attach(volume, image)
     assert root_host.devices() == []
     monkeypatch.setattr(LoopDevices, "_check_file", lambda *_, **__: None)  # and by the device's own size
-    with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}; it is of no use"):
+    with pytest.raises(IslandError, match=f"has {SIZE} bytes and the volume {SIZE + 65536}; it is not used"):
         root_host.exports.attach(volume, image)
     assert root_host.devices() == []
     assert root_host.exports.state(volume) is State.SERVED
@@ -418,12 +418,12 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
     volume, image = root_host.volume()
     link = root_host.exports.attach(volume, image)
     root_host.exports.detach(volume)
-    daemon = Daemon(root_host.run / volume, run_to_the_end)
+    daemon = Daemon(root_host.run / volume, run_program)
     daemon.export()
     os.kill(daemon_of(root_host, volume), signal.SIGKILL)
-    assert eventually(lambda: not daemon.runs())
-    with pytest.raises(IslandError, match="does not answer: Transport endpoint is not connected"):
-        LoopDevices(run_to_the_end).attach(daemon.disk, SIZE)
+    assert eventually(lambda: not daemon.is_running())
+    with pytest.raises(IslandError, match="does not respond: Transport endpoint is not connected"):
+        LoopDevices(run_program).attach(daemon.disk, SIZE)
     assert root_host.devices() == []
     assert not link.is_symlink()
 
@@ -431,16 +431,16 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
 def test_names_and_folders_are_checked(root_host: Host) -> None:
     exports = root_host.exports
     for name in ("", "..", "volume-1", "0" * 36, str(uuid.uuid4()).upper()):
-        with pytest.raises(UsageError, match="no volume id"):
+        with pytest.raises(UsageError, match="is not a volume id"):
             exports.attach(name, root_host.images / "none")
     with pytest.raises(NotFoundError, match="no image"):
         exports.attach(str(uuid.uuid4()), root_host.images / "none")
     with pytest.raises(UsageError, match="letters, digits"):
-        Exports(root_host.run / "a b", root_host.links, run_to_the_end, "loop")
-    with pytest.raises(UsageError, match="no kind"):
-        Exports(root_host.run, root_host.links, run_to_the_end, "floppy")
+        Exports(root_host.run / "a b", root_host.links, run_program, "loop")
+    with pytest.raises(UsageError, match="is not a kind"):
+        Exports(root_host.run, root_host.links, run_program, "floppy")
     with pytest.raises(UsageError, match="too long for a socket"):
-        Exports(Path("/tmp/" + "x" * 70), root_host.links, run_to_the_end, "loop").state(str(uuid.uuid4()))
+        Exports(Path("/tmp/" + "x" * 70), root_host.links, run_program, "loop").state(str(uuid.uuid4()))
 
 
 def test_sockets_and_folders_are_private(host: Host) -> None:

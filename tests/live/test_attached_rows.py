@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.bench.case import QUICK, Context
+from island_fast.bench.case import QUICK_SCALE, Context
 from island_fast.bench.cases import attached
 from island_fast.bench.report import Counter, LeftOut, Row
 from island_fast.cinder.attach.speed import SHAPES, Speed
@@ -24,17 +24,17 @@ def context(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monkey
         pytest.skip(reason)
     if shutil.which("fio") is None:
         pytest.skip("fio is not installed (scripts/install_packages fio)")
-    monkeypatch.setattr(attached, "_QUICK", attached._Plan(16 * MIB, 1, 20))
-    monkeypatch.setattr(attached, "_check", lambda *_: None)
+    monkeypatch.setattr(attached, "_QUICK", attached._Amount(16 * MIB, 1, 20))
+    monkeypatch.setattr(attached, "_require_devices", lambda *_: None)
     speeds = [Speed(shape, ((100.0, 200.0),)) for shape in SHAPES]
     monkeypatch.setattr(attached, "measure_speed", lambda *_: speeds)
     scratch = tmp_path_factory.mktemp("rows")
-    return Context(scratch, QUICK, True, 1, {"fio": "3", "qemu-img": "7"}, lambda text: None)
+    return Context(scratch, QUICK_SCALE, True, 1, {"fio": "3", "qemu-img": "7"}, lambda text: None)
 
 
 def found(context: Context, kind: str) -> list[Row | Counter | LeftOut]:
-    (work,) = [work for work in attached.WORKS if work.name.endswith(attached._NAMES[kind])]
-    return list(work.run(context))
+    (case,) = [case for case in attached.CASES if case.name.endswith(attached._NAMES[kind])]
+    return list(case.run(context))
 
 
 def test_each_job_has_its_row_and_nothing_is_left(context: Context, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,5 +72,5 @@ def test_a_kind_that_this_machine_lacks_is_named(context: Context, monkeypatch: 
     monkeypatch.undo()
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
     assert found(context, "nbd") == [
-        LeftOut("attached volume, kernel NBD", "block devices are put up by root; run the bench as root")
+        LeftOut("attached volume, kernel NBD", "only root can make block devices; run the bench as root")
     ]

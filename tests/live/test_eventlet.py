@@ -15,7 +15,7 @@ import eventlet
 eventlet.monkey_patch()
 import json, sys
 from pathlib import Path
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from island_fast.cinder.attach.exports import Exports
 
 run, links, volume, image = sys.argv[1:]
@@ -28,7 +28,7 @@ def beat():
         eventlet.sleep(0.01)
 
 def slowly(command, /, *, root=False, env=None):
-    return run_to_the_end(["sh", "-c", 'sleep 0.5; exec "$@"', "sh", *command], root=root, env=env)
+    return run_program(["sh", "-c", 'sleep 0.5; exec "$@"', "sh", *command], root=root, env=env)
 
 def counted(call, *arguments):
     before = beats

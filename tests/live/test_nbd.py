@@ -20,7 +20,7 @@ from island_fast.cinder.attach.exports import Exports, State
 from island_fast.cinder.attach.nbd_devices import check_kernel
 from island_fast.errors import IslandError
 from island_fast.qemu.nbd_handshake import shake_hands
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from tests.live import machine
 from tests.live.actor import USER
 from tests.live.conftest import SIZE, Host
@@ -64,8 +64,8 @@ def test_on_a_kernel_with_nbd(said: str, case: str) -> None:
 def served(root_host: Host) -> Daemon:
     """A daemon with its NBD export, and no device."""
     volume, image = root_host.volume()
-    Exports(root_host.run, root_host.links, run_to_the_end, "nbd").serve(volume, image)
-    daemon = Daemon(root_host.run / volume, run_to_the_end)
+    Exports(root_host.run, root_host.links, run_program, "nbd").serve(volume, image)
+    daemon = Daemon(root_host.run / volume, run_program)
     daemon.export()
     return daemon
 
@@ -84,7 +84,7 @@ def test_the_daemon_offers_the_volume_and_nothing_else(served: Daemon) -> None:
     assert flags & 0b101111 == 0b101101  # writable; flushes, forced unit access and discards
     with pytest.raises(ConnectionError, match=r"refuses: .*not present"):
         shaken(served.socket, "another")
-    with pytest.raises(ConnectionError, match="no NBD server"):
+    with pytest.raises(ConnectionError, match="does not speak the newstyle NBD protocol"):
         shaken(served.control, "volume")
     served.unexport()
     assert not served.socket.exists()
@@ -107,7 +107,7 @@ def test_a_volume_that_was_exported_otherwise_stays_as_it_is(root_host: Host) ->
     """As after the module was loaded: the kind of new devices is another, and the old ones live on."""
     volume, image = root_host.volume()
     link = root_host.exports.attach(volume, image)
-    later = Exports(root_host.run, root_host.links, run_to_the_end, "nbd")
+    later = Exports(root_host.run, root_host.links, run_program, "nbd")
     assert later.state(volume) is State.ATTACHED
     before = link.readlink()
     assert later.attach(volume, image).readlink() == before
@@ -136,6 +136,11 @@ def test_root_s_program_takes_nothing_else(words: list[str], capsys: pytest.Capt
     backing = "/run/island/0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e/nbd/0123456789abcdef"
     assert nbd_root.main([word.format(backing=backing) for word in words]) == 2
     assert capsys.readouterr().err.startswith("usage: island-nbd")
+
+
+def test_root_s_program_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    assert nbd_root.main(["--help"]) == 0
+    assert "The Cinder driver runs this command as root" in capsys.readouterr().out
 
 
 def test_root_s_program_connects_to_the_folder_s_owner_alone(
@@ -168,7 +173,10 @@ def test_the_program_that_root_runs_needs_little() -> None:
     done = subprocess.check_output([sys.executable, "-I", "-S", "-c", program], text=True)
     names = [
         "island_fast",
+        "island_fast.cinder",
+        "island_fast.cinder.attach",
         "island_fast.qemu",
+        "island_fast.qemu.nbd_handshake",
         "island_fast.cinder.attach.nbd_netlink",
         "island_fast.cinder.attach.nbd_root",
     ]

@@ -138,14 +138,14 @@ def test_under_systemd_each_daemon_is_a_unit_of_its_own(
         return subprocess.run(["setsid", "--fork", *start], capture_output=True, text=True, check=True)
 
     monkeypatch.setattr(daemon, "SYSTEMD", tmp_path)
-    monkeypatch.setattr(daemon, "_user", lambda: ("cinder", "cinder"))
+    monkeypatch.setattr(daemon, "_user_and_group", lambda: ("cinder", "cinder"))
     volume, image = root_host.volume()
     (root_host.run / volume).mkdir(parents=True)
     root_host.run.chmod(0o700)
     one = Daemon(root_host.run / volume, execute)
     one.start(image, "loop")
-    assert one.runs()
+    assert one.is_running()
     assert asked == [(unit(name=volume, script=f"{root_host.run / volume}/start"), True)]
     assert allowed(asked[0][0])
     one.quit()
-    assert not one.runs()
+    assert not one.is_running()

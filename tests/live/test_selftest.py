@@ -15,7 +15,7 @@ from island_fast.cinder.attach.block_device import BlockDevice
 from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.selftest import VOLUME, check_data_path, choose_kind
 from island_fast.errors import DamagedError, IslandError
-from island_fast.qemu.programs import Execute, run_to_the_end
+from island_fast.qemu.programs import RunProgram, run_program
 from tests.live.actor import KIND, Remote
 from tests.live.conftest import Host
 
@@ -24,7 +24,7 @@ def check(host: Host) -> None:
     if isinstance(host.exports, Remote):
         host.exports.call("check_data_path", host.images)
     else:
-        check_data_path(host.run, host.links, host.images, run_to_the_end, KIND)
+        check_data_path(host.run, host.links, host.images, run_program, KIND)
 
 
 def test_the_path_of_this_machine_is_right_and_nothing_is_left(host: Host) -> None:
@@ -44,19 +44,19 @@ def test_what_a_killed_self_test_left_is_cleared_away(host: Host) -> None:
     assert host.exports.volumes() == []
 
 
-def run_check(host: Host, execute: Execute = run_to_the_end) -> None:
+def run_check(host: Host, execute: RunProgram = run_program) -> None:
     check_data_path(host.run, host.links, host.images, execute, "loop")
 
 
 def test_direct_io_over_fuse_is_found_out(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     def direct(command: Sequence[str], /, **how: bool) -> subprocess.CompletedProcess[str]:
         words = ["--direct-io=on" if word == "--direct-io=off" else word for word in command]
-        return run_to_the_end(words, **how)
+        return run_program(words, **how)
 
-    with pytest.raises(IslandError, match="came with direct I/O"):
+    with pytest.raises(IslandError, match="has direct I/O"):
         run_check(root_host, direct)
-    monkeypatch.setattr(LoopDevices, "_check", lambda *_: None)
-    with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
+    monkeypatch.setattr(LoopDevices, "_check_device", lambda *_: None)
+    with pytest.raises(DamagedError, match=r"corrupts data: .* do not use it"):
         run_check(root_host, direct)
 
 
@@ -73,7 +73,7 @@ def test_holes_that_are_none_are_found_out(
     if version() >= (8, 0):
         pytest.skip("from QEMU 8.0 on a hole punched through a FUSE export is written as zeros")
     monkeypatch.setattr(daemon, "front_node", lambda: {"node-name": "front", **front})
-    with pytest.raises(DamagedError, match=r"corrupts: .* do not use it"):
+    with pytest.raises(DamagedError, match=r"corrupts data: .* do not use it"):
         run_check(root_host)
 
 
@@ -100,7 +100,7 @@ def test_discards_are_refused_and_not_pretended(root_host: Host) -> None:
 def test_links_that_outlive_a_reboot_are_refused(root_host: Host) -> None:
     links = root_host.images / "links"  # on the disk, as images are
     with pytest.raises(IslandError, match=r"outlives a reboot.* put it on a tmpfs"):
-        check_data_path(root_host.run, links, root_host.images, run_to_the_end, "loop")
+        check_data_path(root_host.run, links, root_host.images, run_program, "loop")
 
 
 @pytest.mark.parametrize("node, word", [("/dev/fuse", "module fuse"), ("/dev/loop-control", "module loop")])
@@ -142,7 +142,7 @@ def test_rights_that_are_missing_are_named(root_host: Host) -> None:
     def refusing(command: Sequence[str], /, **how: bool) -> subprocess.CompletedProcess[str]:
         if how.get("root"):
             return subprocess.CompletedProcess(command, 99, "", "Unauthorized command: no filter matched")
-        return run_to_the_end(command, **how)
+        return run_program(command, **how)
 
     with pytest.raises(IslandError, match=r"make a loop device .* Unauthorized command: no filter matched"):
         run_check(root_host, refusing)
@@ -154,10 +154,10 @@ def test_the_best_kind_is_chosen_or_all_reasons_given(
 ) -> None:
     monkeypatch.setattr(nbd_devices, "_MODULE", tmp_path / "none")  # test_nbd.py has a kernel that has it
     places = root_host.run, root_host.links, root_host.images
-    assert choose_kind(*places, run_to_the_end) == "loop"
+    assert choose_kind(*places, run_program) == "loop"
     root_host.run.chmod(0o755)
     with pytest.raises(
-        IslandError, match=r"no block device .*\(nbd: the module .*; loop: the folder .* open to"
+        IslandError, match=r"no kind of block device .*\(nbd: the module .*; loop: other users have access to"
     ):
-        choose_kind(*places, run_to_the_end)
+        choose_kind(*places, run_program)
     root_host.run.chmod(0o700)

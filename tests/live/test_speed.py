@@ -18,7 +18,7 @@ from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.selftest import choose_kind, measure_speed
 from island_fast.cinder.attach.speed import SHAPES, Speed
 from island_fast.qemu.block_nodes import VOLUME_NODE, front_node
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from tests.live.actor import KIND, Remote
 from tests.live.conftest import Host
 
@@ -37,7 +37,7 @@ def memory(request: pytest.FixtureRequest) -> Iterator[Path]:
 def figures(host: Host, images: Path) -> list[tuple[str, float, float]]:
     if isinstance(host.exports, Remote):
         return [tuple(one) for one in host.exports.call("measure_speed", images)]
-    found: list[Speed] = measure_speed(host.run, host.links, images, run_to_the_end, KIND)
+    found: list[Speed] = measure_speed(host.run, host.links, images, run_program, KIND)
     return [(one.shape.name, one.device, one.image) for one in found]
 
 
@@ -63,15 +63,15 @@ def test_a_device_that_is_slow_is_warned_of(
 
     def write_throttled(self: Daemon, *how: object) -> None:
         write(self, *how)  # type: ignore[arg-type]
-        text = self._script.read_text()
-        self._script.write_text(text.replace("--blockdev", f"--object {SLOW} --blockdev", 1))
+        text = self._script_file.read_text()
+        self._script_file.write_text(text.replace("--blockdev", f"--object {SLOW} --blockdev", 1))
 
     monkeypatch.setattr(Daemon, "_write_script", write_throttled)
     monkeypatch.setattr(selftest, "check_data_path", lambda *_: None)  # hundreds of requests
     places = root_host.run, root_host.links, memory
     monkeypatch.setattr(selftest, "KINDS", ("loop",))
     with caplog.at_level(logging.WARNING, selftest.__name__):
-        assert choose_kind(*places, run_to_the_end) == "loop"
+        assert choose_kind(*places, run_program) == "loop"
     (said,) = [record.getMessage() for record in caplog.records]
     assert all(shape.name in said for shape in SHAPES)
     assert "kind loop reach less than 0.5" in said

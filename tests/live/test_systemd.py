@@ -41,7 +41,7 @@ exports = Remote(Path("/run/isl"), Path("/run/links"))
 
 def told():
     with Qmp(Path("/run/isl", volume, "control")) as qmp:
-        pid = qmp.peer()
+        pid = qmp.peer_pid()
     own = lambda process: Path(f"/proc/{{process}}/cgroup").read_text().split()[-1].rpartition(":")[2]
     show = ["systemctl", "show", "-p", "ActiveState", "--value", f"island-{{volume}}.service"]
     user = Path(f"/proc/{{pid}}").stat().st_uid

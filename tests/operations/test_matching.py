@@ -38,7 +38,7 @@ def only(found: Verified) -> Damage:
 
 def missing(blocks: list[int], patch: pytest.MonkeyPatch) -> None:
     """From now on the scan and the table diff miss these blocks."""
-    real = Qcow2Source.change
+    real = Qcow2Source.find_change
 
     def change(self: Qcow2Source, *arguments: object) -> Change:
         found = real(self, *arguments)  # type: ignore[arg-type]
@@ -46,7 +46,7 @@ def missing(blocks: list[int], patch: pytest.MonkeyPatch) -> None:
         kept = found.candidates - left_out
         return Change(found.rule, found.reason, kept, found.data - left_out, kept.runs())
 
-    patch.setattr(Qcow2Source, "change", change)
+    patch.setattr(Qcow2Source, "find_change", change)
 
 
 def test_a_snapshot_is_what_its_pin_holds_and_no_pack_data_is_read(

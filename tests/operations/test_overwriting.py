@@ -125,7 +125,7 @@ def test_a_target_that_differs_at_random(
 ) -> None:  # fmt: skip
     chance = random.Random(seed)
     volume = tmp_path / "vol.qcow2"
-    qemu.lived_in(volume, seed, size, snapshots=1)
+    qemu.create_with_history(volume, seed, size, snapshots=1)
     taken = repository.snapshot(volume)
     truth = qemu.content(volume)
     there = spoil(truth, chance, size + more)
@@ -355,20 +355,20 @@ def test_a_qemu_that_is_killed_in_the_middle(
     qemu.noise(target, BLOCK, 40 * BLOCK, 6)
     store.downloads = 1
     started: list[subprocess.Popen[bytes]] = []
-    start, write = subprocess.Popen, targets.Existing.write
+    start, write = subprocess.Popen, targets.ExistingImage.write
 
     def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         started.append(start(*arguments, **options))
         return started[-1]
 
-    def write_and_kill(self: targets.Existing, blocks: Any, rows: Any) -> None:
+    def write_and_kill(self: targets.ExistingImage, blocks: Any, rows: Any) -> None:
         write(self, blocks, rows)
         started[0].kill()
         started[0].wait()
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", popen)
-        patch.setattr(targets.Existing, "write", write_and_kill)
+        patch.setattr(targets.ExistingImage, "write", write_and_kill)
         with pytest.raises(IslandError, match=f"{target} cannot be written by qemu-nbd"):
             repository.restore_onto(taken.snapshot, target)
     repository.restore_onto(taken.snapshot, target)
@@ -382,7 +382,7 @@ def test_a_file_system_without_holes(
     taken = repository.snapshot(image)
     raw = image.with_name("full.raw")
     raw.write_bytes(os.urandom(SIZE + 1000))
-    monkeypatch.setattr(targets, "punch", lambda *_: False)
+    monkeypatch.setattr(targets, "punch_hole", lambda *_: False)
     done = both(repository, taken.snapshot, raw, "raw")
     assert done.bytes_zeroed == SIZE + 1000 - 2 * PACK * BLOCK
     assert raw.read_bytes() == qemu.content(image) + bytes(1000)
@@ -395,13 +395,13 @@ from island_fast.repository import pack_reader
 from island_fast.api import Repository
 url, target, image_format = sys.argv[1:]
 pack_reader.BATCH = 8
-real, left = targets.Existing.write, [3]
+real, left = targets.ExistingImage.write, [3]
 def write(self, blocks, rows):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, blocks, rows)
-targets.Existing.write = write
+targets.ExistingImage.write = write
 with Repository.open(url) as repository:
     repository.restore_onto("vol@latest", target, image_format=image_format)
 """
@@ -515,7 +515,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
         f"env >{seen}; echo first >&2; yes | head -c 3000000 >&2; echo the end >&2; exit 1",
     )
     texts = []
-    monkeypatch.setattr(qemu_nbd, "said_by", lambda text: texts.append(text) or text[-300:])
+    monkeypatch.setattr(qemu_nbd, "error_text", lambda text: texts.append(text) or text[-300:])
     with pytest.raises(IslandError, match=r"(?s)could not open .* nothing was written: .*the end"):
         repository.restore_onto(taken.snapshot, image)
     assert texts[0].startswith("first\n")
@@ -527,7 +527,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
 @pytest.mark.parametrize("flags, what", [(os.O_RDONLY, "reading"), (os.O_RDWR, "writing")])
 def test_a_target_that_cannot_be_opened_says_for_what(tmp_path: Path, flags: int, what: str) -> None:
     with pytest.raises(IslandError, match=f"none cannot be opened for {what}: .*; run as a user"):
-        targets._opened(tmp_path / "none", flags, False)
+        targets._open_raw_target(tmp_path / "none", flags, False)
 
 
 # What is refused.
@@ -597,7 +597,7 @@ def test_a_raw_target_that_is_none(
     refused(repository, link, ImageInUseError, "detach that first", "raw")
     raw.unlink()
     refused(repository, link, ImageInUseError, "detach that first", "raw")
-    refused(repository, device, RefusedError, "with --format raw", "qcow2")
+    refused(repository, device, RefusedError, "give --format raw", "qcow2")
     held = os.open(device, os.O_RDONLY | os.O_EXCL)
     try:
         refused(repository, device, ImageInUseError, "unmount it first", "raw")

@@ -84,7 +84,7 @@ def test_an_entry_that_is_copied_and_yet_shared_is_noticed(
     repository.snapshot(image)
     qemu.io(image, qemu.write(15 * MIB, 65536, 3))  # now the active L2 table is its own
     with Image.open(image) as opened:
-        table = int(opened.l1(opened.active())[0]) & ((1 << 56) - 512)
+        table = int(opened.read_l1(opened.active_point())[0]) & ((1 << 56) - 512)
     patch(image, table, ">Q", lambda entry: entry | COPIED)
     taken = repository.snapshot(image)
     assert taken.rule == "full-scan"

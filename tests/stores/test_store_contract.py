@@ -18,7 +18,7 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.stores.base import ObjectInfo, Store
-from island_fast.stores.rate_limit import Meter, MeteredStore, Meters
+from island_fast.stores.rate_limit import RateLimitedStore, RateLimiter, RateLimiters
 from tests.support.memory_store import MemoryStore
 
 KINDS = ("memory", "metered", "directory", "swift")
@@ -30,7 +30,7 @@ def store(request: pytest.FixtureRequest) -> Store:
     if request.param == "memory":
         return MemoryStore()
     if request.param == "metered":
-        return MeteredStore(MemoryStore(), Meters(Meter(1e12), Meter(None)))
+        return RateLimitedStore(MemoryStore(), RateLimiters(RateLimiter(1e12), RateLimiter(None)))
     made = request.getfixturevalue(f"{request.param}_store")
     return made() if request.param == "swift" else made
 

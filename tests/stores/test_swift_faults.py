@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -19,7 +20,7 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.stores.open import open_store
-from island_fast.stores.retry import Patience
+from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
 from tests.conftest import OpenSwift
 from tests.support.swift_faults import Fault
@@ -27,7 +28,7 @@ from tests.support.swift_server import SwiftServer
 
 CONTENT = [bytes([i]) * 65536 for i in range(40)]
 WHOLE = b"".join(CONTENT)
-BRIEF = Patience(total=0.3, first=0.02, longest=0.1)
+BRIEF = RetryPolicy(total=0.3, first=0.02, longest=0.1)
 
 
 @pytest.fixture
@@ -83,15 +84,52 @@ def test_only_201_is_success(
     """What is found after a failure may be on one disk only."""
     swift.inject(fault)
     store.put("object", CONTENT)
-    seen = [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen() if r["path"].endswith("object")]
+    seen = [
+        (r["method"], r.get("IF_NONE_MATCH")) for r in swift.list_requests() if r["path"].endswith("object")
+    ]
     assert seen == asked
     assert store.get("object") == WHOLE
     swift.calm()
     store.put("other", CONTENT)
-    assert [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.seen()] == [("PUT", "*")]
+    assert [(r["method"], r.get("IF_NONE_MATCH")) for r in swift.list_requests()] == [("PUT", "*")]
     with pytest.raises(ConflictError, match="other bytes"):
         store.put("object", [b"else"])
     assert store.get("object") == WHOLE
+
+
+def test_only_a_call_that_writes_leaves_its_outcome_unknown(swift: SwiftServer, swift_store: OpenSwift):
+    store = swift_store(patience=BRIEF)
+    store.put("object", CONTENT)
+    swift.inject(Fault("answer", 503, times=1000))
+    failed = r"Swift at 127.0.0.1:\d+ has not answered for 0 s \(last: 503 Injected\)"
+    reading: list[Callable[[], object]] = [
+        lambda: store.get("object"),
+        lambda: store.get_ranges("object", [(0, 1)]),
+        lambda: store.head("object"),
+        lambda: [*store.list("")],
+        lambda: [*store.folders("")],
+    ]
+    for call in reading:
+        with pytest.raises(StoreError, match=failed + "; run the command again when it does$"):
+            call()
+    writing: list[Callable[[], object]] = [
+        lambda: store.put("object", CONTENT),
+        lambda: store.delete("object"),
+    ]
+    for call in writing:
+        with pytest.raises(StoreError, match=failed + ", so the outcome is unknown; run the command again"):
+            call()
+
+
+def test_an_opening_that_fails_has_changed_nothing(swift: SwiftServer, swift_store: OpenSwift):
+    container = swift_store().location.removeprefix("swift://").partition("/")[0]
+    swift.inject(Fault("answer", 503, method="HEAD", times=1000))
+    with pytest.raises(StoreError) as caught:
+        SwiftStore.open(container, BRIEF)
+    assert re.fullmatch(
+        r"cannot reach Swift at 127.0.0.1:\d+ \(503 Injected, tried for 0 s\); nothing was changed",
+        str(caught.value),
+    )
 
 
 def test_202_is_not_stored(swift: SwiftServer, store: SwiftStore):
@@ -219,7 +257,7 @@ def test_a_spoilt_multipart_frame_is_asked_for_again_and_then_refused(swift: Swi
     assert store.get_ranges("object", [(0, 10), (20, 10)]) == [WHOLE[0:10], WHOLE[20:30]]
     assert swift.count("GET", "object") == 3
     swift.inject(Fault("corrupt", 0, method="GET", times=3))
-    with pytest.raises(StoreError, match="makes no sense"):
+    with pytest.raises(StoreError, match="is invalid"):
         store.get_ranges("object", [(0, 10), (20, 10)])
     assert swift.count("GET", "object") == 6
 
@@ -236,14 +274,14 @@ def test_a_spoilt_listing_is_asked_for_again(swift: SwiftServer, store: SwiftSto
 def test_absence_is_confirmed_by_every_replica(swift: SwiftServer, store: SwiftStore):
     with pytest.raises(ObjectMissingError):
         store.get("object")
-    assert [r.get("X_NEWEST") for r in swift.seen()] == [None, "true", "true"]
+    assert [r.get("X_NEWEST") for r in swift.list_requests()] == [None, "true", "true"]
     swift.calm()
     assert store.head("object") is None
-    assert [(r["method"], r.get("X_NEWEST")) for r in swift.seen()] == [("HEAD", "true")]
+    assert [(r["method"], r.get("X_NEWEST")) for r in swift.list_requests()] == [("HEAD", "true")]
     swift.calm()
     with pytest.raises(ObjectMissingError):
         store.get("object", newest=True)
-    assert [r.get("X_NEWEST") for r in swift.seen()] == ["true"] * 3
+    assert [r.get("X_NEWEST") for r in swift.list_requests()] == ["true"] * 3
 
 
 def test_a_passing_404_is_not_believed(swift: SwiftServer, store: SwiftStore):
@@ -263,10 +301,10 @@ def test_49_ranges_are_one_request(swift: SwiftServer, store: SwiftStore):
         assert swift.count("GET") == requests
     swift.calm()
     store.get_ranges("object", [(i * 10, 10) for i in range(300)])
-    assert [r["RANGE"] for r in swift.seen()] == ["bytes=0-2999"]
+    assert [r["RANGE"] for r in swift.list_requests()] == ["bytes=0-2999"]
     swift.calm()
     store.get_ranges("object", [(7, 0)])
-    assert swift.seen() == []
+    assert swift.list_requests() == []
 
 
 def test_a_server_that_ignores_ranges_is_understood(swift: SwiftServer, store: SwiftStore):
@@ -279,7 +317,7 @@ def test_a_server_that_ignores_ranges_is_understood(swift: SwiftServer, store: S
 
 def test_a_put_refuses_to_overwrite_from_its_first_try_on(swift: SwiftServer, store: SwiftStore):
     store.put("object", CONTENT)
-    (asked,) = swift.seen()
+    (asked,) = swift.list_requests()
     assert (asked["IF_NONE_MATCH"], asked["method"]) == ("*", "PUT")
     assert "TRANSFER_ENCODING" not in asked
 
@@ -288,7 +326,7 @@ def test_one_connection_serves_one_thread_after_another(swift: SwiftServer, stor
     for i in range(5):
         store.put(f"object-{i}", [b"x"])
         store.head(f"object-{i}")
-    assert len({r["port"] for r in swift.seen()}) == 1
+    assert len({r["port"] for r in swift.list_requests()}) == 1
 
 
 # -- doors that stay shut
@@ -379,7 +417,7 @@ def test_a_late_delete_is_seen_through_by_asking_everyone(
     for key, value in replicated.environment().items():
         monkeypatch.setenv(key, value)
     replicated.create_container("box")
-    with SwiftStore.open("box", Patience(total=20.0, first=0.05, longest=0.5)) as store:
+    with SwiftStore.open("box", RetryPolicy(total=20.0, first=0.05, longest=0.5)) as store:
         store.put("object", [b"x"])
         replicated.stop_server("object-2")
         store.put("new", [b"written while one was away"])

@@ -15,14 +15,14 @@ import pytest
 
 from island_fast.errors import StoreError
 from island_fast.stores import swift_connection
-from island_fast.stores.retry import Patience
+from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
 from island_fast.stores.swift_pace import Pace
 from tests.conftest import OpenSwift
 from tests.support.swift_faults import Fault
 from tests.support.swift_server import SwiftServer
 
-HURRIED = Patience(total=60.0, first=0.01, longest=0.1, allowance=1.0, rate=1 << 20)
+HURRIED = RetryPolicy(total=60.0, first=0.01, longest=0.1, allowance=1.0, rate=1 << 20)
 WHOLE = bytes(range(256)) * 8192  # 2 MiB
 BIG = os.urandom(1 << 20) * 24  # more than the buffers of a connection hold
 DRIP = Fault("drip", 0.2, method="GET")  # 200 s
@@ -49,15 +49,15 @@ def test_a_body_that_drips_is_left_and_fetched_again(
 ):
     store.put("object", [WHOLE])
     assert read(store)
-    quiet = swift.count("GET")
+    silence_logger = swift.count("GET")
     swift.calm()
     swift.inject(DRIP)
     assert read(store)
-    assert swift.count("GET") > quiet
+    assert swift.count("GET") > silence_logger
 
 
 def test_a_store_that_only_drips_is_told_as_such(swift: SwiftServer, swift_store: OpenSwift):
-    store = swift_store(patience=Patience(total=2.0, first=0.01, longest=0.1, allowance=1.0, rate=1 << 20))
+    store = swift_store(patience=RetryPolicy(total=2.0, first=0.01, longest=0.1, allowance=1.0, rate=1 << 20))
     store.put("object", [WHOLE])
     swift.inject(Fault("drip", 0.2, method="GET", times=99))
     with pytest.raises(StoreError, match="last: a body that came too slowly"):
@@ -66,7 +66,7 @@ def test_a_store_that_only_drips_is_told_as_such(swift: SwiftServer, swift_store
 
 def test_a_slow_body_that_keeps_up_is_left_in_peace(swift: SwiftServer, swift_store: OpenSwift):
     """It takes longer than the allowance, and comes faster than the rate."""
-    patience = Patience(total=60.0, first=0.01, longest=0.1, allowance=0.5, rate=20)
+    patience = RetryPolicy(total=60.0, first=0.01, longest=0.1, allowance=0.5, rate=20)
     store = swift_store(patience=patience)
     store.put("object", [WHOLE])
     swift.inject(Fault("drip", 0.002, method="GET"))
@@ -78,7 +78,7 @@ def test_a_server_that_stops_reading_is_left(
     swift: SwiftServer, swift_store: OpenSwift, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setattr(swift_connection, "TIMEOUT", 1.0)
-    store = swift_store(patience=Patience(total=60.0, first=0.01, longest=0.1))
+    store = swift_store(patience=RetryPolicy(total=60.0, first=0.01, longest=0.1))
     swift.inject(Fault("delay", 200, method="PUT"))
     store.put("object", [BIG])
     assert swift.count("PUT") >= 2
@@ -124,18 +124,18 @@ def test_headers_that_drip_are_no_better(dripping: str, monkeypatch: pytest.Monk
     monkeypatch.delenv("ST_AUTH", raising=False)
     monkeypatch.setenv("OS_STORAGE_URL", dripping)
     monkeypatch.setenv("OS_AUTH_TOKEN", "token")
-    patience = Patience(total=1.0, first=0.01, longest=0.1, allowance=0.5, rate=1 << 20)
+    patience = RetryPolicy(total=1.0, first=0.01, longest=0.1, allowance=0.5, rate=1 << 20)
     with pytest.raises(StoreError, match="too slowly"):
         SwiftStore.open("box", patience)
 
 
 def test_a_pace_is_an_allowance_and_a_rate():
     now = [100.0]
-    pace = Pace(Patience(allowance=60.0, rate=1024.0), lambda: now[0])
-    assert pace.left() == 60
+    pace = Pace(RetryPolicy(allowance=60.0, rate=1024.0), lambda: now[0])
+    assert pace.seconds_left() == 60
     now[0] += 50
-    assert pace.left() == 10
+    assert pace.seconds_left() == 10
     pace.bytes += 4096
-    assert pace.left() == 14
+    assert pace.seconds_left() == 14
     now[0] += 15
-    assert pace.left() == -1
+    assert pace.seconds_left() == -1

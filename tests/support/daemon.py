@@ -1,6 +1,6 @@
-"""A real qemu-storage-daemon over one qcow2 image, for tests that need a guest's writes without a guest.
+"""A real qemu-storage-daemon with one qcow2 image, for tests that need a guest's writes without a guest.
 
-It serves the image over NBD on a unix socket, to be written to by qemu-io, and obeys QMP on another.
+It serves the image over NBD on one unix socket, where qemu-io writes to it, and QMP on another.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ needs_storage_daemon = pytest.mark.skipif(
 
 
 class StorageDaemon:
-    """A daemon that holds `image` open, from `start` (or `with`) to `stop` or `kill`.
+    """A daemon that has `image` open, from `start` (or `with`) to `stop` or `kill`.
 
-    It may write unless told otherwise. The sockets are in a short temporary folder of their own (a unix
-    socket's path has at most 107 bytes). `node` is the qcow2 node's name and the export's, `node_options` are
-    more of that node's options; `options` are further arguments. `cwd` with a relative `image` makes a
-    daemon that knows its image by a relative name only.
+    It opens the image for writing unless `read_only`. The sockets are in a temporary folder with a short path
+    (a unix socket's path has at most 107 bytes). `node` is the name of the qcow2 node and of the export,
+    `node_options` are more options of that node, `options` more arguments. With `cwd` and a relative `image`,
+    the daemon knows its image only by a relative name.
     """
 
     def __init__(
@@ -108,19 +108,19 @@ class StorageDaemon:
             raise
 
     def io(self, *commands: str) -> str:
-        """Run qemu-io commands on the volume as a guest would; what they printed comes back."""
+        """Run qemu-io commands on the volume as a guest would; return what they printed."""
         return qemu_io(self.uri, *commands, image_format="raw", read_only=self._read_only)
 
     def write(self, offset: int, length: int, pattern: int) -> None:
-        """Write one byte value over a range of the volume, in bytes; qemu-io flushes as it ends."""
+        """Write one byte value over a range of the volume, in bytes; qemu-io flushes when it ends."""
         self.io(f"write -q -P {pattern} {offset} {length}")
 
     def stop(self) -> int:
-        """End the daemon as a host would; it flushes and closes its image. Its exit status comes back."""
+        """End the daemon as a host would: it flushes and closes its image. Return its exit status."""
         return self._end(signal.SIGTERM)
 
     def kill(self) -> int:
-        """End the daemon as a crash of it would; what it holds in memory is lost."""
+        """End the daemon as a crash would: what it has only in memory is lost. Return its exit status."""
         return self._end(signal.SIGKILL)
 
     def _end(self, number: signal.Signals) -> int:
@@ -128,7 +128,7 @@ class StorageDaemon:
         status = 0
         if process is not None:
             try:
-                status = _signalled(process, number)
+                status = _signal_until_ended(process, number)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
@@ -144,8 +144,8 @@ class StorageDaemon:
         self.stop()
 
 
-def _signalled(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
-    """Send a signal until the process is gone: a qemu that is about to wait just then sleeps over one."""
+def _signal_until_ended(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
+    """Send a signal until the process has ended: qemu can miss one that comes just before it waits."""
     deadline = time.monotonic() + _PATIENCE
     while True:
         process.send_signal(number)
@@ -157,7 +157,7 @@ def _signalled(process: subprocess.Popen[bytes], number: signal.Signals) -> int:
 
 
 def wait_for_socket(process: subprocess.Popen[bytes], path: Path) -> None:
-    """Return when `process` listens on `path`. Only connecting proves it: the name is there earlier."""
+    """Wait until `process` listens on `path`. Only a connection proves it: the file exists earlier."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline:
         assert process.poll() is None, f"{process.args!r} ended with status {process.returncode}"
@@ -171,7 +171,7 @@ def wait_for_socket(process: subprocess.Popen[bytes], path: Path) -> None:
 def qemu_io(
     target: str | os.PathLike[str], *commands: str, image_format: str = "qcow2", read_only: bool = False
 ) -> str:
-    """Run qemu-io commands on a target; CalledProcessError when one fails, also a pattern that differs."""
+    """Run qemu-io commands on a target. Raises CalledProcessError if one fails or finds another pattern."""
     words = ["qemu-io", "-f", image_format, *(["-r"] if read_only else [])]
     for command in commands:
         words += ["-c", command]
@@ -185,7 +185,7 @@ def qemu_io(
 
 
 def create_qcow2(path: Path, size: int, **options: object) -> Path:
-    """Make an empty qcow2 image of `size` bytes, with lazy reference counts unless told otherwise."""
+    """Create an empty qcow2 image of `size` bytes, by default with lazy reference counts."""
     settings = {"lazy_refcounts": "on", **options}
     words = ",".join(f"{key}={value}" for key, value in settings.items())
     subprocess.run(

@@ -1,10 +1,10 @@
-"""qcow2 structures made by hand, field by field, for what no program would write."""
+"""qcow2 structures made field by field, for images that no program would write."""
 
 import struct
 
 
 def header(version=3, extensions=b"", length=112, **fields):
-    """Bytes of a good header for a 1 MiB file, one field or another replaced."""
+    """Return the bytes of a valid header for a 1 MiB file, with some fields replaced."""
     values = {
         "magic": b"QFI\xfb",
         "version": version,

@@ -1,6 +1,6 @@
-"""The few answers of Keystone's API that signing in takes, over a real Swift's own tokens.
+"""A server with the part of Keystone's API that signing in needs; its tokens are those of a real Swift.
 
-It knows one user and one application credential; its catalogue has an object store for each region given.
+It knows one user and one application credential. Its catalogue has an object store for each given region.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ CREDENTIAL, SECRET = "credential-id", "battery staple"
 
 
 class KeystoneServer:
-    """Use as a context. `issued` counts tokens; `asked` keeps the bodies of the requests for them."""
+    """A context manager. `issued` counts tokens; `asked` has the bodies of the requests for them."""
 
     def __init__(self, swift: SwiftServer, regions: tuple[str, ...] = ("one", "two")) -> None:
         self.swift = swift
@@ -39,7 +39,7 @@ class KeystoneServer:
         self._http.server_close()
 
     def environment(self) -> dict[str, str]:
-        """What an openrc file for the user has."""
+        """Return the variables of an openrc file for the user."""
         return {
             "OS_AUTH_URL": self.url,
             "OS_USERNAME": USER,
@@ -51,14 +51,14 @@ class KeystoneServer:
             "OS_REGION_NAME": "two",
         }
 
-    def versions(self) -> dict[str, Any]:
-        """The document at the root and at /v3."""
+    def describe_versions(self) -> dict[str, Any]:
+        """Return the document at the root and at /v3."""
         link = {"rel": "self", "href": f"{self.url}/v3"}
         version = {"id": "v3.14", "status": "stable", "links": [link], "media-types": []}
         return {"versions": {"values": [version]}}
 
     def issue(self, body: dict[str, Any]) -> tuple[int, str, dict[str, Any]]:
-        """Status, token and document for a request to sign in."""
+        """Answer a request to sign in: return status, token and document."""
         self.asked.append(body)
         identity = body["auth"]["identity"]
         user = identity.get("password", {}).get("user", {})
@@ -95,7 +95,7 @@ class _Handler(BaseHTTPRequestHandler):
     keystone: KeystoneServer
 
     def do_GET(self) -> None:
-        self._reply(300 if self.path == "/" else 200, self.keystone.versions())
+        self._reply(300 if self.path == "/" else 200, self.keystone.describe_versions())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -111,4 +111,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Nothing to the screen."""
+        """Print nothing."""

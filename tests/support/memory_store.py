@@ -1,4 +1,4 @@
-"""A store in memory, for tests of what stands above stores. It counts its calls and obeys a clock."""
+"""A store in memory, for tests of the rooms above stores. It counts its calls; a test sets its clock."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ from island_fast.stores.base import (
     check_name,
     check_prefix,
     check_ranges,
-    views,
+    flat_views,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An object's bytes and the store's time when they came."""
+    """An object's bytes, and the store's time when they were put."""
 
     data: bytes
     at: float
 
 
 class MemoryStore(Store):
-    """Everything in `objects`, by name, free to be looked at and spoilt.
+    """Keeps `objects` by name; a test can read and damage them.
 
-    `calls` counts by verb, refused calls too; `sent` and `received` are bytes of objects. The store's clock
-    stands still at `now` (seconds) until a test moves it.
+    `calls` counts calls by method, including refused ones; `sent` and `received` are bytes of objects. The
+    store's clock is `now`, in seconds; it changes only when the test sets it.
     """
 
     def __init__(self, *, grace: float = 0.0, location: str = "memory") -> None:
@@ -49,7 +49,7 @@ class MemoryStore(Store):
         self._lock = threading.Lock()
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        data = b"".join(views(parts))
+        data = b"".join(flat_views(parts))
         with self._lock:
             self.calls["put"] += 1
             self.sent += len(data)
@@ -72,7 +72,7 @@ class MemoryStore(Store):
             self.calls[verb] += 1
             stored = self.objects.get(check_name(name))
             if stored is None:
-                raise ObjectMissingError(f"object {name} is not there; it was deleted or never written")
+                raise ObjectMissingError(f"object {name} does not exist; it was deleted or never written")
             self.received += len(stored.data) if most is None else min(most, len(stored.data))
         return memoryview(stored.data)
 

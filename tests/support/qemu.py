@@ -1,8 +1,7 @@
-"""Real qemu programs for tests: make images, change them, and say what is in them.
+"""Real qemu programs for tests: create images, change them, and read them.
 
-Every function runs one process and fails the test if it fails. `io` runs several commands in one
-qemu-io; after a compressed write nothing else may follow there, because qemu 7.2 then corrupts
-images itself.
+Every function runs one process and fails the test if that fails. `io` runs several commands in one qemu-io;
+a compressed write must be the last of them, because otherwise qemu 7.2 corrupts the image.
 """
 
 import json
@@ -25,36 +24,36 @@ _TIMEOUT = 120
 
 
 def run(*command):
-    """Run a program; its output as text. Fails with both of its streams."""
+    """Run a program, and return its output as text. Fails with both of its streams."""
     done = subprocess.run([str(part) for part in command], capture_output=True, text=True, timeout=_TIMEOUT)
     assert done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
 
 def create(path, size, **options):
-    """A new qcow2 image; options are qemu's: cluster_size=, compat="0.10", lazy_refcounts="on"."""
+    """Create a qcow2 image; options are qemu's: cluster_size=, compat="0.10", lazy_refcounts="on"."""
     extra = [f"{name}={value}" for name, value in options.items()]
-    run(QEMU_IMG, "create", "-q", "-f", "qcow2", *_options(extra), path, size)
+    run(QEMU_IMG, "create", "-q", "-f", "qcow2", *_format_options(extra), path, size)
     return Path(path)
 
 
 def write(offset, length, pattern, *, compressed=False):
-    """A qemu-io command: fill a range with one byte value."""
+    """Return a qemu-io command that fills a range with one byte value."""
     return f"write {'-c ' if compressed else ''}-P {pattern} {offset} {length}"
 
 
 def zeroes(offset, length, *, unmap=False):
-    """A qemu-io command: write zeros without data, keeping (or with unmap freeing) the clusters."""
+    """Return a qemu-io command that writes zeros without data; with `unmap` it frees the clusters."""
     return f"write -z {'-u ' if unmap else ''}{offset} {length}"
 
 
 def discard(offset, length):
-    """A qemu-io command: discard a range."""
+    """Return a qemu-io command that discards a range."""
     return f"discard {offset} {length}"
 
 
 def io(path, *commands):
-    """Run qemu-io commands in one process; a compressed write only as the last one."""
+    """Run qemu-io commands in one process; only the last one can be a compressed write."""
     assert not any(" -c " in command for command in commands[:-1]), "nothing after a compressed write"
     arguments = [part for command in commands for part in ("-c", command)]
     output = run(QEMU_IO, "-f", "qcow2", "-d", "unmap", "-t", "unsafe", *arguments, path)
@@ -68,7 +67,7 @@ def write_file(path, offset, source):
 
 
 def noise(path, offset, length, seed=None):
-    """Write bytes that do not compress; the same ones for the same arguments."""
+    """Write bytes that do not compress, the same for the same arguments."""
     chance = random.Random(f"{offset} {length}" if seed is None else seed)
     with tempfile.NamedTemporaryFile(dir=Path(path).parent) as piece:
         piece.write(chance.randbytes(length))
@@ -77,7 +76,7 @@ def noise(path, offset, length, seed=None):
 
 
 def snapshot_create(path, name):
-    """Take an internal snapshot (image closed)."""
+    """Take an internal snapshot. No process must have the image open."""
     run(QEMU_IMG, "snapshot", "-c", name, path)
 
 
@@ -97,7 +96,7 @@ def resize(path, size):
 
 
 def check(path):
-    """Assert that `qemu-img check` finds neither corruption nor leaks; its report."""
+    """Assert that `qemu-img check` finds neither corruption nor leaks, and return its report."""
     report = json.loads(run(QEMU_IMG, "check", "-f", "qcow2", "--output=json", path))
     found = {key: report[key] for key in ("corruptions", "leaks", "check-errors") if report.get(key)}
     assert not found, found
@@ -105,7 +104,7 @@ def check(path):
 
 
 def info(path):
-    """What `qemu-img info` says, as a dict."""
+    """Return the output of `qemu-img info` as a dict."""
     return json.loads(run(QEMU_IMG, "info", "-f", "qcow2", "--output=json", path))
 
 
@@ -113,7 +112,7 @@ def convert(source, target, *, source_format="qcow2", target_format="qcow2", com
     """Copy an image into a new one."""
     extra = [f"{name}={value}" for name, value in options.items()]
     flags = ["-c"] if compress else []
-    run(QEMU_IMG, "convert", *flags, "-f", source_format, "-O", target_format, *_options(extra),
+    run(QEMU_IMG, "convert", *flags, "-f", source_format, "-O", target_format, *_format_options(extra),
         source, target)  # fmt: skip
     return Path(target)
 
@@ -125,9 +124,9 @@ def compare(one, other, *, one_format="qcow2", other_format="raw"):
 
 
 def content(path, snapshot=None):
-    """The whole volume as bytes, now or at an internal snapshot, as qemu reads it.
+    """Return the whole volume as bytes, now or at an internal snapshot, as qemu reads it.
 
-    A snapshot is reverted to on a copy: `convert -l` would read it at the size the volume has now.
+    A copy of the image is reverted to the snapshot: `convert -l` would read it at the volume's present size.
     """
     with tempfile.TemporaryDirectory(dir=Path(path).parent) as folder:
         if snapshot is not None:
@@ -139,19 +138,19 @@ def content(path, snapshot=None):
         return raw.read_bytes()
 
 
-def lived_in(path, seed, size, snapshots=4, *, resizes=False, **options):
-    """An image with a random past; the names of the internal snapshots it has left, oldest first.
+def create_with_history(path, seed, size, snapshots=4, *, resizes=False, **options):
+    """Create an image with a random history; return its internal snapshots' names, oldest first.
 
-    Between snapshots it sees writes, zero writes of both kinds, discards and compressed writes, some
-    aligned and some not, and with `resizes` a new size. Now and then a snapshot is deleted, or the
-    volume goes back to one. The same arguments give the same past.
+    The history has writes, zero writes of both kinds, discards and compressed writes between the snapshots,
+    some aligned and some not, and with `resizes` new sizes. Sometimes a snapshot is deleted, or the volume is
+    reverted to one. The same arguments give the same history.
     """
     chance = random.Random(seed)
     cluster = int(options.get("cluster_size", 65536))
     create(path, size, **options)
     names = []
     for number in range(snapshots):
-        _live(path, chance, size, cluster)
+        _change_randomly(path, chance, size, cluster)
         names.append(f"s{number}")
         snapshot_create(path, names[-1])
         if len(names) > 2 and chance.random() < 0.5:
@@ -162,11 +161,11 @@ def lived_in(path, seed, size, snapshots=4, *, resizes=False, **options):
         if resizes:
             size = max(1 << 20, size + 512 * chance.randrange(-2000, 2000))
             resize(path, size)
-    _live(path, chance, size, cluster)
+    _change_randomly(path, chance, size, cluster)
     return names
 
 
-def _live(path, chance, size, cluster):
+def _change_randomly(path, chance, size, cluster):
     commands = []
     for _ in range(8):
         kind = chance.choice((write, write, write, zeroes, zeroes, discard))
@@ -181,10 +180,10 @@ def _live(path, chance, size, cluster):
     for _ in range(2):
         offset = chance.randrange(max(1, size // cluster)) * cluster
         length = min(cluster, size - offset)
-        # A compressed write does not replace a cluster: qemu fails it.
+        # qemu refuses a compressed write to an allocated cluster.
         io(path, discard(offset, length))
         io(path, write(offset, length, chance.randrange(1, 256), compressed=True))
 
 
-def _options(extra):
+def _format_options(extra):
     return ["-o", ",".join(extra)] if extra else []

@@ -1,7 +1,7 @@
-"""What goes wrong in a Swift of ours: a WSGI filter that stands in front of each of its servers.
+"""Faults of the tests' Swift: a WSGI filter in front of each of its servers.
 
-The servers find this module by its name (`swift_faults`), for it lies beside the program that they are. It
-imports nothing of the tests.
+The servers import this module by its name (`swift_faults`), because it is in the same folder as their
+program. It imports nothing from the tests.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["CONTROL", "Fault", "fault_filter", "memory_cache"]
+__all__ = ["CONTROL", "Fault", "make_cache_filter", "make_fault_filter"]
 
 CONTROL = "/-faults"
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to the requests that it matches, or to `times` of them after the first `skip`.
+    """What happens to the requests that match, to `times` of them after the first `skip`.
 
     kind      value
-    answer    status: said at once; nothing is done and the body is not read
-    lie       status: said after the request was carried out
+    answer    status: sent at once; the request is not carried out and its body is not read
+    lie       status: sent after the request was carried out
     drop      -: the connection is cut at once
     lose      -: the connection is cut after the request was carried out
-    choke     bytes: of the request's body that the server reads before the connection is cut
-    die       bytes: of the request's body that the server reads, and then its process is gone (kill -9)
-    delay     seconds: before the request is carried out
-    hold      -: the request waits until there are no faults any more (`calm`), and is carried out then
-    sip       seconds: before each piece of the request's body is read
-    drip      seconds: before each byte of the answer's body; after 1000 bytes the rest comes at once
-    truncate  bytes: of the answer's body that get through before the connection is cut
-    corrupt   offset: of the byte in the answer's body that gets a bit flipped
-    whole     -: the server does not get to see the Range header
+    choke     bytes of the request's body that the server reads before the connection is cut
+    die       bytes of the request's body that the server reads before its process is killed (kill -9)
+    delay     seconds before the request is carried out
+    hold      -: the request is carried out when all faults have been removed (`calm`)
+    sip       seconds before each piece of the request's body is read
+    drip      seconds before each byte of the answer's body; after 1000 bytes the rest is sent at once
+    truncate  bytes of the answer's body that are sent before the connection is cut
+    corrupt   offset of the byte in the answer's body in which a bit is flipped
+    whole     -: the Range header is removed, so that the whole object is sent
 
-    Of a storm, a `share` less than 1, every request has that chance to be hit; which ones are is the same
-    every time for the same order of requests.
+    With a `share` less than 1, each request is hit with that probability. The same order of requests always
+    gives the same hits.
     """
 
     kind: str
@@ -59,7 +59,7 @@ class Fault:
 
 
 class FaultFilter:
-    """WSGI: carries out the faults. Its own path CONTROL sets them, revokes tokens, tells what was asked."""
+    """A WSGI filter that injects faults. Its path CONTROL sets them, revokes tokens, and lists requests."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -146,7 +146,7 @@ class FaultFilter:
         return self.app(env, start)
 
     def _drip(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterator[bytes]:
-        env["eventlet.minimum_write_chunk_size"] = 1  # else it collects 4 KiB before it sends any
+        env["eventlet.minimum_write_chunk_size"] = 1  # otherwise it collects 4 KiB before it sends anything
         return self._dripping(fault.value, self.app(env, start))
 
     def _dripping(self, pause: float, body: Iterable[bytes]) -> Iterator[bytes]:
@@ -204,7 +204,7 @@ class FaultFilter:
 
 
 class _Watched:
-    """A request's body; `after(size)` is called for each piece that was read."""
+    """A request's body that calls `after(size)` for each piece that was read."""
 
     def __init__(self, body: Any, after: Callable[[int], object]) -> None:
         self.size = 0
@@ -222,7 +222,7 @@ class _Watched:
 
 
 class MemoryCache:
-    """WSGI: what a proxy has memcached for, as a filter; above all it remembers what containers are like."""
+    """A WSGI filter that the proxy uses instead of memcached, mainly to remember containers."""
 
     def __init__(self, app: Any) -> None:
         self.app = app
@@ -248,14 +248,14 @@ class MemoryCache:
         self._kept.pop(key, None)
 
 
-def memory_cache(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
-    """What paste calls."""
+def make_cache_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
+    """Return the filter's factory; paste calls this."""
     return MemoryCache
 
 
 _now = time.monotonic
 
 
-def fault_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
-    """What paste calls."""
+def make_fault_filter(_global_conf: Mapping[str, str], **_local_conf: str) -> Any:
+    """Return the filter's factory; paste calls this."""
     return FaultFilter

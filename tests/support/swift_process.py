@@ -1,6 +1,6 @@
-"""The processes of a Swift of ours: one of its servers, one round of a daemon, or the making of its rings.
+"""The processes of the tests' Swift: run one of its servers, run a daemon once, or make the rings.
 
-Run as a program by `swift_server.py`; it imports nothing of the tests.
+`swift_server.py` starts this as a program. It imports nothing from the tests.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ KINDS = ("account", "container", "object")
 
 
 def _make_rings(root: Path, nodes: int, replicas: int, ports: Mapping[str, int]) -> None:
-    """Rings in which each node has one device (or as many as it takes for the replicas)."""
+    """Make and save rings in which each node has one device, or as many as the replicas need."""
     from swift.common.ring import RingBuilder
 
     for kind in KINDS:
@@ -34,7 +34,7 @@ def _make_rings(root: Path, nodes: int, replicas: int, ports: Mapping[str, int])
 
 
 def _serve(kind: str, conf: str) -> None:
-    """Become one server, which ends when the process that started it does."""
+    """Become one server. It ends when the process that started it ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     sys.argv = [kind, conf]
@@ -42,8 +42,8 @@ def _serve(kind: str, conf: str) -> None:
     sys.exit(importlib.import_module(module).main())
 
 
-def _once(daemon: str, swift_dir: str, conf: str) -> None:
-    """Become a daemon, for one round."""
+def _run_once(daemon: str, swift_dir: str, conf: str) -> None:
+    """Become a daemon that runs once and ends."""
     from swift.common import constraints, storage_policy, utils
 
     if utils.set_swift_dir(swift_dir):
@@ -59,6 +59,6 @@ if __name__ == "__main__":
     if sys.argv[1] == "rings":
         _make_rings(Path(sys.argv[2]), *json.loads(sys.argv[3]))
     elif sys.argv[1] == "once":
-        _once(*sys.argv[2:])
+        _run_once(*sys.argv[2:])
     else:
         _serve(*sys.argv[2:])

@@ -4,9 +4,9 @@
         os.environ.update(swift.environment())
         swift.inject(Fault("answer", 503, method="PUT"))
 
-It needs no root, no memcached and nothing under /etc. TempAuth's tokens are signed (fernet), so that no
-server has to remember them. Every server has a filter in front that makes requests fail as told, and keeps
-a list of what it was asked: `swift_faults.py`. What runs is `swift_process.py`.
+It needs no root, no memcached and nothing in /etc. TempAuth's tokens are signed (fernet), so no server needs
+to remember them. In front of every server is a filter, `swift_faults.py`, which injects faults into requests
+and records them. Each server is a process that runs `swift_process.py`.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ _PROGRAM = Path(__file__).with_name("swift_process.py")
 
 
 class SwiftServer:
-    """The servers' processes, configuration and data, all below one temporary directory.
+    """The processes, configuration and data of the servers, all below one temporary directory.
 
-    Each of `nodes` nodes has an account, a container and an object server; of everything there are
-    `replicas`. Servers are named "proxy", "object-1" and so on.
+    Each of `nodes` nodes has an account, a container and an object server. Everything is stored `replicas`
+    times. Servers have names such as "proxy" and "object-1".
     """
 
     user = "test:tester"
-    key = secrets.token_hex(16)  # no other text looks like it: a test that looks for it finds leaks
+    key = secrets.token_hex(16)  # random, so that a test that searches for it finds leaks
     other = ("other:keeper", secrets.token_hex(16))  # user and key of a second account
 
     def __init__(self, *, nodes: int = 1, replicas: int = 1) -> None:
@@ -62,11 +62,11 @@ class SwiftServer:
         return f"http://127.0.0.1:{self.ports['proxy']}"
 
     def environment(self) -> dict[str, str]:
-        """The variables by which clients sign in."""
+        """Return the variables with which clients sign in."""
         return self._variables(self.user, self.key)
 
     def other_environment(self) -> dict[str, str]:
-        """Those by which clients sign in to the second account."""
+        """Return the variables with which clients sign in to the second account."""
         return self._variables(*self.other)
 
     def _variables(self, user: str, key: str) -> dict[str, str]:
@@ -77,7 +77,7 @@ class SwiftServer:
             try:
                 self._start()
                 return self
-            except StartError:  # someone may have taken a port that was free
+            except StartError:  # another process can have taken a port that was free
                 self.stop()
                 if not tries_left:
                     raise
@@ -87,19 +87,19 @@ class SwiftServer:
         self.stop()
 
     def _start(self) -> None:
-        self.root = Path(tempfile.mkdtemp(prefix="swift-", dir=_folder_with_xattrs()))
+        self.root = Path(tempfile.mkdtemp(prefix="swift-", dir=_find_folder_with_xattrs()))
         names = ["proxy", *(f"{kind}-{n}" for n in range(1, self.nodes + 1) for kind in KINDS)]
-        self.ports = dict(zip(names, _free_ports(len(names)), strict=True))
+        self.ports = dict(zip(names, _find_free_ports(len(names)), strict=True))
         _write_conf(self.root / "swift.conf", _SWIFT_CONF)
         rings = json.dumps([self.nodes, self.replicas, self.ports])
         subprocess.run([sys.executable, _PROGRAM, "rings", self.root, rings], check=True)
         for name in names:
             self.start_server(name)
         for name in names:
-            self._await(name)
+            self._wait_until_ready(name)
 
     def start_server(self, name: str) -> None:
-        """Start one server (again); it may take a second until it answers."""
+        """Start one server. It can take a second until it answers."""
         kind, _, node = name.partition("-")
         conf = self.root / f"{name}.conf"
         common = {
@@ -111,7 +111,7 @@ class SwiftServer:
             "recon_cache_path": str(self.root),
             "log_level": "WARNING",
         }
-        sections = _PROXY if kind == "proxy" else _storage(kind, self.root / f"node{node}")
+        sections = _PROXY if kind == "proxy" else _make_storage_conf(kind, self.root / f"node{node}")
         _write_conf(conf, {**sections, "DEFAULT": {**common, **sections.get("DEFAULT", {})}})
         with open(self.root / f"{name}.log", "ab") as log:
             self._running[name] = subprocess.Popen(
@@ -122,7 +122,7 @@ class SwiftServer:
                 start_new_session=True,
             )
 
-    def _await(self, name: str) -> None:
+    def _wait_until_ready(self, name: str) -> None:
         process = self._running[name]
         end = time.monotonic() + 30
         while time.monotonic() < end and process.poll() is None:
@@ -137,7 +137,7 @@ class SwiftServer:
     def restart_server(self, name: str) -> None:
         """Start a server that was stopped, and wait until it answers."""
         self.start_server(name)
-        self._await(name)
+        self._wait_until_ready(name)
 
     def stop_server(self, name: str) -> None:
         """End one server at once."""
@@ -146,12 +146,12 @@ class SwiftServer:
         process.wait()
 
     def await_death(self, name: str) -> None:
-        """Return when a server has ended by itself (fault "die")."""
+        """Wait until a server has ended by itself (fault "die")."""
         self._running[name].wait(30)
         del self._running[name]
 
     def mend(self) -> None:
-        """Every server runs, and none has faults."""
+        """Start every server that is not running, and remove all faults."""
         for name in self.ports:
             if name not in self._running or self._running[name].poll() is not None:
                 if name in self._running:
@@ -160,7 +160,7 @@ class SwiftServer:
             self.calm(name)
 
     def once(self, daemon: str) -> None:
-        """Let one of Swift's daemons ("object-updater", "container-replicator") go over every node once."""
+        """Run one of Swift's daemons ("object-updater", "container-replicator") once on every node."""
         kind = daemon.partition("-")[0]
         for node in range(1, self.nodes + 1):
             conf = self.root / f"{kind}-{node}.conf"
@@ -184,24 +184,24 @@ class SwiftServer:
     # -- faults
 
     def inject(self, *faults: Fault, server: str = "proxy") -> None:
-        """Add faults; of several that match a request the earliest counts."""
+        """Add faults. If several match a request, the one that was added first applies."""
         self._control("POST", server, CONTROL, json.dumps([asdict(f) for f in faults]))
 
     def revoke_tokens(self) -> None:
-        """The tokens that were used so far are good no more."""
+        """Make the proxy refuse all tokens that were used so far."""
         self._control("PUT", "proxy", CONTROL)
 
-    def seen(self, server: str = "proxy") -> list[dict[str, str]]:
-        """What was asked since the last `calm`: method, path, and headers as X_NEWEST, RANGE and so on."""
+    def list_requests(self, server: str = "proxy") -> list[dict[str, str]]:
+        """Return the requests since the last `calm`: method, path, and headers such as X_NEWEST and RANGE."""
         answer: list[dict[str, str]] = json.loads(self._control("GET", server, CONTROL))
         return answer
 
     def count(self, method: str, path: str = "") -> int:
-        """How many requests of this method, with a path that `path` is found in, the proxy has seen."""
-        return sum(r["method"] == method and path in r["path"] for r in self.seen())
+        """Count the requests to the proxy with this method and with `path` in their path."""
+        return sum(r["method"] == method and path in r["path"] for r in self.list_requests())
 
     def calm(self, server: str = "proxy") -> None:
-        """No more faults; forget what was seen."""
+        """Remove all faults, and forget the requests."""
         self._control("DELETE", server, CONTROL)
 
     def _control(self, method: str, name: str, path: str, body: str = "") -> bytes:
@@ -214,8 +214,8 @@ class SwiftServer:
 
     # -- what is on the disks
 
-    def replicas_of(self, path: str) -> dict[str, Path]:
-        """The file of each replica of CONTAINER/OBJECT in the test user's account, by its object server."""
+    def find_replicas(self, path: str) -> dict[str, Path]:
+        """Return the file of each replica of CONTAINER/OBJECT of the test user, by object server."""
         whole = f"/AUTH_test/{path}{_SWIFT_CONF['swift-hash']['swift_hash_path_suffix']}"
         name = hashlib.md5(whole.encode()).hexdigest()
         files = self.root.glob(f"node*/*/objects/*/*/{name}/*.data")
@@ -223,7 +223,7 @@ class SwiftServer:
 
     def rot(self, path: str, at: int, servers: Iterable[str]) -> None:
         """Flip a bit of byte `at` of CONTAINER/OBJECT on the disks of these object servers."""
-        found = self.replicas_of(path)
+        found = self.find_replicas(path)
         for server in servers:
             with open(found[server], "r+b") as file:
                 file.seek(at)
@@ -231,8 +231,8 @@ class SwiftServer:
                 file.seek(at)
                 file.write(bytes([byte ^ 1]))
 
-    def waiting_updates(self) -> int:
-        """How many rows for containers the object servers still have to deliver."""
+    def count_waiting_updates(self) -> int:
+        """Count the container updates that the object servers have not delivered yet."""
         return sum(file.is_file() for file in self.root.glob("node*/*/async_pending*/**/*"))
 
     # -- as an administrator
@@ -246,19 +246,19 @@ class SwiftServer:
         self.put_raw(name, b"", *self.other)
 
     def put_raw(self, path: str, body: bytes, user: str = user, key: str = key) -> None:
-        """PUT something at CONTAINER[/OBJECT] in a user's account; `path` is quoted already."""
+        """PUT something at CONTAINER[/OBJECT] in a user's account; `path` must be quoted."""
         url, token = self.sign_in(user, key)
         path = f"{url.removeprefix(self.url)}/{path}"
-        status, _ = self._ask("PUT", path, {"X-Auth-Token": token}, body)
+        status, _ = self._request("PUT", path, {"X-Auth-Token": token}, body)
         assert status in (201, 202), status
 
     def sign_in(self, user: str = user, key: str = key) -> tuple[str, str]:
-        """A user's storage URL and a token for it."""
+        """Sign in, and return the user's storage URL and a token."""
         who = {"X-Auth-User": user, "X-Auth-Key": key}
-        _, headers = self._ask("GET", "/auth/v1.0", who)
+        _, headers = self._request("GET", "/auth/v1.0", who)
         return headers["X-Storage-Url"], headers["X-Auth-Token"]
 
-    def _ask(
+    def _request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> tuple[int, Mapping[str, str]]:
         connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
@@ -272,11 +272,11 @@ class SwiftServer:
 
 
 class StartError(Exception):
-    """A server does not come up; the text ends with its log."""
+    """A server did not start; the text ends with its log."""
 
 
-def _folder_with_xattrs() -> str:
-    """A directory, in memory if possible, whose files can have the attributes that Swift keeps there."""
+def _find_folder_with_xattrs() -> str:
+    """Return a directory, in memory if possible, whose files can have attributes as large as Swift's."""
     for folder in ("/dev/shm", tempfile.gettempdir(), os.getcwd()):
         try:
             with tempfile.NamedTemporaryFile(dir=folder) as probe:
@@ -284,10 +284,10 @@ def _folder_with_xattrs() -> str:
             return folder
         except OSError:
             continue
-    raise StartError("no directory here supports extended attributes, which Swift needs; set TMPDIR")
+    raise StartError("Swift needs a directory with extended attributes; set TMPDIR to one")
 
 
-def _free_ports(count: int) -> list[int]:
+def _find_free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
@@ -299,7 +299,7 @@ def _free_ports(count: int) -> list[int]:
 
 Conf = Mapping[str, Mapping[str, str]]
 
-_FAULTS = {"paste.filter_factory": "swift_faults:fault_filter"}
+_FAULTS = {"paste.filter_factory": "swift_faults:make_fault_filter"}
 _HEALTH = {"use": "egg:swift#healthcheck"}
 _SWIFT_CONF = {
     "swift-hash": {"swift_hash_path_suffix": "tests"},
@@ -310,7 +310,7 @@ _PROXY = {
         "pipeline": ("faults catch_errors gatekeeper healthcheck cache listing_formats tempauth proxy-server")
     },
     "filter:faults": _FAULTS,
-    "filter:cache": {"paste.filter_factory": "swift_faults:memory_cache"},
+    "filter:cache": {"paste.filter_factory": "swift_faults:make_cache_filter"},
     "filter:healthcheck": _HEALTH,
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
@@ -326,22 +326,22 @@ _PROXY = {
     "app:proxy-server": {
         "use": "egg:swift#proxy",
         "account_autocreate": "true",
-        # One failed answer would otherwise keep a server out of use for a minute.
+        # Otherwise the proxy would not use a server for a minute after one failed answer.
         "error_suppression_interval": "0.1",
-        # What a proxy once knew of a container it knows to the end of the tests.
+        # The proxy caches what it knows of a container until the tests end.
         "recheck_container_existence": "3600",
     },
 }
 
 
-def _storage(kind: str, devices: Path) -> Conf:
+def _make_storage_conf(kind: str, devices: Path) -> Conf:
     return {
         "DEFAULT": {"devices": str(devices), "mount_check": "false", "disable_fallocate": "true"},
         "pipeline:main": {"pipeline": f"faults healthcheck {kind}-server"},
         "filter:faults": _FAULTS,
         "filter:healthcheck": _HEALTH,
         f"app:{kind}-server": {"use": f"egg:swift#{kind}"},
-        # The daemons of the kind find their options here; ssync needs no other program, as rsync would be.
+        # Options of the daemons of this kind. ssync, unlike rsync, needs no other program.
         f"{kind}-updater": {},
         f"{kind}-replicator": {"sync_method": "ssync"} if kind == "object" else {},
     }

@@ -1,1 +1,4 @@
-"""What is measured: one file for each group of cases; `all_cases.py` lists them in their order."""
+"""All cases, in one file for each group; `all_cases` lists them in their order.
+
+Each file has a tuple `CASES`. A case is a function that gets a `Context` and yields rows and counters.
+"""

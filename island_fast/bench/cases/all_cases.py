@@ -1,20 +1,20 @@
-"""All that is measured, one module for each group; each has `WORKS`."""
+"""All cases, in the order in which they run."""
 
 from __future__ import annotations
 
-from island_fast.bench.case import Work
+from island_fast.bench.case import Case
 from island_fast.bench.cases import attached, depth, full, increments, kernels, maps, memory, sizes, upload
 
-__all__ = ["ALL"]
+__all__ = ["ALL_CASES"]
 
-ALL: tuple[Work, ...] = (
-    *increments.WORKS,
-    *full.WORKS,
-    *depth.WORKS,
-    *maps.WORKS,
-    *kernels.WORKS,
-    *sizes.WORKS,
-    *memory.WORKS,
-    *upload.WORKS,
-    *attached.WORKS,
+ALL_CASES: tuple[Case, ...] = (
+    *increments.CASES,
+    *full.CASES,
+    *depth.CASES,
+    *maps.CASES,
+    *kernels.CASES,
+    *sizes.CASES,
+    *memory.CASES,
+    *upload.CASES,
+    *attached.CASES,
 )

@@ -1,13 +1,13 @@
-"""An attached volume, worked by fio, against qemu's own qcow2 on the same disk: each kind of block device.
+"""Attached volumes, one kind of block device after the other, against qemu's own qcow2 on the same disk.
 
-What is measured is the device that Nova is given, made by the driver's own code: its image, its daemon, its
-export. No Cinder and no guest take part, since neither is on the way of the data from that device on.
+fio runs on the device that the driver hands to Nova, which the driver's own code makes: image, daemon and
+export. Cinder and a guest take no part, because the data from that device does not pass through them.
 
-fio cannot open a qcow2, so it reaches qemu's own by its engine for NBD: a second daemon, with the same
-options, serves an equal image at a socket. That is a hop between two processes, as a guest has one, by
-virtio, to a qemu that has the image open; fio's own hop to a block device is a system call. `qemu-img bench`,
-which opens an image itself, shows how far a device is behind it without any hop: the driver's self-test
-warns by that.
+fio cannot open a qcow2. For the other side it uses its NBD engine: a second daemon with the same options
+serves an equal image at a socket. That is a hop between two processes, like the hop from a guest by virtio to
+a qemu that has the image open; fio's hop to a block device is a system call. `qemu-img bench` opens an image
+itself, so it shows how much slower a device is than an image without any hop; the driver's self-test
+measures the same and warns if that is too slow.
 """
 
 from __future__ import annotations
@@ -23,39 +23,39 @@ from functools import partial
 from pathlib import Path
 
 from island_fast.bench import timing
-from island_fast.bench.case import GIB, MIB, Context, Scale, Work
+from island_fast.bench.case import GIB, MIB, Case, Context, Scale
 from island_fast.bench.report import Counter, LeftOut, Row
-from island_fast.bench.timing import pairs, row
+from island_fast.bench.timing import make_row, run_pairs
 from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exports import KINDS, Exports
 from island_fast.cinder.attach.selftest import check_data_path, measure_speed
 from island_fast.cinder.images import Images
 from island_fast.errors import IslandError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 
-__all__ = ["WORKS"]
+__all__ = ["CASES"]
 
 _NAMES = {"loop": "loop over FUSE", "nbd": "kernel NBD"}
 _CLUSTER = 65536
-_LINKS = "/dev/shm"  # where no links outlive a reboot
+_LINKS = "/dev/shm"  # whose links do not survive a reboot
 
 
 @dataclass(frozen=True, slots=True)
-class _Plan:
-    """How much is done: a volume of `size` bytes, `pairs` of runs of so many `milliseconds` each."""
+class _Amount:
+    """How much is measured: a volume of `size` bytes, and `pairs` pairs of runs of `milliseconds` each."""
 
     size: int
     pairs: int
     milliseconds: int
 
 
-_WHOLE = _Plan(1 * GIB, 9, 1000)
-_QUICK = _Plan(128 * MIB, 2, 150)
+_FULL = _Amount(1 * GIB, 9, 1000)
+_QUICK = _Amount(128 * MIB, 2, 150)
 
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """What fio does: `way` and `depth` are its own words, `length` the bytes of a request."""
+    """A job of fio: `way` is its option rw, `depth` its option iodepth, `length` the bytes of a request."""
 
     name: str
     way: str
@@ -64,7 +64,7 @@ class _Job:
 
     @property
     def reads(self) -> bool:
-        """Whether it reads, and does not write."""
+        """Whether the job reads; otherwise it writes."""
         return self.way.endswith("read")
 
 
@@ -83,7 +83,7 @@ _AGAINST = "qemu's own qcow2"
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Folders for one kind of device, as a host has them."""
+    """The folders that a host has for one kind of device."""
 
     run: Path
     links: Path
@@ -92,46 +92,44 @@ class _Place:
 
 @dataclass(slots=True)
 class _Volume:
-    """A volume in use, and what fio is told to reach it."""
+    """A volume in use, and the options with which fio reaches it."""
 
     exports: Exports
     name: str
     image: Path
-    words: list[str]
+    options: list[str]
 
-    def fio(self, job: _Job, plan: _Plan, *more: str) -> float:
-        """Run a job; requests in a second, or of those of 1 MiB, MiB."""
+    def run_fio(self, job: _Job, amount: _Amount, *more: str) -> float:
+        """Run a job; return requests per second (MiB per second if the requests are of 1 MiB)."""
         command = ["fio", "--name=job", f"--rw={job.way}", f"--bs={job.length}", f"--iodepth={job.depth}"]
-        command += [f"--size={plan.size}", "--output-format=json", *more, *self.words]
-        told = timing.run(command).output
+        command += [f"--size={amount.size}", "--output-format=json", *more, *self.options]
+        output = timing.run(command).output
         try:
-            found = json.loads(told[told.index(b"{") :])["jobs"][0]["read" if job.reads else "write"]
+            found = json.loads(output[output.index(b"{") :])["jobs"][0]["read" if job.reads else "write"]
             return float(found["iops"])
         except (ValueError, LookupError, TypeError) as error:
-            raise IslandError(f"fio said what nobody expected: {told[-200:]!r}") from error
+            raise IslandError(f"fio printed no result: {output[-200:]!r}") from error
 
     def renew(self) -> None:
-        """Attach it anew, so that nothing of it is in the page cache."""
+        """Detach and attach the volume, so that nothing of it is in the page cache."""
         self.exports.detach(self.name)
-        self._to(self.exports.attach(self.name, self.image).resolve())
-
-    def _to(self, device: Path) -> None:
-        self.words = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
+        device = self.exports.attach(self.name, self.image).resolve()
+        self.options = ["--ioengine=libaio", "--direct=1", f"--filename={device}"]
 
     def snapshot(self) -> None:
-        """Take an internal snapshot, and drop those before, as every day."""
-        old = self.exports.internals(self.name)
-        self.exports.freeze(self.name, uuid.uuid4().hex)
+        """Take an internal snapshot and drop the earlier ones, as a daily snapshot does."""
+        old = self.exports.internal_snapshots(self.name)
+        self.exports.take_internal_snapshot(self.name, uuid.uuid4().hex)
         for name in old:
-            self.exports.thaw(self.name, name)
+            self.exports.drop_internal_snapshot(self.name, name)
 
 
 @contextlib.contextmanager
-def _attached(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
-    """A volume behind the device of a kind."""
-    exports = Exports(place.run, place.links, run_to_the_end, kind)
+def _attach(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
+    """Attach a new volume as a device of a kind while the body runs."""
+    exports = Exports(place.run, place.links, run_program, kind)
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "attached", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.attach(volume.name, volume.image)
         volume.renew()
@@ -142,65 +140,69 @@ def _attached(place: _Place, kind: str, size: int) -> Iterator[_Volume]:
 
 
 @contextlib.contextmanager
-def _served(place: _Place, size: int) -> Iterator[_Volume]:
-    """An equal one, that a daemon serves at a socket and no device stands in front of."""
-    exports = Exports(place.run, place.links, run_to_the_end, "nbd")
+def _serve(place: _Place, size: int) -> Iterator[_Volume]:
+    """Serve an equal volume at a socket, without a device, while the body runs."""
+    exports = Exports(place.run, place.links, run_program, "nbd")
     volume = _Volume(exports, str(uuid.uuid4()), place.images / "served", [])
-    Images(run_to_the_end).blank(volume.image, size)
+    Images(run_program).create_blank(volume.image, size)
     try:
         exports.serve(volume.name, volume.image)
-        daemon = Daemon(place.run / volume.name, run_to_the_end)
+        daemon = Daemon(place.run / volume.name, run_program)
         daemon.export()
-        volume.words = ["--ioengine=nbd", f"--uri=nbd+unix:///volume?socket={daemon.socket}"]
+        volume.options = ["--ioengine=nbd", f"--uri=nbd+unix:///volume?socket={daemon.socket}"]
         yield volume
     finally:
         exports.stop(volume.name)
         volume.image.unlink()
 
 
-def _kind(kind: str, context: Context) -> Iterator[Row | Counter | LeftOut]:
-    """All rows of one kind of device; why it is left out where this machine does not have it."""
-    plan = _QUICK if context.quick else _WHOLE
+def _measure_kind(kind: str, context: Context) -> Iterator[Row | Counter | LeftOut]:
+    """Yield all rows of one kind of device, or why it is left out on this machine."""
+    amount = _QUICK if context.quick else _FULL
     with tempfile.TemporaryDirectory(prefix="island-bench-", dir=_LINKS) as links:
         place = _Place(context.scratch / "run", Path(links), context.scratch / "images")
         place.images.mkdir()
         try:
-            _check(place, kind)
+            _require_devices(place, kind)
         except IslandError as error:
             yield LeftOut(f"attached volume, {_NAMES[kind]}", str(error))
             return
-        with _attached(place, kind, plan.size) as ours, _served(place, plan.size) as theirs:
-            yield from _rows(context, plan, kind, (ours, theirs))
-        yield from _bare_rows(context, place, kind)
+        with _attach(place, kind, amount.size) as ours, _serve(place, amount.size) as theirs:
+            yield from _measure_jobs(context, amount, kind, (ours, theirs))
+        yield from _measure_with_qemu_img(context, place, kind)
 
 
-def _check(place: _Place, kind: str) -> None:
-    """IslandError if there are no such devices here, or if what goes through them is not right."""
+def _require_devices(place: _Place, kind: str) -> None:
+    """Raise IslandError if this machine has no such devices, or if they do not return what was written."""
     if os.geteuid() != 0:
-        raise IslandError("block devices are put up by root; run the bench as root")
-    check_data_path(place.run, place.links, place.images, run_to_the_end, kind)
+        raise IslandError("only root can make block devices; run the bench as root")
+    check_data_path(place.run, place.links, place.images, run_program, kind)
 
 
-def _rows(context: Context, plan: _Plan, kind: str, sides: tuple[_Volume, _Volume]) -> Iterator[Row]:
-    context.tell(f"filling two volumes of {plan.size // MIB} MiB")
+def _measure_jobs(
+    context: Context, amount: _Amount, kind: str, sides: tuple[_Volume, _Volume]
+) -> Iterator[Row]:
+    context.show_progress(f"filling two volumes of {amount.size // MIB} MiB")
     for side in sides:
-        side.fio(_FILLING, plan)
+        side.run_fio(_FILLING, amount)
     for job in _JOBS:
-        limit = ["--time_based", f"--runtime={plan.milliseconds}ms"]
-        yield _row(context, plan, kind, job, sides, sides[0].renew if job.reads else lambda: None, limit)
+        limit = ["--time_based", f"--runtime={amount.milliseconds}ms"]
+        yield _measure_job(
+            context, amount, kind, job, sides, sides[0].renew if job.reads else lambda: None, limit
+        )
 
-    def snapshots() -> None:
+    def take_snapshots() -> None:
         for side in sides:
             side.snapshot()
 
-    # Each write in a cluster of its own, so that it is the first one there: an eighth of the volume's.
-    first = [f"--blockalign={_CLUSTER}", f"--number_ios={plan.size // _CLUSTER // 8}"]
-    yield _row(context, plan, kind, _FIRST, sides, snapshots, first)
+    # Each write goes to another cluster and is the first one there. An eighth of the clusters is written.
+    first = [f"--blockalign={_CLUSTER}", f"--number_ios={amount.size // _CLUSTER // 8}"]
+    yield _measure_job(context, amount, kind, _FIRST, sides, take_snapshots, first)
 
 
-def _row(
+def _measure_job(
     context: Context,
-    plan: _Plan,
+    amount: _Amount,
     kind: str,
     job: _Job,
     sides: Sequence[_Volume],
@@ -209,27 +211,30 @@ def _row(
 ) -> Row:
     ours, theirs = sides
     work = f"{_NAMES[kind]}: {job.name}"
-    context.tell(work)
-    measured = pairs(
-        plan.pairs, lambda: ours.fio(job, plan, *how), lambda: theirs.fio(job, plan, *how), before
+    context.show_progress(work)
+    measured = run_pairs(
+        amount.pairs,
+        lambda: ours.run_fio(job, amount, *how),
+        lambda: theirs.run_fio(job, amount, *how),
+        before,
     )
-    return row(work, _AGAINST, measured, unit="MiB/s" if job.length == MIB else "requests/s")
+    return make_row(work, _AGAINST, measured, unit="MiB/s" if job.length == MIB else "requests/s")
 
 
-def _bare_rows(context: Context, place: _Place, kind: str) -> Iterator[Row]:
-    """What the driver's self-test measures when it starts."""
-    context.tell(f"{_NAMES[kind]}: the self-test")
-    for speed in measure_speed(place.run, place.links, place.images, run_to_the_end, kind):
+def _measure_with_qemu_img(context: Context, place: _Place, kind: str) -> Iterator[Row]:
+    """Yield what the driver's self-test measures when the driver starts."""
+    context.show_progress(f"{_NAMES[kind]}: the self-test")
+    for speed in measure_speed(place.run, place.links, place.images, run_program, kind):
         work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
-        yield row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
+        yield make_row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
 
 
 def _space(scale: Scale) -> int:
-    """Two volumes, and what the snapshot before keeps of each."""
-    return 3 * _WHOLE.size if scale.large else 3 * _QUICK.size
+    """Return the bytes of two volumes, and of what the earlier snapshot keeps of each."""
+    return 3 * _FULL.size if scale.large else 3 * _QUICK.size
 
 
-WORKS = tuple(
-    Work(f"attached volume, {_NAMES[kind]}", partial(_kind, kind), ("fio", "qemu-img"), _space)
+CASES = tuple(
+    Case(f"attached volume, {_NAMES[kind]}", partial(_measure_kind, kind), ("fio", "qemu-img"), _space)
     for kind in KINDS
 )

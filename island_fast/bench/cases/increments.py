@@ -1,4 +1,4 @@
-"""An increment of 1 %, from the start of a process until it is durable, and what it stores."""
+"""An increment of 1 %: its time, from the start of a process until it is durable, and its size."""
 
 from __future__ import annotations
 
@@ -8,38 +8,50 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from island_fast.bench.case import MIB, Context, Scale, Size, Work
+from island_fast.bench.case import MIB, Case, Context, Scale, Size
 from island_fast.bench.island_command import Island
-from island_fast.bench.peers.archivers import Borg, Keeper, Restic
-from island_fast.bench.peers.bitmap import Bitmap
+from island_fast.bench.peers.archivers import Archiver, Borg, Restic
+from island_fast.bench.peers.bitmap import DirtyBitmap
 from island_fast.bench.peers.cinder import Cinder
 from island_fast.bench.report import Row
-from island_fast.bench.timing import Measured, costs, pairs, row, until_on_disk, warm
-from island_fast.bench.volume import Volume, is_same
+from island_fast.bench.timing import (
+    Measurement,
+    describe_costs,
+    flush_to_disk,
+    make_row,
+    run_pairs,
+    warm_page_cache,
+)
+from island_fast.bench.volume import Volume, is_same_disk
 from island_fast.errors import DamagedError
 
-__all__ = ["WORKS"]
+__all__ = ["CASES"]
 
-_KEEPERS: dict[str, Callable[[Path], Keeper]] = {"restic": Restic, "borg": Borg, "cinder": Cinder}
+_ARCHIVERS: dict[str, Callable[[Path], Archiver]] = {"restic": Restic, "borg": Borg, "cinder": Cinder}
 _SMALL_REACH = {"restic": 12.0, "borg": 9.0, "cinder": 30.0}
 _LARGE_REACH = {"restic": 20.0, "borg": 15.0, "cinder": 50.0}
 _BITMAP_REACH = 1.2
 _STORED_REACH = 0.75
-_CINDERS_TIME = "of Cinder only the driver's call is timed, as in a service that runs already"
-_BITMAPS_TIME = "clearing the bitmap is not timed; ours takes and drops pins, hashes, compresses and flushes"
+_CINDERS_TIME = "for Cinder only the driver's call is timed, in a process that keeps running"
+_BITMAPS_TIME = (
+    "clearing the bitmap is not timed; island takes and drops pins, hashes, compresses and flushes"
+)
 
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One snapshot or what a peer did instead: its cost, and the bytes it added to its repository."""
+    """One snapshot, or one run of a peer: its cost, and the bytes that it added to the repository."""
 
-    cost: Measured
+    cost: Measurement
     stored: int
 
 
 @dataclass(slots=True)
 class _Bench:
-    """One volume, whose snapshots in `island` go on from peer to peer; `stored` is what each of them took."""
+    """One volume, whose chain of snapshots in `island` continues from peer to peer.
+
+    `stored` is the bytes that each snapshot stored.
+    """
 
     context: Context
     volume: Volume
@@ -49,7 +61,7 @@ class _Bench:
     @classmethod
     def make(cls, context: Context, size: Size) -> _Bench:
         """Write the volume, and take its first snapshot."""
-        context.tell(f"making a volume of {size.volume // MIB} MiB with {size} of data")
+        context.show_progress(f"making a volume of {size.volume // MIB} MiB with {size} of data")
         island = Island(context.scratch / "ours")
         bench = cls(context, Volume.make(context.scratch, size, context.seed), island, [])
         island("snapshot", bench.volume.image)
@@ -57,95 +69,99 @@ class _Bench:
 
     @property
     def name(self) -> str:
-        """Of what is measured."""
+        """The work, as the row names it."""
         return f"increment of 1 %, {self.volume.size} of data"
 
-    def ours(self) -> _Run:
-        """Take a snapshot, which has to be an increment."""
+    def take_snapshot(self) -> _Run:
+        """Take a snapshot. Raises DamagedError if it is not an increment."""
         cost, answer = self.island("snapshot", self.volume.image)
         if answer["rule"] != "table-diff":
-            raise DamagedError(f"the snapshot was no increment ({answer['reason']}); report this fault")
+            raise DamagedError(f"the snapshot was not an increment ({answer['reason']}); report this fault")
         self.stored.append(answer["bytes_stored"])
         return _Run(cost, answer["bytes_stored"])
 
-    def against(self, peer: Keeper) -> list[tuple[_Run, _Run]]:
-        """Increments of both on the same states; the peer's first, whole one is taken before."""
-        self.context.tell(f"{self.name}, against {peer.name}")
-        peer.take(self.volume.raw)
+    def measure_pairs(self, peer: Archiver) -> list[tuple[_Run, _Run]]:
+        """Measure increments of both on the same states, after the peer has stored a first, full copy."""
+        self.context.show_progress(f"{self.name}, against {peer.name}")
+        peer.back_up(self.volume.raw)
 
         def theirs() -> _Run:
-            before = peer.stored()
-            cost = peer.take(self.volume.raw)
-            until_on_disk(self.context.scratch / peer.name)  # or the next flush of ours would wait for it
-            return _Run(cost, peer.stored() - before)
+            before = peer.measure_stored()
+            cost = peer.back_up(self.volume.raw)
+            flush_to_disk(self.context.scratch / peer.name)  # or the next flush of island would wait for it
+            return _Run(cost, peer.measure_stored() - before)
 
         def edit() -> None:
             self.volume.edit()
-            warm(self.volume.raw)
+            warm_page_cache(self.volume.raw)
 
-        return pairs(self.volume.size.pairs, self.ours, theirs, edit)
+        return run_pairs(self.volume.size.pairs, self.take_snapshot, theirs, edit)
 
-    def rows(self, peer: Keeper, reach: float) -> Iterator[Row]:
-        """Time against a peer, and bytes stored."""
-        found = self.against(peer)
+    def measure_peer(self, peer: Archiver, reach: float | None) -> Iterator[Row]:
+        """Yield the rows against a peer: time, and bytes stored."""
+        found = self.measure_pairs(peer)
         times = [(our.cost.wall, their.cost.wall) for our, their in found]
-        notes = [costs([(our.cost, their.cost) for our, their in found])]
+        notes = [describe_costs([(our.cost, their.cost) for our, their in found])]
         if peer.name == "cinder":
             notes.append(_CINDERS_TIME)
-        yield row(self.name, peer.name, times, reach=self.context.reach(reach), notes=notes)
+        yield make_row(self.name, peer.name, times, reach=reach, notes=notes)
         sizes = [(our.stored / MIB, their.stored / MIB) for our, their in found]
-        yield row(f"stored for 1 %, {self.volume.size} of data", peer.name, sizes, unit="MiB")
+        yield make_row(f"stored for 1 %, {self.volume.size} of data", peer.name, sizes, unit="MiB")
 
-    def bitmap_row(self, reach: float | None) -> Row:
-        """Time against copying what a dirty bitmap marks, in a copy of the image."""
-        self.context.tell(f"{self.name}, against a dirty bitmap")
+    def measure_bitmap(self, reach: float | None) -> Row:
+        """Measure the time against copying what a dirty bitmap marks in a copy of the image."""
+        self.context.show_progress(f"{self.name}, against a dirty bitmap")
         image = self.context.scratch / "marked.qcow2"
         shutil.copyfile(self.volume.image, image)
-        until_on_disk(image)
-        bitmap = Bitmap(image, self.context.scratch / "bitmap")
-        bitmap.begin()
+        flush_to_disk(image)
+        bitmap = DirtyBitmap(image, self.context.scratch / "bitmap")
+        bitmap.start()
         self.volume.copies.append(image)
 
-        def theirs() -> Measured:
-            cost = bitmap.take()
-            until_on_disk(bitmap.target)
+        def theirs() -> Measurement:
+            cost = bitmap.copy_changes()
+            flush_to_disk(bitmap.target)
             return cost
 
-        found = pairs(self.volume.size.pairs, lambda: self.ours().cost, theirs, self.volume.edit)
-        if bitmap.copied != self.volume.edited or not _holds(bitmap.target, self.volume):
-            raise DamagedError("the dirty bitmap's copy is not the change; it is used wrongly here")
+        found = run_pairs(self.volume.size.pairs, lambda: self.take_snapshot().cost, theirs, self.volume.edit)
+        if bitmap.copied != self.volume.edited or not _has_last_edit(bitmap.target, self.volume):
+            raise DamagedError(
+                "the copy by the dirty bitmap is not what changed; report this fault of the bench"
+            )
         self.volume.copies.remove(image)
         image.unlink()
         times = [(our.wall, their.wall) for our, their in found]
-        notes = [costs(found), _BITMAPS_TIME]
-        return row(self.name, "dirty bitmap, copied", times, reach=reach, better="lower", notes=notes)
+        notes = [describe_costs(found), _BITMAPS_TIME]
+        return make_row(self.name, "dirty bitmap, copied", times, reach=reach, better="lower", notes=notes)
 
-    def stored_row(self) -> Row:
-        """Bytes stored against bytes edited."""
+    def compare_stored(self) -> Row:
+        """Return the row of bytes stored against bytes edited."""
         sizes = [(stored / MIB, self.volume.edited / MIB) for stored in self.stored]
-        reach = self.context.reach(_STORED_REACH)
+        reach = self.context.target_unless_quick(_STORED_REACH)
         work = f"stored for 1 %, {self.volume.size} of data"
-        return row(work, "bytes edited", sizes, unit="MiB", better="lower", reach=reach)
+        return make_row(work, "bytes edited", sizes, unit="MiB", better="lower", reach=reach)
 
     def check(self) -> None:
-        """Restore the last snapshot and compare it with the volume: speed that loses data is none."""
+        """Restore the last snapshot, and raise DamagedError if it differs from the volume."""
         target = self.context.scratch / "back.qcow2"
         self.island("restore", f"{self.volume.image.stem}@latest", target)
-        if not is_same(target, self.volume.raw):
-            raise DamagedError("what was restored differs from the volume; report this fault")
+        if not is_same_disk(target, self.volume.raw):
+            raise DamagedError("the restored image differs from the volume; report this fault")
         target.unlink()
 
-    def check_peer(self, peer: Keeper) -> None:
-        """The same for a peer, so that it is known to have done the whole work."""
+    def check_peer(self, peer: Archiver) -> None:
+        """Restore what a peer stored last, and raise DamagedError if it differs from the volume."""
         target = self.context.scratch / "back.raw"
-        peer.give_back(self.volume.raw, target)
-        if not is_same(target, self.volume.raw, ("raw", "raw")):
-            raise DamagedError(f"what {peer.name} restored differs from the volume; it is used wrongly here")
+        peer.restore(self.volume.raw, target)
+        if not is_same_disk(target, self.volume.raw, ("raw", "raw")):
+            raise DamagedError(
+                f"what {peer.name} restored differs from the volume; report this fault of the bench"
+            )
         target.unlink()
 
 
-def _holds(copy: Path, volume: Volume) -> bool:
-    """Whether a sparse copy of what the last edit wrote is what the volume has there."""
+def _has_last_edit(copy: Path, volume: Volume) -> bool:
+    """Return whether a sparse copy equals the volume in the ranges that the last edit wrote."""
     with open(copy, "rb") as copied, open(volume.raw, "rb") as raw:
         return all(
             os.pread(copied.fileno(), length, start) == os.pread(raw.fileno(), length, start)
@@ -153,35 +169,36 @@ def _holds(copy: Path, volume: Volume) -> bool:
         )
 
 
-def _increments(context: Context, size: Size, reach: dict[str, float]) -> Iterator[Row]:
-    """Rows against each peer that is there, on one volume."""
+def _measure_increments(context: Context, size: Size, reach: dict[str, float]) -> Iterator[Row]:
+    """Yield the rows against each installed peer, on one volume."""
     bench = _Bench.make(context, size)
-    for name, make in _KEEPERS.items():
-        if context.has(name):
+    for name, make in _ARCHIVERS.items():
+        if context.has_peer(name):
             peer = make(context.scratch / name)
             try:
-                yield from bench.rows(peer, reach[name])
-                if size is context.scale.small:  # restoring large ones from Cinder takes minutes
+                yield from bench.measure_peer(peer, context.target_unless_quick(reach[name]))
+                if size is context.scale.small:  # restoring the large volume from Cinder takes minutes
                     bench.check_peer(peer)
             finally:
-                peer.finish()
+                peer.close()
             shutil.rmtree(context.scratch / name)
-    yield bench.bitmap_row(context.reach(_BITMAP_REACH) if size is context.scale.large else None)
-    yield bench.stored_row()
+    target = context.target_unless_quick(_BITMAP_REACH) if size is context.scale.large else None
+    yield bench.measure_bitmap(target)
+    yield bench.compare_stored()
     bench.check()
 
 
-def _small(context: Context) -> Iterator[Row]:
-    yield from _increments(context, context.scale.small, _SMALL_REACH)
+def _measure_small(context: Context) -> Iterator[Row]:
+    yield from _measure_increments(context, context.scale.small, _SMALL_REACH)
 
 
-def _large(context: Context) -> Iterator[Row]:
+def _measure_large(context: Context) -> Iterator[Row]:
     if context.scale.large:
-        yield from _increments(context, context.scale.large, _LARGE_REACH)
+        yield from _measure_increments(context, context.scale.large, _LARGE_REACH)
 
 
 def _space(size: Size | None) -> int:
-    """The qcow2 and a copy or restored one, the raw file, our repository, and a peer's or a raw restored."""
+    """Return the bytes of the qcow2 and a copy, the raw file and a restored one, and two repositories."""
     return 4 * size.allocated + size.volume if size else 0
 
 
@@ -193,7 +210,7 @@ def _large_space(scale: Scale) -> int:
     return _space(scale.large)
 
 
-WORKS = (
-    Work("increment, small volume", _small, ("qemu-img",), _small_space),
-    Work("increment, large volume", _large, ("qemu-img",), _large_space),
+CASES = (
+    Case("increment, small volume", _measure_small, ("qemu-img",), _small_space),
+    Case("increment, large volume", _measure_large, ("qemu-img",), _large_space),
 )

@@ -1,4 +1,4 @@
-"""The kernels that look at L2 tables, against the fastest thing that numpy does with so much memory."""
+"""The kernels that read L2 tables, against numpy's sum, its fastest pass over as much memory."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast import _diff
-from island_fast.bench.case import MIB, Context, Work
+from island_fast.bench.case import MIB, Case, Context
 from island_fast.bench.report import Counter, Row
-from island_fast.bench.synthetic_image import scattered
-from island_fast.bench.timing import pairs, row, timed
+from island_fast.bench.synthetic_image import scatter_clusters
+from island_fast.bench.timing import make_row, run_pairs, time_call
 from island_fast.errors import DamagedError
 
-__all__ = ["WORKS"]
+__all__ = ["CASES"]
 
 _TABLE = 128 * MIB
 _PAIRS, _QUICK_PAIRS = 31, 5
@@ -23,14 +23,14 @@ _AGAINST = "numpy's sum"
 _Words = NDArray[np.uint64]
 
 
-def _kernels(context: Context) -> Iterator[Row | Counter]:
+def _measure_kernels(context: Context) -> Iterator[Row | Counter]:
     size = (_TABLE if not context.quick else _TABLE // 8) // 8
     count = _PAIRS if not context.quick else _QUICK_PAIRS
     draw = np.random.default_rng(context.seed)
     words = np.zeros(size // 64, np.uint64)
     full = ((np.arange(size, dtype=np.uint64) + np.uint64(5)) << np.uint64(16)).byteswap()
     runs = np.zeros(size, np.uint64)
-    used = scattered(draw, size, size // 20, max(1, size * 50_000 >> 24))
+    used = scatter_clusters(draw, size, size // 20, max(1, size * 50_000 >> 24))
     runs[used] = full[used]
     moved = np.where(draw.random(size) < 0.01, full ^ np.uint64(1 << 50), full)
 
@@ -46,26 +46,26 @@ def _kernels(context: Context) -> Iterator[Row | Counter]:
         ("diff of equal L2 tables", diff(full, full.copy()), (full, moved), 0.5),
         ("diff of L2 tables, 1 % changed", diff(full, moved), (full, moved), 0.4),
     ):
-        context.tell(title)
-        found = pairs(count, _rate(work, tables), _rate(_sum(tables), tables))
-        yield row(
+        context.show_progress(title)
+        found = run_pairs(count, _make_rate(work, tables), _make_rate(_make_sum(tables), tables))
+        yield make_row(
             f"{title}, {size // MIB * 8} MiB each",
             _AGAINST,
             found,
             unit="GB/s",
-            reach=None if context.quick else reach,
+            reach=context.target_unless_quick(reach),
         )
     if scan(full)() != size or diff(full, moved)() != int(np.count_nonzero(full != moved)):
-        raise DamagedError("a kernel counts wrongly; report this fault")
+        raise DamagedError("a kernel returned a wrong count; report this fault")
 
 
-def _rate(work: Callable[[], object], tables: tuple[_Words, ...]) -> Callable[[], float]:
-    """Bytes of all tables that a call reads, in 10^9 a second."""
-    return lambda: sum(table.nbytes for table in tables) / timed(work) / 1e9
+def _make_rate(work: Callable[[], object], tables: tuple[_Words, ...]) -> Callable[[], float]:
+    """Return a function that calls `work` and returns how fast it read the tables, in 10^9 bytes a second."""
+    return lambda: sum(table.nbytes for table in tables) / time_call(work) / 1e9
 
 
-def _sum(tables: tuple[_Words, ...]) -> Callable[[], object]:
+def _make_sum(tables: tuple[_Words, ...]) -> Callable[[], object]:
     return lambda: [table.sum() for table in tables]
 
 
-WORKS = (Work("kernels", _kernels),)
+CASES = (Case("kernels", _measure_kernels),)

@@ -1,4 +1,4 @@
-"""Sending packs to a real Swift on this machine, against the least that a client can do."""
+"""Sending packs to a real Swift on this machine, against a client that does the least possible."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Self
 
 import numpy as np
 
-from island_fast.bench.case import GIB, MIB, Context, Work
+from island_fast.bench.case import GIB, MIB, Case, Context
 from island_fast.bench.report import Counter, Row
-from island_fast.bench.swift import Account, serving, signed_in
-from island_fast.bench.timing import pairs, row
+from island_fast.bench.swift import Account, run_swift, use_account
+from island_fast.bench.timing import make_row, run_pairs
 from island_fast.errors import IslandError
 from island_fast.stores.swift import SwiftStore
 
-__all__ = ["WORKS"]
+__all__ = ["CASES"]
 
 _PACK = 16 * MIB
 _PAIRS, _QUICK_PAIRS = 40, 5
 _CONTAINER = "bench"
-_FRONT = 8 << 10  # a pack comes as its front and its blocks
+_FRONT = 8 << 10  # a pack is sent as two parts, its front and its blocks
 
 
-class _Bare:
-    """A socket that sends requests and looks at nothing but the answers' status; a context manager."""
+class _BareClient:
+    """A socket that sends requests and checks only the status of the responses; a context manager."""
 
     def __init__(self, account: Account) -> None:
         self._account = account
@@ -42,8 +42,8 @@ class _Bare:
         self._answers.close()
         self._socket.close()
 
-    def ask(self, method: str, name: str, data: bytes = b"") -> None:
-        """Make one request for an object; IslandError unless the answer is a success."""
+    def request(self, method: str, name: str, data: bytes = b"") -> None:
+        """Make one request for an object. Raises IslandError if it does not succeed."""
         head = (
             f"{method} {self._account.path}/{_CONTAINER}/{name} HTTP/1.1\r\nHost: bench\r\n"
             f"X-Auth-Token: {self._account.token}\r\nContent-Length: {len(data)}\r\n\r\n"
@@ -56,42 +56,46 @@ class _Bare:
             length = int(value) if key.lower() == b"content-length" else length
         self._answers.read(length)
         if b" 20" not in status:
-            raise IslandError(f"the bench's Swift answers {status!r}; report this fault")
+            raise IslandError(f"the bench's Swift answered {status!r}; report this fault")
 
 
-def _sending(context: Context) -> Iterator[Row | Counter]:
+def _measure_sending(context: Context) -> Iterator[Row | Counter]:
     data = np.random.default_rng(context.seed).bytes(_PACK)
     parts = [memoryview(data)[:_FRONT], memoryview(data)[_FRONT:]]
     count = _QUICK_PAIRS if context.quick else _PAIRS
     processor: list[float] = []
     with (
-        serving(_CONTAINER) as account,
-        signed_in(account),
+        run_swift(_CONTAINER) as account,
+        use_account(account),
         SwiftStore.open(_CONTAINER) as store,
-        _Bare(account) as bare,
+        _BareClient(account) as bare,
     ):
         numbers = itertools.count()
 
-        def sent(send: Callable[[str], object]) -> float:
-            """The rate in MiB/s; the object is removed afterwards."""
+        def measure_rate(send: Callable[[str], object]) -> float:
+            """Send one object, remove it, and return the rate in MiB/s."""
             name = f"pack-{next(numbers)}"
             began = time.perf_counter()
             send(name)
             rate = _PACK / MIB / (time.perf_counter() - began)
-            bare.ask("DELETE", name)
+            bare.request("DELETE", name)
             return rate
 
-        def ours(name: str) -> None:
+        def send_as_island(name: str) -> None:
             used = time.process_time()
             store.put(name, parts)
             processor.append(time.process_time() - used)
 
-        context.tell("sending packs")
-        found = pairs(count, lambda: sent(ours), lambda: sent(lambda name: bare.ask("PUT", name, data)))
-    reach = None if context.quick else 0.95
-    yield row("sending packs of 16 MiB to Swift", "a bare socket", found, unit="MiB/s", reach=reach)
+        context.show_progress("sending packs")
+        found = run_pairs(
+            count,
+            lambda: measure_rate(send_as_island),
+            lambda: measure_rate(lambda name: bare.request("PUT", name, data)),
+        )
+    reach = context.target_unless_quick(0.95)
+    yield make_row("sending packs of 16 MiB to Swift", "a bare socket", found, unit="MiB/s", reach=reach)
     used = statistics.median(processor) * GIB / _PACK
     yield Counter("processor time of sending, without compression", used, "s per GiB", reach=0.5, noise=0.5)
 
 
-WORKS = (Work("sending to Swift", _sending, swift=True),)
+CASES = (Case("sending to Swift", _measure_sending, swift=True),)

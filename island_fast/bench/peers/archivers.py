@@ -1,4 +1,4 @@
-"""restic and borg with their defaults, given the raw sparse file of a volume."""
+"""restic and borg with their defaults, which back up the raw sparse file of a volume."""
 
 from __future__ import annotations
 
@@ -8,49 +8,49 @@ from pathlib import Path
 from typing import ClassVar, Protocol
 
 from island_fast.bench import timing
-from island_fast.bench.timing import Measured
+from island_fast.bench.timing import Measurement
 
-__all__ = ["Borg", "Keeper", "Restic", "size_on_disk"]
+__all__ = ["Archiver", "Borg", "Restic", "measure_files"]
 
 
-class Keeper(Protocol):
-    """Something that keeps states of a volume in an empty folder of its own."""
+class Archiver(Protocol):
+    """A tool that backs up a volume repeatedly, into a folder that it owns and that is empty at first."""
 
     @property
     def name(self) -> str:
-        """What people call it."""
+        """Its name in the table."""
         ...
 
-    def take(self, raw: Path) -> Measured:
-        """Keep the volume as it is now; the first one is whole."""
+    def back_up(self, raw: Path) -> Measurement:
+        """Back up the raw file as it is now, fully the first time; return what that cost."""
         ...
 
-    def give_back(self, raw: Path, target: Path) -> None:
-        """Write what was kept last to the new raw file `target`; `raw` is what `take` was given."""
+    def restore(self, raw: Path, target: Path) -> None:
+        """Restore the last backup into the new raw file `target`; `raw` is the file that was backed up."""
         ...
 
-    def stored(self) -> int:
-        """Bytes that everything kept takes on disk."""
+    def measure_stored(self) -> int:
+        """Return the bytes on disk of all backups together."""
         ...
 
-    def finish(self) -> None:
-        """End what still runs; the folder may go then."""
+    def close(self) -> None:
+        """End what still runs. The folder can be removed after that."""
         ...
 
 
-def size_on_disk(folder: Path) -> int:
-    """Bytes of all files below a folder."""
+def measure_files(folder: Path) -> int:
+    """Return the size in bytes of all files below a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 @dataclass(slots=True)
 class Restic:
-    """`restic backup` of one file, with a cache of its own; keeps in `folder`."""
+    """`restic backup` of one file; repository and cache are in `folder`."""
 
     folder: Path
     name: ClassVar[str] = "restic"
 
-    def _run(self, *words: str | Path, cwd: Path | None = None) -> Measured:
+    def _run(self, *words: str | Path, cwd: Path | None = None) -> Measurement:
         environment = {
             "RESTIC_PASSWORD": "island",
             "RESTIC_REPOSITORY": str(self.folder / "repository"),
@@ -58,34 +58,34 @@ class Restic:
         }
         return timing.run(["restic", "-q", *words], env=environment, cwd=cwd)
 
-    def take(self, raw: Path) -> Measured:
-        """See Keeper."""
+    def back_up(self, raw: Path) -> Measurement:
+        """See Archiver."""
         if not (self.folder / "repository").exists():
             self._run("init")
         return self._run("backup", raw)
 
-    def give_back(self, raw: Path, target: Path) -> None:
-        """See Keeper."""
+    def restore(self, raw: Path, target: Path) -> None:
+        """See Archiver."""
         self._run("restore", "latest", "--target", self.folder / "back")
         os.rename(self.folder / "back" / raw.relative_to("/"), target)
 
-    def stored(self) -> int:
-        """See Keeper."""
-        return size_on_disk(self.folder / "repository")
+    def measure_stored(self) -> int:
+        """See Archiver."""
+        return measure_files(self.folder / "repository")
 
-    def finish(self) -> None:
-        """See Keeper; nothing runs."""
+    def close(self) -> None:
+        """See Archiver. Nothing runs between calls."""
 
 
 @dataclass(slots=True)
 class Borg:
-    """`borg create` of one file, without encryption; keeps in `folder`."""
+    """`borg create` of one file, without encryption; the repository is in `folder`."""
 
     folder: Path
     name: ClassVar[str] = "borg"
     _taken: int = 0
 
-    def _run(self, *words: str | Path, cwd: Path | None = None) -> Measured:
+    def _run(self, *words: str | Path, cwd: Path | None = None) -> Measurement:
         environment = {
             "BORG_BASE_DIR": str(self.folder),
             "BORG_REPO": str(self.folder / "repository"),
@@ -93,24 +93,24 @@ class Borg:
         }
         return timing.run(["borg", *words], env=environment, cwd=cwd)
 
-    def take(self, raw: Path) -> Measured:
-        """See Keeper."""
+    def back_up(self, raw: Path) -> Measurement:
+        """See Archiver."""
         if not self._taken:
             self.folder.mkdir(exist_ok=True)
             self._run("init", "--encryption", "none")
         self._taken += 1
         return self._run("create", f"::{self._taken}", raw)
 
-    def give_back(self, raw: Path, target: Path) -> None:
-        """See Keeper."""
+    def restore(self, raw: Path, target: Path) -> None:
+        """See Archiver."""
         back = self.folder / "back"
         back.mkdir()
         self._run("extract", "--sparse", f"::{self._taken}", cwd=back)
         os.rename(back / raw.relative_to("/"), target)
 
-    def stored(self) -> int:
-        """See Keeper."""
-        return size_on_disk(self.folder / "repository")
+    def measure_stored(self) -> int:
+        """See Archiver."""
+        return measure_files(self.folder / "repository")
 
-    def finish(self) -> None:
-        """See Keeper; nothing runs."""
+    def close(self) -> None:
+        """See Archiver. Nothing runs between calls."""

@@ -1,14 +1,14 @@
-"""Cinder's chunked backup driver in a process of its own, as cinder-backup runs it; `Cinder` starts it.
+"""Run Cinder's chunked backup driver in a separate process, as cinder-backup does; `Cinder` starts it.
 
     python cinder_process.py FOLDER
 
 Each line of standard input is a JSON list: ["back-up", NAME, VOLUME, PARENT or null], or ["restore", NAME,
-TARGET]. The answer is a line with the wall and processor seconds of the driver's call, and the most memory
-that the process has held so far, in bytes. It ends with its input.
+TARGET]. The answer is a line with the wall and processor seconds of the driver's call, and the peak memory of
+the process so far, in bytes. The process ends with its input.
 
-The driver is the posix one, which keeps objects in a folder, with its defaults, in a process that eventlet
-has patched, given an open file that works in native threads, as cinder.backup.manager does. In the place of
-the database stand the few fields that it keeps of a backup, in FOLDER/NAME.json.
+The driver is the posix one, which keeps objects in a folder, with its defaults. As in cinder.backup.manager,
+eventlet has patched the process, and the driver gets an open file that works in native threads. Instead of
+the database, the few fields of a backup that it needs are kept in FOLDER/NAME.json.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from cinder import monkey_patch
 
 monkey_patch.patch()
 
-import contextlib  # noqa: E402 (eventlet has to patch before anything else is imported)
+import contextlib  # noqa: E402 (eventlet must patch before anything else is imported)
 import json  # noqa: E402
 import logging  # noqa: E402
 import resource  # noqa: E402
@@ -38,25 +38,25 @@ GIB = 1 << 30
 
 
 class Backup(SimpleNamespace):
-    """What drivers use of cinder.objects.Backup, without a database."""
+    """The part of cinder.objects.Backup that drivers use, without a database."""
 
     def __getitem__(self, name: str) -> Any:  # noqa: ANN401 (a field of any type)
         return getattr(self, name)
 
     def save(self) -> None:
-        """Keep nothing: `remember` does at the end."""
+        """Do nothing: `run_request` writes the fields at the end."""
 
     def refresh(self) -> None:
-        """Nobody else changes it."""
+        """Do nothing: nobody else changes the fields."""
 
     @contextlib.contextmanager
     def as_read_deleted(self) -> Iterator[None]:
-        """As if the database was asked for deleted ones, too."""
+        """Do nothing: there are no deleted backups."""
         yield
 
 
-def new(name: str, size: int, parent: str | None) -> Backup:
-    """A backup that is about to be made."""
+def make_backup(name: str, size: int, parent: str | None) -> Backup:
+    """Return a backup that is about to be made."""
     return Backup(
         id=name,
         volume_id=VOLUME,
@@ -72,49 +72,49 @@ def new(name: str, size: int, parent: str | None) -> Backup:
     )
 
 
-def known(folder: Path, name: str) -> Backup:
-    """A backup that was made."""
+def load_backup(folder: Path, name: str) -> Backup:
+    """Return a backup that was made before."""
     return Backup(**json.loads((folder / f"{name}.json").read_text()))
 
 
-def driver(folder: Path, compress: bool) -> posix.PosixBackupDriver:
-    """The driver, with all defaults but its folder."""
+def make_driver(folder: Path, compress: bool) -> posix.PosixBackupDriver:
+    """Return the driver, with all defaults except its folder and the compression."""
     config.CONF([], project="cinder", default_config_files=[])
     config.CONF.set_override("state_path", str(folder))
     config.CONF.set_override("backup_compression_algorithm", "zlib" if compress else "none")
     volume_utils.notify_about_backup_usage = lambda *_, **__: None
     objects.register_all()
-    objects.Backup.get_by_id = lambda _, name: known(folder, name)
+    objects.Backup.get_by_id = lambda _, name: load_backup(folder, name)
     made = posix.PosixBackupDriver(context.get_admin_context(), str(folder / "objects"))
     made.db = SimpleNamespace(volume_get=lambda *_: {"size": 1})
     return made
 
 
-def timed(work: Callable[[], object]) -> None:
-    """Do it and print what it took."""
+def print_cost(work: Callable[[], object]) -> None:
+    """Call `work` and print what it cost."""
     wall, processor = time.monotonic(), time.process_time()
     work()
     wall, processor = time.monotonic() - wall, time.process_time() - processor
     print(wall, processor, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10, flush=True)
 
 
-def do(folder: Path, verb: str, name: str, path: str, parent: str | None = None) -> None:
-    """Do what one line asks for."""
-    # The whole first one is not measured, and zlib would take minutes for it.
-    used = driver(folder, compress=parent is not None)
+def run_request(folder: Path, verb: str, name: str, path: str, parent: str | None = None) -> None:
+    """Back up or restore, as one line of input asks."""
+    # The first, full backup is not measured, and zlib would take minutes for it.
+    driver = make_driver(folder, compress=parent is not None)
     if verb == "back-up":
-        backup = new(name, Path(path).stat().st_size, parent)
+        backup = make_backup(name, Path(path).stat().st_size, parent)
         with open(path, "rb") as volume:
-            timed(lambda: used.backup(backup, utils.tpool_wrap(volume), backup_metadata=False))
+            print_cost(lambda: driver.backup(backup, utils.tpool_wrap(volume), backup_metadata=False))
         (folder / f"{name}.json").write_text(json.dumps(vars(backup)))
     else:
-        backup = known(folder, name)
+        backup = load_backup(folder, name)
         backup.status = "restoring"
         with open(path, "rb+") as target:
-            timed(lambda: used.restore(backup, VOLUME, utils.tpool_wrap(target), True))
+            print_cost(lambda: driver.restore(backup, VOLUME, utils.tpool_wrap(target), True))
 
 
 if __name__ == "__main__":
     logging.disable(logging.WARNING)
     for line in sys.stdin:
-        do(Path(sys.argv[1]), *json.loads(line))
+        run_request(Path(sys.argv[1]), *json.loads(line))

@@ -1,6 +1,6 @@
-"""An open block device, and every way to change it that guests and file systems have.
+"""Every way in which a guest or a file system can read and change a block device.
 
-The numbers are those of linux/fs.h.
+The ioctl numbers are from linux/fs.h.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import struct
 from pathlib import Path
 from typing import Self
 
-from island_fast.files import punch
+from island_fast.files import punch_hole
 
 __all__ = ["BlockDevice"]
 
 _BLKDISCARD, _BLKZEROOUT = 0x1277, 0x127F
 _RANGE = struct.Struct("QQ")
-_MOST = 1 << 20  # bytes of one direct request
+_MAX_REQUEST = 1 << 20  # bytes of one direct request
 
 
 class BlockDevice:
-    """A device opened twice, with the page cache and without (O_DIRECT). A context manager.
+    """A device that is open twice, through the page cache and past it (O_DIRECT). A context manager.
 
-    `discard` and `punch` flush first: the kernel drops what the page cache has of the range before it asks
-    the device, and when that cannot do it, writes that were not on the device yet would be lost.
+    Offsets and lengths are in bytes; except in `read` and `write` they are whole sectors. Errors are OSError.
 
-    Offsets and lengths are bytes, and whole sectors but for `read` and `write`. Errors are OSError.
+    `discard` and `punch` flush first: the kernel drops the range from the page cache before it asks the
+    device, and if the device then refuses, writes that had not reached it would be lost.
     """
 
     def __init__(self, path: Path) -> None:
@@ -67,26 +67,26 @@ class BlockDevice:
     def read_direct(self, begin: int, length: int) -> bytes:
         """Read past the page cache."""
         parts = []
-        for at in range(begin, begin + length, _MOST):
-            with _aligned(min(_MOST, begin + length - at)) as buffer:
-                _whole(os.preadv(self._direct, [buffer], at), len(buffer))
+        for at in range(begin, begin + length, _MAX_REQUEST):
+            with _allocate_aligned(min(_MAX_REQUEST, begin + length - at)) as buffer:
+                _require_whole(os.preadv(self._direct, [buffer], at), len(buffer))
                 parts.append(buffer[:])
         return b"".join(parts)
 
     def write_direct(self, begin: int, data: bytes) -> None:
         """Write past the page cache."""
-        for at in range(0, len(data), _MOST):
-            part = data[at : at + _MOST]
-            with _aligned(len(part)) as buffer:
+        for at in range(0, len(data), _MAX_REQUEST):
+            part = data[at : at + _MAX_REQUEST]
+            with _allocate_aligned(len(part)) as buffer:
                 buffer[:] = part
-                _whole(os.pwritev(self._direct, [buffer], begin + at), len(buffer))
+                _require_whole(os.pwritev(self._direct, [buffer], begin + at), len(buffer))
 
     def zero(self, begin: int, length: int) -> None:
-        """Make zeros by BLKZEROOUT."""
+        """Zero the range with BLKZEROOUT."""
         fcntl.ioctl(self._fd, _BLKZEROOUT, _RANGE.pack(begin, length))
 
     def discard(self, begin: int, length: int) -> bool:
-        """Give the range up by BLKDISCARD; False, and nothing changed, if the device cannot."""
+        """Discard the range with BLKDISCARD; return False, with nothing changed, if the device cannot."""
         self.flush()
         try:
             fcntl.ioctl(self._fd, _BLKDISCARD, _RANGE.pack(begin, length))
@@ -97,20 +97,20 @@ class BlockDevice:
         return True
 
     def punch(self, begin: int, length: int) -> bool:
-        """Make zeros that take no space, by fallocate; False, and nothing changed, if the device cannot."""
+        """Punch a hole with fallocate; return False, with nothing changed, if the device cannot do that."""
         self.flush()
-        return punch(self._fd, begin, length)
+        return punch_hole(self._fd, begin, length)
 
     def flush(self) -> None:
-        """Bring all that was written to the disk."""
+        """Flush everything that was written to the disk."""
         os.fsync(self._fd)
 
 
-def _aligned(length: int) -> mmap.mmap:
-    """Memory that O_DIRECT takes: it begins on a page."""
+def _allocate_aligned(length: int) -> mmap.mmap:
+    """Allocate memory that O_DIRECT accepts: it begins on a page."""
     return mmap.mmap(-1, length)
 
 
-def _whole(done: int, wanted: int) -> None:
+def _require_whole(done: int, wanted: int) -> None:
     if done != wanted:
         raise OSError(errno.EIO, f"{done} of {wanted} bytes of a direct request were done")

@@ -1,18 +1,18 @@
 """The qemu-storage-daemon that owns one volume's image, and what it exports.
 
-It outlives the process that starts it: where systemd runs, as a transient unit of its own, elsewhere in
-a session of its own. Everything about it is in one private folder, and there it is found again.
+The daemon outlives the process that starts it: under systemd it is a transient unit of its own, elsewhere it
+has a session of its own. Everything about it is in one private folder, where it is found again.
 
-FUSE shows the volume as a file, for a loop device to stand on. In front of the qcow2 node stands a filter
-that refuses discards, with ENOSYS, after which the kernel asks for none any more. For QEMU before 8.0
-answers "punch a hole", which a loop device makes of "write zeros", by a discard, and that leaves old
-data in the clusters that the hole does not wholly cover (QEMU's issue 1507). Without holes the kernel
-writes zeros, and the qcow2 node makes zero clusters of them (detect-zeroes), which gives the space back.
+FUSE shows the volume as a file, for a loop device to stand on. In front of the qcow2 node is a filter that
+refuses discards with ENOSYS, after which the kernel sends no more. The reason: a loop device turns "write
+zeros" into "punch a hole", QEMU before 8.0 turns that into a discard, and a discard leaves old data in
+clusters that the hole covers only in part (QEMU's issue 1507). Without holes the kernel writes zeros, and the
+qcow2 node turns them into zero clusters (detect-zeroes), which frees the space.
 
-NBD tells discards from zeros, so a daemon that is started for it has no filter. Which of the two a daemon has
-decides what it exports: only the topmost node may be exported, for a snapshot stops the writes of that one
-alone, and writes that come in below it damage the image. QEMU lets no node grow while its NBD server exports
-it: for a moment the export goes, and its client must wait.
+NBD distinguishes discards from zeros, so a daemon that is started for NBD has no filter. That decides which
+node is exported. It must be the topmost one: a snapshot stops only the writes of the node that it is taken
+of, and writes that enter below that node damage the image. QEMU cannot grow a node that its NBD server
+exports, so the export is removed for a moment, and its client must wait.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ import secrets
 import shlex
 import time
 from pathlib import Path
+from typing import Any
 
 from island_fast.cinder.attach.mounts import is_mounted
 from island_fast.cinder.attach.nbd_root import EXPORT
-from island_fast.cinder.attach.process import is_alive, listener
+from island_fast.cinder.attach.process import find_listener, is_alive
 from island_fast.errors import ImageInUseError, IslandError, RefusedError, UsageError
 from island_fast.qcow2.image import Image
 from island_fast.qemu.block_nodes import (
@@ -38,14 +39,14 @@ from island_fast.qemu.block_nodes import (
     file_node,
     front_node,
     qcow2_node,
-    takes_direct,
+    supports_direct_io,
 )
-from island_fast.qemu.programs import TIMEOUT, Execute, said_by, succeed
+from island_fast.qemu.programs import TIMEOUT, RunProgram, check_run, error_text
 from island_fast.qemu.qmp import Qmp
 
 __all__ = ["Daemon"]
 
-SYSTEMD = Path("/run/systemd/system")  # is there where systemd is the first process, sd_booted(3)
+SYSTEMD = Path("/run/systemd/system")  # exists if systemd is the first process, see sd_booted(3)
 
 _EXPORT = "device"
 _NBD_EXPORT: dict[str, object] = {
@@ -56,20 +57,21 @@ _NBD_EXPORT: dict[str, object] = {
     "writable": True,
 }
 _MAX_SOCKET_PATH = 107  # bytes, unix(7)
-_START_PATIENCE = 60.0  # seconds until the program runs; opening an image that needs repair comes after
+_START_TIMEOUT = 60.0  # seconds until the program runs; repairing the image, if need be, comes after
 _STEP = 0.05  # seconds between two looks
 _LOG_TAIL = 4096  # bytes
 
 
 class Daemon:
-    """One volume's daemon, running or not. `folder`, named by the volume, is private and is the caller's.
+    """One volume's daemon, running or not.
 
-    `control` is our own QMP socket, `monitor` the one for snapshots (each serves one client at a time),
-    `disk` the file under which FUSE exports the volume, `socket` that of the NBD server. The caller keeps
-    callers of one folder apart.
+    `folder` has the volume's name; the caller owns it, keeps it private, and lets one caller at a time use
+    it. In it, `control` is the QMP socket of this class, `monitor` the one for snapshots (each serves one
+    client at a time), `disk` the file under which FUSE exports the volume, and `socket` the socket of the NBD
+    server.
     """
 
-    def __init__(self, folder: Path, execute: Execute) -> None:
+    def __init__(self, folder: Path, execute: RunProgram) -> None:
         self.folder = folder
         self.volume = folder.name
         self.control = folder / "control"
@@ -83,171 +85,175 @@ class Daemon:
                 f"choose a shorter folder for the sockets"
             )
 
-    def runs(self) -> bool:
-        """Tell whether somebody listens on the control socket. Never waits for an answer."""
-        return listener(self.control) is not None
+    def is_running(self) -> bool:
+        """Return whether a process listens on the control socket, without waiting for its answer."""
+        return find_listener(self.control) is not None
 
     def start(self, image: Path, kind: str) -> None:
-        """Start the daemon on a qcow2 image, for devices of this kind; on return it serves it.
+        """Start the daemon on a qcow2 image, for devices of this kind; on return it serves the image.
 
-        It may take as long as a repair of the image's reference counts, where a crash left them behind.
-        RefusedError (or another of the image's errors) if the image is not one of ours to serve:
-        encrypted, with a backing file, with an external data file. ImageInUseError if another process has it.
+        After a crash this can take as long as a repair of the image's reference counts. Raises RefusedError,
+        or another error of an image, if the image must not be served (it is encrypted, or has a backing file
+        or an external data file), and ImageInUseError if another process has it open.
         """
         with Image.open(image) as opened:
             size, cluster = opened.header.size, opened.header.cluster_size
         for stale in (self.control, self.monitor, self._pid_file):
             stale.unlink(missing_ok=True)
-        if self._log.exists():
-            self._log.replace(self.folder / "log.old")  # what the one before died of
+        if self._log_file.exists():
+            self._log_file.replace(self.folder / "log.old")  # it may say why the last daemon died
         self._write_script(image.resolve(), size, cluster, kind)
         self._launch()
-        self._wait_until_it_serves(image)
+        self._wait_until_serving(image)
 
     def check_serves(self, image: Path) -> None:
-        """RefusedError if it is another image that the running daemon holds."""
+        """Raise RefusedError if the running daemon serves another image."""
         with Qmp(self.control) as qmp:
             qmp.find_node(image)
 
     def size(self) -> int:
-        """Return the volume's size as the daemon has it, in bytes."""
+        """Return the volume's present size in bytes."""
         with Qmp(self.control) as qmp:
-            return _size(qmp)
+            return _query_size(qmp)
 
     def backing(self) -> Path:
-        """What the block device in front stands on: `disk`, or the name of the NBD export (`nbd.py`)."""
+        """Return what a device stands on: `disk`, or SOCKET/TOKEN for an NBD export (`nbd_devices.py`)."""
         try:
-            return self.socket / self._token.read_text()
+            return self.socket / self._token_file.read_text()
         except FileNotFoundError:
             return self.disk
 
     def export(self) -> None:
-        """Export the volume for the kind that it was started for; nothing happens if that is done."""
+        """Export the volume for the kind that the daemon was started for; do nothing if it is exported."""
         with Qmp(self.control) as qmp:
-            if _exports(qmp):
+            if _query_exports(qmp):
                 return
-            if _top(qmp) == VOLUME_NODE:
-                self._begin_nbd(qmp)
+            if _top_node(qmp) == VOLUME_NODE:
+                self._start_nbd_server(qmp)
                 return
-            self._token.unlink(missing_ok=True)
+            self._token_file.unlink(missing_ok=True)
             self.disk.touch(0o600)
-            self._add(qmp, self._fuse_export())
+            fuse_export: dict[str, object] = {
+                "type": "fuse",
+                "id": _EXPORT,
+                "node-name": FRONT_NODE,
+                "mountpoint": str(self.disk),
+                "writable": True,
+                "growable": False,
+                "allow-other": "on",  # for root, who makes the loop device
+            }
+            self._add_export(qmp, fuse_export)
         if not is_mounted(self.disk):
             raise IslandError(
-                f"{str(self.disk)!r} was exported, but nothing is mounted there that this process sees; "
-                f"let both have one mount namespace"
+                f"{str(self.disk)!r} was exported, but this process sees no mount there; the daemon and this "
+                "process must be in the same mount namespace"
             )
 
     def unexport(self) -> None:
         """End the export; on return nothing is mounted at `disk`. Whoever has it open gets errors."""
         with Qmp(self.control) as qmp:
-            self._remove(qmp)
-            self.forget()
+            self._remove_export(qmp)
+            self.forget_export()
 
-    def forget(self) -> None:
-        """Forget the export, which is gone, and its device with it."""
-        for left in (self._token, self.socket, self.growing):
+    def forget_export(self) -> None:
+        """Remove the files about an export that has ended."""
+        for left in (self._token_file, self.socket, self.growing_mark):
             left.unlink(missing_ok=True)
 
-    def freeze(self, name: str) -> None:
+    def take_internal_snapshot(self, name: str) -> None:
         """Take an internal snapshot; on return it is in the image."""
         with Qmp(self.control) as qmp:
-            qmp.snapshot_create(_top(qmp), name)
+            qmp.snapshot_create(_top_node(qmp), name)
 
-    def thaw(self, name: str) -> None:
+    def drop_internal_snapshot(self, name: str) -> None:
         """Drop the internal snapshots of this name, if there are any."""
         with Qmp(self.control) as qmp:
-            for one in _internals(qmp):
+            for one in _query_internal_snapshots(qmp):
                 if one["name"] == name:
-                    qmp.snapshot_delete(_top(qmp), str(one["id"]), name)
+                    qmp.snapshot_delete(_top_node(qmp), str(one["id"]), name)
 
-    def internals(self) -> list[str]:
-        """The names of the internal snapshots in the image."""
+    def internal_snapshots(self) -> list[str]:
+        """Return the names of the internal snapshots in the image."""
         with Qmp(self.control) as qmp:
-            return [str(one["name"]) for one in _internals(qmp)]
+            return [str(one["name"]) for one in _query_internal_snapshots(qmp)]
 
     def grow(self, size: int) -> None:
-        """Make the volume `size` bytes big, and the caches fit it. RefusedError if it is bigger now."""
+        """Enlarge the volume to `size` bytes, and its caches with it; raise RefusedError if it is larger."""
         with Qmp(self.control) as qmp:
-            now = _size(qmp)
+            now = _query_size(qmp)
             if size < now:
                 raise RefusedError(
                     f"volume {self.volume} has {now} bytes and would be cut to {size}; it can only grow"
                 )
             if size == now:
                 return
-            over_nbd = self._token.exists() and bool(_exports(qmp))
+            over_nbd = self._token_file.exists() and bool(_query_exports(qmp))
             if over_nbd:
-                self._remove(qmp)
+                self._remove_export(qmp)
             try:
                 _resize(qmp, size)
             finally:
                 if over_nbd:
-                    self._add(qmp, _NBD_EXPORT)
+                    self._add_export(qmp, _NBD_EXPORT)
 
     def quit(self) -> None:
-        """End the daemon: it flushes and closes the image, and on return is gone. Idempotent."""
-        pid = listener(self.control)
+        """End the daemon, which flushes and closes the image; on return it is gone. Can be repeated."""
+        pid = find_listener(self.control)
         if pid is None:
             return
         with Qmp(self.control) as qmp:
-            pid = qmp.peer()
+            pid = qmp.peer_pid()
             qmp.command("quit")
         deadline = time.monotonic() + TIMEOUT
         while is_alive(pid):
             if time.monotonic() > deadline:
-                raise IslandError(f"the daemon of volume {self.volume} (process {pid}) does not end")
+                raise IslandError(
+                    f"the daemon of volume {self.volume} (process {pid}) did not end within {TIMEOUT:.0f} s"
+                )
             time.sleep(_STEP)
 
     @property
-    def growing(self) -> Path:
-        """A file that is there while the NBD export is away to grow, for whoever finds that unfinished."""
+    def growing_mark(self) -> Path:
+        """A file that exists while the NBD export is removed for growth, to be found after a crash."""
         return self.folder / "growing"
 
     def restore_export(self) -> None:
-        """Export the volume over NBD again, under the name it had, if it is not exported."""
+        """Export the volume over NBD again, under the same name, if it is not exported."""
         with Qmp(self.control) as qmp:
-            if not _exports(qmp):
-                self._add(qmp, _NBD_EXPORT)
+            if not _query_exports(qmp):
+                self._add_export(qmp, _NBD_EXPORT)
 
-    def _begin_nbd(self, qmp: Qmp) -> None:
-        with contextlib.suppress(IslandError):  # it does not run, but after a start that was cut off
+    def _start_nbd_server(self, qmp: Qmp) -> None:
+        """Start the daemon's NBD server with a new token, and export the volume."""
+        with contextlib.suppress(IslandError):  # a server runs only if an earlier start was interrupted
             qmp.command("nbd-server-stop")
         self.socket.unlink(missing_ok=True)
-        self._token.write_text(secrets.token_hex(8))
+        self._token_file.write_text(secrets.token_hex(8))
         address = {"type": "unix", "data": {"path": str(self.socket)}}
         qmp.command("nbd-server-start", {"addr": address})
-        self._add(qmp, _NBD_EXPORT)
+        self._add_export(qmp, _NBD_EXPORT)
 
-    def _fuse_export(self) -> dict[str, object]:
-        return {
-            "type": "fuse",
-            "id": _EXPORT,
-            "node-name": FRONT_NODE,
-            "mountpoint": str(self.disk),
-            "writable": True,
-            "growable": False,
-            "allow-other": "on",  # root, who sets the loop device up, is another
-        }
-
-    def _add(self, qmp: Qmp, export: dict[str, object]) -> None:
+    def _add_export(self, qmp: Qmp, export: dict[str, object]) -> None:
         try:
             qmp.command("block-export-add", export)
         except IslandError as error:
-            raise IslandError(f"{error}; the daemon says: {self._said()}") from error
+            raise IslandError(f"{error}; the daemon's log ends: {self._read_log_end()}") from error
 
-    def _remove(self, qmp: Qmp) -> None:
-        """End the export, with every request that it has taken done."""
-        if _exports(qmp):
+    def _remove_export(self, qmp: Qmp) -> None:
+        """End the export, after every request that it has accepted."""
+        if _query_exports(qmp):
             qmp.command("block-export-del", {"id": _EXPORT, "mode": "hard"})
         deadline = time.monotonic() + TIMEOUT
-        while _exports(qmp) or is_mounted(self.disk):
+        while _query_exports(qmp) or is_mounted(self.disk):
             if time.monotonic() > deadline:
-                raise IslandError(f"the export of volume {self.volume} does not end; {self._said()}")
+                raise IslandError(
+                    f"the export of volume {self.volume} did not end within {TIMEOUT:.0f} s; "
+                    f"the daemon's log ends: {self._read_log_end()}"
+                )
             time.sleep(_STEP)
 
     @property
-    def _token(self) -> Path:
+    def _token_file(self) -> Path:
         return self.folder / "token"
 
     @property
@@ -255,16 +261,16 @@ class Daemon:
         return self.folder / "pid"
 
     @property
-    def _log(self) -> Path:
+    def _log_file(self) -> Path:
         return self.folder / "log"
 
     @property
-    def _script(self) -> Path:
+    def _script_file(self) -> Path:
         return self.folder / "start"
 
     def _write_script(self, image: Path, size: int, cluster: int, kind: str) -> None:
-        """The whole start as one file, so that the command which root runs for us is always the same."""
-        direct = takes_direct(image)
+        """Write the start as one file, so that the command that root runs is always the same."""
+        direct = supports_direct_io(image)
         nodes = [file_node(image, direct), qcow2_node(size, cluster, direct)]
         if kind != "nbd":
             nodes.append(front_node())
@@ -276,49 +282,53 @@ class Daemon:
             command += ["--chardev", f"socket,id={name},path={quoted},server=on,wait=off"]
             command += ["--monitor", f"chardev={name}"]
         lines = [
-            f"exec </dev/null >{shlex.quote(str(self._log))} 2>&1",
+            f"exec </dev/null >{shlex.quote(str(self._log_file))} 2>&1",
             "umask 077",
             "cd /",
             f"echo $$ >{shlex.quote(str(self._pid_file))}",
             f"exec {shlex.join(command)}",
         ]
-        self._script.write_text("\n".join([*lines, ""]))
+        self._script_file.write_text("\n".join([*lines, ""]))
 
     def _launch(self) -> None:
+        """Run the script in a systemd unit of its own, or without systemd in a session of its own."""
         task = f"start the daemon of volume {self.volume}"
-        run = ["/bin/sh", str(self._script)]
+        run = ["/bin/sh", str(self._script_file)]
         if not SYSTEMD.is_dir():
-            succeed(self._execute, ["setsid", "--fork", *run], task)
+            check_run(self._execute, ["setsid", "--fork", *run], task)
             return
-        user, group = _user()
+        user, group = _user_and_group()
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
-        succeed(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
+        check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
-    def _wait_until_it_serves(self, image: Path) -> None:
-        """It listens only when it has the image open, and that has no bound but the process's life."""
+    def _wait_until_serving(self, image: Path) -> None:
+        """Wait until the daemon serves the image.
+
+        It listens only once it has opened the image, which takes as long as it takes while the process lives.
+        """
         begun = time.monotonic()
-        while not self.runs():
-            pid, waited = self._written_pid(), time.monotonic() - begun
-            if (pid is None and waited > _START_PATIENCE) or (pid is not None and not is_alive(pid)):
-                said = self._said()
-                raise (ImageInUseError if 'Failed to get "' in said else IslandError)(
-                    f"the daemon of volume {self.volume} did not start on {str(image)!r}: {said}"
+        while not self.is_running():
+            pid, waited = self._read_pid(), time.monotonic() - begun
+            if (pid is None and waited > _START_TIMEOUT) or (pid is not None and not is_alive(pid)):
+                log_end = self._read_log_end()
+                raise (ImageInUseError if 'Failed to get "' in log_end else IslandError)(
+                    f"the daemon of volume {self.volume} did not start on {str(image)!r}: {log_end}"
                 )
             if waited > TIMEOUT:
                 raise IslandError(
                     f"the daemon of volume {self.volume} (process {pid}) did not open image {str(image)!r} "
-                    f"within {TIMEOUT:.0f} s; see its log {str(self._log)!r}"
+                    f"within {TIMEOUT:.0f} s; see its log {str(self._log_file)!r}"
                 )
             time.sleep(_STEP)
-        self._meet(image)
+        self._wait_until_confirmed(image)
 
-    def _meet(self, image: Path) -> None:
-        """Hear from the daemon that it serves the image.
+    def _wait_until_confirmed(self, image: Path) -> None:
+        """Wait until the daemon confirms that it serves the image.
 
-        On a slow machine qemu hangs up on whoever connects while it starts, right after one that only
-        looked: so it is asked again while it lives.
+        On a slow machine a starting qemu ends a connection that comes right after another one, such as that
+        of `is_running`. So this retries while the process lives.
         """
-        deadline = time.monotonic() + _START_PATIENCE
+        deadline = time.monotonic() + _START_TIMEOUT
         while True:
             try:
                 self.check_serves(image)
@@ -326,73 +336,64 @@ class Daemon:
             except RefusedError:
                 raise
             except IslandError:
-                pid = self._written_pid()
+                pid = self._read_pid()
                 if pid is None or not is_alive(pid) or time.monotonic() > deadline:
                     raise
             time.sleep(_STEP)
 
-    def _written_pid(self) -> int | None:
+    def _read_pid(self) -> int | None:
         try:
             return int(self._pid_file.read_text())
-        except (FileNotFoundError, ValueError):  # not written yet, or half
+        except (FileNotFoundError, ValueError):  # not written yet, or only in part
             return None
 
-    def _said(self) -> str:
-        """The end of the daemon's log."""
+    def _read_log_end(self) -> str:
+        """Return the end of the daemon's log as one line."""
         try:
-            return said_by(self._log.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
+            return error_text(self._log_file.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
         except OSError:
             return "it has no log"
 
 
 def _resize(qmp: Qmp, size: int) -> None:
-    """Make the volume `size` bytes big, and the caches fit it."""
-    qmp.command("block_resize", {"node-name": _top(qmp), "size": size})
-    nodes = qmp.command("query-named-block-nodes", {"flat": True})
-    cluster = next(
-        node["image"]["cluster-size"]
-        for node in (nodes if isinstance(nodes, list) else ())
-        if node["node-name"] == VOLUME_NODE
-    )
-    direct = _holds_direct(nodes)
+    """Enlarge the volume to `size` bytes, and make the caches fit it."""
+    qmp.command("block_resize", {"node-name": _top_node(qmp), "size": size})
+    volume = _query_nodes(qmp)[VOLUME_NODE]
+    cluster, direct = volume["image"]["cluster-size"], bool(volume["cache"]["direct"])
     qmp.command("blockdev-reopen", {"options": [qcow2_node(size, cluster, direct)]})
 
 
-def _user() -> tuple[str, str]:
-    """The names of this process's user and group."""
+def _user_and_group() -> tuple[str, str]:
+    """Return the names of this process's user and group."""
     return pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(os.getegid()).gr_name
 
 
-def _holds_direct(nodes: object) -> bool:
-    return any(
-        node["node-name"] == VOLUME_NODE and node["cache"]["direct"]
-        for node in (nodes if isinstance(nodes, list) else ())
-    )
-
-
-def _size(qmp: Qmp) -> int:
+def _query_nodes(qmp: Qmp) -> dict[str, Any]:
+    """Return the daemon's block nodes by name, as QMP describes them."""
     nodes = qmp.command("query-named-block-nodes", {"flat": True})
-    for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == VOLUME_NODE:
-            return int(node["image"]["virtual-size"])
-    raise IslandError(f"the process behind {qmp.socket_path!r} serves no volume; it is no daemon of ours")
+    return {node["node-name"]: node for node in (nodes if isinstance(nodes, list) else ())}
 
 
-def _top(qmp: Qmp) -> str:
-    """The node that is exported and frozen: the filter, where the daemon has it."""
-    nodes = qmp.command("query-named-block-nodes", {"flat": True})
-    names = {node["node-name"] for node in (nodes if isinstance(nodes, list) else ())}
-    return FRONT_NODE if FRONT_NODE in names else VOLUME_NODE
+def _query_size(qmp: Qmp) -> int:
+    """Return the volume's size in bytes; raise IslandError if the process is not a daemon of this module."""
+    volume = _query_nodes(qmp).get(VOLUME_NODE)
+    if volume is None:
+        raise IslandError(
+            f"the process at {qmp.socket_path!r} serves no volume; it is not a daemon of the Cinder driver"
+        )
+    return int(volume["image"]["virtual-size"])
 
 
-def _internals(qmp: Qmp) -> list[dict[str, object]]:
-    nodes = qmp.command("query-named-block-nodes", {"flat": True})
-    for node in nodes if isinstance(nodes, list) else ():
-        if node["node-name"] == VOLUME_NODE:
-            return list(node["image"].get("snapshots", []))
-    return []
+def _top_node(qmp: Qmp) -> str:
+    """Return the node that is exported and snapshotted: the filter, if the daemon has one."""
+    return FRONT_NODE if FRONT_NODE in _query_nodes(qmp) else VOLUME_NODE
 
 
-def _exports(qmp: Qmp) -> list[object]:
+def _query_internal_snapshots(qmp: Qmp) -> list[dict[str, object]]:
+    volume = _query_nodes(qmp).get(VOLUME_NODE)
+    return list(volume["image"].get("snapshots", [])) if volume else []
+
+
+def _query_exports(qmp: Qmp) -> list[object]:
     answer = qmp.command("query-block-exports")
     return answer if isinstance(answer, list) else []

@@ -1,7 +1,7 @@
-"""The volumes of this host that are in use: a daemon over each image, a block device in front, a link to it.
+"""The volumes of this host that are in use: a daemon over each image, a block device, and a link to it.
 
-All that is known is in the kernel, in the daemons and in two folders, so a process that starts anew finds it
-as it is, and any number of processes may look. Those that change one volume wait for each other.
+All state is in the kernel, in the daemons and in two folders. So a process that starts anew finds it as it
+is, and any number of processes can look at it. Processes that change one volume wait for each other.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.qemu.programs import TIMEOUT, Execute
+from island_fast.qemu.programs import TIMEOUT, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
@@ -34,94 +34,94 @@ _STEP = 0.05  # seconds
 
 
 class State(enum.Enum):
-    """What there is of a volume on this host."""
+    """How far a volume is attached on this host."""
 
     NONE = "none"
-    SERVED = "served"  # the daemon has the image open; nothing can read or write the volume
-    ATTACHED = "attached"  # the daemon, the device and the link are there
-    DEAD = "dead"  # there is a device, a link or a mount, and the daemon behind them is gone
+    SERVED = "served"  # the daemon has the image open; the device or the link is missing
+    ATTACHED = "attached"  # daemon, device and link exist
+    DEAD = "dead"  # a device, a link or a mount exists, but its daemon is gone
 
 
 class Exports:
-    """The volumes of this host that are attached. Volumes are named by their ids (UUIDs, small letters).
+    """The volumes of this host that are in use. Volumes are named by their ids (UUIDs in lower case).
 
-    `run` gets a private folder for each volume (sockets, log, mount point), `links` one link for each that is
-    attached. `links` must be gone after a reboot (tmpfs): device numbers are given out anew then, and an old
-    link could lead to another's disk. `kind`, "nbd" or "loop", is what daemons are started for; those
-    that run keep theirs. `execute` starts programs, also as root.
-    Every call may be repeated, after it was cut off in the middle too.
+    `run` gets a private folder for each volume (sockets, log, mount point), `links` one link for each
+    attached volume. A reboot must remove `links` (tmpfs): device numbers are assigned anew then, and an old
+    link could lead to another volume's disk. `kind`, "nbd" or "loop", is what new daemons are started for;
+    running ones keep their kind. `execute` runs programs, also as root. Every call can be repeated, even
+    after it was interrupted.
     """
 
-    def __init__(self, run: Path, links: Path, execute: Execute, kind: str) -> None:
+    def __init__(self, run: Path, links: Path, execute: RunProgram, kind: str) -> None:
         if kind not in KINDS:
-            raise UsageError(f"{kind!r} is no kind of block device; there is {', '.join(KINDS)}")
-        self._run, self._links = _plain(run), _plain(links)
+            raise UsageError(f"{kind!r} is not a kind of block device; use {' or '.join(KINDS)}")
+        self._run, self._links = _resolve_plain(run), _resolve_plain(links)
         self._execute, self._kind = execute, kind
         self._loops, self._nbds = LoopDevices(execute), NbdDevices(execute)
 
     def attach(self, volume: str, image: Path) -> Path:
-        """Serve the volume and return the link to its block device; what is broken of it is mended.
+        """Serve the volume, make its device and link, and return the link; repair what is broken of them.
 
-        RefusedError if the volume is served from another image.
+        Raises RefusedError if the volume is served from another image.
         """
-        with self._alone(volume) as daemon:
-            ran = daemon.runs()
+        with self._lock(volume) as daemon:
+            was_running = daemon.is_running()
             try:
                 return self._attach(daemon, image)
             except IslandError:
-                if not ran or daemon.runs():
+                if not was_running or daemon.is_running():
                     raise
-            return self._attach(daemon, image)  # it died just now
+            return self._attach(daemon, image)  # the daemon died just now
 
     def serve(self, volume: str, image: Path) -> None:
-        """Start the daemon alone, without a device, or find it running."""
-        with self._alone(volume) as daemon:
-            self._start(daemon, image)
+        """Start the daemon if it is not running, without a device."""
+        with self._lock(volume) as daemon:
+            self._ensure_running(daemon, image)
 
     def detach(self, volume: str) -> None:
-        """Take link, device and export away; the daemon goes on.
+        """Remove link, device and export; the daemon keeps running.
 
-        ImageInUseError, and all stays as it was, if something has the device open: a guest, a mount.
+        Raises ImageInUseError, and changes nothing, if the device is open, such as by a guest or a mount.
         """
-        with self._alone_if_there(volume) as daemon:
+        with self._lock_if_present(volume) as daemon:
             if daemon is None:
-                self._link(volume).unlink(missing_ok=True)
+                self._link_path(volume).unlink(missing_ok=True)
             else:
-                self._wind_down(daemon, end=False)
+                self._detach(daemon, end=False)
 
     def stop(self, volume: str) -> None:
-        """Detach the volume and end its daemon, which flushes and closes the image; nothing is left."""
-        with self._alone_if_there(volume) as daemon:
+        """Detach the volume, end its daemon, which flushes and closes the image, and remove its folder."""
+        with self._lock_if_present(volume) as daemon:
             if daemon is None:
-                self._link(volume).unlink(missing_ok=True)
+                self._link_path(volume).unlink(missing_ok=True)
             else:
-                self._wind_down(daemon, end=True)
+                self._detach(daemon, end=True)
                 shutil.rmtree(daemon.folder)
 
-    def freeze(self, volume: str, name: str) -> None:
-        """Take an internal snapshot of a volume that is served; on return it is in its image."""
-        self._served(volume).freeze(name)
+    def take_internal_snapshot(self, volume: str, name: str) -> None:
+        """Take an internal snapshot of a volume that is served; on return it is in the image."""
+        self._require_running(volume).take_internal_snapshot(name)
 
-    def thaw(self, volume: str, name: str) -> None:
-        """Drop that internal snapshot again; nothing happens if it is not there."""
-        self._served(volume).thaw(name)
+    def drop_internal_snapshot(self, volume: str, name: str) -> None:
+        """Drop an internal snapshot of a volume that is served; do nothing if it does not exist."""
+        self._require_running(volume).drop_internal_snapshot(name)
 
-    def internals(self, volume: str) -> list[str]:
-        """The names of the internal snapshots in the image of a volume that is served."""
-        return self._served(volume).internals()
+    def internal_snapshots(self, volume: str) -> list[str]:
+        """Return the names of the internal snapshots in the image of a volume that is served."""
+        return self._require_running(volume).internal_snapshots()
 
-    def _served(self, volume: str) -> Daemon:
-        daemon = self._daemon(volume)
-        if not daemon.runs():
+    def _require_running(self, volume: str) -> Daemon:
+        daemon = self._daemon_of(volume)
+        if not daemon.is_running():
             raise NotFoundError(f"volume {volume} is not served here; attach it first")
         return daemon
 
     def grow(self, volume: str, size: int) -> None:
-        """Make a volume that is served `size` bytes big, the device in front too. It never shrinks."""
-        with self._alone_if_there(volume) as daemon:
-            if daemon is None or not daemon.runs():
+        """Enlarge a volume that is served to `size` bytes, and its device with it. It never shrinks."""
+        with self._lock_if_present(volume) as daemon:
+            if daemon is None or not daemon.is_running():
                 raise NotFoundError(f"volume {volume} is not served here; attach it first")
-            device = self._device(daemon)
+            device = self._find_device(daemon)
             if device is not None and daemon.backing() != daemon.disk:
                 self._grow_nbd(daemon, device, size)
                 return
@@ -130,75 +130,77 @@ class Exports:
                 self._loops.grow(device, daemon.disk, size)
 
     def state(self, volume: str) -> State:
-        """Tell what there is of the volume now. Never waits, neither for the daemon nor for anything else."""
-        daemon = self._daemon(volume)
-        link, device = self._link(volume), self._device(daemon)
-        if daemon.runs():
-            there = device is not None and _target(link) == device
-            return State.ATTACHED if there else State.SERVED
-        left = device is not None or _target(link) is not None or is_mounted(daemon.disk)
+        """Return the volume's present state. Never waits, neither for the daemon nor for anything else."""
+        daemon = self._daemon_of(volume)
+        device, link = self._find_device(daemon), self._link_path(volume)
+        if daemon.is_running():
+            return State.ATTACHED if device is not None and _read_link(link) == device else State.SERVED
+        left = device is not None or _read_link(link) is not None or is_mounted(daemon.disk)
         return State.DEAD if left else State.NONE
 
     def monitor(self, volume: str) -> Path | None:
-        """Return the QMP socket for snapshots of a volume that is served; None of one that is not."""
-        daemon = self._daemon(volume)
-        return daemon.monitor if daemon.runs() else None
+        """Return the QMP socket for snapshots of a volume, or None if the volume is not served."""
+        daemon = self._daemon_of(volume)
+        return daemon.monitor if daemon.is_running() else None
 
     def volumes(self) -> list[str]:
-        """Return the volumes that there may be anything of."""
+        """Return the volumes that have a folder here; their state can still be NONE."""
         try:
             entries = list(self._run.iterdir())
         except FileNotFoundError:
             return []
         return sorted(entry.name for entry in entries if _VOLUME.fullmatch(entry.name) and entry.is_dir())
 
-    def forget_stale_links(self) -> None:
-        """Remove every link whose device does not stand on its volume's export: it is another's by now."""
+    def remove_stale_links(self) -> None:
+        """Remove every link whose device does not stand on its volume's export: it is another's now."""
         try:
             links = list(self._links.iterdir())
         except FileNotFoundError:
             return
         for link in links:
-            device = _target(link)
+            device = _read_link(link)
             if device is None or not _VOLUME.fullmatch(link.name):
                 continue
-            backing = self._daemon(link.name).backing()
-            if not self._of(backing).stands_on(device, backing):
+            backing = self._daemon_of(link.name).backing()
+            if not self._devices_for(backing).stands_on(device, backing):
                 link.unlink(missing_ok=True)
 
-    def _start(self, daemon: Daemon, image: Path) -> None:
-        if daemon.runs():
+    def _ensure_running(self, daemon: Daemon, image: Path) -> None:
+        if daemon.is_running():
             daemon.check_serves(image)
         else:
-            self._clear(daemon)
+            self._remove_leftovers(daemon)
             daemon.start(image, self._kind)
 
     def _attach(self, daemon: Daemon, image: Path) -> Path:
-        self._start(daemon, image)
+        self._ensure_running(daemon, image)
         self._finish_growing(daemon)
         daemon.export()
         backing = daemon.backing()
-        device = self._device(daemon) or self._of(backing).attach(backing, daemon.size())
-        return self._point(daemon.volume, device)
+        device = self._find_device(daemon) or self._devices_for(backing).attach(backing, daemon.size())
+        return self._point_link(daemon.volume, device)
 
     def _grow_nbd(self, daemon: Daemon, device: Path, size: int) -> None:
-        """Requests wait while the export is away: a minute at most, then they fail."""
+        """Enlarge the volume and its NBD device.
+
+        The export is removed meanwhile. Requests wait for it for up to a minute, then they fail.
+        """
         self._finish_growing(daemon)
         if daemon.size() == size and self._nbds.has_size(device, size):
             return
         backing = daemon.backing()
-        daemon.growing.touch()
+        daemon.growing_mark.touch()
         self._nbds.loosen(device, backing)
         try:
             daemon.grow(size)
         finally:
             self._nbds.resume(device, backing, daemon.size())
-            daemon.growing.unlink()
+            daemon.growing_mark.unlink()
 
     def _finish_growing(self, daemon: Daemon) -> None:
-        """Bring a device back whose growth was cut off; if it was too long ago, it is abandoned."""
-        device, backing = self._device(daemon), daemon.backing()
-        if not daemon.growing.exists():
+        """Reconnect a device whose growth was interrupted, or abandon it if that was too long ago."""
+        device, backing = self._find_device(daemon), daemon.backing()
+        if not daemon.growing_mark.exists():
             return
         if device is not None:
             daemon.restore_export()
@@ -207,56 +209,58 @@ class Exports:
             except IslandError:
                 self._nbds.abandon(backing)
                 daemon.unexport()
-        daemon.growing.unlink(missing_ok=True)
+        daemon.growing_mark.unlink(missing_ok=True)
 
-    def _wind_down(self, daemon: Daemon, end: bool) -> None:
-        """Detach, and with `end` end the daemon; one that is dead, or dies just now, is cleared away."""
+    def _detach(self, daemon: Daemon, end: bool) -> None:
+        """Detach, and with `end` also end the daemon. If it is dead, or dies now, remove what it left."""
         try:
-            if daemon.runs():
-                self._let_go(daemon)
+            if daemon.is_running():
+                self._release_device(daemon)
                 if end:
                     daemon.quit()
                 return
         except IslandError:
-            if daemon.runs():
+            if daemon.is_running():
                 raise
-        self._clear(daemon)
+        self._remove_leftovers(daemon)
 
-    def _let_go(self, daemon: Daemon) -> None:
-        """The link first: from then on nobody comes in by it; back again if the device is held."""
-        link = self._link(daemon.volume)
-        link.unlink(missing_ok=True)
-        device = self._device(daemon)
+    def _release_device(self, daemon: Daemon) -> None:
+        """Remove link, device and export; restore the link if the device cannot be removed.
+
+        The link goes first, so that nobody can open the device by it any more.
+        """
+        self._link_path(daemon.volume).unlink(missing_ok=True)
+        device = self._find_device(daemon)
         if device is not None:
             try:
                 backing = daemon.backing()
-                self._of(backing).release(device, backing)
+                self._devices_for(backing).release(device, backing)
             except BaseException:
-                self._point(daemon.volume, device)
+                self._point_link(daemon.volume, device)
                 raise
         daemon.unexport()
 
-    def _clear(self, daemon: Daemon) -> None:
-        """Take away what a dead daemon left. Who has the dead device open keeps it, and gets errors."""
-        self._link(daemon.volume).unlink(missing_ok=True)
-        for device in self._loops.over(daemon.disk):
+    def _remove_leftovers(self, daemon: Daemon) -> None:
+        """Remove what a dead daemon left. Whoever has its device open keeps it, and gets errors."""
+        self._link_path(daemon.volume).unlink(missing_ok=True)
+        for device in self._loops.find(daemon.disk):
             self._loops.abandon(device)
         unmount_dead(daemon.disk, self._execute)
         self._nbds.abandon(daemon.backing())
-        daemon.forget()
+        daemon.forget_export()
 
-    def _device(self, daemon: Daemon) -> Path | None:
+    def _find_device(self, daemon: Daemon) -> Path | None:
         backing = daemon.backing()
-        return next(iter(self._of(backing).over(backing)), None)
+        return next(iter(self._devices_for(backing).find(backing)), None)
 
-    def _of(self, backing: Path) -> LoopDevices | NbdDevices:
-        """The devices of the kind that stands on such a backing."""
+    def _devices_for(self, backing: Path) -> LoopDevices | NbdDevices:
+        """Return the devices of the kind that a backing belongs to."""
         return self._nbds if backing.parent.name == "nbd" else self._loops
 
-    def _point(self, volume: str, device: Path) -> Path:
-        """Make the link lead to the device; whoever follows it meanwhile finds the old or the new one."""
-        link = self._link(volume)
-        if _target(link) != device:
+    def _point_link(self, volume: str, device: Path) -> Path:
+        """Make the volume's link lead to the device, in one step, and return the link."""
+        link = self._link_path(volume)
+        if _read_link(link) != device:
             self._links.mkdir(mode=0o755, parents=True, exist_ok=True)
             scratch = link.with_name(f".{volume}")
             scratch.unlink(missing_ok=True)
@@ -264,27 +268,30 @@ class Exports:
             scratch.replace(link)
         return link
 
-    def _link(self, volume: str) -> Path:
+    def _link_path(self, volume: str) -> Path:
         return self._links / volume
 
-    def _daemon(self, volume: str) -> Daemon:
+    def _daemon_of(self, volume: str) -> Daemon:
         if not _VOLUME.fullmatch(volume):
-            raise UsageError(f"{volume!r} is no volume id; give a UUID in small letters")
+            raise UsageError(f"{volume!r} is not a volume id; give a UUID in lower case")
         return Daemon(self._run / volume, self._execute)
 
     @contextlib.contextmanager
-    def _alone(self, volume: str) -> Iterator[Daemon]:
-        """The volume's daemon, its folder made, and nobody else changing anything of it until the end."""
-        daemon = self._daemon(volume)
+    def _lock(self, volume: str) -> Iterator[Daemon]:
+        """Hold the lock of a volume, whose folder is made if need be; yield its daemon.
+
+        No other process changes anything of the volume meanwhile.
+        """
+        daemon = self._daemon_of(volume)
         deadline = time.monotonic() + TIMEOUT
         while True:
-            _make_private(daemon.folder)
+            _make_private_folder(daemon.folder)
             fd = _try_lock(daemon.folder)
             if fd is not None:
                 break
             if time.monotonic() > deadline:
                 raise RefusedError(
-                    f"something else is done to volume {volume} for {TIMEOUT:.0f} s; try again"
+                    f"volume {volume} has been in use by another process for {TIMEOUT:.0f} s; try again"
                 )
             time.sleep(_STEP)
         try:
@@ -293,19 +300,19 @@ class Exports:
             os.close(fd)
 
     @contextlib.contextmanager
-    def _alone_if_there(self, volume: str) -> Iterator[Daemon | None]:
-        """The same, but a volume without a folder gets none, and None is given."""
-        if not self._daemon(volume).folder.is_dir():
+    def _lock_if_present(self, volume: str) -> Iterator[Daemon | None]:
+        """Hold the lock of a volume that has a folder, as `_lock` does; yield None if it has none."""
+        if not self._daemon_of(volume).folder.is_dir():
             yield None
             return
-        with self._alone(volume) as daemon:
+        with self._lock(volume) as daemon:
             yield daemon
 
 
-def _plain(folder: Path) -> Path:
-    """The folder's path without links, as the kernel lists it.
+def _resolve_plain(folder: Path) -> Path:
+    """Return a folder's path without links, as the kernel's lists show it.
 
-    UsageError if it has characters that the kernel's lists write otherwise, and the rootwrap filters refuse.
+    Raises UsageError if it has characters that those lists escape, or that the rootwrap filters refuse.
     """
     real = Path(os.path.realpath(folder))
     if not _PLAIN_PATH.fullmatch(str(real)):
@@ -315,19 +322,20 @@ def _plain(folder: Path) -> Path:
     return real
 
 
-def _make_private(folder: Path) -> None:
-    """Make a volume's folder, and the one above; RefusedError if others than its owner may enter that."""
+def _make_private_folder(folder: Path) -> None:
+    """Make a volume's folder and its parent; raise RefusedError if other users have access to the parent."""
     run = folder.parent
     run.mkdir(mode=0o700, parents=True, exist_ok=True)
     if stat.S_IMODE(run.stat().st_mode) & 0o077:
-        raise RefusedError(f"the folder {str(run)!r} is open to others; give it mode 0700")
+        raise RefusedError(f"other users have access to the folder {str(run)!r}; give it mode 0700")
     folder.mkdir(mode=0o700, exist_ok=True)
 
 
 def _try_lock(folder: Path) -> int | None:
-    """Lock a folder by its flock, without waiting: a descriptor to close, or None.
+    """Lock a folder with flock, without waiting; return a descriptor to close, or None if it is locked.
 
-    Whoever held it before may have removed the folder and another made it again, hence the second look.
+    The last holder may have removed the folder, and another process made it again: so the locked folder is
+    compared with the one that now has the path.
     """
     try:
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -343,9 +351,9 @@ def _try_lock(folder: Path) -> int | None:
     return None
 
 
-def _target(link: Path) -> Path | None:
-    """Where a link leads; None where there is none."""
+def _read_link(link: Path) -> Path | None:
+    """Return where a link leads, or None if there is no link."""
     try:
         return Path(os.readlink(link))
-    except (FileNotFoundError, OSError):
+    except OSError:
         return None

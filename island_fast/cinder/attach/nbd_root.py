@@ -1,17 +1,17 @@
-"""The program `island-nbd`: the steps of a volume's NBD device that need root's rights, and nothing else.
+"""The command `island-nbd`: the steps of a volume's NBD device that need root, for the Cinder driver alone.
 
-    island-nbd connect BACKING SIZE    a new device over it, and its name on standard output
-    island-nbd release BACKING         its device away, unless somebody has it open (status 3)
-    island-nbd abandon BACKING         its device away, whoever has it open
-    island-nbd loosen BACKING          from now on requests wait when the connection breaks
-    island-nbd resume BACKING SIZE     a new connection and a new size for a device that was loosened
+    island-nbd connect BACKING SIZE    make a device over the backing, and print its name
+    island-nbd release BACKING         remove its device, unless it is open (exit status 3)
+    island-nbd abandon BACKING         remove its device even if it is open
+    island-nbd loosen BACKING          make requests wait from now on when the connection breaks
+    island-nbd resume BACKING SIZE     give a loosened device a new connection and a new size
 
-BACKING is a path FOLDER/VOLUME/nbd/TOKEN. Its parent is the socket of the daemon; the whole of it is the
-name under which the kernel keeps the device and shows it in sysfs, so no command takes a device's number,
-which may be another's by now. A program of its own and not nbd-client, which sets no such name, takes no free
-device without a race, and can neither tell whether a device is open nor let it grow.
+BACKING is a path FOLDER/VOLUME/nbd/TOKEN. Its parent is the socket of the daemon. The whole path is the name
+that the kernel keeps with the device and shows in sysfs, so no command takes a device's number, which can be
+another device's by now. nbd-client cannot replace this command: it sets no such name, it cannot take a free
+device without a race, and it can neither find out whether a device is open nor enlarge it.
 
-Sizes are bytes. Complaints go to standard error. Status 1: it failed, 2: wrong usage.
+SIZE is in bytes. Errors go to standard error. Exit status 1: it failed; 2: wrong usage.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from island_fast.cinder.attach.nbd_netlink import Link
+from island_fast.cinder.attach.nbd_netlink import NbdNetlink
 from island_fast.qemu.nbd_handshake import Client, shake_hands
 
 __all__ = ["EXPORT", "HELD", "devices_over", "main"]
 
 HELD = 3
-"""The exit status that says: somebody has the device open."""
+"""The exit status of `release` if the device is open."""
 
 EXPORT = "volume"
 """The name of the export that the daemon's NBD server offers."""
@@ -44,35 +44,43 @@ _BACKING = re.compile(
     r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+/[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}/nbd/[0-9a-f]{16}"
 )
 _SYSFS = Path("/sys/block")
-_SHOWN = "back" + "end"  # the kernel's word, which is not ours, for the name it keeps
-_ANSWER = 180  # seconds; a daemon that does not answer for so long has died in all but name
-_SWIFT = 5  # seconds: requests whose answers the old connection took with it are sent again after them
-_PATIENCE = 60  # seconds in which a loosened device must be resumed
-_SETTLING = 2.0  # seconds
-_LETTING_GO = 3.0  # seconds; udev opens every device that changes, for a moment
-_STEP = 0.05
-_HANDSHAKE = 60.0  # seconds
-_NEXT_OFFER = 0.5  # seconds
+_NAME_FILE = "backend"  # in sysfs: the name that the kernel keeps with a device
+_REQUEST_TIMEOUT = 180  # seconds; a daemon that takes longer to answer is as good as dead
+_RESEND_AFTER = 5  # seconds; then requests whose answers the old connection lost are sent again
+_RESUME_TIMEOUT = 60  # seconds in which a loosened device must be resumed
+_DRAIN_TIMEOUT = 2.0  # seconds
+_RELEASE_TIMEOUT = 3.0  # seconds; udev opens every device that changes, for a moment
+_HANDSHAKE_TIMEOUT = 60.0  # seconds
+_OFFER_EVERY = 0.5  # seconds
+_STEP = 0.05  # seconds between two looks
+_USAGE = """\
+usage: island-nbd connect|release|abandon|loosen|resume BACKING [SIZE]
+The Cinder driver runs this command as root, through rootwrap; it is not meant for users.
+To make and restore snapshots, use the command island (see 'island --help')."""
 _PEER = struct.Struct("3i")  # struct ucred: pid, uid, gid
 
 
 def devices_over(backing: Path) -> list[str]:
-    """Return the names (nbdN) of the devices that the kernel keeps under this name."""
+    """Return the devices (nbdN) with which the kernel keeps this name."""
     found = []
-    for file in sorted(_SYSFS.glob(f"nbd*/{_SHOWN}")):
-        with contextlib.suppress(OSError):  # it went meanwhile
+    for file in sorted(_SYSFS.glob(f"nbd*/{_NAME_FILE}")):
+        with contextlib.suppress(OSError):  # the device went meanwhile
             if file.read_text(errors="surrogateescape").strip("\n") == str(backing):
                 found.append(file.parent.name)
     return found
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; its exit status."""
-    command, backing, *more = [*(sys.argv[1:] if words is None else words), "", ""]
+    """Run one command and return its exit status; `words` are by default the process's arguments."""
+    words = sys.argv[1:] if words is None else words
+    if list(words) in (["--help"], ["-h"]):
+        print(_USAGE)
+        return 0
+    command, backing, *more = [*words, "", ""]
     sizes = [int(word) for word in more if re.fullmatch(r"[1-9][0-9]{0,18}", word)]
     wanted = {"connect": 1, "resume": 1, "release": 0, "abandon": 0, "loosen": 0}.get(command)
     if wanted != len(sizes) or len([w for w in more if w]) != wanted or not _BACKING.fullmatch(backing):
-        print("usage: island-nbd connect|release|abandon|loosen|resume BACKING [SIZE]", file=sys.stderr)
+        print(_USAGE, file=sys.stderr)
         return 2
     try:
         return _COMMANDS[command](Path(backing), *sizes)
@@ -82,73 +90,77 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _connect(backing: Path, size: int) -> int:
-    with _client(backing, size) as client, Link() as link:
-        print(f"/dev/nbd{link.connect(client, str(backing), _ANSWER)}")
+    with _connect_to_daemon(backing, size) as client, NbdNetlink() as netlink:
+        print(f"/dev/nbd{netlink.connect(client, str(backing), _REQUEST_TIMEOUT)}")
     return 0
 
 
 def _release(backing: Path) -> int:
-    """Let the device go when its last user closes it, be that user and see whether it went.
+    """Make the kernel remove the device when its last user closes it; open and close it, and see if it goes.
 
-    If it stays, there is another user; the kernel counts those of containers too.
+    If it stays, it has another user; the kernel counts those in containers too.
     """
-    with Link() as link:
+    with NbdNetlink() as netlink:
         for name in devices_over(backing):
-            link.goes_when_closed(_index(name), str(backing), True)
+            netlink.set_disconnect_on_close(_index_of(name), str(backing), True)
             os.close(os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC))
-        if _eventually(lambda: not devices_over(backing), _LETTING_GO):
+        if _wait_for(lambda: not devices_over(backing), _RELEASE_TIMEOUT):
             return 0
         for name in devices_over(backing):
-            with contextlib.suppress(OSError):  # it goes just now
-                link.goes_when_closed(_index(name), str(backing), False)
+            with contextlib.suppress(OSError):  # the device goes just now
+                netlink.set_disconnect_on_close(_index_of(name), str(backing), False)
     return HELD if devices_over(backing) else 0
 
 
 def _abandon(backing: Path) -> int:
     for name in devices_over(backing):
-        with Link() as link:
-            link.disconnect(_index(name))
+        with NbdNetlink() as netlink:
+            netlink.disconnect(_index_of(name))
     return 0
 
 
 def _loosen(backing: Path) -> int:
-    """Requests that are under way keep the time they were given, so those are waited for."""
-    with Link() as link:
+    """Set the times that a loosened device has.
+
+    Requests in flight keep the times that they were sent with, so this waits for their end.
+    """
+    with NbdNetlink() as netlink:
         for name in devices_over(backing):
-            link.set_times(_index(name), str(backing), _SWIFT, _PATIENCE)
-    _eventually(lambda: not any(map(_under_way, devices_over(backing))), _SETTLING)
+            netlink.set_timeouts(_index_of(name), str(backing), _RESEND_AFTER, _RESUME_TIMEOUT)
+    _wait_for(lambda: not any(map(_count_requests, devices_over(backing))), _DRAIN_TIMEOUT)
     return 0
 
 
-def _under_way(name: str) -> int:
-    """The requests that the device has not answered: reads and writes."""
+def _count_requests(name: str) -> int:
+    """Return the number of reads and writes that a device has not answered."""
     return sum(map(int, (_SYSFS / name / "inflight").read_text().split()))
 
 
 def _resume(backing: Path, size: int) -> int:
-    """Offer connections until a request is answered.
+    """Offer new connections until a request is answered.
 
-    The kernel does not say whether it took one, and takes none before it saw that the old one is broken.
+    The kernel does not report whether it took one, and takes none before it has seen that the old one is
+    broken.
     """
     for name in devices_over(backing):
         answers: list[str] = []
-        reader = threading.Thread(target=_read, args=(name, answers))
-        deadline = time.monotonic() + _PATIENCE
-        with Link() as link:
+        reader = threading.Thread(target=_read_first_page, args=(name, answers))
+        deadline = time.monotonic() + _RESUME_TIMEOUT
+        with NbdNetlink() as netlink:
             while not answers and time.monotonic() < deadline:
-                with _client(backing, size) as client:
-                    link.reconnect(_index(name), str(backing), client)
+                with _connect_to_daemon(backing, size) as client:
+                    netlink.reconnect(_index_of(name), str(backing), client)
                 if reader.ident is None:
                     reader.start()
-                reader.join(_NEXT_OFFER)
-            link.set_times(_index(name), str(backing), _ANSWER, 0)
+                reader.join(_OFFER_EVERY)
+            netlink.set_timeouts(_index_of(name), str(backing), _REQUEST_TIMEOUT, 0)
         if answers != [""]:
-            raise OSError(errno.EIO, f"/dev/{name} does not come back: {answers or 'no answer'}")
+            raise OSError(errno.EIO, f"/dev/{name} did not come back: {answers or 'no answer'}")
     return 0
 
 
-def _read(name: str, answers: list[str]) -> None:
-    """Read the device's first bytes past the page cache, and append "" or the complaint."""
+def _read_first_page(name: str, answers: list[str]) -> None:
+    """Read the device's first page past the page cache, and append "" or the error's text to `answers`."""
     try:
         fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
         try:
@@ -163,15 +175,18 @@ def _read(name: str, answers: list[str]) -> None:
 
 
 @contextlib.contextmanager
-def _client(backing: Path, size: int) -> Iterator[Client]:
-    """Connect to the daemon's NBD server, which the owner of the volume's folder must run."""
+def _connect_to_daemon(backing: Path, size: int) -> Iterator[Client]:
+    """Connect to the daemon's NBD server; yield the connection, which closes when the body ends.
+
+    Raises PermissionError if another user than the owner of the volume's folder runs the server.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
-        connection.settimeout(_HANDSHAKE)
+        connection.settimeout(_HANDSHAKE_TIMEOUT)
         connection.connect(str(backing.parent))
         _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
         if uid != os.stat(backing.parent.parent).st_uid:
             raise PermissionError(
-                errno.EPERM, f"{backing.parent} is served by another user than its folder's"
+                errno.EPERM, f"{backing.parent} is served by another user than the owner of its folder"
             )
         client = shake_hands(connection, EXPORT)
         if client.size != size:
@@ -180,8 +195,9 @@ def _client(backing: Path, size: int) -> Iterator[Client]:
         yield client
 
 
-def _eventually(condition: Callable[[], bool], patience: float) -> bool:
-    deadline = time.monotonic() + patience
+def _wait_for(condition: Callable[[], bool], timeout: float) -> bool:
+    """Wait until a condition holds, and return whether it does before the timeout (seconds)."""
+    deadline = time.monotonic() + timeout
     while not condition():
         if time.monotonic() > deadline:
             return False
@@ -189,7 +205,7 @@ def _eventually(condition: Callable[[], bool], patience: float) -> bool:
     return True
 
 
-def _index(name: str) -> int:
+def _index_of(name: str) -> int:
     return int(name.removeprefix("nbd"))
 
 

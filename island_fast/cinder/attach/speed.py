@@ -1,8 +1,8 @@
-"""How fast the device in front of a volume is, against qemu that has the same kind of image open itself.
+"""Compare the speed of a volume's block device with that of a qemu that opens an equal image itself.
 
-The same program, `qemu-img bench`, sends the same requests to the device and to an image of its own on the
-same disk, in turn, so that what else the machine does meets both. A guest's own path to its disk comes on top
-of either. Flushes are not measured: both sides write past the page cache, and a flush is the disk's matter.
+The same program, `qemu-img bench`, sends the same requests to the device and to an image on the same disk, in
+turn, so that other load on the machine affects both. In both cases a guest's own path to its disk comes on
+top. Flushes are not measured: both sides write past the page cache, and a flush depends on the disk alone.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from pathlib import Path
 
 from island_fast.errors import IslandError
 from island_fast.qcow2.image import Image
-from island_fast.qemu.block_nodes import file_node, qcow2_node, takes_direct
-from island_fast.qemu.programs import Execute, succeed
+from island_fast.qemu.block_nodes import file_node, qcow2_node, supports_direct_io
+from island_fast.qemu.programs import RunProgram, check_run
 
-__all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "complaint", "measure"]
+__all__ = ["ENOUGH", "SHAPES", "Shape", "Speed", "describe_slowness", "measure"]
 
 ENOUGH = 0.5
-"""Of the speed of qemu's own qcow2; a device with less is complained of."""
+"""The share of the speed of qemu's own qcow2 below which the log has a warning."""
 
 _PAIRS = 5
-_FEW = 3  # pairs, of which one that met a busy moment is not the median
-_PATIENCE, _MORE_PATIENCE = 0.4, 1.5  # seconds for one shape: with few pairs at least, and with fewer
-_RUN = 0.05  # seconds that the slower side's run should take: `qemu-img bench` tells milliseconds
-_GROWTH = 64  # how much longer than the run before it one may be
+_FEW = 3  # pairs; with so many, one that met a busy moment is not the median
+_LIMIT, _LIMIT_FOR_FEW = 0.4, 1.5  # seconds for one shape: once there are more than few pairs, and until then
+_RUN = 0.05  # seconds that the slower side's run should take: `qemu-img bench` prints milliseconds
+_GROWTH = 64  # how many times longer a run can be than the one before it
 _TOOK = re.compile(r"Run completed in (\d+\.\d+) seconds")
-_WAYS_OUT = {
+_ADVICE = {
     "loop": "FUSE and a loop device do one request at a time, so load the module nbd if the kernel has it",
-    "nbd": "its requests go through a socket to one thread, so see whether this host's processors are busy",
+    "nbd": "its requests go through a socket to one thread, so check whether this host's processors are busy",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Writes of `length` bytes, `depth` at a time, each `step` bytes after the one before, round and round.
+    """Writes of `length` bytes, `depth` at a time, each `step` bytes after the last one, wrapping at the end.
 
-    `first` is how many the first run has, which warms up and does not count.
+    `first` is the number of writes in the first run, which warms up and is not counted.
     """
 
     name: str
@@ -56,20 +56,20 @@ SHAPES = (
     Shape("4 KiB writes, one at a time", 4096, 1, 4096 * 1237, 16),
     Shape("4 KiB writes, 32 at a time", 4096, 32, 4096 * 1237, 32),
 )
-"""The first one maps a volume of 16 MiB, so that the others write over what is there. The step of the
-scattered ones is odd in units of 4 KiB: it visits every place of a volume whose size is a power of two."""
+"""The first shape maps a volume of 16 MiB, so that the others overwrite data. The step of the scattered ones
+is odd in units of 4 KiB, so it visits every place of a volume whose size is a power of two."""
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """Requests in a second by the device and by qemu's own qcow2, in pairs that were measured in turn."""
+    """Requests per second of the device and of qemu's own qcow2, in pairs that were measured in turn."""
 
     shape: Shape
     pairs: tuple[tuple[float, float], ...]
 
     @property
     def device(self) -> float:
-        """The device's median."""
+        """The median of the device."""
         return statistics.median(device for device, _ in self.pairs)
 
     @property
@@ -79,74 +79,68 @@ class Speed:
 
     @property
     def ratio(self) -> float:
-        """The median of the pairs' ratios, device to qemu's own."""
+        """The median of the ratios of the pairs, device to qemu's own qcow2."""
         return statistics.median(device / image for device, image in self.pairs)
 
     def __str__(self) -> str:
-        return f"{self.shape.name}: {self.device:.0f}/s for {self.image:.0f}/s ({self.ratio:.2f})"
+        return f"{self.shape.name}: {self.device:.0f}/s against {self.image:.0f}/s ({self.ratio:.2f})"
 
 
-def measure(device: Path, image: Path, execute: Execute) -> Iterator[Speed]:
-    """Write over all of a device, and over an image of the same size that nobody has open; about 2 s.
+def measure(device: Path, image: Path, execute: RunProgram) -> Iterator[Speed]:
+    """Overwrite a device, and an image of the same size; yield the speed of each shape.
 
-    This user must be able to open both. IslandError if `qemu-img bench` fails on either.
+    This takes about 2 s. No other process has the image open, and this user must be able to open both. Raises
+    IslandError if `qemu-img bench` fails.
     """
-    sides = _device_words(device), _image_words(image)
+    sides = ["-t", "none", "-f", "raw", str(device)], _image_arguments(image)
     for shape in SHAPES:
-        yield Speed(shape, tuple(_alternate(sides, shape, execute)))
+        yield Speed(shape, tuple(_measure_in_turn(sides, shape, execute)))
 
 
-def complaint(speeds: Sequence[Speed], kind: str) -> str:
-    """One sentence on what is slower than it should be, with the figures and a way out; "" if all is well."""
+def describe_slowness(speeds: Sequence[Speed], kind: str) -> str:
+    """Return a warning about the shapes that are too slow, with figures and advice, or "" if none is."""
     slow = [speed for speed in speeds if speed.ratio < ENOUGH]
     if not slow:
         return ""
     figures = "; ".join(map(str, slow))
     return (
         f"devices of kind {kind} reach less than {ENOUGH:g} of the speed of qemu's own qcow2 on the same "
-        f"disk ({figures}); {_WAYS_OUT[kind]} (docs/cinder.md, Speed)"
+        f"disk ({figures}); {_ADVICE[kind]} (see docs/cinder.md, Speed)"
     )
 
 
-def _device_words(device: Path) -> list[str]:
-    """How `qemu-img bench` is told of a block device."""
-    return ["-t", "none", "-f", "raw", str(device)]
-
-
-def _image_words(image: Path) -> list[str]:
-    """How it is told of an image: with the options that a volume's daemon uses."""
+def _image_arguments(image: Path) -> list[str]:
+    """Return arguments with which `qemu-img bench` opens an image the way that a volume's daemon does."""
     with Image.open(image) as opened:
         size, cluster = opened.header.size, opened.header.cluster_size
-    direct = takes_direct(image)
+    direct = supports_direct_io(image)
     node = {**qcow2_node(size, cluster, direct), "file": file_node(image, direct)}
     for one in (node, node["file"]):
         del one["node-name"]  # type: ignore[attr-defined]
     return ["json:" + json.dumps(node)]
 
 
-def _alternate(sides: Sequence[list[str]], shape: Shape, execute: Execute) -> list[tuple[float, float]]:
-    """Rates of both sides, run by run in turn; the runs get as long as they must be to be told apart."""
+def _measure_in_turn(
+    sides: Sequence[list[str]], shape: Shape, execute: RunProgram
+) -> list[tuple[float, float]]:
+    """Return the rates of both sides, run by run in turn; runs get longer until times can be compared."""
     begun = time.monotonic()
     count, found = shape.first, list[tuple[float, float]]()
     while len(found) <= _PAIRS:
         turn = (0, 1) if len(found) % 2 else (1, 0)
-        took = {side: _run(sides[side], shape, count, execute) for side in turn}
+        took = {side: _time_run(sides[side], shape, count, execute) for side in turn}
         found.append((count / took[0], count / took[1]))
-        if time.monotonic() - begun > (_PATIENCE if len(found) > _FEW else _MORE_PATIENCE):
+        if time.monotonic() - begun > (_LIMIT if len(found) > _FEW else _LIMIT_FOR_FEW):
             break
-        count = _next_count(count, max(took.values()))
+        count = max(1, min(round(count * _RUN / max(took.values())), count * _GROWTH))
     return found[1:] or found
 
 
-def _next_count(count: int, took: float) -> int:
-    return max(1, min(round(count * _RUN / took), count * _GROWTH))
-
-
-def _run(side: list[str], shape: Shape, count: int, execute: Execute) -> float:
-    """Seconds that so many requests take."""
-    how = ["-c", count, "-d", shape.depth, "-s", shape.length, "-S", shape.step, "-w", "--pattern", 165]
-    said = succeed(execute, ["qemu-img", "bench", *map(str, how), *side], "measure a device's speed")
+def _time_run(side: list[str], shape: Shape, count: int, execute: RunProgram) -> float:
+    """Return the seconds that `count` requests take."""
+    options = ["-c", count, "-d", shape.depth, "-s", shape.length, "-S", shape.step, "-w", "--pattern", 165]
+    said = check_run(execute, ["qemu-img", "bench", *map(str, options), *side], "measure a device's speed")
     took = _TOOK.search(said)
     if took is None:
-        raise IslandError(f"qemu-img bench does not say how long it took, but {said[-100:]!r}")
+        raise IslandError(f"qemu-img bench did not report how long it took, but {said[-100:]!r}")
     return max(float(took[1]), 0.001)

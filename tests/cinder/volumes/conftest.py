@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 
 from island_fast.cinder.attach.exports import Exports
-from island_fast.cinder.island_command import Commands
-from island_fast.cinder.records import Records
+from island_fast.cinder.island_command import IslandCommand
+from island_fast.cinder.records import VolumeRecords
 from island_fast.cinder.volumes import Volumes
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 
 MIB = 1 << 20
 
@@ -29,14 +29,14 @@ class Host:
         environment = {"ISLAND_STATE": str(folder / "state")}
         locks: dict[str, threading.Lock] = defaultdict(threading.Lock)
         self.repositories = {
-            "": Commands(str(repository), environment),
-            "far": Commands(str(repository), environment | {"ISLAND_STATE": str(folder / "far")}, "far"),
+            "": IslandCommand(str(repository), environment),
+            "far": IslandCommand(str(repository), environment | {"ISLAND_STATE": str(folder / "far")}, "far"),
         }
-        self.exports = Exports(run / "daemons", run / "devices", run_to_the_end, "loop")
+        self.exports = Exports(run / "daemons", run / "devices", run_program, "loop")
         self.volumes = Volumes(
-            Records(folder / "volumes"),
+            VolumeRecords(folder / "volumes"),
             self.exports,
-            run_to_the_end,
+            run_program,
             self.repositories,
             locks.__getitem__,
             **options,

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 
-from island_fast.cinder.island_command import Commands
-from island_fast.cinder.manage import Manageable
-from island_fast.cinder.records import Record
+from island_fast.cinder.island_command import IslandCommand
+from island_fast.cinder.manage import ManageableVolumes
+from island_fast.cinder.records import VolumeRecord
 from island_fast.errors import IslandError, NotFoundError, RefusedError
 from tests.cinder.volumes.conftest import MIB, Host, new_id, write
 from tests.cinder.volumes.test_volumes import SIZE, content, made
@@ -19,29 +19,29 @@ def test_a_volume_goes_to_another_host_through_the_repository(new_host: Callable
     here, there = new_host(), new_host()
     volume = made(here, b"content")
     here.volumes.snapshot(volume, "kept")
-    record = here.volumes.depart(volume, "passing")
-    assert not here.volumes.records.image(volume).exists()
+    record = here.volumes.prepare_migration(volume, "passing")
+    assert not here.volumes.records.image_path(volume).exists()
     assert (record.passing, record.lineage) == (True, volume)
     there.volumes.create(volume, record)
     assert content(there, volume, 7) == b"content"
-    assert [row["label"] for row in there.repositories[""].listed(volume)] == ["kept"]
+    assert [row["label"] for row in there.repositories[""].list_snapshots(volume)] == ["kept"]
     after = there.volumes.snapshot(volume, "after")
-    assert there.repositories[""].listed(volume)[-1]["snapshot"] == after.snapshot
-    qemu.check(there.volumes.records.image(volume))
+    assert there.repositories[""].list_snapshots(volume)[-1]["snapshot"] == after.snapshot
+    qemu.check(there.volumes.records.image_path(volume))
 
 
 def test_a_departed_volume_that_nobody_took_over_is_made_again(host: Host) -> None:
     volume = made(host, b"content")
-    host.volumes.depart(volume, "passing")
+    host.volumes.prepare_migration(volume, "passing")
     assert content(host, volume, 7) == b"content"
-    assert host.repositories[""].listed(volume) == []
+    assert host.repositories[""].list_snapshots(volume) == []
 
 
 def test_a_lost_host(new_host: Callable[..., Host]) -> None:
     lost, here = new_host(), new_host()
     volume = made(lost, b"content")
     origin = lost.volumes.snapshot(volume, "kept")
-    here.volumes.revert(volume, Record(SIZE, volume), origin)
+    here.volumes.revert(volume, VolumeRecord(SIZE, volume), origin)
     assert content(here, volume, 7) == b"content"
     here.volumes.snapshot(volume, "after")
     with pytest.raises(RefusedError, match="adopt"):
@@ -51,12 +51,12 @@ def test_a_lost_host(new_host: Callable[..., Host]) -> None:
 def test_a_volume_that_came_back_is_made_from_what_it_became(new_host: Callable[..., Host]) -> None:
     here, there = new_host(), new_host()
     volume = made(here, b"content")
-    there.volumes.learn(volume, here.volumes.depart(volume, "passing"))
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
     write(there.volumes.attach(volume), MIB, b"changed")
     there.volumes.detach(volume)
-    here.volumes.learn(volume, there.volumes.depart(volume, "passing"))
+    here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
     assert content(here, volume, 7) == b"changed"
-    assert here.repositories[""].listed(volume) == []
+    assert here.repositories[""].list_snapshots(volume) == []
 
 
 def test_a_volume_departs_without_the_snapshot_that_it_was_to_be_made_from(
@@ -65,10 +65,10 @@ def test_a_volume_departs_without_the_snapshot_that_it_was_to_be_made_from(
     here, there = new_host(), new_host()
     source, volume, blank = made(here, b"content"), new_id(), new_id()
     origin = here.volumes.snapshot(source, "kept")
-    here.volumes.create(volume, Record(SIZE, origin=origin))
-    here.volumes.create(blank, Record(SIZE))
-    there.volumes.learn(volume, here.volumes.depart(volume, "passing"))
-    there.volumes.learn(blank, here.volumes.depart(blank, "passing"))
+    here.volumes.create(volume, VolumeRecord(SIZE, origin=origin))
+    here.volumes.create(blank, VolumeRecord(SIZE))
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    there.volumes.adopt_record(blank, here.volumes.prepare_migration(blank, "passing"))
     here.volumes.delete_snapshot(source, origin)
     assert content(there, volume, 7) == b"content"
     assert content(there, blank, 7) == bytes(7)
@@ -77,18 +77,18 @@ def test_a_volume_departs_without_the_snapshot_that_it_was_to_be_made_from(
 
 def test_a_departed_volume_cannot_be_managed_where_it_was(host: Host) -> None:
     volume = made(host, b"content")
-    host.volumes.depart(volume, "passing")
-    assert Manageable(host.volumes).volumes({}) == []
+    host.volumes.prepare_migration(volume, "passing")
+    assert ManageableVolumes(host.volumes).list_volumes({}) == []
     with pytest.raises(NotFoundError):
-        Manageable(host.volumes).manage(new_id(), {"source-name": volume})
+        ManageableVolumes(host.volumes).manage(new_id(), {"source-name": volume})
 
 
 def test_a_volume_that_came_by_snapshot_is_whole_when_it_is_left(new_host: Callable[..., Host]) -> None:
     here, there = new_host(), new_host()
     volume, again = made(here, b"content"), new_id()
-    there.volumes.learn(volume, here.volumes.depart(volume, "passing"))
-    there.volumes.leave(volume)
-    Manageable(there.volumes).manage(again, {"source-name": volume})
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    there.volumes.release(volume)
+    ManageableVolumes(there.volumes).manage(again, {"source-name": volume})
     assert content(there, again, 7) == b"content"
 
 
@@ -104,12 +104,12 @@ def test_a_revert_that_failed_leaves_no_blank_volume(
 
     for verb in ("adopt", "restore"):
         with monkeypatch.context() as patched:
-            patched.setattr(Commands, verb, fail)
+            patched.setattr(IslandCommand, verb, fail)
             with pytest.raises(IslandError, match="the store is down"):
-                here.volumes.revert(volume, Record(SIZE, volume), origin)
+                here.volumes.revert(volume, VolumeRecord(SIZE, volume), origin)
         with pytest.raises(NotFoundError):
             here.volumes.attach(volume)
-    here.volumes.revert(volume, Record(SIZE, volume), origin)
+    here.volumes.revert(volume, VolumeRecord(SIZE, volume), origin)
     assert content(here, volume, 7) == b"content"
     here.volumes.snapshot(volume, "after")  # and the lineage is this host's
 
@@ -119,7 +119,7 @@ def test_the_snapshots_of_a_lost_volume_can_be_deleted(new_host: Callable[..., H
     volume = made(lost, b"content")
     origin = lost.volumes.snapshot(volume, "kept")
     with pytest.raises(NotFoundError, match="revert"):
-        here.volumes.learn(volume, Record(SIZE, volume, made=True))
+        here.volumes.adopt_record(volume, VolumeRecord(SIZE, volume, made=True))
     here.volumes.delete_snapshot(volume, origin)
     here.volumes.delete(volume)
-    assert here.repositories[""].listed(volume) == []
+    assert here.repositories[""].list_snapshots(volume) == []

@@ -13,8 +13,8 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.cinder.attach.exports import State
-from island_fast.cinder.records import Origin, Record
-from island_fast.cinder.volumes import snapshot_under_way
+from island_fast.cinder.records import SnapshotRef, VolumeRecord
+from island_fast.cinder.volumes import is_snapshot_running
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.qemu.image_lock import ImageLock
 from tests.cinder.volumes.conftest import MIB, Host, new_id, read, write
@@ -26,7 +26,7 @@ SIZE = 64 * MIB
 def made(host: Host, content: bytes = b"", size: int = SIZE) -> str:
     """A new volume with `content` at 1 MiB, detached again."""
     volume = new_id()
-    host.volumes.create(volume, Record(size))
+    host.volumes.create(volume, VolumeRecord(size))
     if content:
         write(host.volumes.attach(volume), MIB, content)
         host.volumes.detach(volume)
@@ -42,8 +42,8 @@ def content(host: Host, volume: str, length: int) -> bytes:
 
 def test_a_volume_is_a_record_until_it_is_attached(host: Host) -> None:
     volume = made(host)
-    assert os.listdir(host.volumes.records.place(volume)) == ["volume.json"]
-    assert host.volumes.provisioned() == SIZE
+    assert os.listdir(host.volumes.records.folder_of(volume)) == ["volume.json"]
+    assert host.volumes.provisioned_bytes() == SIZE
     host.volumes.extend(volume, 2 * SIZE)
     path = host.volumes.attach(volume)
     assert path.name == volume
@@ -52,19 +52,19 @@ def test_a_volume_is_a_record_until_it_is_attached(host: Host) -> None:
     assert host.exports.state(volume) is State.ATTACHED
     host.volumes.detach(volume)
     assert host.exports.state(volume) is State.NONE
-    mode = host.volumes.records.image(volume).stat().st_mode & 0o777
+    mode = host.volumes.records.image_path(volume).stat().st_mode & 0o777
     assert mode == 0o600
     host.volumes.delete(volume)
     host.volumes.delete(volume)
     assert host.volumes.records.volumes() == []
-    assert not host.volumes.records.place(volume).exists()
+    assert not host.volumes.records.folder_of(volume).exists()
 
 
 def test_an_image_may_have_to_be_made_at_once(new_host: Callable[..., Host]) -> None:
     host = new_host(lazy=False)
     volume = made(host)
-    assert host.volumes.records.image(volume).exists()
-    host.volumes.create(volume, Record(SIZE))  # again
+    assert host.volumes.records.image_path(volume).exists()
+    host.volumes.create(volume, VolumeRecord(SIZE))  # again
     assert host.volumes.records.read(volume).made
 
 
@@ -77,12 +77,12 @@ def test_snapshots_of_an_attached_volume_are_incremental_and_restore(host: Host)
     second = host.volumes.snapshot(volume, "two")
     assert (first.lineage, second.lineage) == (volume, volume)
     assert host.exports.state(volume) is State.ATTACHED
-    rows = host.repositories[""].listed(volume)
+    rows = host.repositories[""].list_snapshots(volume)
     assert [row["label"] for row in rows] == ["one", "two"]
     assert rows[1]["parent"] == rows[0]["snapshot"]
     for origin, expected in ((first, b"monday"), (second, b"tuesday")):
         copy = new_id()
-        host.volumes.create(copy, Record(SIZE, origin=origin))
+        host.volumes.create(copy, VolumeRecord(SIZE, origin=origin))
         assert content(host, copy, len(expected)) == expected
         host.volumes.delete(copy)
 
@@ -91,9 +91,9 @@ def test_a_snapshot_of_a_detached_volume_leaves_no_daemon(host: Host) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "one")
     assert host.exports.state(volume) is State.NONE
-    assert host.volumes.pinned() == [volume]
-    image = host.volumes.records.image(volume)
-    assert host.volumes.provisioned() == SIZE + image.stat().st_blocks * 512
+    assert host.volumes.volumes_with_pins() == [volume]
+    image = host.volumes.records.image_path(volume)
+    assert host.volumes.provisioned_bytes() == SIZE + image.stat().st_blocks * 512
     qemu.check(image)
 
 
@@ -101,7 +101,7 @@ def test_a_volume_that_was_never_attached_can_be_snapshotted(host: Host) -> None
     volume = made(host)
     origin = host.volumes.snapshot(volume, "nothing")
     copy = new_id()
-    host.volumes.create(copy, Record(2 * SIZE, origin=origin))
+    host.volumes.create(copy, VolumeRecord(2 * SIZE, origin=origin))
     assert content(host, copy, 8) == bytes(8)
     with open(host.volumes.attach(copy), "rb") as device:
         assert device.seek(0, os.SEEK_END) == 2 * SIZE
@@ -112,16 +112,16 @@ def test_a_snapshot_is_kept_for_volumes_that_are_not_made_yet(host: Host) -> Non
     volume = made(host, b"content")
     origin = host.volumes.snapshot(volume, "one")
     copy, clone = new_id(), new_id()
-    host.volumes.create(copy, Record(SIZE, origin=origin))
+    host.volumes.create(copy, VolumeRecord(SIZE, origin=origin))
     host.volumes.clone(copy, clone, SIZE)
-    assert host.volumes.needing(origin) == sorted([copy, clone])
+    assert host.volumes.find_dependants(origin) == sorted([copy, clone])
     with pytest.raises(RefusedError, match=copy):
         host.volumes.delete_snapshot(volume, origin)
     assert content(host, copy, 7) == content(host, clone, 7) == b"content"
     host.volumes.delete_snapshot(volume, origin)
     host.volumes.delete_snapshot(volume, origin)
-    assert host.repositories[""].listed(volume) == []
-    assert host.volumes.pinned() == [volume]  # a volume from a snapshot of another begins anew
+    assert host.repositories[""].list_snapshots(volume) == []
+    assert host.volumes.volumes_with_pins() == [volume]  # a volume from a snapshot of another begins anew
 
 
 def test_a_clone_is_a_copy_of_now_while_the_source_is_written(host: Host) -> None:
@@ -133,15 +133,15 @@ def test_a_clone_is_a_copy_of_now_while_the_source_is_written(host: Host) -> Non
     write(path, MIB, b"after!")
     assert content(host, clone, 6) == b"before"
     assert content(host, volume, 6) == b"after!"
-    assert qemu.info(host.volumes.records.image(volume)).get("snapshots", []) == []
-    assert qemu.info(host.volumes.records.image(clone))["virtual-size"] == 2 * SIZE
+    assert qemu.info(host.volumes.records.image_path(volume)).get("snapshots", []) == []
+    assert qemu.info(host.volumes.records.image_path(clone))["virtual-size"] == 2 * SIZE
     host.volumes.clone(volume, clone, 2 * SIZE)  # again: it is there
     assert content(host, clone, 6) == b"before"
 
 
 def test_what_a_killed_copy_left_in_the_image_goes_with_the_next(host: Host, tmp_path: Path) -> None:
     volume = made(host, b"content")
-    image = host.volumes.records.image(volume)
+    image = host.volumes.records.image_path(volume)
     for name in ("copy-0123456789abcdef", "somebody's"):
         qemu.snapshot_create(image, name)
     host.volumes.export(volume, tmp_path / "raw", "raw")
@@ -177,14 +177,14 @@ def test_revert_goes_back_and_the_next_snapshot_is_a_branch(host: Host) -> None:
     host.volumes.revert(volume, host.volumes.records.read(volume), one)
     assert content(host, volume, 5) == b"first"
     three = host.volumes.snapshot(volume, "three")
-    parents = {row["snapshot"]: row["parent"] for row in host.repositories[""].listed(volume)}
+    parents = {row["snapshot"]: row["parent"] for row in host.repositories[""].list_snapshots(volume)}
     assert parents == {one.snapshot: None, two.snapshot: one.snapshot, three.snapshot: one.snapshot}
 
 
 def test_an_image_that_is_gone_is_told_and_never_made_blank(host: Host) -> None:
     volume = made(host, b"first")
     one = host.volumes.snapshot(volume, "one")
-    host.volumes.records.image(volume).unlink()
+    host.volumes.records.image_path(volume).unlink()
     with pytest.raises(NotFoundError, match="is gone"):
         host.volumes.attach(volume)
     host.volumes.revert(volume, host.volumes.records.read(volume), one)
@@ -194,8 +194,8 @@ def test_an_image_that_is_gone_is_told_and_never_made_blank(host: Host) -> None:
 def test_what_a_killed_restore_left_goes_with_the_next(host: Host) -> None:
     origin = host.volumes.snapshot(made(host, b"content"), "one")
     copy = new_id()
-    host.volumes.create(copy, Record(SIZE, origin=origin))
-    half = host.volumes.records.place(copy) / f".from-{origin.snapshot}.qcow2.island-0123456789abcdef"
+    host.volumes.create(copy, VolumeRecord(SIZE, origin=origin))
+    half = host.volumes.records.folder_of(copy) / f".from-{origin.snapshot}.qcow2.island-0123456789abcdef"
     half.write_bytes(bytes(4096))
     assert content(host, copy, 7) == b"content"
     assert sorted(os.listdir(half.parent)) == ["image.qcow2", "volume.json"]
@@ -205,7 +205,7 @@ def test_whoever_needs_an_image_that_is_being_made_waits_for_it(host: Host) -> N
     volume = made(host, b"content")
     origin = host.volumes.snapshot(volume, "one")
     copy = new_id()
-    host.volumes.create(copy, Record(SIZE, origin=origin))
+    host.volumes.create(copy, VolumeRecord(SIZE, origin=origin))
     paths: list[Path] = []
     threads = [threading.Thread(target=lambda: paths.append(host.volumes.attach(copy))) for _ in range(3)]
     for thread in threads:
@@ -214,7 +214,7 @@ def test_whoever_needs_an_image_that_is_being_made_waits_for_it(host: Host) -> N
         thread.join()
     assert len(paths) == 3
     assert len(set(paths)) == 1
-    assert os.listdir(host.volumes.records.place(copy)).count("image.qcow2") == 1
+    assert os.listdir(host.volumes.records.folder_of(copy)).count("image.qcow2") == 1
     assert content(host, copy, 7) == b"content"
 
 
@@ -226,7 +226,7 @@ def test_detach_while_a_snapshot_is_taken(host: Host, monkeypatch: pytest.Monkey
     class Slow:
         """The command, at whose end the volume was detached, extended and attached again."""
 
-        def snapshot(self, *words: object) -> Origin:
+        def snapshot(self, *words: object) -> SnapshotRef:
             host.volumes.detach(volume)
             seen.append(host.exports.state(volume))
             host.volumes.extend(volume, 2 * SIZE)
@@ -252,7 +252,7 @@ def test_a_second_snapshot_waits_for_the_first(host: Host) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    assert sorted(row["label"] for row in host.repositories[""].listed(volume)) == ["one", "two"]
+    assert sorted(row["label"] for row in host.repositories[""].list_snapshots(volume)) == ["one", "two"]
 
 
 def test_a_snapshot_asked_for_again_is_taken_once(host: Host) -> None:
@@ -262,19 +262,19 @@ def test_a_snapshot_asked_for_again_is_taken_once(host: Host) -> None:
     assert host.volumes.snapshot(volume, "one") == first
     assert host.volumes.records.read(volume).lineage == first.lineage
     assert host.volumes.snapshot(volume, "two") != first
-    assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+    assert [row["label"] for row in host.repositories[""].list_snapshots(volume)] == ["one", "two"]
 
 
 def test_what_a_failed_snapshot_left_goes(host: Host) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "good")
     orphan = f"island-{repository_id(host)[:8]}.{volume}-{'0' * 32}"
-    qemu.snapshot_create(host.volumes.records.image(volume), orphan)
+    qemu.snapshot_create(host.volumes.records.image_path(volume), orphan)
     host.volumes.snapshot(volume, "unknown to Cinder")
     host.volumes.forget_snapshot(volume, "unknown to Cinder")
-    rows = host.repositories[""].listed(volume)
+    rows = host.repositories[""].list_snapshots(volume)
     assert [row["label"] for row in rows] == ["good"]
-    names = [one["name"] for one in qemu.info(host.volumes.records.image(volume))["snapshots"]]
+    names = [one["name"] for one in qemu.info(host.volumes.records.image_path(volume))["snapshots"]]
     assert orphan not in names
     host.volumes.forget_snapshot(new_id(), "of a volume that is nowhere")
 
@@ -287,21 +287,19 @@ def repository_id(host: Host) -> str:
 def test_a_snapshot_of_another_repository_is_read_only(host: Host) -> None:
     volume = made(host, b"content")
     origin = host.volumes.snapshot(volume, "one")
-    far = Origin(origin.lineage, origin.snapshot, "far")
+    far = SnapshotRef(origin.lineage, origin.snapshot, "far")
     copy = new_id()
-    host.volumes.create(copy, Record(SIZE, origin=far), at_once=True)
+    host.volumes.create(copy, VolumeRecord(SIZE, origin=far), at_once=True)
     assert content(host, copy, 7) == b"content"
     with pytest.raises(NotFoundError, match="no repository 'nowhere'"):
-        host.volumes.repository(Origin("a", "0" * 32, "nowhere"))
+        host.volumes.repository_of(SnapshotRef("a", "0" * 32, "nowhere"))
 
 
-def test_dropping_pins_gives_up_a_snapshot_under_way_first(
-    host: Host, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dropping_pins_aborts_a_running_snapshot_first(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "one")
-    assert host.volumes.drop_pins(volume, give_up=True) == 1
-    assert host.volumes.pinned() == []
+    assert host.volumes.drop_pins(volume, abort_snapshot=True) == 1
+    assert host.volumes.volumes_with_pins() == []
     host.volumes.snapshot(volume, "two")
     own, under_way = host.repositories[""], threading.Event()
 
@@ -310,7 +308,7 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(
 
         unpin = own.unpin
 
-        def snapshot(self, image: Path, *words: object) -> Origin:
+        def snapshot(self, image: Path, *words: object) -> SnapshotRef:
             *_, cancelled = words
             with ImageLock(image):
                 under_way.set()
@@ -322,13 +320,13 @@ def test_dropping_pins_gives_up_a_snapshot_under_way_first(
     with ThreadPoolExecutor() as pool:
         third = pool.submit(host.volumes.snapshot, volume, "three")
         under_way.wait()
-        assert host.volumes.drop_pins(volume, give_up=False) == 0
+        assert host.volumes.drop_pins(volume, abort_snapshot=False) == 0
         assert not third.done()
-        assert host.volumes.drop_pins(volume, give_up=True) == 0
-        with pytest.raises(IslandError, match="was given up, because the host's disk is nearly full"):
+        assert host.volumes.drop_pins(volume, abort_snapshot=True) == 0
+        with pytest.raises(IslandError, match="was aborted because the host's disk is nearly full"):
             third.result()
-    assert host.volumes.drop_pins(volume, give_up=True) == 1
-    assert [row["label"] for row in own.listed(volume)] == ["one", "two"]
+    assert host.volumes.drop_pins(volume, abort_snapshot=True) == 1
+    assert [row["label"] for row in own.list_snapshots(volume)] == ["one", "two"]
 
 
 def test_pins_are_dropped_though_a_snapshot_ended_just_now(
@@ -336,16 +334,16 @@ def test_pins_are_dropped_though_a_snapshot_ended_just_now(
 ) -> None:
     volume = made(host, b"content")
     host.volumes.snapshot(volume, "one")
-    lock = ImageLock(host.volumes.records.image(volume))
+    lock = ImageLock(host.volumes.records.image_path(volume))
     lock.__enter__()
 
     def ended(image: Path) -> bool:
         if lock.fd >= 0:
             lock.__exit__(None, None, None)
-        return snapshot_under_way(image)
+        return is_snapshot_running(image)
 
-    monkeypatch.setattr("island_fast.cinder.volumes.snapshot_under_way", ended)
-    assert host.volumes.drop_pins(volume, give_up=False) == 1
+    monkeypatch.setattr("island_fast.cinder.volumes.is_snapshot_running", ended)
+    assert host.volumes.drop_pins(volume, abort_snapshot=False) == 1
 
 
 def test_a_volume_goes_on_under_another_name(host: Host) -> None:
@@ -356,15 +354,15 @@ def test_a_volume_goes_on_under_another_name(host: Host) -> None:
     assert host.volumes.records.volumes() == [name]
     second = host.volumes.snapshot(name, "two")
     assert second.lineage == volume
-    assert [row["label"] for row in host.repositories[""].listed(volume)] == ["one", "two"]
+    assert [row["label"] for row in host.repositories[""].list_snapshots(volume)] == ["one", "two"]
 
 
 def test_a_damaged_record_stands_in_the_way_of_its_own_volume_alone(host: Host) -> None:
     volume, damaged = made(host, b"content"), made(host, b"content")
     snapshot = host.volumes.snapshot(volume, "one")
-    (host.volumes.records.place(damaged) / "volume.json").write_text("{")
-    assert host.volumes.pinned() == [volume]
-    assert SIZE < host.volumes.provisioned() < 2 * SIZE
+    (host.volumes.records.folder_of(damaged) / "volume.json").write_text("{")
+    assert host.volumes.volumes_with_pins() == [volume]
+    assert SIZE < host.volumes.provisioned_bytes() < 2 * SIZE
     with pytest.raises(DamagedError):
         host.volumes.attach(damaged)
     with pytest.raises(DamagedError):

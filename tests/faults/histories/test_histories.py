@@ -43,13 +43,13 @@ class Life:
         self.truth: dict[str, bytes] = {}
         self.rules: list[str] = []
         self.changes: list[Change] = []
-        real = Qcow2Source.change
+        real = Qcow2Source.find_change
 
         def spied(source: Qcow2Source, *args: object, **named: object) -> Change:
             self.changes.append(real(source, *args, **named))  # type: ignore[arg-type]
             return self.changes[-1]
 
-        monkeypatch.setattr(Qcow2Source, "change", spied)
+        monkeypatch.setattr(Qcow2Source, "find_change", spied)
 
     # What a guest does.
 

@@ -16,7 +16,7 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import NotFoundError
-from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scanned
+from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 
@@ -114,18 +114,18 @@ class MemorySource(Source):
         return {"format": "memory"}
 
     @property
-    def internals(self) -> tuple[InternalSnapshot, ...]:
+    def internal_snapshots(self) -> tuple[InternalSnapshot, ...]:
         return tuple(internal for internal, _ in self._image.frozen)
 
     @property
-    def unpinnable(self) -> str | None:
+    def reason_not_pinnable(self) -> str | None:
         return None
 
-    def find(self, pin: PinnedBase) -> InternalSnapshot | None:
-        return next((one for one in self.internals if one.identity == pin), None)
+    def find_pinned(self, pin: PinnedBase) -> InternalSnapshot | None:
+        return next((one for one in self.internal_snapshots if one.identity == pin), None)
 
-    def named(self, name: str) -> InternalSnapshot:
-        found = [one for one in self.internals if one.name == name]
+    def find_named(self, name: str) -> InternalSnapshot:
+        found = [one for one in self.internal_snapshots if one.name == name]
         if not found:
             raise NotFoundError(f"no internal snapshot {name}")
         return found[0]
@@ -136,10 +136,10 @@ class MemorySource(Source):
     def unpin(self, internal: InternalSnapshot) -> None:
         self._image.frozen = [one for one in self._image.frozen if one[0] != internal]
 
-    def discard(self, name: str) -> None:
+    def discard_pin(self, name: str) -> None:
         self._image.frozen = [one for one in self._image.frozen if one[0].name != name]
 
-    def evidence(self, base: Base, facts: Mapping[str, str]) -> str | None:
+    def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
         return None
 
     def view(self, internal: InternalSnapshot | None) -> MemoryView:
@@ -147,13 +147,13 @@ class MemorySource(Source):
             return MemoryView(tuple(self._image.blocks))
         return MemoryView(next(blocks for one, blocks in self._image.frozen if one == internal))
 
-    def change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
+    def find_change(self, view: View, base: Base | None, why_not: str, progress: Progress) -> Change:
         assert isinstance(view, MemoryView)
         data = DirtyMap.from_indices(
             view.blocks, np.array([i for i, b in enumerate(view.at) if b[1] != HOLE], np.int64)
         )
         if base is None:
-            return scanned(data, why_not)
+            return Change.full_scan(data, why_not)
         old = self.view(base.internal).at
         smaller = min(len(old), view.blocks)
         differ = [i for i in range(view.blocks) if i >= smaller or old[i] != view.at[i]]

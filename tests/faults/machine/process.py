@@ -162,7 +162,7 @@ class Process:
 
 
 class Connection:
-    """What swiftclient's Connection is to stores/wire.py."""
+    """What swiftclient's Connection is to stores/swift_connection.py."""
 
     def __init__(self, account: Account, process: Process) -> None:
         self.url = ""

@@ -31,15 +31,15 @@ from island_fast.repository import local_state, pack_reader, pack_writer, worker
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores import retry, swift_connection
-from island_fast.stores.retry import Patience
+from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
-from island_fast.stores.swift_auth import Ticket
+from island_fast.stores.swift_auth import Token
 from tests.faults.machine.memory_image import MemoryImage, MemorySource
 from tests.faults.machine.memory_swift import Account, Late
 from tests.faults.machine.process import Connection, Crash, Fault, Process
 
 CONTAINER, PREFIX = "box", "repository"
-PATIENCE = Patience(total=60.0, first=0.5, longest=5.0)
+PATIENCE = RetryPolicy(total=60.0, first=0.5, longest=5.0)
 SHM = Path("/dev/shm")
 NOWHERE = Path("/dev/null/nowhere")  # local state that can neither be read nor written: no caches
 
@@ -48,18 +48,21 @@ CHECKPOINT_EVERY, MAX_SLOTS, BATCH = 4, 4, 2
 
 
 class Keys:
-    """A stand-in for the keyring."""
+    """A stand-in for SwiftAuth."""
 
     verify = True
     cert = (None, None)
 
-    def ticket(self) -> Ticket:
-        return Ticket("http://memory/v1/account", "token")
+    def get_token(self) -> Token:
+        return Token("http://memory/v1/account", "token")
 
-    def renew(self, expired: Ticket) -> Ticket:
-        return self.ticket()
+    def renew(self, expired: Token) -> Token:
+        return self.get_token()
 
-    def refused(self) -> StoreError:
+    def address(self) -> str:
+        return "memory"
+
+    def refusal_error(self) -> StoreError:
         return StoreError("Swift refuses the token")
 
 
@@ -145,8 +148,8 @@ class World:
         def replaced(target: Any, name: str, value: Any) -> None:
             self.stack.enter_context(mock.patch.object(target, name, value))
 
-        def persist(attempt: Callable[[], Any], patience: Patience) -> Any:
-            return retry.persist(attempt, patience, clock=self.account.clock, sleep=self.account.sleep)
+        def retry_by_account(attempt: Callable[[], Any], policy: RetryPolicy) -> Any:
+            return retry.retry(attempt, policy, clock=self.account.clock, sleep=self.account.sleep)
 
         def source(path: Path, *_: Any, **__: Any) -> MemorySource:
             return MemorySource(path, self.images[str(path)], self.account.now)
@@ -155,7 +158,7 @@ class World:
             return Connection(self.account, self.account.acting[-1])
 
         replaced(swift_connection, "client", SimpleNamespace(Connection=connection))
-        replaced(swift_connection, "persist", persist)
+        replaced(swift_connection, "retry", retry_by_account)
         replaced(source_module, "Qcow2Source", source)
         replaced(pack_writer, "MAX_SLOTS", MAX_SLOTS)
         replaced(pack_reader, "BATCH", BATCH)

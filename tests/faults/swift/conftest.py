@@ -22,7 +22,7 @@ from island_fast.repository import pack_writer
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Deleted, SnapshotTaken, Swept
 from island_fast.stores import swift as swift_store_module
-from island_fast.stores.retry import Patience
+from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
 from tests.support import qemu
 from tests.support.swift_server import SwiftServer
@@ -30,8 +30,8 @@ from tests.support.swift_server import SwiftServer
 BLOCK = 65536
 PACK_BLOCKS = 32  # so that volumes of a few MiB have several packs
 VOLUME = 8 << 20
-PATIENT = Patience(total=100.0, first=0.02, longest=0.15)
-BRIEF = Patience(total=1.5, first=0.02, longest=0.15)
+PATIENT = RetryPolicy(total=100.0, first=0.02, longest=0.15)
+BRIEF = RetryPolicy(total=1.5, first=0.02, longest=0.15)
 """Only where the store cannot answer at all: a loaded machine needs longer than this for what goes well."""
 
 
@@ -56,7 +56,7 @@ class Life:
         swift.create_container(self.container)
         self.write(0, 2 * PACK_BLOCKS)
 
-    def repository(self, host: str = "host", patience: Patience = PATIENT) -> Repository:
+    def repository(self, host: str = "host", patience: RetryPolicy = PATIENT) -> Repository:
         """The repository, opened anew by a host."""
         store = SwiftStore.open(f"{self.container}/repo", patience)
         self._open.append(Repository(store, LocalState(self._folder / host), create=host == "host"))

@@ -32,7 +32,7 @@ def test_lost_answers_neither_lose_nor_double_anything(life: Life, swift: SwiftS
     life.check()
     assert life.listed() == life.names()
     assert not list(life._folder.glob("host/*/vol/pending/*"))
-    asked = [(r["method"], r["path"].partition("/repo/")[2]) for r in swift.seen()]
+    asked = [(r["method"], r["path"].partition("/repo/")[2]) for r in swift.list_requests()]
     hit = {re.sub("[0-9a-f-]{9,}", "ID", name) for method, name in asked if method == "DELETE"}
     assert hit == {"vol/packs/ID/ID", "vol/manifests/ID"}
 
@@ -80,7 +80,9 @@ class Kinds:
     def gets(self, swift: SwiftServer, kind: str) -> list[str | None]:
         """The Range headers of the requests for that object."""
         path = re.compile(self.paths[kind])
-        return [r.get("RANGE") for r in swift.seen() if r["method"] == "GET" and path.search(r["path"])]
+        return [
+            r.get("RANGE") for r in swift.list_requests() if r["method"] == "GET" and path.search(r["path"])
+        ]
 
 
 QUIET = {"repository": 1, "record": 1, "manifest": 1, "front": 2, "ranges": 2, "whole": 1}

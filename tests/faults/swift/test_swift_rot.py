@@ -49,7 +49,7 @@ def test_a_pack_that_rots_is_read_until_a_good_replica_answers(
     life.restore(snapshot, life.stranger())
     assert swift.count("GET", path) >= 2
     assert "came damaged" in caplog.text
-    assert len(swift.replicas_of(path)) < 3, "Swift has noticed"
+    assert len(swift.find_replicas(path)) < 3, "Swift has noticed"
     life.check()
 
 
@@ -59,7 +59,7 @@ def test_ranges_of_a_pack_that_rots_are_read_whole_until_a_good_replica_answers(
     life: Life, swift: SwiftServer, rotten: list[str], front: bool, caplog: pytest.LogCaptureFixture
 ):
     snapshot, path = needing_ranges(life)
-    at = 200 if front else swift.replicas_of(path)["object-1"].stat().st_size - BLOCK
+    at = 200 if front else swift.find_replicas(path)["object-1"].stat().st_size - BLOCK
     only_rotten(swift, path, at, rotten, skip=0 if front else 1)
     if not front:  # then any replica may answer for the front
         for server in set(NODES) - set(rotten):
@@ -67,7 +67,7 @@ def test_ranges_of_a_pack_that_rots_are_read_whole_until_a_good_replica_answers(
             swift.inject(Fault("answer", 503, method="GET", path=path, times=2), server=server)
     swift.calm()
     life.restore(snapshot, life.stranger())
-    asked = [r.get("RANGE") for r in swift.seen() if r["method"] == "GET" and path in r["path"]]
+    asked = [r.get("RANGE") for r in swift.list_requests() if r["method"] == "GET" and path in r["path"]]
     assert None in asked
     assert "came damaged" in caplog.text
     life.check()

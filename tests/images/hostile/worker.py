@@ -21,8 +21,8 @@ from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import IslandError
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed, find_shared_copied
-from island_fast.qcow2.extents import extents
+from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
+from island_fast.qcow2.extents import iter_extents
 from island_fast.qcow2.image import Image, Point
 from island_fast.qcow2.snapshots import InternalSnapshot
 
@@ -42,7 +42,7 @@ def content(image: Image, point: Point) -> str:
     reader = PointReader(image, point)
     digest = hashlib.sha256()
     out = np.empty((BATCH, BLOCK_SIZE), np.uint8)
-    for blocks in allocated(image, point).batches(BATCH):
+    for blocks in find_allocated(image, point).batches(BATCH):
         rows = out[: len(blocks)]
         reader.read(blocks, rows)
         for block, row in zip(blocks.tolist(), rows, strict=True):
@@ -72,18 +72,18 @@ def examine(path: str) -> dict[str, list[object]]:
 
     def opened() -> int:
         with Image.open(path) as image:
-            active = image.active()
+            active = image.active_point()
             outcome["volume"] = attempt(lambda: content(image, active))
             outcome["blocks"] = attempt(lambda: whole(image, active))
-            outcome["extents"] = attempt(lambda: sum(len(w.start) for w in extents(image, active)))
+            outcome["extents"] = attempt(lambda: sum(len(w.start) for w in iter_extents(image, active)))
             outcome["bitmaps"] = attempt(lambda: len(read_bitmaps(image).listed))
             for number, snapshot in enumerate(image.snapshots[:POINTS]):
 
                 def aspects(snapshot: InternalSnapshot = snapshot) -> str:
-                    old = image.at(snapshot)
-                    changed(image, old, active)
-                    find_shared_copied(image, active, old)
-                    for _ in extents(image, active, old):
+                    old = image.point_at(snapshot)
+                    find_changed(image, old, active)
+                    count_shared_copied(image, active, old)
+                    for _ in iter_extents(image, active, old):
                         pass
                     return content(image, old)
 

@@ -10,8 +10,8 @@ import pytest
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.qcow2.bitmaps import read_bitmaps
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated
-from island_fast.qcow2.extents import DATA, extents
+from island_fast.qcow2.changes import find_allocated
+from island_fast.qcow2.extents import DATA, iter_extents
 from island_fast.qcow2.image import Image
 from tests.images.interop.images import RECIPES, Made
 from tests.support import qemu
@@ -32,7 +32,7 @@ def from_allocated(image, point):
     """The volume from the blocks that hold data, the rest zeros: as a full scan stores it."""
     out = np.zeros((point.blocks, BLOCK_SIZE), np.uint8)
     reader = PointReader(image, point)
-    for blocks in allocated(image, point).batches(7):
+    for blocks in find_allocated(image, point).batches(7):
         rows = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         reader.read(blocks, rows)
         out[blocks] = rows
@@ -42,7 +42,7 @@ def from_allocated(image, point):
 def from_extents(image, point, truth):
     """The truth with everything that no extent calls data made zero."""
     out = bytearray(len(truth))
-    for window in extents(image, point):
+    for window in iter_extents(image, point):
         rows = zip(window.start.tolist(), window.length.tolist(), window.kind.tolist(), strict=True)
         for start, length, kind in rows:
             if kind == DATA:
@@ -59,7 +59,7 @@ def test_there_are_enough_images():
 def test_every_point_of(recipe, images):
     made: Made = images[recipe.name]
     with Image.open(made.path) as image:
-        points = {None: image.active()} | {s.name: image.at(s) for s in image.snapshots}
+        points = {None: image.active_point()} | {s.name: image.point_at(s) for s in image.snapshots}
         assert set(points) == set(made.contents)
         for name, truth in made.contents.items():
             point = points[name]

@@ -1,4 +1,4 @@
-"""One long history for all that is counted of it: 100 increments of 1 %, scattered, all kept."""
+"""One long history for the tests that count: 100 scattered increments of 1 %, none deleted."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.bench.synthetic_volume import SyntheticVolume
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from tests.support.memory_store import MemoryStore
 
-BLOCKS = 1024  # four full packs at first: how often each is cut is the same for larger volumes
+BLOCKS = 1024  # four full packs at first; larger volumes have packs that are cut up as often
 INCREMENTS = 100
 
 
 @dataclass(frozen=True)
 class History:
-    """The objects of a repository with the newest of many snapshots, and of one with the same state alone."""
+    """Two repositories: `deep` has many snapshots, `flat` has the newest state as its only snapshot."""
 
     deep: MemoryStore
     flat: MemoryStore
     state: Path  # local state of the host that took all of them
     live_packs: int
 
-    def poured(self, store: Store, *, flat: bool = False) -> Store:
-        """`store`, with the objects of one of them in it."""
+    def copy_into(self, store: Store, *, flat: bool = False) -> Store:
+        """Copy the objects of one of the repositories into `store`, and return it."""
         for name, stored in (self.flat if flat else self.deep).objects.items():
             store.put(name, [stored.data])
         return store
@@ -38,7 +38,7 @@ class History:
 @pytest.fixture(scope="session")
 def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     folder = tmp_path_factory.mktemp("history")
-    volume = EditedVolume(folder / "vol.qcow2", BLOCKS, seed=1)
+    volume = SyntheticVolume(folder / "vol.qcow2", BLOCKS, seed=1)
     deep = Repository(MemoryStore(), LocalState(folder / "state"), create=True)
     volume.snapshot(deep)
     for _ in range(INCREMENTS):
@@ -51,6 +51,6 @@ def history(tmp_path_factory: pytest.TempPathFactory) -> History:
     return History(deep.store, flat.store, folder / "state", packs)
 
 
-def named(names: Sequence[str], kind: str) -> list[str]:
-    """Those of `names` that are packs, manifests or catalog records."""
+def select_kind(names: Sequence[str], kind: str) -> list[str]:
+    """Return the names of one kind: "packs", "manifests" or "catalog"."""
     return [name for name in names if f"/{kind}/" in name]

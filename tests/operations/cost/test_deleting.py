@@ -1,4 +1,4 @@
-"""What a delete asks of the store: the same in a long lineage as in a short one."""
+"""The requests of a delete: as many in a long lineage as in a short one."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.bench.synthetic_volume import SyntheticVolume
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import ObjectInfo
 from tests.support.memory_store import MemoryStore
 
 SHORT = 3
 LONG = 63
-"""Snapshots. The newest record is the last before a checkpoint, which is as far from one as it can be."""
+"""Snapshots. The newest record is the last before a checkpoint, as far after one as possible."""
 
 
 class LateStore(MemoryStore):
-    """Its listings are so late that they show nothing, if `late`."""
+    """With `late`, its listings are so late that they show nothing."""
 
     late = False
 
@@ -33,7 +33,7 @@ class LateStore(MemoryStore):
 
 @dataclass
 class Requests:
-    """How many requests a delete made: with warm local state, with none, and with none and late listings."""
+    """The number of requests of a delete: with warm local state, with none, with none and late listings."""
 
     warm: int
     cold: int
@@ -46,7 +46,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Request
         folder = tmp_path_factory.mktemp(f"of{length}")
         store, home = LateStore(), folder / "home"
         repository = Repository(store, LocalState(home), create=True)
-        volume = EditedVolume(folder / "vol.qcow2", 32, seed=length)
+        volume = SyntheticVolume(folder / "vol.qcow2", 32, seed=length)
         taken = []
         for _ in range(length):
             taken.append(volume.snapshot(repository).snapshot)
@@ -71,7 +71,7 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Request
 
 
 def test_a_delete_costs_the_same_in_a_long_lineage(counted: Callable[[int], Requests]) -> None:
-    """Without local state the catalog is read from its checkpoint on, after its end is found by halving."""
+    """Without local state, the end of the catalog is found by halving and read from its checkpoint on."""
     short, long = counted(SHORT), counted(LONG)
     assert long.warm == short.warm
     assert long.cold <= short.cold + 34
@@ -83,7 +83,7 @@ def test_a_delete_costs_the_same_in_a_long_lineage(counted: Callable[[int], Requ
 def warm(tmp_path: Path) -> tuple[MemoryStore, list[str]]:
     store = MemoryStore()
     repository = Repository(store, LocalState(tmp_path / "state"), create=True)
-    volume, taken = EditedVolume(tmp_path / "vol.qcow2", 32, seed=1), []
+    volume, taken = SyntheticVolume(tmp_path / "vol.qcow2", 32, seed=1), []
     for _ in range(5):
         taken.append(volume.snapshot(repository).snapshot)
         volume.edit(1)

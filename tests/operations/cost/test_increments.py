@@ -1,4 +1,4 @@
-"""What an increment costs: work and requests follow what changed, not the volume or its history."""
+"""The cost of an increment: it depends on what changed, not on the volume or its history."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from island_fast import _diff
 from island_fast.api import Repository
-from island_fast.bench.synthetic_volume import EditedVolume
+from island_fast.bench.synthetic_volume import SyntheticVolume
 from island_fast.repository.local_state import LocalState
 from tests.support.memory_store import MemoryStore
 
@@ -31,25 +31,25 @@ def test_bytes_read_hashed_and_sent_are_those_that_changed(
 
     store = MemoryStore()
     repository = Repository(store, LocalState(tmp_path / "state"), create=True)
-    volume = EditedVolume(tmp_path / "vol.qcow2", blocks, seed=3)
+    volume = SyntheticVolume(tmp_path / "vol.qcow2", blocks, seed=3)
     volume.snapshot(repository)
     changed = volume.edit(EDITED)
     monkeypatch.setattr(_diff, "hash_blocks", hash_blocks)
     store.calls.clear()
     store.sent = 0
-    told = volume.snapshot(repository)
-    assert told.bytes_read == hashed == changed * BLOCK
+    taken = volume.snapshot(repository)
+    assert taken.bytes_read == hashed == changed * BLOCK
     assert changed * BLOCK < store.sent < changed * BLOCK + 8192
-    assert store.calls["put"] == told.objects_written == 3
+    assert store.calls["put"] == taken.objects_written == 3
     assert store.calls["get"] == 1, "the record, read back"
-    assert store.calls["head"] <= 7, "the catalog's end, looked for three times, and its epoch's"
+    assert store.calls["head"] <= 7, "the end of the catalog, requested three times, and that of its epoch"
     assert not store.calls["list"] + store.calls["get_ranges"] + store.calls["delete"]
 
 
 def test_a_long_history_costs_an_increment_no_request(tmp_path: Path) -> None:
     store = MemoryStore()
     repository = Repository(store, LocalState(tmp_path / "state"), create=True)
-    volume = EditedVolume(tmp_path / "vol.qcow2", 32, seed=4)
+    volume = SyntheticVolume(tmp_path / "vol.qcow2", 32, seed=4)
     costs = []
     for _ in range(40):
         volume.edit(2)

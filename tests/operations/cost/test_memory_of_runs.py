@@ -1,4 +1,4 @@
-"""What working on a manifest takes for each of its runs, of which there can be as many as blocks."""
+"""The memory that a manifest takes for each of its runs, of which there can be as many as blocks."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NUMBERS = SnapshotNumbers(f"{n:032x}" for n in range(30))
 
 @pytest.fixture(scope="module")
 def runs() -> Runs:
-    """One block each, two blocks apart, in the slots of many packs in no order; with pack keys."""
+    """Return runs of one block, two blocks apart, in slots of many packs in random order, with pack keys."""
     rank = np.random.default_rng(1).permutation(RUNS)
     keys = pack_keys(rank % 30, rank // 30 // 256)
     return Runs.narrow(np.arange(RUNS) * 2, np.ones(RUNS, np.int64), keys, rank // 30 % 256)
 
 
 def bytes_per_run(work: Callable[[], object]) -> float:
-    """The most memory that `work` holds at a time, what it returns included."""
+    """Call `work` and return its peak memory per run, including what it returns."""
     tracemalloc.start()
     try:
         kept = work()

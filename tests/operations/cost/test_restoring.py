@@ -1,4 +1,4 @@
-"""Depth costs a restore nothing: after 100 increments it moves what a restore of one full snapshot moves."""
+"""A long history makes a restore no more expensive: it reads what a restore of one full snapshot reads."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from island_fast.repository.pack_reader import _range_starts
 from island_fast.stores.base import Range, Views
 from island_fast.stores.directory import DirectoryStore
 from tests.conftest import OpenSwift
-from tests.operations.cost.conftest import INCREMENTS, History, named
+from tests.operations.cost.conftest import INCREMENTS, History, select_kind
 from tests.support.memory_store import MemoryStore
 from tests.support.swift_server import SwiftServer
 
 
 class WatchedDirectory(DirectoryStore):
-    """Notes the names of objects that are read."""
+    """Records the names of objects that are read."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(str(path), create_ok=True)
@@ -37,32 +37,32 @@ class WatchedDirectory(DirectoryStore):
 
 
 def test_in_a_directory_it_moves_the_bytes_that_are_needed(history: History, tmp_path: Path) -> None:
-    """Nothing is cached: the host is another one."""
+    """Nothing is cached, because the restore is on another host."""
     targets = []
-    told = []
+    results = []
     for flat in (False, True):
         store = WatchedDirectory(tmp_path / f"flat-{flat}")
-        history.poured(store, flat=flat)
+        history.copy_into(store, flat=flat)
         repository = Repository(store, LocalState(tmp_path / f"state-{flat}"))
         store.read.clear()
         targets.append(tmp_path / f"{flat}.raw")
-        told.append(repository.restore("vol@latest", targets[-1], image_format="raw"))
-        assert len(named(store.read, "manifests")) == 1
-        # An index may be read before the blocks.
-        assert set(Counter(named(store.read, "packs")).values()) <= {1, 2}
-    assert told[0].bytes_read <= 1.05 * told[1].bytes_read
-    assert told[0].objects_read <= 2 * history.live_packs + 1
+        results.append(repository.restore("vol@latest", targets[-1], image_format="raw"))
+        assert len(select_kind(store.read, "manifests")) == 1
+        # The index of a pack can be read before its blocks.
+        assert set(Counter(select_kind(store.read, "packs")).values()) <= {1, 2}
+    assert results[0].bytes_read <= 1.05 * results[1].bytes_read
+    assert results[0].objects_read <= 2 * history.live_packs + 1
     assert targets[0].read_bytes() == targets[1].read_bytes()
 
 
 def test_in_swift_each_live_pack_is_one_request(
     history: History, swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path
 ) -> None:
-    store = history.poured(swift_store())
+    store = history.copy_into(swift_store())
     repository = Repository(store, LocalState(history.state))
     swift.calm()
-    told = repository.restore("vol@latest", tmp_path / "deep.raw", image_format="raw")
-    asked = swift.seen()
+    deep = repository.restore("vol@latest", tmp_path / "deep.raw", image_format="raw")
+    asked = swift.list_requests()
     packs = [request for request in asked if "/packs/" in request["path"]]
     assert len({request["path"] for request in packs}) == len(packs) == history.live_packs
     assert {request["method"] for request in packs} == {"GET"}
@@ -71,7 +71,7 @@ def test_in_swift_each_live_pack_is_one_request(
     assert 10 < max(ranges) <= 49
     flat = Repository(history.flat, LocalState(history.state))
     whole = flat.restore("vol@latest", tmp_path / "flat.raw", image_format="raw")
-    assert told.bytes_read <= 1.1 * whole.bytes_read
+    assert deep.bytes_read <= 1.1 * whole.bytes_read
     assert (tmp_path / "deep.raw").read_bytes() == (tmp_path / "flat.raw").read_bytes()
 
 
@@ -113,4 +113,4 @@ def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None)
 
 
 def test_the_history_is_long(history: History) -> None:
-    assert len(named(list(history.deep.objects), "manifests")) == INCREMENTS + 1
+    assert len(select_kind(list(history.deep.objects), "manifests")) == INCREMENTS + 1

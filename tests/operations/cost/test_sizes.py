@@ -1,10 +1,10 @@
-"""What a snapshot stores beside its data: little, also after a month of scattered changes."""
+"""What a snapshot stores besides its data is small, even after a month of scattered changes."""
 
 from __future__ import annotations
 
 import pytest
 
-from island_fast.bench.cases.sizes import beside_the_data
+from island_fast.bench.cases.sizes import compute_metadata_share
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -13,5 +13,5 @@ MIB, GIB = 1 << 20, 1 << 30
     ("volume", "changed", "most"), [(1024 * GIB, 100 * MIB, 0.005), (64 * GIB, 64 * GIB // 100, 0.002)]
 )
 def test_a_manifest_and_its_record_are_small(volume: int, changed: int, most: float) -> None:
-    """Of the 30th snapshot in a row, for each byte that it changed."""
-    assert most / 10 < beside_the_data(volume, changed, 30, seed=1) <= most
+    """Check the 30th snapshot in a row, in bytes for each byte that it changed."""
+    assert most / 10 < compute_metadata_share(volume, changed, 30, seed=1) <= most

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.cinder.attach import selftest, speed
-from island_fast.cinder.attach.speed import SHAPES, Speed, complaint, measure
+from island_fast.cinder.attach.speed import SHAPES, Speed, describe_slowness, measure
 from island_fast.errors import IslandError
 from tests.support.daemon import create_qcow2
 
@@ -25,14 +25,16 @@ def speeds(*ratios: float) -> list[Speed]:
 
 
 def test_what_has_half_of_the_speed_is_not_complained_of() -> None:
-    assert complaint(speeds(0.5, 0.7, 12.0), "loop") == ""
+    assert describe_slowness(speeds(0.5, 0.7, 12.0), "loop") == ""
 
 
 @pytest.mark.parametrize("kind, way_out", [("loop", "load the module nbd"), ("nbd", "processors are busy")])
 def test_what_has_less_is_named_with_its_figures_and_a_way_out(kind: str, way_out: str) -> None:
-    said = complaint(speeds(0.9, 0.499, 0.02), kind)
+    said = describe_slowness(speeds(0.9, 0.499, 0.02), kind)
     assert f"kind {kind} reach less than 0.5" in said
-    assert "(4 KiB writes, one at a time: 499/s for 1000/s (0.50); 4 KiB writes, 32 at a time: 20/s" in said
+    assert (
+        "(4 KiB writes, one at a time: 499/s against 1000/s (0.50); 4 KiB writes, 32 at a time: 20/s" in said
+    )
     assert "in order" not in said
     assert way_out in said
 
@@ -96,7 +98,7 @@ def test_what_qemu_says_otherwise_is_an_error(monkeypatch: pytest.MonkeyPatch, i
     def silent(command: Sequence[str], /, **_: object) -> subprocess.CompletedProcess[str]:
         return subprocess.CompletedProcess(command, 0, "done\n", "")
 
-    with pytest.raises(IslandError, match="does not say how long it took, but 'done"):
+    with pytest.raises(IslandError, match="did not report how long it took, but 'done"):
         list(measure(Path("/dev/loop0"), image, silent))
 
 
@@ -122,7 +124,8 @@ def test_a_fast_device_is_told_without_a_warning(
     assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
     assert [level for level, _ in told(sound)] == ["INFO"]
     assert (
-        "kind nbd for qemu's own qcow2: 1 MiB writes in order: 900/s for 1000/s (0.90)" in told(sound)[0][1]
+        "kind nbd, compared with qemu's own qcow2: 1 MiB writes in order: 900/s against 1000/s (0.90)"
+        in told(sound)[0][1]
     )
 
 
@@ -131,7 +134,7 @@ def test_a_slow_device_is_warned_of_and_chosen(
 ) -> None:
     monkeypatch.setattr(selftest, "measure_speed", lambda *_: speeds(0.9, 0.8, 0.2))
     assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
-    assert told(sound)[0] == ("WARNING", complaint(speeds(0.9, 0.8, 0.2), "nbd"))
+    assert told(sound)[0] == ("WARNING", describe_slowness(speeds(0.9, 0.8, 0.2), "nbd"))
 
 
 def test_a_speed_that_cannot_be_measured_stops_nothing(
@@ -143,5 +146,5 @@ def test_a_speed_that_cannot_be_measured_stops_nothing(
     monkeypatch.setattr(selftest, "measure_speed", fails)
     assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
     assert told(sound) == [
-        ("WARNING", "how fast devices of kind nbd are could not be measured: qemu-img could not measure")
+        ("WARNING", "the speed of devices of kind nbd could not be measured: qemu-img could not measure")
     ]

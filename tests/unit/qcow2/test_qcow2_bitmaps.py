@@ -31,7 +31,7 @@ def listed(path):
     with Image.open(path) as image:
         found = read_bitmaps(image)
         row = np.zeros((1, BLOCK_SIZE), np.uint8)
-        PointReader(image, image.active()).read(np.array([0]), row)
+        PointReader(image, image.active_point()).read(np.array([0]), row)
         assert np.all(row == 5)
     return found
 

@@ -166,7 +166,7 @@ def test_qemu_agrees(tmp_path, kind, name):
     with Image.open(path) as image:
         out = np.empty((1, BLOCK_SIZE), np.uint8)
         try:
-            PointReader(image, image.active()).read(np.array([0]), out)
+            PointReader(image, image.active_point()).read(np.array([0]), out)
         except DamagedImageError:
             ours = None
         else:

@@ -10,8 +10,8 @@ import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError
-from island_fast.qcow2.changes import changed
-from island_fast.qcow2.extents import DATA, HOLE, KINDS, ZERO, extents
+from island_fast.qcow2.changes import find_changed
+from island_fast.qcow2.extents import DATA, HOLE, KINDS, ZERO, iter_extents
 from island_fast.qcow2.image import Image
 from tests.support import qemu
 
@@ -44,7 +44,7 @@ def told_by_qemu(path):
 
 
 def found(image, point, since=None):
-    windows = list(extents(image, point, since))
+    windows = list(iter_extents(image, point, since))
     assert all(len(w.start) and w.start.dtype == w.length.dtype == np.int64 for w in windows)
     columns = [np.concatenate([getattr(w, name) for w in windows]) for name in ("start", "length", "kind")]
     flags = np.concatenate([w.changed for w in windows])
@@ -61,7 +61,7 @@ def found(image, point, since=None):
 def past(request, tmp_path_factory):
     path = tmp_path_factory.mktemp("map") / "image.qcow2"
     case = dict(CASES[request.param])
-    return path, qemu.lived_in(path, request.param, case.pop("size"), **case)
+    return path, qemu.create_with_history(path, request.param, case.pop("size"), **case)
 
 
 @pytest.mark.parametrize("window", [1, 1 << 18])
@@ -69,20 +69,20 @@ def test_every_point_as_qemu_maps_it(past, window, tmp_path, monkeypatch):
     monkeypatch.setattr("island_fast.qcow2.extents._WINDOW_UNITS", window)
     path, names = past
     with Image.open(path) as image:
-        rows = [row[:3] for row in found(image, image.active())]
+        rows = [row[:3] for row in found(image, image.active_point())]
         assert rows == told_by_qemu(path)
         for snapshot in image.snapshots:
             copy = tmp_path / snapshot.name
             qemu.run("cp", path, copy)
             qemu.snapshot_apply(copy, snapshot.name)
-            assert [row[:3] for row in found(image, image.at(snapshot))] == told_by_qemu(copy)
+            assert [row[:3] for row in found(image, image.point_at(snapshot))] == told_by_qemu(copy)
         assert {s.name for s in image.snapshots} == set(names)
 
 
 def test_changes_are_those_of_the_table_diff(past, monkeypatch):
     path, _ = past
     with Image.open(path) as image:
-        points = [image.active(), *map(image.at, image.snapshots)]
+        points = [image.active_point(), *map(image.point_at, image.snapshots)]
         for old in points:
             for new in points:
                 rows = found(image, new, old)
@@ -90,7 +90,7 @@ def test_changes_are_those_of_the_table_diff(past, monkeypatch):
                 for start, length, _, flag in rows:
                     if flag:
                         ours.set_range(start // BLOCK_SIZE, -(-(start + length) // BLOCK_SIZE))
-                assert ours == changed(image, old, new).map
+                assert ours == find_changed(image, old, new).map
                 plain = found(image, new)
                 assert not any(row[3] for row in plain)
                 assert old != new or rows == plain
@@ -102,7 +102,7 @@ def test_only_what_changed_is_read(tmp_path, monkeypatch):
     qemu.snapshot_create(path, "one")
     qemu.io(path, qemu.write((1 << 30) + 70000, 4096, 2), qemu.discard(0, 65536))
     with Image.open(path) as image:
-        one, active = image.at(image.snapshots[0]), image.active()
+        one, active = image.point_at(image.snapshots[0]), image.active_point()
         rows = [row for row in found(image, active, one) if row[3]]
         second = (1 << 30) + 65536
         assert rows == [[0, 65536, ZERO, True], [second, 65536, DATA, True]]
@@ -114,7 +114,7 @@ def test_a_wide_and_empty_volume_costs_nothing(tmp_path):
     qemu.io(path, qemu.write((33 << 40) + 512, 512, 1))
     with Image.open(path) as image:
         tracemalloc.start()
-        rows = found(image, image.active())
+        rows = found(image, image.active_point())
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     begin = 33 << 40
@@ -128,7 +128,7 @@ def test_a_wide_and_empty_volume_costs_nothing(tmp_path):
 def test_an_empty_volume_has_no_extents(tmp_path):
     path = qemu.create(tmp_path / "a", 0)
     with Image.open(path) as image:
-        assert list(extents(image, image.active())) == []
+        assert list(iter_extents(image, image.active_point())) == []
 
 
 def test_an_invalid_entry_is_damage_inside_the_volume_only(tmp_path):
@@ -140,9 +140,9 @@ def test_an_invalid_entry_is_damage_inside_the_volume_only(tmp_path):
     data[l2 + 8 * 64 : l2 + 8 * 65] = (0x60200).to_bytes(8, "big")
     path.write_bytes(data)
     with Image.open(path) as image:
-        assert found(image, image.active())[0] == [0, 1 << 20, DATA, False]
+        assert found(image, image.active_point())[0] == [0, 1 << 20, DATA, False]
     data[l2 + 8 * 63 : l2 + 8 * 64] = (0x60200).to_bytes(8, "big")
     path.write_bytes(data)
     with Image.open(path) as image, pytest.raises(DamagedImageError, match="cluster 63 in the volume"):
-        list(extents(image, image.active()))
+        list(iter_extents(image, image.active_point()))
     assert subprocess.run([qemu.QEMU_IMG, "map", path], capture_output=True, check=False).returncode

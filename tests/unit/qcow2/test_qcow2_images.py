@@ -5,7 +5,7 @@ import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
 from island_fast.qcow2.image import Image
 from tests.support import qemu
 
@@ -33,7 +33,7 @@ def rows_of(content, blocks=None):
 
 def points(image):
     """All points of an image by name; the active one is None."""
-    return {None: image.active()} | {s.name: image.at(s) for s in image.snapshots}
+    return {None: image.active_point()} | {s.name: image.point_at(s) for s in image.snapshots}
 
 
 def really_changed(old, new, size_differs):
@@ -77,7 +77,7 @@ def past(request, tmp_path_factory):
     """(path, content by point name) of one image."""
     path = tmp_path_factory.mktemp("past") / "image.qcow2"
     case = dict(CASES[request.param])
-    names = qemu.lived_in(path, request.param, case.pop("size"), **case)
+    names = qemu.create_with_history(path, request.param, case.pop("size"), **case)
     return path, {name: qemu.content(path, name) for name in [None, *names]}
 
 
@@ -95,7 +95,7 @@ def test_scattered_blocks(past):
     path, contents = past
     chance = np.random.default_rng(5)
     with Image.open(path) as image:
-        point = image.active()
+        point = image.active_point()
         reader, rows = PointReader(image, point), rows_of(contents[None])
         for _ in range(10):
             blocks = np.flatnonzero(chance.random(point.blocks) < chance.random())
@@ -108,7 +108,7 @@ def test_allocated_blocks_hold_everything_that_is_not_zero(past):
     path, contents = past
     with Image.open(path) as image:
         for name, point in points(image).items():
-            found = allocated(image, point)
+            found = find_allocated(image, point)
             full = np.flatnonzero(rows_of(contents[name]).any(axis=1))
             assert set(full.tolist()) <= set(found.indices().tolist())
             assert found.blocks == point.blocks
@@ -118,13 +118,13 @@ def test_allocated_within(past):
     path, _ = past
     chance = np.random.default_rng(9)
     with Image.open(path) as image:
-        point = image.active()
-        whole = allocated(image, point)
+        point = image.active_point()
+        whole = find_allocated(image, point)
         for _ in range(5):
             picked = np.flatnonzero(chance.random(point.blocks) < 0.1)
             within = DirtyMap.from_indices(point.blocks, picked)
-            assert allocated(image, point, within) == whole & within
-        assert not allocated(image, point, DirtyMap(point.blocks))
+            assert find_allocated(image, point, within) == whole & within
+        assert not find_allocated(image, point, DirtyMap(point.blocks))
 
 
 def test_changes_between_any_two_points(past):
@@ -133,7 +133,7 @@ def test_changes_between_any_two_points(past):
         everything = points(image)
         for old_name, old in everything.items():
             for new_name, new in everything.items():
-                found = changed(image, old, new)
+                found = find_changed(image, old, new)
                 wrong = really_changed(contents[old_name], contents[new_name], True)
                 assert wrong <= set(found.map.indices().tolist()), (old_name, new_name)
                 assert found.map.blocks == new.blocks
@@ -146,7 +146,7 @@ def test_sound_images_have_no_shared_copied_entry(past):
     path, _ = past
     with Image.open(path) as image:
         for snapshot in image.snapshots:
-            assert find_shared_copied(image, image.active(), image.at(snapshot)) == 0
+            assert count_shared_copied(image, image.active_point(), image.point_at(snapshot)) == 0
 
 
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
@@ -163,7 +163,7 @@ def test_wholly_compressed(tmp_path, kind, cluster):
         cluster_size=cluster, compression_type=kind,
     )  # fmt: skip
     with Image.open(path) as image:
-        point = image.active()
+        point = image.active_point()
         reader = PointReader(image, point)
         assert np.array_equal(read_all(reader, point.blocks, 50), rows_of(data.tobytes()))
         assert image.header.compression == kind
@@ -181,7 +181,7 @@ def test_a_compressed_cluster_is_decoded_once_for_all_its_blocks(tmp_path, monke
     monkeypatch.setattr(codecs.Zlib, "decode", lambda self, *a: decoded.append(1) or real(self, *a))
     with Image.open(path) as image:
         out = np.empty((32, BLOCK_SIZE), np.uint8)
-        reader = PointReader(image, image.active())
+        reader = PointReader(image, image.active_point())
         for first, stop in ((0, 20), (20, 21), (21, 32)):
             reader.read(np.arange(first, stop), out[first:stop])
     assert len(decoded) == 1
@@ -195,8 +195,8 @@ def test_an_unchanged_image_reads_no_l2_table(tmp_path, cluster):
     qemu.snapshot_create(path, "one")
     qemu.snapshot_create(path, "two")
     with Image.open(path) as image:
-        one, two = (image.at(s) for s in image.snapshots)
-        found = changed(image, one, two)
+        one, two = (image.point_at(s) for s in image.snapshots)
+        found = find_changed(image, one, two)
         assert (found.tables_read, found.map.count(), found.shared_copied) == (0, 0, 0)
 
 
@@ -207,13 +207,13 @@ def test_one_change_reads_two_tables_and_names_its_cluster(tmp_path):
     qemu.io(path, qemu.write((1 << 30) + 70000, 4096, 2))
     qemu.snapshot_create(path, "two")
     with Image.open(path) as image:
-        one, two = (image.at(s) for s in image.snapshots)
+        one, two = (image.point_at(s) for s in image.snapshots)
         seen = []
-        found = changed(image, one, two, lambda done, total: seen.append((done, total)))
+        found = find_changed(image, one, two, lambda done, total: seen.append((done, total)))
         assert found.tables_read == 2
         assert found.map.indices().tolist() == [(1 << 30 >> 16) + 1]
         assert seen == [(1, 1)]
-        assert changed(image, two, one).map == found.map
+        assert find_changed(image, two, one).map == found.map
 
 
 def test_every_kind_of_change_is_seen(tmp_path):
@@ -228,9 +228,9 @@ def test_every_kind_of_change_is_seen(tmp_path):
     qemu.io(path, qemu.write(10 << 16, 65536, 4, compressed=True))
     qemu.snapshot_create(path, "two")
     with Image.open(path) as image:
-        one, two = (image.at(s) for s in image.snapshots)
-        assert changed(image, one, two).map.indices().tolist() == [0, 5, 6, 8, 10, 62]
-        assert not {5, 6, 8} & set(allocated(image, two).indices().tolist())
+        one, two = (image.point_at(s) for s in image.snapshots)
+        assert find_changed(image, one, two).map.indices().tolist() == [0, 5, 6, 8, 10, 62]
+        assert not {5, 6, 8} & set(find_allocated(image, two).indices().tolist())
 
 
 def test_resized_boundary_and_tail_are_changed(tmp_path):
@@ -240,9 +240,9 @@ def test_resized_boundary_and_tail_are_changed(tmp_path):
     qemu.resize(path, 20 << 16)
     qemu.snapshot_create(path, "large")
     with Image.open(path) as image:
-        small, large = (image.at(s) for s in image.snapshots)
-        assert changed(image, small, large).map.indices().tolist() == list(range(10, 20))
-        assert changed(image, large, small).map.indices().tolist() == [10]
+        small, large = (image.point_at(s) for s in image.snapshots)
+        assert find_changed(image, small, large).map.indices().tolist() == list(range(10, 20))
+        assert find_changed(image, large, small).map.indices().tolist() == [10]
 
 
 def test_internal_snapshot_keeps_its_own_size_when_the_volume_shrinks(tmp_path):
@@ -251,8 +251,8 @@ def test_internal_snapshot_keeps_its_own_size_when_the_volume_shrinks(tmp_path):
     qemu.snapshot_create(path, "large")
     qemu.resize(path, 1 << 20)
     with Image.open(path) as image:
-        point = image.at(image.snapshots[0])
-        assert (point.blocks, image.active().blocks) == (96, 16)
+        point = image.point_at(image.snapshots[0])
+        assert (point.blocks, image.active_point().blocks) == (96, 16)
         assert np.all(read_all(PointReader(image, point), 96) == 9)
 
 
@@ -263,7 +263,7 @@ def test_reload_sees_the_new_snapshot_and_the_grown_file(tmp_path):
         qemu.snapshot_create(path, "one")
         assert image.snapshots == ()
         image.reload()
-        point = image.at(image.snapshots[0])
+        point = image.point_at(image.snapshots[0])
         assert np.all(read_all(PointReader(image, point), 96) == 9)
 
 
@@ -273,7 +273,7 @@ def test_one_reader_serves_many_threads(tmp_path):
     path = qemu.create(tmp_path / "a", 32 << 20)
     qemu.io(path, *[qemu.write(n << 20, 1 << 20, n + 1) for n in range(32)])
     with Image.open(path) as image, ThreadPoolExecutor(8) as pool:
-        reader = PointReader(image, image.active())
+        reader = PointReader(image, image.active_point())
 
         def one(number):
             out = np.empty((16, BLOCK_SIZE), np.uint8)
@@ -292,7 +292,7 @@ def test_neighbours_in_the_file_are_read_together(tmp_path, monkeypatch):
     calls = []
     real = os.preadv
     with Image.open(path) as image:
-        reader = PointReader(image, image.active())
+        reader = PointReader(image, image.active_point())
         out = np.empty((256, BLOCK_SIZE), np.uint8)
         monkeypatch.setattr(os, "preadv", lambda *a: calls.append(a) or real(*a))
         reader.read(np.arange(256), out)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals
 from island_fast.errors import DamagedImageError, UnsupportedImageError
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed
+from island_fast.qcow2.changes import find_allocated, find_changed
 from island_fast.qcow2.header import parse_header
 from island_fast.qcow2.image import Image
-from island_fast.qcow2.overlap import Claims, meets, table_spans
+from island_fast.qcow2.overlap import Claims, overlaps, table_spans
 from tests.support import qemu
 from tests.support.handmade import header
 
@@ -30,7 +30,7 @@ def test_meets_as_one_by_one(spans, offsets, length):
     rows = merge_intervals(np.array([(start, start + size) for start, size in spans], np.int64))
     taken = {byte for start, size in spans for byte in range(start, start + size)}
     wanted = [bool(taken & set(range(offset, offset + length))) for offset in offsets]
-    assert meets(np.array(offsets, np.int64), length, rows).tolist() == wanted
+    assert overlaps(np.array(offsets, np.int64), length, rows).tolist() == wanted
 
 
 def test_spans_of_all_tables():
@@ -71,7 +71,7 @@ def test_what_compresses_best_is_still_read(tmp_path, kind):
     )  # fmt: skip
     with Image.open(path) as image:
         assert image.file_size < 13 << 20
-        assert allocated(image, image.active()).count() == 3200
+        assert find_allocated(image, image.active_point()).count() == 3200
 
 
 @qemu.needs_qemu
@@ -92,7 +92,7 @@ def test_a_small_file_does_not_become_terabytes(tmp_path, kind):
         file.seek(l2)
         file.write(entry * (256 << 10))
     with Image.open(path) as image, pytest.raises(UnsupportedImageError, match="claim more data than a file"):
-        allocated(image, image.active())
+        find_allocated(image, image.active_point())
 
 
 @qemu.needs_qemu
@@ -102,9 +102,9 @@ def test_a_zero_flag_in_version_2_is_damage_for_the_tables_too(tmp_path):
     qemu.snapshot_create(path, "one")
     qemu.io(path, qemu.write(0, 65536, 2))
     with Image.open(path) as image:
-        active, one = image.active(), image.at(image.snapshots[0])
-        put64(path, int(image.l1(active)[0]) & ~(1 << 63) | 8, 1)
-        for use in (lambda: allocated(image, active), lambda: changed(image, one, active)):
+        active, one = image.active_point(), image.point_at(image.snapshots[0])
+        put64(path, int(image.read_l1(active)[0]) & ~(1 << 63) | 8, 1)
+        for use in (lambda: find_allocated(image, active), lambda: find_changed(image, one, active)):
             with pytest.raises(DamagedImageError, match="zero flag, which version 2"):
                 use()
 
@@ -117,8 +117,8 @@ def test_a_volume_of_64_tib(tmp_path, cluster_bits):
     for offset in (0, (40 << 40) + 512, size - 512):
         qemu.io(path, qemu.write(offset, 512, 7))
     with Image.open(path) as image:
-        point = image.active()
-        found = allocated(image, point)
+        point = image.active_point()
+        found = find_allocated(image, point)
         per_cluster = cluster // BLOCK_SIZE
         assert point.blocks == size // BLOCK_SIZE
         assert found.count() == 3 * per_cluster

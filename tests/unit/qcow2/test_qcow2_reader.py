@@ -15,7 +15,7 @@ from island_fast.errors import (
     UnsupportedImageError,
 )
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
 from island_fast.qcow2.image import Image
 from tests.support import qemu
 
@@ -51,7 +51,7 @@ def table_of(path):
 def read(path, blocks=32):
     with Image.open(path) as image:
         out = np.full((blocks, BLOCK_SIZE), 0xEE, np.uint8)
-        PointReader(image, image.active()).read(np.arange(blocks), out)
+        PointReader(image, image.active_point()).read(np.arange(blocks), out)
         return out
 
 
@@ -142,7 +142,7 @@ def test_last_cluster_may_be_cut(image_path):
 def test_file_that_shrinks_while_it_is_open(image_path, keep, old):
     with Image.open(image_path) as image:
         # The snapshot's L2 table comes before its data, the volume's new one after it.
-        reader = PointReader(image, image.at(image.snapshots[0]) if old else image.active())
+        reader = PointReader(image, image.point_at(image.snapshots[0]) if old else image.active_point())
         os.truncate(image_path, keep)
         with pytest.raises(DamagedImageError, match="cut"):
             reader.read(np.arange(32), np.empty((32, BLOCK_SIZE), np.uint8))
@@ -178,11 +178,11 @@ def test_bad_l1_entries(image_path, entry):
     l1, _ = table_of(image_path)
     put64(image_path, l1 + 8, entry)
     with Image.open(image_path) as image:
-        active, one = image.active(), image.at(image.snapshots[0])
+        active, one = image.active_point(), image.point_at(image.snapshots[0])
         for use in (
-            lambda: allocated(image, active),
-            lambda: changed(image, one, active),
-            lambda: find_shared_copied(image, active, one),
+            lambda: find_allocated(image, active),
+            lambda: find_changed(image, one, active),
+            lambda: count_shared_copied(image, active, one),
             lambda: PointReader(image, active),
         ):
             with pytest.raises(DamagedImageError, match="L1 entry 1 of the volume"):
@@ -195,10 +195,10 @@ def test_l1_entries_behind_the_volume_are_not_looked_at(image_path):
     put64(image_path, l1 + 8, 1 << 40)
     put64(image_path, 24, 512 << 20)
     with Image.open(image_path) as image:
-        active, one = image.active(), image.at(image.snapshots[0])
-        assert allocated(image, active).count() == 32
-        assert 3 in changed(image, one, active).map
-        assert find_shared_copied(image, active, one) == 0
+        active, one = image.active_point(), image.point_at(image.snapshots[0])
+        assert find_allocated(image, active).count() == 32
+        assert 3 in find_changed(image, one, active).map
+        assert count_shared_copied(image, active, one) == 0
     assert np.all(read(image_path)[0] == 5)
 
 
@@ -207,7 +207,7 @@ def test_two_l1_entries_with_one_table(image_path):
     l1, l2 = table_of(image_path)
     put64(image_path, l1 + 8, l2)
     with Image.open(image_path) as image, pytest.raises(DamagedImageError, match="share one"):
-        allocated(image, image.active())
+        find_allocated(image, image.active_point())
 
 
 BAD_L2 = [
@@ -253,20 +253,20 @@ def test_bad_snapshot_tables(image_path):
     at = u64(image_path, 64)
     put64(image_path, at, 0x60200)
     with Image.open(image_path) as image, pytest.raises(DamagedImageError, match="snapshot 'one'"):
-        image.at(image.snapshots[0])
+        image.point_at(image.snapshots[0])
     put64(image_path, at, u64(image_path, 40))
     with open(image_path, "r+b") as file:
         file.seek(at + 8)
         file.write(b"\xff\xff\xff\xff")
     with Image.open(image_path) as image, pytest.raises(DamagedImageError, match="over the limit"):
-        image.at(image.snapshots[0])
+        image.point_at(image.snapshots[0])
     with open(image_path, "r+b") as file:
         file.seek(at + 8)
         file.write(b"\0\0\0\0")
         file.seek(at + 40 + 8)
         file.write(b"\x7f" + b"\xff" * 7)
     with Image.open(image_path) as image, pytest.raises(UnsupportedImageError, match="64 TiB"):
-        image.at(image.snapshots[0])
+        image.point_at(image.snapshots[0])
 
 
 @qemu.needs_qemu
@@ -276,11 +276,11 @@ def test_short_snapshot_l1_means_unallocated(image_path):
         file.seek(at + 8)
         file.write(b"\0\0\0\0")
     with Image.open(image_path) as image:
-        one = image.at(image.snapshots[0])
+        one = image.point_at(image.snapshots[0])
         out = np.ones((2, BLOCK_SIZE), np.uint8)
         PointReader(image, one).read(np.array([0, 16383]), out)
         assert not out.any()
-        assert changed(image, one, image.active()).map.indices().tolist() == list(range(32))
+        assert find_changed(image, one, image.active_point()).map.indices().tolist() == list(range(32))
 
 
 @qemu.needs_qemu
@@ -298,21 +298,21 @@ def test_corrupt_bit_is_readable_and_told(image_path):
 def test_shared_and_yet_copied_entries_are_counted(image_path):
     l1, l2 = table_of(image_path)
     with Image.open(image_path) as image:
-        active, one = image.active(), image.at(image.snapshots[0])
-        assert find_shared_copied(image, active, one) == 0
+        active, one = image.active_point(), image.point_at(image.snapshots[0])
+        assert count_shared_copied(image, active, one) == 0
         for block in (0, 31):
             put64(image_path, l2 + 8 * block, u64(image_path, l2 + 8 * block) | COPIED)
-        assert find_shared_copied(image, active, one) == 2
-        assert changed(image, one, active).shared_copied == 2
+        assert count_shared_copied(image, active, one) == 2
+        assert find_changed(image, one, active).shared_copied == 2
         # The same table under both, and marked as if only the volume had it.
         put64(image_path, l1, u64(image_path, one.l1_offset) | COPIED)
-        assert find_shared_copied(image, active, one) == 1
+        assert count_shared_copied(image, active, one) == 1
 
 
 @qemu.needs_qemu
 def test_blocks_must_ascend_inside_the_volume(image_path):
     with Image.open(image_path) as image:
-        reader = PointReader(image, image.active())
+        reader = PointReader(image, image.active_point())
         out = np.empty((2, BLOCK_SIZE), np.uint8)
         for blocks in ([1, 1], [2, 1], [-1, 0], [0, 1 << 14], [0, 1 << 60]):
             with pytest.raises(ValueError):

@@ -10,8 +10,8 @@ from island_fast.qcow2.image import Image
 from island_fast.qcow2.snapshots import (
     InternalSnapshot,
     PinnedBase,
+    encode_snapshot,
     find_pinned,
-    pack_snapshot,
     read_snapshots,
 )
 from tests.support import qemu
@@ -116,7 +116,7 @@ def test_a_table_that_shrinks_while_it_is_read():
 
 def test_packed_entry_reads_back():
     snapshot = InternalSnapshot("\\xff7", "island-t-ä", 1, 999_999_999, 1 << 40, 0x60000, 2, 0)
-    (back,), _ = table(pack_snapshot(snapshot))
+    (back,), _ = table(encode_snapshot(snapshot))
     assert back == snapshot
 
 
@@ -158,4 +158,4 @@ def test_qemus_own_table(tmp_path):
         image.reload()
         # Same name and same id again: only the time tells.
         assert image.snapshots[2].id == base.id
-        assert image.find(base) is None
+        assert image.find_pinned(base) is None

@@ -8,14 +8,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from island_fast.errors import IslandError
-from island_fast.qcow2.vectored_io import Transfer, read_transfer, transfers, write_all
+from island_fast.qcow2.vectored_io import Transfer, plan_transfers, read_transfer, write_all
 
 UNIT = 512
 IOV_MAX = os.sysconf("SC_IOV_MAX")
 
 
 def plan(offsets, rows, flat, unit=UNIT):
-    return list(transfers(np.array(offsets, np.int64), np.array(rows, np.int64), unit, memoryview(flat)))
+    return list(plan_transfers(np.array(offsets, np.int64), np.array(rows, np.int64), unit, memoryview(flat)))
 
 
 @given(st.lists(st.integers(0, 40), max_size=30, unique=True), st.randoms())

@@ -11,7 +11,7 @@ import pytest
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import IslandError, UnsupportedImageError
 from island_fast.qcow2.block_reader import PointReader
-from island_fast.qcow2.changes import allocated, changed, find_shared_copied
+from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
 from island_fast.qcow2.image import Image
 from island_fast.qcow2.layout import RankedRuns
 from island_fast.qcow2.snapshots import PinnedBase
@@ -105,7 +105,7 @@ def test_qemu_checks_compares_and_goes_on(tmp_path, shape, pinned, bits):
 
 def _holds(path, pin, data_runs):
     with Image.open(path) as image:
-        base = image.at(image.find(pin))
+        base = image.point_at(image.find_pinned(pin))
         blocks = blocks_of(data_runs)
         near = np.unique(np.clip(np.concatenate([blocks - 1, blocks, blocks + 1]), 0, None))
         near = near[near < base.blocks]
@@ -140,12 +140,12 @@ def test_our_reader_finds_content_pin_and_no_change(tmp_path, bits):
     path = make(tmp_path / "a", size, data_runs, bits, pin)
     with Image.open(path) as image:
         assert image.snapshots[0].identity == pin
-        base, active = image.at(image.find(pin)), image.active()
-        found = changed(image, base, active)
+        base, active = image.point_at(image.find_pinned(pin)), image.active_point()
+        found = find_changed(image, base, active)
         assert (found.map.count(), found.tables_read) == (0, 0)
-        assert find_shared_copied(image, active, base) == 0
+        assert count_shared_copied(image, active, base) == 0
         blocks = blocks_of(data_runs)
-        assert set(blocks.tolist()) <= set(allocated(image, base).indices().tolist())
+        assert set(blocks.tolist()) <= set(find_allocated(image, base).indices().tolist())
         out = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         for point in (base, active):
             PointReader(image, point).read(blocks, out)
@@ -156,8 +156,8 @@ def test_our_reader_finds_content_pin_and_no_change(tmp_path, bits):
         qemu.io(path, qemu.write(8191 << 16, 512, 1))
         qemu.snapshot_create(path, "next")
         image.reload()
-        after = image.at(image.snapshots[-1])
-        found = changed(image, base, after).map.indices()
+        after = image.point_at(image.snapshots[-1])
+        found = find_changed(image, base, after).map.indices()
         step = 1 << (bits - 16)
         start = 8191 // step * step
         assert found.tolist() == list(range(start, start + step))
@@ -172,10 +172,10 @@ def test_a_pin_smaller_than_the_volume(tmp_path):
     qemu.io(path, qemu.write(0, 1 << 20, 1), qemu.write(2 << 30, 65536, 1))
     qemu.check(path)
     with Image.open(path) as image:
-        base = image.at(image.find(pin))
-        assert (base.disk_size, image.active().disk_size) == (pin.disk_size, size)
+        base = image.point_at(image.find_pinned(pin))
+        assert (base.disk_size, image.active_point().disk_size) == (pin.disk_size, size)
         assert base.l1_size == 2
-        found = changed(image, base, image.active())
+        found = find_changed(image, base, image.active_point())
         assert {0, 15, 16383, 32768} <= set(found.map.indices().tolist())
     qemu.snapshot_apply(path, pin.name)
     qemu.check(path)
@@ -205,12 +205,12 @@ def test_huge_and_sparse_in_bounded_memory(tmp_path, bits, size):
     assert path.stat().st_blocks * 512 < 300 << 20
     qemu.check(path)
     with Image.open(path) as image:
-        point = image.at(image.find(pin))
+        point = image.point_at(image.find_pinned(pin))
         out = np.empty((2, BLOCK_SIZE), np.uint8)
         PointReader(image, point).read(np.array([int(block[0]), last - 1]), out)
         assert np.array_equal(out[0], content_of(block)[0])
         assert not out[1].any()
-        assert changed(image, point, image.active()).map.count() == 0
+        assert find_changed(image, point, image.active_point()).map.count() == 0
 
 
 def test_a_dense_volume_is_laid_out_in_bounded_memory(tmp_path):
@@ -227,7 +227,7 @@ def test_a_dense_volume_is_laid_out_in_bounded_memory(tmp_path):
         os.close(fd)
     assert peak < 40 << 20
     with Image.open(tmp_path / "a") as image:
-        assert allocated(image, image.active()).count() == 1 << 24
+        assert find_allocated(image, image.active_point()).count() == 1 << 24
 
 
 def test_an_image_without_its_header_is_none(tmp_path):
@@ -352,7 +352,7 @@ def test_ranked_runs_against_a_plain_set():
     for _ in range(200):
         starts = chance.integers(0, 60, chance.integers(0, 8))
         some = np.stack([starts, starts + chance.integers(1, 9, len(starts))], 1)
-        ranked = RankedRuns.of(some)
+        ranked = RankedRuns.from_runs(some)
         numbers = sorted({n for a, b in some.tolist() for n in range(a, b)})
         assert ranked.total == len(numbers)
         if numbers:

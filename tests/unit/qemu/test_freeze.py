@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import pytest
 
 from island_fast.errors import IslandError, NotFoundError, RefusedError
-from island_fast.qemu.freeze import FREEZES, Clock, Moment, at_one_moment
+from island_fast.qemu.freeze import FREEZES, Clock, FreezeResult, run_while_frozen
 
 STATUS, FREEZE, THAW = (f"guest-fsfreeze-{verb}" for verb in ("status", "freeze", "thaw"))
 WELL: Mapping[str, list[object]] = {STATUS: ["thawed"], FREEZE: [2], THAW: [2]}
@@ -21,7 +21,7 @@ class Agent:
     """Answers each command with the next of its answers, or raises it; the last one stays."""
 
     who = "domain 'web1'"
-    thaw_by_hand = "virsh -c URI domfsthaw web1"
+    thaw_command = "virsh -c URI domfsthaw web1"
 
     def __init__(self, **others: list[object]) -> None:
         self.answers = {command: [*said] for command, said in WELL.items()}
@@ -31,7 +31,7 @@ class Agent:
         self.time = 0.0
         self.renewals: list[Exception | None] = [None]
 
-    def renew(self) -> None:
+    def reconnect(self) -> None:
         self.said.append("renewed")
         said = self.renewals.pop(0) if len(self.renewals) > 1 else self.renewals[0]
         if said is not None:
@@ -41,7 +41,7 @@ class Agent:
         self.waits.append(seconds)
         self.time += seconds
 
-    def agent(self, command: str, timeout: int) -> object:
+    def ask_agent(self, command: str, timeout: int) -> object:
         assert 0 < timeout <= 60
         self.said.append(command)
         answers = self.answers[command]
@@ -50,15 +50,15 @@ class Agent:
             raise answer
         return answer
 
-    def take(self, freeze: str) -> Moment:
+    def take(self, freeze: str) -> FreezeResult:
         clock = Clock(lambda: self.time, self.sleep)
-        return at_one_moment(self, freeze, lambda: self.said.append("pins"), clock)
+        return run_while_frozen(self, freeze, lambda: self.said.append("pins"), clock)
 
 
 @pytest.mark.parametrize("freeze", ["auto", "require"])
 def test_pins_are_taken_between_freeze_and_thaw(freeze: str) -> None:
     agent = Agent()
-    assert agent.take(freeze) == Moment("filesystem", "the guest's file systems were frozen")
+    assert agent.take(freeze) == FreezeResult("filesystem", "the guest's file systems were frozen")
     assert agent.said == [STATUS, FREEZE, "pins", THAW]
 
 
@@ -115,7 +115,7 @@ def test_a_thaw_is_tried_again_through_a_new_connection() -> None:
 
 def test_a_freeze_without_an_answer_is_thawed_until_that_is_done() -> None:
     agent = Agent(freeze=[NO], thaw=[*[NO] * 20, 1])
-    assert agent.take("auto") == Moment("crash", "its agent did not answer")
+    assert agent.take("auto") == FreezeResult("crash", "its agent did not answer")
     assert agent.said == [STATUS, FREEZE, THAW, *["renewed", THAW] * 20, "pins"]
 
 
@@ -157,7 +157,7 @@ def test_pins_that_fail_leave_a_guest_that_goes_on(freeze: str) -> None:
         raise IslandError("no space")
 
     with pytest.raises(IslandError, match="no space"):
-        at_one_moment(agent, freeze, fail)
+        run_while_frozen(agent, freeze, fail)
     assert agent.said == ([] if freeze == "never" else [STATUS, FREEZE, THAW])
 
 
@@ -165,5 +165,5 @@ def test_no_signal_comes_between_them() -> None:
     """Python's signal handlers run in the main thread, and what they raise is raised there."""
     where = []
     agent = Agent()
-    at_one_moment(agent, "auto", lambda: where.append(threading.current_thread()))
+    run_while_frozen(agent, "auto", lambda: where.append(threading.current_thread()))
     assert where != [threading.main_thread()]

@@ -174,7 +174,7 @@ def test_a_file_system_without_locks_gives_one_sentence(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "fcntl", fail)
-    with image.open("rb") as file, pytest.raises(IslandError, match=r"cannot be told.*local file system"):
+    with image.open("rb") as file, pytest.raises(IslandError, match=r"cannot determine.*local file system"):
         writer_present(file.fileno())
     with pytest.raises(IslandError, match="cannot be locked"), ImageLock(image, True):
         pass

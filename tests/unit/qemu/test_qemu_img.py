@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.qemu.programs import run_to_the_end
+from island_fast.qemu.programs import run_program
 from island_fast.qemu.qemu_img import QemuImg
 from tests.support.daemon import StorageDaemon, create_qcow2, needs_qemu, needs_storage_daemon, qemu_io
 
@@ -123,7 +123,7 @@ def test_a_backing_file_in_the_header_is_not_opened(tmp_path: Path) -> None:
     overlay = create_qcow2(tmp_path / "disk.qcow2", SIZE, backing_file=backing, backing_fmt="qcow2")
     backing.unlink()
     os.mkfifo(backing)  # opening it would hang, or fail
-    QemuImg(partial(run_to_the_end, timeout=20)).snapshot_create(overlay, "one")
+    QemuImg(partial(run_program, timeout=20)).snapshot_create(overlay, "one")
     backing.unlink()
     create_qcow2(backing, SIZE)
     assert snapshot_names(overlay) == ["one"]
@@ -158,7 +158,7 @@ def test_a_file_that_may_not_be_written_gives_one_sentence(qcow2: Path) -> None:
     if os.geteuid() == 0:  # root without the right to override
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
     with pytest.raises(IslandError, match="Permission denied") as caught:
-        QemuImg(lambda words, **how: run_to_the_end([*command, *words], **how)).snapshot_create(qcow2, "one")
+        QemuImg(lambda words, **how: run_program([*command, *words], **how)).snapshot_create(qcow2, "one")
     sentence(caught)
 
 
@@ -227,7 +227,7 @@ def test_a_silent_failure_is_a_failure(tmp_path: Path) -> None:
 
 def test_a_program_that_hangs_is_given_up(tmp_path: Path) -> None:
     sleeper = program(tmp_path / "sleeper", f"echo $$ > {tmp_path}/pid", "exec sleep 60")
-    images = QemuImg(partial(run_to_the_end, timeout=0.5), sleeper)
+    images = QemuImg(partial(run_program, timeout=0.5), sleeper)
     with pytest.raises(IslandError, match=r"did not take internal snapshot .* stopped") as caught:
         images.snapshot_create(tmp_path / "disk", "one")
     sentence(caught)
@@ -276,7 +276,7 @@ def test_another_runner_gets_the_whole_command(tmp_path: Path) -> None:
 
 def test_the_program_has_no_input_the_c_locale_and_a_session_of_its_own(tmp_path: Path) -> None:
     script = "import os, sys; print(os.environ['LC_ALL'], os.getsid(0) == os.getpid(), sys.stdin.read())"
-    result = run_to_the_end([sys.executable, "-c", script])
+    result = run_program([sys.executable, "-c", script])
     assert result.stdout.split() == ["C", "True"]
 
 
@@ -300,7 +300,7 @@ def test_an_interrupt_waits_for_the_program(tmp_path: Path) -> None:
     presser = threading.Thread(target=press_twice)
     presser.start()
     with pytest.raises(KeyboardInterrupt):
-        run_to_the_end([slow])
+        run_program([slow])
     assert (tmp_path / "done").exists()
     presser.join()
 

@@ -1,4 +1,4 @@
-"""Meters: what passes in a time, by a clock of the test's own."""
+"""Rate limiters: what passes in a time, by a clock of the test's own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from island_fast.api import Repository
 from island_fast.repository.local_state import LocalState
-from island_fast.stores.rate_limit import Meter, MeteredStore, Meters
+from island_fast.stores.rate_limit import RateLimitedStore, RateLimiter, RateLimiters
 from tests.support.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -34,14 +34,14 @@ class Clock:
         self.now += seconds
 
 
-def meters(clock: Clock, up: float | None, down: float | None) -> Meters:
-    return Meters(Meter(up, clock, clock.wait), Meter(down, clock, clock.wait))
+def meters(clock: Clock, up: float | None, down: float | None) -> RateLimiters:
+    return RateLimiters(RateLimiter(up, clock, clock.wait), RateLimiter(down, clock, clock.wait))
 
 
 @given(st.lists(st.tuples(st.floats(0, 5), st.integers(0, 1000)), max_size=20))
 def test_each_begins_when_all_before_had_their_time_and_not_later(calls: list[tuple[float, int]]) -> None:
     clock = Clock()
-    meter = Meter(100.0, clock, clock.wait)
+    meter = RateLimiter(100.0, clock, clock.wait)
     free = clock.now
     for pause, size in calls:
         clock.now += pause
@@ -53,7 +53,7 @@ def test_each_begins_when_all_before_had_their_time_and_not_later(calls: list[tu
 
 def test_time_that_nobody_used_is_gone() -> None:
     clock = Clock()
-    meter = Meter(100.0, clock, clock.wait)
+    meter = RateLimiter(100.0, clock, clock.wait)
     clock.now += 3600
     meter.wait(50)
     meter.wait(50)
@@ -62,7 +62,7 @@ def test_time_that_nobody_used_is_gone() -> None:
 
 def test_what_is_counted_afterwards_holds_up_the_next() -> None:
     clock = Clock()
-    meter = Meter(100.0, clock, clock.wait)
+    meter = RateLimiter(100.0, clock, clock.wait)
     meter.wait()
     meter.count(200)
     meter.count(100)
@@ -73,7 +73,7 @@ def test_what_is_counted_afterwards_holds_up_the_next() -> None:
 def test_threads_share_one_rate() -> None:
     """The clock stands still: each of 64 has to wait for another number of those before it."""
     waited: list[float] = []
-    meter = Meter(100.0, lambda: 0.0, waited.append)
+    meter = RateLimiter(100.0, lambda: 0.0, waited.append)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(meter.wait, itertools.repeat(50, 64)))
     assert sorted(waited) == [0.5 * number for number in range(1, 64)]
@@ -81,18 +81,18 @@ def test_threads_share_one_rate() -> None:
 
 def test_no_rate_is_no_wait_and_nothing_is_no_rate() -> None:
     clock = Clock()
-    meter = Meter(None, clock, clock.wait)
+    meter = RateLimiter(None, clock, clock.wait)
     meter.wait(1 << 60)
     meter.wait(1 << 60)
     assert clock.waited == []
     for rate in (0.0, -1.0):
-        with pytest.raises(ValueError, match="more than nothing"):
-            Meter(rate)
+        with pytest.raises(ValueError, match="above 0"):
+            RateLimiter(rate)
 
 
 def test_each_way_has_its_own_meter() -> None:
     clock = Clock()
-    store = MeteredStore(MemoryStore(), meters(clock, 100.0, 10.0))
+    store = RateLimitedStore(MemoryStore(), meters(clock, 100.0, 10.0))
     store.put("one", [b"x" * 300, b"y" * 100])
     store.get("one")
     assert clock.waited == []
@@ -112,8 +112,8 @@ def test_verbs_keep_the_rates_together(tmp_path: Path) -> None:
     image = tmp_path / "vol"
     image.write_bytes(random.Random(1).randbytes(40 * MIB))
     state = LocalState(tmp_path / "state")
-    repository = Repository(MeteredStore(near, shared), state, create=True)
-    other = Repository(MeteredStore(far, shared), state, create=True)
+    repository = Repository(RateLimitedStore(near, shared), state, create=True)
+    other = Repository(RateLimitedStore(far, shared), state, create=True)
     began = clock.now
     repository.snapshot(image, image_format="raw")
     assert near.sent > 40 * MIB

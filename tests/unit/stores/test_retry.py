@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from island_fast.stores.retry import Again, Patience, persist
+from island_fast.stores.retry import RetryableError, RetryPolicy, retry
 
 
 class Clock:
@@ -34,7 +34,7 @@ class Attempt:
         self.calls += 1
         self.clock.now += self.cost
         if self.calls <= self.failures:
-            raise Again(f"failure {self.calls}", self.wait)
+            raise RetryableError(f"failure {self.calls}", self.wait)
         return "done"
 
 
@@ -43,18 +43,18 @@ def clock() -> Clock:
     return Clock()
 
 
-def run(clock: Clock, attempt: Attempt, patience: Patience) -> str:
-    return persist(attempt, patience, clock=clock.time, sleep=clock.sleep)
+def run(clock: Clock, attempt: Attempt, patience: RetryPolicy) -> str:
+    return retry(attempt, patience, clock=clock.time, sleep=clock.sleep)
 
 
 def test_a_success_is_not_repeated(clock: Clock):
     attempt = Attempt(clock, 0)
-    assert run(clock, attempt, Patience()) == "done"
+    assert run(clock, attempt, RetryPolicy()) == "done"
     assert (attempt.calls, clock.pauses) == (1, [])
 
 
 def test_pauses_double_up_to_the_longest_and_vary_by_half(clock: Clock):
-    assert run(clock, Attempt(clock, 8), Patience(total=1000, first=1, longest=20)) == "done"
+    assert run(clock, Attempt(clock, 8), RetryPolicy(total=1000, first=1, longest=20)) == "done"
     steps = [1, 2, 4, 8, 16, 20, 20, 20]
     assert all(s / 2 <= p <= s for p, s in zip(clock.pauses, steps, strict=True))
     assert len({p / s for p, s in zip(clock.pauses, steps, strict=True)}) > 1
@@ -62,22 +62,22 @@ def test_pauses_double_up_to_the_longest_and_vary_by_half(clock: Clock):
 
 def test_it_gives_up_before_a_pause_that_would_end_too_late(clock: Clock):
     attempt = Attempt(clock, 10**6)
-    with pytest.raises(Again, match=r"failure \d+"):
-        run(clock, attempt, Patience(total=30, first=1, longest=5))
+    with pytest.raises(RetryableError, match=r"failure \d+"):
+        run(clock, attempt, RetryPolicy(total=30, first=1, longest=5))
     assert 30 - 5 <= sum(clock.pauses) <= 30
     assert attempt.calls == len(clock.pauses) + 1
 
 
 def test_attempts_that_take_long_count_too(clock: Clock):
     attempt = Attempt(clock, 10**6, cost=60)
-    with pytest.raises(Again):
-        run(clock, attempt, Patience(total=300, first=0.1, longest=1))
+    with pytest.raises(RetryableError):
+        run(clock, attempt, RetryPolicy(total=300, first=0.1, longest=1))
     assert attempt.calls == 5
 
 
 def test_a_server_may_ask_for_more_time_within_bounds(clock: Clock):
-    run(clock, Attempt(clock, 1, wait=7), Patience(total=300, first=1, longest=20))
-    run(clock, Attempt(clock, 1, wait=3600), Patience(total=300, first=1, longest=20))
+    run(clock, Attempt(clock, 1, wait=7), RetryPolicy(total=300, first=1, longest=20))
+    run(clock, Attempt(clock, 1, wait=3600), RetryPolicy(total=300, first=1, longest=20))
     assert clock.pauses == [7, 20]
 
 
@@ -86,5 +86,5 @@ def test_any_other_error_ends_it(clock: Clock):
         raise KeyError
 
     with pytest.raises(KeyError):
-        persist(attempt, Patience(), clock=clock.time, sleep=clock.sleep)
+        retry(attempt, RetryPolicy(), clock=clock.time, sleep=clock.sleep)
     assert clock.pauses == []
