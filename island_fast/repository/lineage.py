@@ -402,9 +402,12 @@ class Lineage:
             )
         self._require_known_features()
         if not self.owned_here:
+            who = f"host {self.owner_hostname}"
+            if self.owner_hostname == os.uname().nodename:
+                who += " (another user, or another ISLAND_STATE)"
             raise ConflictError(
-                f"volume {self.name} belongs to host {self.owner_hostname}; if that host is gone, or its "
-                f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
+                f"volume {self.name} belongs to {who}; if that host is gone, or its local state is lost, run "
+                f"'island adopt {self.name}' here, otherwise use another --volume"
             )
 
     def _require_known_features(self) -> None:

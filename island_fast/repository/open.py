@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from island_fast.errors import (
@@ -70,10 +71,15 @@ class RepositoryBase:
                 f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
                 "nothing is read; put it back from a copy of the repository, and only that object"
             )
-        if self._id is None and not (create and self._is_empty()):
+        if self._id is None and not create:
             raise NotFoundError(
                 f"{store.location} is not an island repository; check the path, or take a first snapshot "
                 "into an empty one"
+            )
+        if self._id is None and not self._is_empty():
+            raise NotFoundError(
+                f"{store.location} is not an island repository, and it is not empty; name an empty place, "
+                f"such as {store.location}/PREFIX"
             )
 
     @classmethod
@@ -81,7 +87,7 @@ class RepositoryBase:
         cls,
         url: str | os.PathLike[str],
         *,
-        state: LocalState | None = None,
+        state: LocalState | str | os.PathLike[str] | None = None,
         create: bool = False,
         variables: str = "",
         workers: int | None = None,
@@ -108,7 +114,9 @@ class RepositoryBase:
 
             store = RateLimitedStore(store, meters)
         try:
-            return cls(store, state or LocalState(), create=create)
+            if not isinstance(state, LocalState):
+                state = LocalState(Path(state) if state is not None else None)
+            return cls(store, state, create=create)
         except BaseException:
             store.close()
             raise

@@ -74,7 +74,7 @@ def test_wrong_usage_and_refusals(island: Island, disk: Path, far: Path, tmp_pat
     assert "is the same repository" in island.fails(4, "copy", "--all", "--to", island.repository)
     (tmp_path / "full").mkdir()
     (tmp_path / "full/letter").touch()
-    island.fails(3, "copy", "--all", "--to", tmp_path / "full")
+    assert "it is not empty" in island.fails(3, "copy", "--all", "--to", tmp_path / "full")
     island("-r", far, "snapshot", disk)
     assert "is not a copy of volume disk" in island.fails(4, "copy", "disk@latest", "--to", far)
     assert "is not a copy of volume disk" in island.fails(4, "copy", "--all", "--to", far)

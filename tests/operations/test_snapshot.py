@@ -108,6 +108,11 @@ def test_without_a_pin_the_image_is_left_as_it_is(
     assert (second.rule, second.blocks_changed, second.objects_written) == ("full-scan", 0, 2)
     assert second.parent == first.snapshot
     assert restored(repository, second.snapshot, tmp_path) == qemu.content(image)
+    third = repository.snapshot(image)
+    assert third.reason.startswith(f"snapshot {second.snapshot[:8]} was taken without a pin")
+    qemu.snapshot_delete(image, pins(image)[0])
+    lost = repository.snapshot(image).reason
+    assert lost == f"the pinned base of snapshot {third.snapshot[:8]} is not in the image"
 
 
 def test_a_full_scan_can_be_asked_for(repository: Repository, image: Path) -> None:
@@ -216,7 +221,7 @@ def test_another_hosts_volume_needs_adoption(store: MemoryStore, image: Path, tm
     there = Repository(store, LocalState(tmp_path / "two"))
     with pytest.raises(ConflictError, match="island adopt vol"):
         there.snapshot(image, volume="vol")
-    with pytest.raises(ConflictError, match="belongs to host"):
+    with pytest.raises(ConflictError, match=r"belongs to host .* \(another user, or another ISLAND_STATE\)"):
         there.delete([first.snapshot])
     assert there.adopt("vol").epoch == 1
     second = there.snapshot(image, volume="vol")
@@ -388,3 +393,14 @@ def test_progress_is_of_what_is_durable(
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1] >= 5 * PACK * 65536
     assert len({done for done, _ in told}) > 4
+
+
+def test_a_folder_for_local_state_can_be_named(image: Path, tmp_path: Path) -> None:
+    with Repository.open(tmp_path / "snapshots", state=str(tmp_path / "here"), create=True) as here:
+        taken = here.snapshot(image)
+        assert (tmp_path / "here" / here.id / "vol").is_dir()
+    with (
+        Repository.open(tmp_path / "snapshots", state=tmp_path / "there") as there,
+        pytest.raises(ConflictError, match="island adopt vol"),
+    ):
+        there.delete([taken.snapshot])
