@@ -123,12 +123,12 @@ class _Copying:
             manifest = near.manifest(row)
             plan = self._plan(row, registration.parent)
             sent = copy_blocks(
-                plan.data, self._packs, near.store.range_gap, writer.known(plan.compared),
-                writer.sink(_SENDING), manifest.blocks, self._told,
+                plan.data, self._packs, near.store.range_gap, writer.known_blocks(plan.compared),
+                writer.pack_writer(_SENDING), manifest.blocks, self._told,
             )  # fmt: skip
-            stored = writer.stored(sent, plan.parent, plan.replaced)
+            stored = writer.locate_blocks(sent, plan.parent, plan.replaced)
             made = self._manifest(manifest, registration, stored.runs)
-            copied = writer.commit(made, stored.packs, stored.dead, self._placed)
+            copied = writer.commit(made, stored, self._placed)
         return Copied(
             snapshot=copied.id,
             volume=near.name,

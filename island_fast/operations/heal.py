@@ -187,7 +187,7 @@ class _Mending:
             fresh = replace(row, suffix=np.array([secrets.randbits(62) + 1]))
             name = self._lineage.pack_name(fresh, 0)
             fresh = replace(fresh, size=np.array([self._write(name, left, found, keep)]))
-            before, renamed = before.updated(row), renamed.updated(fresh)
+            before, renamed = before.update(row), renamed.update(fresh)
             names[name] = left.live & ~keep
             still[key] = slots_in_mask(key, names[name])
         if names:
