@@ -168,7 +168,10 @@ def test_the_program_that_root_runs_needs_little() -> None:
     done = subprocess.check_output([sys.executable, "-I", "-S", "-c", program], text=True)
     names = [
         "island_fast",
+        "island_fast.cinder",
+        "island_fast.cinder.attach",
         "island_fast.qemu",
+        "island_fast.qemu.nbd_handshake",
         "island_fast.cinder.attach.nbd_netlink",
         "island_fast.cinder.attach.nbd_root",
     ]
