@@ -1,7 +1,7 @@
-"""What each verb answers: the values that doors show and programs read.
+"""What each verb returns: the command line prints it, programs read its fields.
 
-`as_json` gives plain types under the names that the command line documents. Sizes are in bytes, times in
-seconds; `created` is ISO 8601 in UTC.
+`as_json` returns plain types, under the same names as `--json` prints. Sizes are in bytes, times in seconds;
+`created` is ISO 8601 in UTC.
 """
 
 from __future__ import annotations
@@ -49,19 +49,19 @@ __all__ = [
 
 
 def again(snapshot: str, target: object, image_format: str) -> str:
-    """The command that goes on with a restore onto `target`; by the id, for "latest" may change."""
+    """Return the command that resumes a restore onto `target`: by the id, because "latest" can change."""
     more = "" if image_format == "qcow2" else f" --format {image_format}"
     return f"island restore {snapshot} --onto {shlex.quote(str(target))}{more}"
 
 
 def timestamp(nanoseconds: int) -> str:
-    """Nanoseconds since 1970 UTC as ISO 8601 with whole seconds, such as 2026-01-31T12:00:00Z."""
+    """Return nanoseconds since 1970 UTC as ISO 8601 in whole seconds, such as 2026-01-31T12:00:00Z."""
     return datetime.fromtimestamp(nanoseconds // 10**9, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Answer):
-    """A snapshot that is there. `bytes_stored` is the size of the objects it wrote."""
+    """A snapshot in the repository. `bytes_stored` is the size of the objects that it wrote."""
 
     snapshot: str
     lineage: str
@@ -75,9 +75,9 @@ class Snapshot(Answer):
 
 @dataclass(frozen=True, slots=True)
 class SnapshotShown(Snapshot):
-    """A snapshot, and what deleting it would free: see `Deleted`; None if damage hides it.
+    """A snapshot, and what deleting it would free: see `Deleted`; None if damage prevents the computation.
 
-    `consistency`, and of a running guest `domain`, `disk` and `group`, are as in `DomainTaken`.
+    `consistency` is as in `DomainTaken`, and so are `domain`, `disk` and `group` for a running guest's disk.
     """
 
     bytes_unreferenced: int | None
@@ -90,7 +90,7 @@ class SnapshotShown(Snapshot):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DiskTaken(SnapshotTaken):
-    """A snapshot just made of the disk that a guest's host calls `disk`, whose file is `image`."""
+    """A snapshot that was just taken of a guest's disk; `disk` is its name in libvirt, `image` its file."""
 
     disk: str
     image: str
@@ -98,10 +98,10 @@ class DiskTaken(SnapshotTaken):
 
 @dataclass(frozen=True, slots=True)
 class DomainTaken(Answer):
-    """Snapshots just made of a running guest's disks at one moment; `group` is theirs if they are several.
+    """Snapshots that were just taken of a running guest's disks at one moment.
 
-    `consistency` is "filesystem" if the guest's file systems were frozen then, else "crash", as after a
-    power cut; `reason` tells why.
+    `group` is the id that they share if there are several. `consistency` is "filesystem" if the guest's file
+    systems were frozen at that moment, otherwise "crash", as after a power cut; `reason` says why.
     """
 
     domain: str
@@ -113,7 +113,10 @@ class DomainTaken(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Restored(Answer):
-    """A volume written from a snapshot. `bytes_read` came from the store, `bytes_written` are data."""
+    """A snapshot that was restored into a new file.
+
+    `bytes_read` were read from the store; `bytes_written` is data written to the file, without zeros.
+    """
 
     snapshot: str
     target: str
@@ -127,11 +130,11 @@ class Restored(Answer):
 
 @dataclass(frozen=True, slots=True)
 class RestoredOnto(Answer):
-    """A target that is now a snapshot's volume, by writing what differed; or what that would write.
+    """A snapshot that was restored onto an existing target, or with `dry_run` what that would write.
 
-    `bytes_compared` are data that were read from the target. `bytes_written` were data in the snapshot, and
-    `bytes_zeroed` zeros; what the target has behind the volume's end counts as zeros. `bytes_read` came from
-    the store.
+    `bytes_compared` were read from the target. Of what differed, `bytes_written` is data and `bytes_zeroed`
+    zeros; the part of the target past the end of the volume counts as zeros. `bytes_read` were read from the
+    store.
     """
 
     snapshot: str
@@ -149,10 +152,11 @@ class RestoredOnto(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Copied(Answer):
-    """A snapshot that is in another repository now: `copied` by this call, or there before.
+    """A snapshot that is now in the other repository, too: `copied` by this call, or there before.
 
-    `parent` is the one there whose blocks it shares. `blocks_sent` were sent, `blocks_kept` had been, by an
-    attempt that was interrupted; `bytes_read` are data that came from the near repository.
+    `parent` is the snapshot there whose blocks it shares. `blocks_sent` were sent by this call, `blocks_kept`
+    by an earlier attempt that was interrupted. `bytes_read` were read from the repository that it was copied
+    from.
     """
 
     snapshot: str
@@ -171,10 +175,11 @@ class Copied(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Deleted(Answer):
-    """A snapshot taken out of the catalog, or what that would do.
+    """A snapshot that was deleted from the catalog, or with `dry_run` what that would do.
 
-    `bytes_unreferenced` are the stored bytes of slots that no snapshot needs any more and its manifest;
-    `bytes_freed` is what the next sweep removes because of it, less what that rewrites.
+    `bytes_unreferenced` is the size of the snapshot's manifest and of the stored blocks that no other
+    snapshot needs. `bytes_freed` is what the next sweep will remove because of this, less what it will
+    rewrite.
     """
 
     snapshot: str
@@ -185,9 +190,9 @@ class Deleted(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Decided(Answer):
-    """A snapshot under a retention policy: the rules that keep it, or what deleting it freed (see `Deleted`).
+    """A snapshot under a retention policy: the rules that keep it, or what deleting it freed: see `Deleted`.
 
-    The figures are 0 for one that is kept.
+    The figures are 0 for a snapshot that is kept.
     """
 
     snapshot: str
@@ -201,7 +206,10 @@ class Decided(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Retained(Answer):
-    """What a retention policy did to a volume, or would do; figures are sums, `snapshots` oldest first."""
+    """What a retention policy did to a volume, or with `dry_run` would do.
+
+    The figures are sums over `snapshots`, which are listed oldest first.
+    """
 
     volume: str
     kept: int
@@ -213,11 +221,11 @@ class Retained(Answer):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Difference(Answer):
-    """What may differ between two snapshots of a volume, as extents of `snapshot`.
+    """What can differ between two snapshots of a volume, as extents of `snapshot`.
 
-    start, length: int64[n], bytes, ascending and disjoint. data: bool[n], whether the extent holds data in
-    `snapshot`; else it is zero there. `bytes_changed` is the sum of `bytes_data` and `bytes_zero`.
-    `since_size` is the size that the volume had in `since`.
+    `start` and `length` are int64[n], in bytes, ascending and disjoint. `data` is bool[n]: whether the extent
+    holds data in `snapshot`, or zeros. `bytes_changed` is the sum of `bytes_data` and `bytes_zero`.
+    `since_size` is the size of the volume in `since`.
     """
 
     volume: str
@@ -233,12 +241,12 @@ class Difference(Answer):
     data: NDArray[np.bool_]
 
     def extents(self) -> Iterator[tuple[int, int, str]]:
-        """Start, length and kind ("data" or "zero") of each extent."""
+        """Return start, length and kind ("data" or "zero") of each extent."""
         columns = zip(self.start.tolist(), self.length.tolist(), self.data.tolist(), strict=True)
         return ((start, length, "data" if data else "zero") for start, length, data in columns)
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as one JSON object, the columns as rows."""
+        """Return the answer as one JSON object, with one object for each extent."""
         columns = ("start", "length", "data")
         answer = {name: getattr(self, name) for name in self.__slots__ if name not in columns}
         return answer | {"extents": [{"start": s, "length": n, "kind": k} for s, n, k in self.extents()]}
@@ -246,14 +254,18 @@ class Difference(Answer):
 
 @dataclass(frozen=True, slots=True)
 class VolumeUsage(Answer):
-    """What a volume's live snapshots hold and take; of all volumes if `volume` is None. Sizes in bytes.
+    """How much data a volume's snapshots hold and how much space they use; all volumes if `volume` is None.
 
-    Before compression, in whole blocks, zeros not counted: `bytes_logical` is the data of each snapshot,
-    summed; `bytes_distinct` counts a block that several of them share once; `bytes_shared` is the part of
-    that which more than one holds. As stored: `bytes_stored` are the packs and manifests that the catalog
-    names; `bytes_dead` the part that no snapshot needs and no sweep has removed; `bytes_freed` what a sweep
-    without grace would free of it, for a pack that is mostly needed stays as it is. `compression` is
-    bytes_distinct / (bytes_stored - bytes_dead), None where nothing is needed.
+    Three sizes are before compression, in whole blocks, without zeros. `bytes_logical` is the sum of the data
+    of each snapshot; `bytes_distinct` counts a block that several snapshots share only once; `bytes_shared`
+    is the part of `bytes_distinct` that more than one snapshot holds.
+
+    Three sizes are as stored. `bytes_stored` is the size of the packs and manifests that the catalog names.
+    `bytes_dead` is the part of it that no snapshot needs and no sweep has removed yet. `bytes_freed` is what
+    a sweep without grace would free of that; it can be less, because a sweep does not rewrite a pack that is
+    mostly needed.
+
+    `compression` is bytes_distinct / (bytes_stored - bytes_dead), or None if no snapshot needs anything.
     """
 
     volume: str | None
@@ -269,7 +281,7 @@ class VolumeUsage(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Usage(Answer):
-    """What volumes take, each and in all."""
+    """How much space volumes use, each of them and in total."""
 
     volumes: tuple[VolumeUsage, ...]
     total: VolumeUsage
@@ -277,7 +289,7 @@ class Usage(Answer):
 
 @dataclass(frozen=True, slots=True)
 class SweepStep(Answer):
-    """What a sweep does to an object: "remove" it, or "rewrite" a pack without its dead slots; and why."""
+    """What a sweep does to an object, and why: "remove" it, or "rewrite" a pack without its dead slots."""
 
     action: str
     object: str
@@ -287,7 +299,10 @@ class SweepStep(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Swept(Answer):
-    """What a sweep did in one lineage, or would do. `bytes_freed` is removed less rewritten."""
+    """What a sweep did to a volume, or with `dry_run` would do.
+
+    `bytes_freed` is `bytes_removed` less `bytes_rewritten`.
+    """
 
     volume: str
     objects_removed: int
@@ -300,7 +315,7 @@ class Swept(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Adopted(Answer):
-    """A lineage that this host owns now."""
+    """A volume that this host owns now; `epoch` counts its adoptions."""
 
     volume: str
     snapshots: int
@@ -309,7 +324,7 @@ class Adopted(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Unpinned(Answer):
-    """The pins that were dropped from an image; `bytes_freed` is what its file takes less on disk."""
+    """The pins that were dropped from an image; `bytes_freed` is how much less its file uses on disk."""
 
     image: str
     pins: tuple[str, ...]
@@ -318,7 +333,7 @@ class Unpinned(Answer):
 
 @dataclass(frozen=True, slots=True)
 class InternalInfo(Answer):
-    """An internal snapshot in an image; `pin_of` is the snapshot that it pins, if it is one of ours."""
+    """An internal snapshot in an image; `pin_of` is the island snapshot that it pins, if it is a pin."""
 
     name: str
     id: str
@@ -329,7 +344,7 @@ class InternalInfo(Answer):
 
 @dataclass(frozen=True, slots=True)
 class BitmapInfo(Answer):
-    """A persistent dirty bitmap in an image: bytes of volume for each bit, and what it is worth."""
+    """A persistent dirty bitmap in an image; `granularity` is the bytes of the volume for each bit."""
 
     name: str
     granularity: int
@@ -338,10 +353,10 @@ class BitmapInfo(Answer):
 
 @dataclass(frozen=True, slots=True)
 class ImageInfo(Answer):
-    """What an image says of itself. Sizes are in bytes; `in_use`: a process has it open for writing.
+    """A description of a qcow2 image. Sizes are in bytes; `in_use` if a process has it open for writing.
 
-    `next_rule` is how the next snapshot would find the change, `next_reason` why, `pinned_base` the snapshot
-    that it would be compared with; None where no repository was asked.
+    `next_rule` is how the next snapshot would find what changed, `next_reason` says why, and `pinned_base` is
+    the snapshot that the image would be compared with. They are None if no repository was asked.
     """
 
     image: str
@@ -365,9 +380,9 @@ class ImageInfo(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Touched(Answer):
-    """A snapshot that damage touches: how many bytes of its volume, and where, as (start, length) in bytes.
+    """A snapshot that damage affects: how many bytes of its volume, and where, as (start, length) in bytes.
 
-    `extents_left_out` more are not listed.
+    `extents_left_out` is the number of further extents that are not listed.
     """
 
     snapshot: str
@@ -378,9 +393,10 @@ class Touched(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Damage(Answer):
-    """An object that is not as it was written: its name, in what way, a sentence, and what can be done.
+    """An object that is not as it was written: its name, the kind of damage, a sentence, and what to do.
 
-    `snapshots` are those that need what is lost; of an object that was mended, those that needed it.
+    `snapshots` are those that need what is lost, or if the object was repaired (`mended`), those that needed
+    it. `remedy` says what can be done; it is empty for an object that was repaired.
     """
 
     volume: str
@@ -394,10 +410,11 @@ class Damage(Answer):
 
 @dataclass(frozen=True, slots=True)
 class Verified(Answer):
-    """What was verified, of how many snapshots, and all damage that was found.
+    """What was verified, for how many snapshots, and all damage that was found.
 
-    All `objects` were looked for; `objects_read` were read whole now; `objects_unproved` this host has never
-    read whole and found right. `bytes_compared` is the volume's data that was compared with a pinned base.
+    All `objects` were looked up, and `objects_read` of them were read in full. `objects_unproved` have never
+    been read in full and found undamaged by this host. `bytes_compared` is the data that was read from the
+    image to compare a snapshot with its pin.
     """
 
     snapshots: int

@@ -1,6 +1,7 @@
-"""What every verb answers with, and the answer of a snapshot, which alone must not wait for all others.
+"""The base class of all answers, and the answer of a snapshot.
 
-The rest is in `results.py`: the classes there take more time to make than an unchanged volume's snapshot.
+All other answers are in `results.py`. Creating the classes there takes longer than the snapshot of an
+unchanged volume, which must not need them.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ __all__ = ["Answer", "SnapshotTaken"]
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A value that doors show and programs read."""
+    """What a verb returns: the command line prints it, programs read its fields."""
 
     def as_json(self) -> dict[str, Any]:
-        """The answer as one JSON object."""
+        """Return the answer as one JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True, slots=True)
 class SnapshotTaken(Answer):
-    """A snapshot just made, by which rule and why, and the work it took.
+    """A snapshot that was just taken, how its changes were found, and the work that it took.
 
-    `blocks_candidate` may have changed, `blocks_changed` differ from the parent; `bytes_read` is data read
-    from the image; `blocks_kept` were not sent, because an earlier `attempt` at this snapshot had sent
-    them; `notes` are sentences for the user about what was left behind.
+    `rule` is "table-diff" or "full-scan", and `reason` says why. `blocks_candidate` are the blocks that could
+    have changed, `blocks_changed` those that differ from the parent. `blocks_kept` were not sent again,
+    because an earlier `attempt` at this snapshot had sent them. `bytes_read` is data read from the image.
+    `notes` are sentences for the user about what was left behind, such as an old pin.
     """
 
     snapshot: str

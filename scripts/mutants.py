@@ -74,7 +74,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/liveness.py", "            if sibling.id != row.id:\n", "            if False:\n"),
     ],
     "children of a deleted snapshot do not get its parent": [
-        ("formats/catalog.py", "replace(child, parent=gone.parent)", "child"),
+        ("formats/catalog.py", "replace(child, parent=row.parent)", "child"),
     ],
     "412 is success, and nothing is read back": [
         ("stores/swift.py", "if not self._holds(connection, name, content):\n", "if False:\n"),
@@ -89,9 +89,9 @@ MISTAKES: dict[str, list[Edit]] = {
     "objects are deleted before the sweep's record": [
         (
             "operations/sweep.py",
-            "        with self._lineage.locked():\n            if self._lineage.epoch",
+            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
             "        for name, _ in doomed:\n            self._lineage.store.delete(name)\n"
-            "        with self._lineage.locked():\n            if self._lineage.epoch",
+            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
         ),
     ],
     "a sweep goes on in a later epoch": [
@@ -118,7 +118,7 @@ MISTAKES: dict[str, list[Edit]] = {
     "a snapshot commits without its registration": [
         (
             "repository/snapshot_writer.py",
-            "if not lineage.files.registered(self._registration):",
+            "if self._registration not in lineage.files.registrations:",
             "if False:",
         ),
     ],
@@ -140,10 +140,10 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "whoever wants to may write": [
-        ("repository/lineage.py", "        if self.owner != writer:\n", "        if False:\n"),
+        ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
-        ("repository/lineage.py", '        self.files.set_pending(name.rpartition("/")[2], data)\n', ""),
+        ("repository/lineage.py", '        self.files.pending.add(name.rpartition("/")[2], data)\n', ""),
     ],
     "the end of the catalog is taken from a listing": [
         (
@@ -153,13 +153,13 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a repack drops a slot too many": [
-        ("repository/liveness.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
+        ("formats/catalog.py", "keep[first:stop] = False", "keep[first : stop + 1] = False"),
     ],
     "a repack moves slots": [
         (
-            "repository/liveness.py",
-            "        keep[first:stop] = False\n",
-            "        keep[: stop - first] = False\n",
+            "formats/catalog.py",
+            "            keep[first:stop] = False\n",
+            "            keep[: stop - first] = False\n",
         ),
     ],
     "a repacked pack keeps its count of dead bytes": [
@@ -170,7 +170,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a wholly dead pack is not seen": [
-        ("repository/liveness.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
+        ("formats/catalog.py", "gone = dead_slots >= packs.slots", "gone = dead_slots > packs.slots"),
     ],
     "what crashed snapshots registered is never given up": [
         ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
@@ -179,8 +179,8 @@ MISTAKES: dict[str, list[Edit]] = {
         ("operations/sweep.py", "info.age >= age:", "True:"),
     ],
     "an id that is used up is gone on with": [
-        ("repository/snapshot_writer.py", "    forget_used(lineage)\n", ""),
-        ("formats/catalog.py", "            self._refuse_used(record, record.snapshot.id)\n", ""),
+        ("repository/snapshot_writer.py", "    remove_used_registrations(lineage)\n", ""),
+        ("formats/catalog.py", "        self._refuse_used(row.id, event.packs)\n", ""),
     ],
     "what an interrupted attempt sent is not compared": [
         (

@@ -323,7 +323,7 @@ def fields(node: ast.ClassDef) -> str:
 
 def reference() -> str:
     """Return docs/reference.md."""
-    repository, opening = classes("api")["Repository"], classes("repository/open")["OpenRepository"]
+    repository, opening = classes("api")["Repository"], classes("repository/open")["RepositoryBase"]
     progress = parsed("progress").body
     told = next(
         one.value.value

@@ -18,7 +18,7 @@ from island_fast.api import Repository
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View
-from island_fast.operations.snapshot import Request, take
+from island_fast.operations.snapshot import SnapshotRequest, take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.results_base import SnapshotTaken
@@ -63,7 +63,7 @@ class SyntheticVolume(Source):
         """Take a snapshot of the volume as it is now."""
         lineage = repository.lineage(volume)
         lineage.refresh()
-        return take(lineage, self, Request(repository.id, repository.state.writer), silent)
+        return take_snapshot(lineage, self, SnapshotRequest(repository.id), silent)
 
     @property
     def facts(self) -> Mapping[str, str]:

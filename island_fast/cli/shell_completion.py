@@ -116,7 +116,7 @@ def _names(location: str, typed: str) -> Iterator[CompletionItem[str]]:
     with Repository.open(location) as repository:
         for name in [volume] if at else sorted(repository.store.folders("")):
             lineage = repository.lineage(name)
-            if lineage.files.pending():  # recovering them can take long, and is not a task for a key press
+            if lineage.files.pending.all():  # recovery can take long: no task for a key press
                 continue
             lineage.refresh()
             rows = lineage.state.live.values()

@@ -8,13 +8,13 @@ the first. Bytes <-> values only; reading and appending is `lineage.py`. Layout:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from island_fast.arrays import Buffer, Int64s
+from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
@@ -25,28 +25,30 @@ from island_fast.formats.keys import (
     SLOT_BITS,
     SnapshotNumbers,
     pack_keys,
-    split_pack_key,
 )
 from island_fast.formats.manifest import pin_from_json
-from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN, pack_name
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
     "CHECKPOINT_EVERY",
+    "Event",
+    "ObjectsSwept",
+    "OwnerChanged",
     "Packs",
     "Record",
+    "SnapshotAdded",
     "SnapshotRow",
+    "SnapshotsDeleted",
     "State",
     "decode_record",
     "encode_record",
-    "pack_full_name",
 ]
 
 
 CHECKPOINT_EVERY = 32
 _MAX_META = 64 << 20
 _MAX_ROWS = 1 << 28
-_EVENTS = ("owner", "snapshot", "delete", "sweep")
 
 _META = 1
 _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
@@ -138,12 +140,59 @@ class Packs:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One catalog record. Which of the fields below `event` are set depends on the event.
+class OwnerChanged:
+    """A host created or adopted the lineage: the record says which. Record 0 of every epoch, nowhere else."""
 
-    event: "owner" (record 0 of an epoch), "snapshot", "delete" or "sweep". `previous` is the checksum of the
-    record before, hex, None for the first of epoch 0. Pack keys and slot keys are in the numbering of the
-    reader's SnapshotNumbers; they are stored by snapshot id.
+    kind: ClassVar = "owner"
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotAdded:
+    """A snapshot was made. `packs` are those that it wrote, `dead` slots in them that it does not need."""
+
+    kind: ClassVar = "snapshot"
+    snapshot: SnapshotRow
+    packs: Packs = field(default_factory=Packs)
+    dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotsDeleted:
+    """Snapshots were deleted, by id. `dead` are the slots that nobody needs any more, `packs` their packs."""
+
+    kind: ClassVar = "delete"
+    deleted: tuple[str, ...]
+    packs: Packs = field(default_factory=Packs)
+    dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectsSwept:
+    """A sweep removes packs and manifests, or it or a repair wrote packs again.
+
+    `swept` are deleted snapshots whose manifests go, `gone` the keys of packs that go, `packs` the rows of
+    packs that have new names.
+    """
+
+    kind: ClassVar = "sweep"
+    swept: tuple[str, ...] = ()
+    packs: Packs = field(default_factory=Packs)
+    gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
+
+
+Event = OwnerChanged | SnapshotAdded | SnapshotsDeleted | ObjectsSwept
+_EVENTS: Mapping[str, type[Event]] = {
+    event.kind: event for event in (OwnerChanged, SnapshotAdded, SnapshotsDeleted, ObjectsSwept)
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """An event and its place in the catalog.
+
+    `writer` and `host` name the owner; `previous` is the checksum of the record before, hex, None for the
+    first of epoch 0. `state` is a checkpoint: the state after the record. Pack keys and slot keys are in the
+    numbering of the reader's SnapshotNumbers; they are stored by snapshot id.
     """
 
     lineage: str
@@ -153,16 +202,22 @@ class Record:
     host: str
     previous: str | None
     time: int
-    event: str
     seed: int
-    snapshot: SnapshotRow | None = None
-    deleted: tuple[str, ...] = ()
-    swept: tuple[str, ...] = ()  # deleted snapshots whose manifests a sweep removes
-    packs: Packs = field(default_factory=Packs)  # written, or renamed by a repack
-    gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))  # pack keys swept away
-    dead: Int64s = field(default_factory=lambda: NO_INTERVALS)  # slot keys
+    event: Event
     state: State | None = None
     write_features: int = 0  # of its object: bits that the next writer must know
+
+    def apply_to(self, state: State) -> State:
+        """Return the state after this record; DamagedObjectError if it does not fit `state`."""
+        if self.state is not None:
+            return self.state
+        try:
+            return state.after(self.event)
+        except DamagedObjectError as error:
+            raise DamagedObjectError(
+                f"lineage {self.lineage}: record {self.epoch}-{self.number} does not fit the ones before it: "
+                f"{error}; nothing is deleted until the catalog is repaired"
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +225,7 @@ class State:
     """What is live in a lineage after its newest record.
 
     `live` is by snapshot id, in the order of their records; `dropped` are deleted snapshots whose manifests
-    no sweep has removed yet; `dead` are the slot keys that no snapshot needs in packs that are still there,
+    no sweep has removed yet; `dead` are the slot keys that no snapshot needs in packs that still exist,
     int64[n, 2], sorted and disjoint.
     """
 
@@ -179,42 +234,52 @@ class State:
     packs: Packs = field(default_factory=Packs)
     dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
 
-    def after(self, record: Record) -> State:
-        """The state once `record` is applied; DamagedObjectError if it does not fit this one."""
-        if record.state is not None:
-            return record.state
-        live = dict(self.live)
-        if record.snapshot:
-            self._refuse_used(record, record.snapshot.id)
-            live[record.snapshot.id] = record.snapshot
-        dropped = {k: row for k, row in self.dropped.items() if k not in record.swept}
-        for snapshot in record.deleted:
-            gone = live.pop(snapshot, None)
-            if gone is None:
-                raise DamagedObjectError(
-                    f"lineage {record.lineage}: record {record.epoch}-{record.number} deletes a "
-                    "snapshot that is not there; nothing is deleted until the catalog is mended"
-                )
-            dropped[snapshot] = gone
-            for child in [row for row in live.values() if row.parent == snapshot]:
-                live[child.id] = replace(child, parent=gone.parent)
-        state = replace(
-            self,
-            live=live,
-            dropped=dropped,
-            packs=self.packs.updated(record.packs) if len(record.packs) else self.packs,
-            dead=merge_intervals(np.concatenate([self.dead, record.dead])),
-        )
-        return state._without(record.gone)
+    def after(self, event: Event) -> State:
+        """Return the state after `event`; DamagedObjectError if it does not fit this one."""
+        match event:
+            case OwnerChanged():
+                return self
+            case SnapshotAdded():
+                return self._add_snapshot(event)
+            case SnapshotsDeleted():
+                return self._drop_snapshots(event)
+            case ObjectsSwept():
+                return self._sweep(event)
 
-    def _refuse_used(self, record: Record, snapshot: str) -> None:
-        """DamagedObjectError if a new snapshot's id, or a pack that it wrote, is in the state already."""
+    def _add_snapshot(self, event: SnapshotAdded) -> State:
+        row = event.snapshot
+        self._refuse_used(row.id, event.packs)
+        return self._update_packs(event.packs, event.dead, live={**self.live, row.id: row})
+
+    def _refuse_used(self, snapshot: str, packs: Packs) -> None:
+        """Raise a DamagedObjectError if a new snapshot's id, or a pack that it wrote, is known already."""
         used = snapshot in self.live or snapshot in self.dropped
-        if used or bool((self.packs.find(record.packs.key) >= 0).any()):
-            raise DamagedObjectError(
-                f"lineage {record.lineage}: record {record.epoch}-{record.number} makes snapshot {snapshot}, "
-                "which was made before; nothing is deleted until the catalog is mended"
-            )
+        if used or bool((self.packs.find(packs.key) >= 0).any()):
+            raise DamagedObjectError(f"snapshot {snapshot} was made before")
+
+    def _drop_snapshots(self, event: SnapshotsDeleted) -> State:
+        live, dropped = dict(self.live), dict(self.dropped)
+        for snapshot in event.deleted:
+            row = live.pop(snapshot, None)
+            if row is None:
+                raise DamagedObjectError(f"snapshot {snapshot} is deleted and was not live")
+            dropped[snapshot] = row
+            for child in [one for one in live.values() if one.parent == snapshot]:
+                live[child.id] = replace(child, parent=row.parent)
+        return self._update_packs(event.packs, event.dead, live=live, dropped=dropped)
+
+    def _update_packs(self, packs: Packs, dead: Int64s, **changes: Mapping[str, SnapshotRow]) -> State:
+        """Return the state with `packs` added or replaced, and more dead slots."""
+        return replace(
+            self,
+            packs=self.packs.updated(packs) if len(packs) else self.packs,
+            dead=merge_intervals(np.concatenate([self.dead, dead])),
+            **changes,
+        )
+
+    def _sweep(self, event: ObjectsSwept) -> State:
+        dropped = {snapshot: row for snapshot, row in self.dropped.items() if snapshot not in event.swept}
+        return self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)._without(event.gone)
 
     def _without(self, gone: Int64s) -> State:
         """The state less packs that were swept away, and their dead slots."""
@@ -227,6 +292,36 @@ class State:
             dead=subtract_intervals(self.dead, space),
         )
 
+    def live_slots(self, key: int, slots: int) -> Bools:
+        """Return which slots of the pack `key`, which has `slots` of them, are not dead."""
+        keep = np.ones(slots, np.bool_)
+        at, end = np.searchsorted(self.dead[:, 0], [key << SLOT_BITS, (key + 1) << SLOT_BITS])
+        for first, stop in (self.dead[at:end] - (key << SLOT_BITS)).tolist():
+            keep[first:stop] = False
+        return keep
+
+    def packs_to_sweep(self) -> tuple[Packs, Packs]:
+        """Return the packs without a live slot, and those that are more than half dead.
+
+        DamagedObjectError if slots are dead in a pack that the state does not have.
+        """
+        packs = self.packs
+        dead_slots = np.zeros(len(packs), np.int64)
+        rows = packs.find(self.dead[:, 0] >> SLOT_BITS)
+        if (rows < 0).any():
+            raise DamagedObjectError(
+                "the catalog counts dead slots of a pack that it does not name; nothing was removed"
+            )
+        np.add.at(dead_slots, rows, self.dead[:, 1] - self.dead[:, 0])
+        gone = dead_slots >= packs.slots
+        return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))
+
+    def reclaimable_bytes(self) -> int:
+        """Return what a sweep without grace would free of what the state names: removed less rewritten."""
+        gone, repacked = self.packs_to_sweep()
+        manifests = sum(row.manifest_size for row in self.dropped.values())
+        return int(gone.size.sum() + repacked.dead.sum()) + manifests
+
     def children(self, snapshot: str | None) -> list[SnapshotRow]:
         """Live snapshots whose parent is `snapshot`; those without one, the roots, for None."""
         return [row for row in self.live.values() if row.parent == snapshot]
@@ -238,6 +333,8 @@ class State:
 
 def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[bytes, bytes]:
     """The record as object `name`: its bytes and its checksum."""
+    event = record.event
+    snapshot: SnapshotRow | None = getattr(event, "snapshot", None)
     meta: dict[str, Any] = {
         "lineage": record.lineage,
         "epoch": record.epoch,
@@ -246,18 +343,18 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         "host": record.host,
         "previous": record.previous,
         "time": record.time,
-        "event": record.event,
+        "event": event.kind,
         "seed": record.seed,
         "key": 0,
-        "snapshot": record.snapshot.as_json() if record.snapshot else None,
-        "deleted": record.deleted,
-        "swept": record.swept,
+        "snapshot": snapshot.as_json() if snapshot else None,
+        "deleted": getattr(event, "deleted", ()),
+        "swept": getattr(event, "swept", ()),
         "checkpoint": None,
     }
     tables = [
-        (_PACKS, _pack_columns(record.packs)),
-        (_GONE, [record.gone]),
-        (_DEAD, _slot_columns(record.dead)),
+        (_PACKS, _pack_columns(getattr(event, "packs", Packs()))),
+        (_GONE, [getattr(event, "gone", np.zeros(0, np.int64))]),
+        (_DEAD, _slot_columns(getattr(event, "dead", NO_INTERVALS))),
     ]
     if record.state:
         meta["checkpoint"] = {
@@ -301,7 +398,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
     """
     frame = open_frame(Kind.RECORD, name, data)
     meta = read_json(name, frame.section(_META, _MAX_META))
-    if meta.get("event") not in _EVENTS or meta.get("key") != 0:
+    if str(meta.get("event")) not in _EVENTS or meta.get("key") != 0:
         raise UnsupportedObjectError(
             f"catalog record {name} is of a kind that this island does not know; use a newer one"
         )
@@ -318,16 +415,13 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
             ]
             return [_keys(stored[0], stored[1], owners), *stored[2:]]
 
-        record = _record(meta)
-        if record.number or record.epoch or record.event != "owner":
-            bytes.fromhex(str(record.previous))
-        record = replace(
-            record,
-            write_features=frame.write_features,
+        event = _read_event(
+            meta,
             packs=_sorted_packs(table(_PACKS, 6)),
             gone=table(_GONE, 1)[0],
             dead=_slot_keys(*table(_DEAD, 3)),
         )
+        state = None
         if meta["checkpoint"] is not None:
             state = State(
                 live=_rows(meta["checkpoint"]["live"]),
@@ -335,18 +429,34 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
                 packs=_sorted_packs(table(_STATE_PACKS, 6)),
                 dead=merge_intervals(_slot_keys(*table(_STATE_DEAD, 3))),
             )
-            record = replace(record, state=state)
+        record = _record(meta, event, state, frame.write_features)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise DamagedObjectError(f"catalog record {name} is damaged") from error
     return record, frame.checksum.hex()
 
 
-def _record(meta: Mapping[str, Any]) -> Record:
-    """The record without its tables; ValueError, KeyError or TypeError if a field is wrong."""
-    snapshot = meta["snapshot"]
+def _read_event(meta: Mapping[str, Any], **tables: Packs | Int64s) -> Event:
+    """Return the event; ValueError, KeyError or TypeError if a field is wrong, or not one of that event."""
+    found: dict[str, Any] = {
+        "deleted": tuple(str(x) for x in meta["deleted"]),
+        "swept": tuple(str(x) for x in meta["swept"]),
+        **tables,
+    }
+    if meta["snapshot"] is not None:
+        found["snapshot"] = SnapshotRow.from_json(meta["snapshot"])
+    event = _EVENTS[meta["event"]]
+    own = {column.name for column in fields(event)}
+    for name in [name for name in found if name not in own]:
+        if name == "snapshot" or len(found.pop(name)):
+            raise ValueError(name)
+    return event(**found)
+
+
+def _record(meta: Mapping[str, Any], event: Event, state: State | None, write_features: int) -> Record:
+    """Return the record; ValueError, KeyError or TypeError if a field is wrong."""
     if not LINEAGE_PATTERN.fullmatch(meta["lineage"]):
         raise ValueError(meta["lineage"])
-    return Record(
+    record = Record(
         lineage=meta["lineage"],
         epoch=integer(meta["epoch"]),
         number=integer(meta["number"]),
@@ -354,12 +464,14 @@ def _record(meta: Mapping[str, Any]) -> Record:
         host=str(meta["host"]),
         previous=meta["previous"],
         time=integer(meta["time"]),
-        event=meta["event"],
         seed=integer(meta["seed"]),
-        snapshot=None if snapshot is None else SnapshotRow.from_json(snapshot),
-        deleted=tuple(str(x) for x in meta["deleted"]),
-        swept=tuple(str(x) for x in meta["swept"]),
+        event=event,
+        state=state,
+        write_features=write_features,
     )
+    if record.number or record.epoch or not isinstance(event, OwnerChanged):
+        bytes.fromhex(str(record.previous))
+    return record
 
 
 def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
@@ -387,9 +499,3 @@ def _slot_keys(pack: Int64s, slot: Int64s, length: Int64s) -> Int64s:
         raise ValueError("slot")
     starts = (pack << SLOT_BITS) | slot
     return np.stack([starts, starts + length], axis=1)
-
-
-def pack_full_name(lineage: str, packs: Packs, row: int, numbers: SnapshotNumbers) -> str:
-    """The current full name of the pack in `row`."""
-    owner, number = split_pack_key(int(packs.key[row]))
-    return pack_name(lineage, numbers.id(owner), number, int(packs.attempt[row]), int(packs.suffix[row]))

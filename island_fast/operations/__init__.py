@@ -1,10 +1,10 @@
-"""What the verbs do: one file for each verb, named like it; each brings the rooms below into their order.
+"""What the verbs do: one file for each verb, named after it.
 
-The order in which objects become durable (packs, manifest, record) is the protocol of docs/format.md, and it
-is decided here: snapshot, copy, delete, sweep, heal. Beside the verbs: `parent.py` decides which snapshot a
-new one follows and whether a table diff is sound, `compare.py` compares a snapshot with an image, `heal.py`
-repairs damage.
+The order in which objects become durable (packs, then the manifest, then the record) is the protocol of
+docs/format.md, and it is decided here: in snapshot, copy, delete, sweep and heal. Three files are not verbs:
+`parent.py` decides which lineage and parent a new snapshot gets and whether a table diff is sound,
+`compare.py` compares a snapshot with an image, `heal.py` repairs damage, for verify and before snapshots.
 
-Imports: `repository/`, `images/` and below. Imported by `api.py` alone (and by nothing that is below);
-functions are imported by the verb that needs them, for start-up time.
+This room imports `repository/`, `images/` and what is below them. Only `api.py` and `cli/` import it, each
+function in the method that needs it, to keep start-up short.
 """

@@ -22,17 +22,17 @@ import numpy as np
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
 from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
-from island_fast.formats.catalog import Record, SnapshotRow
+from island_fast.formats.catalog import SnapshotAdded, SnapshotRow, State
 from island_fast.formats.keys import PACK_BITS
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.source import END
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
-from island_fast.repository.lineage import Lineage, deletion_told
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.pack_reader import PackReader
-from island_fast.repository.snapshot_writer import Storing, find_interrupted
+from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted
 from island_fast.repository.streams import copy_blocks
 from island_fast.results import Copied
 
@@ -44,7 +44,7 @@ _RECENT = 2  # snapshots whose runs are kept: the parent of one is often the one
 
 
 def copy(
-    near: Lineage, far: Lineage, wanted: Collection[str], writer: str, progress: Progress
+    near: Lineage, far: Lineage, wanted: Collection[str], progress: Progress
 ) -> tuple[list[Copied], list[IslandError]]:
     """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, else in their order there.
 
@@ -52,7 +52,7 @@ def copy(
     is damaged, or was deleted meanwhile. RefusedError, before anything is sent, if `far` holds another volume
     or is not this host's. Progress counts bytes of volumes, over all of `wanted`.
     """
-    return _Copying(near, far, writer, progress).run(wanted)
+    return _Copying(near, far, progress).run(wanted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +72,9 @@ class _Plan:
 class _Copying:
     """Copying between two lineages."""
 
-    def __init__(self, near: Lineage, far: Lineage, writer: str, progress: Progress) -> None:
+    def __init__(self, near: Lineage, far: Lineage, progress: Progress) -> None:
         self._near = near
         self._far = far
-        self._writer = writer
         self._progress = progress
         self._packs = PackReader(near)
         self._order = {snapshot: place for place, snapshot in enumerate(near.state.live)}
@@ -84,7 +83,7 @@ class _Copying:
 
     def run(self, wanted: Collection[str]) -> tuple[list[Copied], list[IslandError]]:
         rows = [row for row in _parents_first(self._near.state.live) if row.id in wanted]
-        with self._far.locked():
+        with self._far.hold_lock():
             self._check_far()
             answers = [_there(self._far, row) for row in rows if row.id in self._far.state.live]
             rows = [row for row in rows if row.id not in self._far.state.live]
@@ -117,19 +116,19 @@ class _Copying:
         """Store one snapshot in the far lineage, unless it is there."""
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
-            stack.enter_context(deletion_told(near, row, "copied"))
-            storing, registration = self._begin(stack, row)
-            if storing is None:
+            stack.enter_context(near.deletion_explained(row, "copied"))
+            writer, registration = self._begin(stack, row)
+            if writer is None:
                 return _there(self._far, row)
             manifest = near.manifest(row)
             plan = self._plan(row, registration.parent)
             sent = copy_blocks(
-                plan.data, self._packs, near.store.range_gap, storing.known(plan.compared),
-                storing.sink(_SENDING), manifest.blocks, self._told,
+                plan.data, self._packs, near.store.range_gap, writer.known(plan.compared),
+                writer.sink(_SENDING), manifest.blocks, self._told,
             )  # fmt: skip
-            stored = storing.stored(sent, plan.parent, plan.replaced)
+            stored = writer.stored(sent, plan.parent, plan.replaced)
             made = self._manifest(manifest, registration, stored.runs)
-            copied = storing.commit(made, stored.packs, stored.dead, self._placed)
+            copied = writer.commit(made, stored.packs, stored.dead, self._placed)
         return Copied(
             snapshot=copied.id,
             volume=near.name,
@@ -141,30 +140,30 @@ class _Copying:
             blocks_kept=sent.kept.count(),
             bytes_read=self._packs.fetched.bytes - read,
             bytes_stored=copied.stored + copied.manifest_size,
-            objects_written=storing.objects,
+            objects_written=writer.objects,
             seconds=time.monotonic() - began,
         )
 
     def _told(self, phase: str, done: int, total: int) -> None:
         self._progress(phase, min(self._done + done, self._total), self._total)
 
-    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[Storing | None, Registration]:
+    def _begin(self, stack: ExitStack, row: SnapshotRow) -> tuple[SnapshotWriter | None, Registration]:
         """Make the far lineage if it is new, choose a parent, and register; None if the snapshot is there."""
         near, far = self._near, self._far
-        with far.locked():
+        with far.hold_lock():
             made = not far.exists
             if made:
-                far.create(self._writer, near.seed)
+                far.create(near.seed)
                 far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
             self._check_far()
-            running = [one for one, alive in far.files.running() if alive and one.snapshot == row.id]
-            if running:
+            running = [one.snapshot for one, alive in far.files.registrations.all() if alive]
+            if row.id in running:
                 raise RefusedError(
                     f"another process is copying snapshot {row.id} to {far.store.location}; wait for it"
                 )
             before = find_interrupted(far, copied=row.id)
             if before is None:
-                far.files.unregister(row.id)  # notes of an earlier epoch would have the same id
+                far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
             # The id may have been here before and been deleted; names must be new nevertheless.
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
             parent = self._relative(row, far.state.live)
@@ -173,10 +172,10 @@ class _Copying:
             registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
             if row.id in far.state.live:
                 return None, registration
-            stack.enter_context(far.files.register(registration))
-        storing = Storing(far, registration, self._writer)
-        storing.objects += made
-        return storing, registration
+            stack.enter_context(far.files.registrations.register(registration))
+        writer = SnapshotWriter(far, registration)
+        writer.objects += made
+        return writer, registration
 
     def _check_far(self) -> None:
         """Refuse a far lineage that holds another volume, or that this host may not write to."""
@@ -189,12 +188,13 @@ class _Copying:
                 f"volume {far.name} in {far.store.location} is no copy of volume {near.name} in "
                 f"{near.store.location}; {elsewhere}"
             )
-        if far.owner != self._writer:
+        if not far.owned_here:
             raise ConflictError(
-                f"volume {far.name} in {far.store.location} belongs to host {far.owner_host}; {elsewhere}, "
-                f"or if that host is gone, run 'island -r {far.store.location} adopt {far.name}' here"
+                f"volume {far.name} in {far.store.location} belongs to host {far.owner_hostname}; "
+                f"{elsewhere}, or if that host is gone, run "
+                f"'island -r {far.store.location} adopt {far.name}' here"
             )
-        far.require_owner(self._writer)
+        far.require_owner()
 
     # What is stored.
 
@@ -252,25 +252,24 @@ class _Copying:
             manifest, attempt=registration.attempt, parent=registration.parent, packs=table, runs=runs
         )
 
-    def _placed(self, record: Record) -> Record:
-        """The record; with a checkpoint where the snapshot is not the newest, or was deleted here before.
+    def _placed(self, event: SnapshotAdded) -> State | None:
+        """The checkpoint of a snapshot that is not the newest, or was deleted here before; else None.
 
         VOLUME@latest must be the same snapshot on both sides when both have it.
         """
-        row, state = record.snapshot, self._far.state
-        assert row is not None
+        row, state = event.snapshot, self._far.state
         later = self._next_there(row)
         if later is None and row.id not in state.dropped:
-            return record
+            return None
         dropped = {snapshot: one for snapshot, one in state.dropped.items() if snapshot != row.id}
-        after = replace(state, dropped=dropped).after(record)
+        after = replace(state, dropped=dropped).after(event)
         live: dict[str, SnapshotRow] = {}
         for one in state.live.values():
             if one is later:
                 live[row.id] = row
             live[one.id] = one
         live.setdefault(row.id, row)
-        return replace(record, state=replace(after, live=live))
+        return replace(after, live=live)
 
     def _next_there(self, row: SnapshotRow) -> SnapshotRow | None:
         """The far snapshot before which `row` belongs; None if it is to be the newest.

@@ -31,7 +31,7 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import Packs, Record, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs
 from island_fast.formats.frame import Kind, open_frame, read_json
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.names import stop_name
@@ -53,12 +53,12 @@ from island_fast.repository.integrity.objects import (
     readable_slots,
     slots_in_mask,
 )
-from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
-from island_fast.repository.liveness import as_of_now
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import rebase_rewritten
 from island_fast.repository.pack_reader import BATCH, unpack_slots
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Mender", "mend_catalog", "mend_known", "mend_manifest", "mend_packs", "views_in"]
+__all__ = ["Mender", "heal_known_damage", "mend_catalog", "mend_manifest", "mend_packs", "views_in"]
 
 
 _AT_ONCE = 32  # packs for one record
@@ -67,7 +67,6 @@ _LOG = logging.getLogger(__name__)
 
 def mend_packs(
     lineage: Lineage,
-    writer: str,
     findings: Sequence[Finding],
     views: Sequence[View],
     progress: Progress,
@@ -83,10 +82,10 @@ def mend_packs(
         return still
     keys, done = list(packs), 0
     lost = merge_intervals(np.concatenate(list(packs.values())))
-    with lineage.files.sweeping():
-        with lineage.locked():
-            lineage.require_owner(writer)
-        mending = _Mending(lineage, writer, lost, views)
+    with lineage.files.lock_sweeps():
+        with lineage.hold_lock():
+            lineage.require_owner()
+        mending = _Mending(lineage, lost, views)
         for at in range(0, len(keys), _AT_ONCE):
             still |= mending.mend(keys[at : at + _AT_ONCE])
             done += sum(len(packs[key]) for key in keys[at : at + _AT_ONCE])
@@ -94,7 +93,7 @@ def mend_packs(
     return still
 
 
-def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress) -> None:
+def heal_known_damage(lineage: Lineage, source: Source, progress: Progress) -> None:
     """Mend, from an image that is held, the packs that this host knows to be damaged; before a snapshot.
 
     What cannot be mended is told, and no error: the snapshot sends again what it needs of it.
@@ -107,9 +106,9 @@ def mend_known(lineage: Lineage, source: Source, writer: str, progress: Progress
         packs = PackChecker(lineage)
         findings = [finding for finding in map(packs.check, keys) if finding]
         for key in set(keys) - {finding.key for finding in findings}:
-            health.note_proved(packs.reader.locate(key).name, time.time())
+            health.note_verified(packs.reader.locate(key).name, time.time())
         health.save()
-        mend_packs(lineage, writer, findings, views_in(source, lineage), progress)
+        mend_packs(lineage, findings, views_in(source, lineage), progress)
     except (IslandError, OSError) as error:
         _LOG.warning("damaged packs could not be mended: %s", error)
 
@@ -135,9 +134,8 @@ class _Found:
 class _Mending:
     """Packs being mended, under the lock that keeps sweeps away. `lost` are all slot keys to be found."""
 
-    def __init__(self, lineage: Lineage, writer: str, lost: Int64s, views: Sequence[View]) -> None:
+    def __init__(self, lineage: Lineage, lost: Int64s, views: Sequence[View]) -> None:
         self._lineage = lineage
-        self._writer = writer
         self._views = list(views)
         self._packs = PackChecker(lineage)
         self._epoch = lineage.epoch
@@ -150,7 +148,7 @@ class _Mending:
         Rows of slot key and block, int64[n, 2], ascending.
         """
         homes = NO_INTERVALS
-        for _, _, runs in live_runs(self._lineage):
+        for _, _, runs in self._lineage.live_runs():
             blocks, slots = _expanded(runs.among(lost))
             homes = np.unique(np.concatenate([homes, np.stack([slots, blocks], axis=1)]), axis=0)
         return homes
@@ -159,7 +157,7 @@ class _Mending:
         """Where else those blocks are, in whatever state: rows of block and slot key, int64[n, 2]."""
         blocks = np.unique(self._homes[:, 1])
         found = NO_INTERVALS
-        for _, _, runs in live_runs(self._lineage):
+        for _, _, runs in self._lineage.live_runs():
             named, row, offset = runs.locate(blocks)
             slots = (runs.pack[row] << SLOT_BITS) + runs.slot[row] + offset
             mine = np.stack([blocks[named], slots], axis=1)
@@ -187,7 +185,7 @@ class _Mending:
             if left.index is None or not gains:
                 continue
             fresh = replace(row, suffix=np.array([secrets.randbits(62) + 1]))
-            name = pack_full_name(self._lineage.name, fresh, 0, self._lineage.numbers)
+            name = self._lineage.pack_name(fresh, 0)
             fresh = replace(fresh, size=np.array([self._write(name, left, found, keep)]))
             before, renamed = before.updated(row), renamed.updated(fresh)
             names[name] = left.live & ~keep
@@ -278,18 +276,14 @@ class _Mending:
     def _switch(self, before: Packs, renamed: Packs) -> None:
         """Append the record from which on the packs are found under their new names."""
         lineage = self._lineage
-        with lineage.locked():
+        with lineage.hold_lock():
             if lineage.epoch != self._epoch:
                 raise ConflictError(
                     f"volume {lineage.name} changed hands meanwhile, so nothing was mended; run it again"
                 )
-            rows = as_of_now(lineage, before, renamed)
+            rows = rebase_rewritten(lineage, before, renamed)
             rows = replace(rows, dead=np.minimum(rows.dead, rows.size))
-            record = Record(
-                lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
-                event="sweep", seed=0, packs=rows,
-            )  # fmt: skip
-            lineage.append(record, self._writer)
+            lineage.append(ObjectsSwept(packs=rows))
 
     def _note(self, names: Mapping[str, Bools]) -> None:
         health = Health(self._lineage)
@@ -297,7 +291,7 @@ class _Mending:
             if lost.any():
                 health.note_damaged(name, lost)
             else:
-                health.note_proved(name, time.time())
+                health.note_verified(name, time.time())
         health.save()
 
 
@@ -314,19 +308,19 @@ def _without(rows: Int64s, found: _Found) -> Int64s:
     return rows[~np.isin(rows[:, 1], got)]
 
 
-def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
+def mend_manifest(lineage: Lineage, snapshot: str) -> bool:
     """Give a snapshot's manifest its bytes again, which this host holds; False if it does not.
 
     They are what was written under that name, and nothing else ever stands there. ConflictError unless this
     host owns the lineage.
     """
-    with lineage.locked():
-        lineage.require_owner(writer)
+    with lineage.hold_lock():
+        lineage.require_owner()
         row = lineage.state.live.get(snapshot)
-        if row is None or lineage.cached_manifest(row.id, row.attempt, row.checksum) is None:
+        if row is None or lineage.read_cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False
-        name = row_manifest_name(lineage, row)
-        data = lineage.files.cached(name) or b""
+        name = lineage.manifest_name(row)
+        data = lineage.files.cache.read(name) or b""
         try:
             lineage.store.put(name, [data])
         except ConflictError:  # what rotted stands in the way
@@ -335,16 +329,16 @@ def mend_manifest(lineage: Lineage, writer: str, snapshot: str) -> bool:
         return check_manifest(lineage, row, whole=True) is None
 
 
-def mend_catalog(lineage: Lineage, writer: str) -> None:
+def mend_catalog(lineage: Lineage) -> None:
     """Begin the catalog anew, from what this host knows of it: nobody reads the older records again.
 
     That is an adoption by the owner; one that was interrupted is gone on with. ConflictError unless this host
     is the owner.
     """
-    with lineage.locked():
-        if _stopped_by(lineage) != writer:
-            lineage.require_owner(writer)
-        lineage.adopt(writer)
+    with lineage.hold_lock():
+        if _stopped_by(lineage) != lineage.writer:
+            lineage.require_owner()
+        lineage.adopt()
 
 
 def _stopped_by(lineage: Lineage) -> str | None:
@@ -361,10 +355,8 @@ def _stopped_by(lineage: Lineage) -> str | None:
 
 @dataclass(frozen=True, slots=True)
 class Mender:
-    """Who mends, and an image, with its backing files, to take lost blocks from beside the volume's own."""
+    """An image, with its backing files, to take lost blocks from beside the volume's own."""
 
-    repository: str
-    writer: str
     image: Path | None
     backing: Sequence[Backing]
 
@@ -428,16 +420,16 @@ def _mend(lineage: Lineage, findings: Sequence[Finding], mender: Mender, progres
     clear = [finding for finding in findings if finding.kind != CONTRADICTION]
     try:
         if any(f.key is None and f.snapshot is None for f in clear):
-            mend_catalog(lineage, mender.writer)
-            left = [name for name in lineage.ended if lineage.store.head(name) is None]
-            outcome.catalog = not left and not check_records(lineage, lineage.needed_records)[0]
+            mend_catalog(lineage)
+            left = [name for name in lineage.stop_names if lineage.store.head(name) is None]
+            outcome.catalog = not left and not check_records(lineage, lineage.current_record_names)[0]
         for snapshot in [f.snapshot for f in clear if f.snapshot]:
-            if mend_manifest(lineage, mender.writer, snapshot):
+            if mend_manifest(lineage, snapshot):
                 outcome.manifests.add(snapshot)
         with ExitStack() as stack:
             packs = [f for f in findings if f.key is not None]
             views = mender.views(lineage, stack) if packs else []
-            outcome.packs = mend_packs(lineage, mender.writer, packs, views, progress)
+            outcome.packs = mend_packs(lineage, packs, views, progress)
     except IslandError as error:
         outcome.refusal = f"it was not mended: {error}"
     return outcome

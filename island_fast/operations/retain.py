@@ -1,4 +1,13 @@
-"""Deleting the snapshots of one lineage that a retention policy does not keep."""
+"""Retention: which snapshots of a volume a policy keeps, and deleting the others.
+
+The rules are those of restic's `forget`. A rule walks from the newest snapshot to the oldest and keeps the
+newest one of each of the first N periods that it meets; a snapshot stays if any rule keeps it. A rule that
+reaches the oldest snapshot before it has met N periods keeps that one, too, so that history reaches as far
+back as it can. Periods are those of UTC; weeks are those of ISO 8601, which begin on Monday.
+
+Newer means later in the catalog, so a clock that once jumped ahead or back does not make a snapshot newer
+than it is. Where clocks only go forward, this is the order of the dates.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +17,7 @@ from datetime import UTC, datetime
 
 from island_fast.errors import ConflictError, DamagedError, IslandError, RefusedError, UsageError
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.operations.delete import Deletion, delete_one, planned
+from island_fast.operations.delete import Deletion, delete_snapshot, plan_deletion
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
 from island_fast.results import Decided, Retained, timestamp
@@ -25,15 +34,16 @@ _PERIOD_OF: Mapping[str, Callable[[datetime], Hashable]] = {
 
 
 def retain(
-    lineage: Lineage, writer: str, keep: Keep, dry_run: bool, progress: Progress
+    lineage: Lineage, keep: Keep, dry_run: bool, progress: Progress
 ) -> tuple[Retained, list[IslandError]]:
-    """Delete what `keep` does not keep, oldest first, or with `dry_run` tell what that would free.
+    """Delete the snapshots that `keep` does not keep, oldest first; with `dry_run` change nothing.
 
-    Returns what was decided, and why some could not be deleted: those are told as kept. ConflictError if
-    `writer` does not own the lineage. Progress counts the bytes that the snapshots had written.
+    Return what was decided, and the errors of snapshots that could not be deleted, which count as kept.
+    ConflictError if this host does not own the lineage. Progress counts the bytes that the deleted snapshots
+    wrote.
     """
-    lineage.require_owner(writer)
-    run = _Retention(lineage, writer, keep, dry_run)
+    lineage.require_owner()
+    run = _Retention(lineage, keep, dry_run)
     reasons = run.decide()
     rows = [*lineage.state.live.values()]
     done, total = 0, sum(_written(row) for row in rows if not reasons[row.id])
@@ -46,36 +56,38 @@ def retain(
             decided.append(answer)
         done += _written(row)
         progress("retain", done, total)
-    return _summed(lineage.name, decided), [*run.errors.values()]
+    return _sum(lineage.name, decided), [*run.errors.values()]
 
 
 class _Retention:
-    """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message."""
+    """One lineage under a policy. `errors` are those of snapshots that could not be deleted, by message.
 
-    def __init__(self, lineage: Lineage, writer: str, keep: Keep, dry_run: bool) -> None:
+    So one cause that keeps several snapshots from being deleted is reported once.
+    """
+
+    def __init__(self, lineage: Lineage, keep: Keep, dry_run: bool) -> None:
         self.errors: dict[str, IslandError] = {}
         self._lineage = lineage
-        self._writer = writer
         self._keep = keep
         self._dry_run = dry_run
 
     def decide(self) -> dict[str, tuple[str, ...]]:
-        """The rules that keep each live snapshot, by id."""
+        """Return the rules that keep each live snapshot, by id."""
         live = self._lineage.state.live
         return dict(zip(live, self._keep.decide([row.created for row in live.values()]), strict=True))
 
     def delete(self, row: SnapshotRow) -> Decided | None:
-        """Delete a snapshot that no rule keeps; None if another process was faster."""
+        """Delete a snapshot that no rule keeps; return None if another process deleted it meanwhile."""
         try:
             if self._dry_run:
                 return _deleted(row, self._plan(row))
-            with self._lineage.locked():
+            with self._lineage.hold_lock():
                 reasons = self.decide().get(row.id)  # others may have been deleted since the first look
                 if reasons is None:
                     return None
                 if reasons:
                     return _kept(row, reasons)
-                return _deleted(row, delete_one(self._lineage, row.id, self._writer))
+                return _deleted(row, delete_snapshot(self._lineage, row.id))
         except ConflictError:
             raise
         except (DamagedError, RefusedError) as error:
@@ -83,9 +95,9 @@ class _Retention:
             return _kept(row, ("could not be deleted",))
 
     def _plan(self, row: SnapshotRow) -> Deletion:
-        """What deleting would free once those before it are gone."""
-        deletion = planned(self._lineage, self._lineage.state.live[row.id])
-        self._lineage.state = self._lineage.state.after(deletion.record)
+        """Return what deleting would free after those before it, and take that as done from here on."""
+        deletion = plan_deletion(self._lineage, self._lineage.state.live[row.id])
+        self._lineage.state = self._lineage.state.after(deletion.event)
         return deletion
 
 
@@ -101,7 +113,7 @@ def _deleted(row: SnapshotRow, what: Deletion) -> Decided:
     return Decided(row.id, timestamp(row.created), row.label, False, (), what.unreferenced, what.freed)
 
 
-def _summed(volume: str, decided: Sequence[Decided]) -> Retained:
+def _sum(volume: str, decided: Sequence[Decided]) -> Retained:
     return Retained(
         volume=volume,
         kept=sum(one.kept for one in decided),
@@ -114,9 +126,10 @@ def _summed(volume: str, decided: Sequence[Decided]) -> Retained:
 
 @dataclass(frozen=True, slots=True)
 class Keep:
-    """A retention policy: how many snapshots each rule keeps; 0 is no such rule. False if there is none.
+    """A retention policy: how many snapshots each rule keeps; 0 turns a rule off.
 
-    One with any rule keeps the newest snapshot. UsageError for a negative number.
+    A policy without any rule is False. One with a rule always keeps the newest snapshot. UsageError for a
+    negative number.
     """
 
     last: int = 0
@@ -128,15 +141,16 @@ class Keep:
 
     def __post_init__(self) -> None:
         if any(getattr(self, rule.name) < 0 for rule in fields(self)):
-            raise UsageError("a rule cannot keep less than no snapshot; give 0 or more")
+            raise UsageError("a rule cannot keep a negative number of snapshots; give 0 or more")
 
     def __bool__(self) -> bool:
         return any(getattr(self, rule.name) for rule in fields(self))
 
     def decide(self, created: Sequence[int]) -> list[tuple[str, ...]]:
-        """The rules that keep each snapshot, such as ("last", "daily", "oldest yearly"); () where none does.
+        """Return for each snapshot the rules that keep it, such as ("last", "daily", "oldest yearly").
 
-        created: when each was made, in ns since 1970 UTC, the oldest snapshot first.
+        It is () for a snapshot that no rule keeps. `created` are the times at which the snapshots were taken,
+        in ns since 1970 UTC, the oldest snapshot first.
         """
         times = [datetime.fromtimestamp(time // 10**9, UTC) for time in created]
         reasons: list[tuple[str, ...]] = [()] * len(times)

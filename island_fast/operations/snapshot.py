@@ -1,9 +1,9 @@
-"""Taking a snapshot: pin, find the change, send it, commit, drop the old pin.
+"""`snapshot`: pin, find what changed, send it, commit, drop the old pin.
 
-The order is the protocol: the registration before the first object, packs before the manifest, the manifest
-before the record, the old pin dropped only after it. A failure before the record leaves the image as it was,
-and packs that the next attempt keeps or a sweep removes; what a crash leaves at each step is in
-docs/reliability.md.
+The order is the protocol: the registration is written before the first object, packs before the manifest, the
+manifest before the record, and the old pin is dropped only after the record. A failure before the record
+leaves the image as it was, and packs that the next attempt keeps or a sweep removes. docs/reliability.md says
+what a crash leaves at each step.
 """
 
 from __future__ import annotations
@@ -20,118 +20,116 @@ from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError
-from island_fast.formats.catalog import Record
+from island_fast.formats.catalog import SnapshotAdded
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
 from island_fast.images.source import Change, Source, View
-from island_fast.operations.parent import Request, Start, choose
+from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
-from island_fast.repository.health import Health, knows_damage
+from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
-from island_fast.repository.snapshot_writer import Stored, Storing, find_interrupted
+from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot, find_interrupted
 from island_fast.repository.streams import send_blocks
 from island_fast.results_base import SnapshotTaken
 
-__all__ = ["Member", "Pinned", "Request", "resent", "take", "take_together"]
+__all__ = ["Member", "PinMoment", "SnapshotRequest", "take_snapshot", "take_snapshots"]
 
 
-def take(
+def take_snapshot(
     lineage: Lineage,
     source: Source,
-    request: Request,
+    request: SnapshotRequest,
     progress: Progress,
 ) -> SnapshotTaken:
     """Take a snapshot of `source` into `lineage`, which was refreshed and accepts this image.
 
-    An attempt that was interrupted is gone on with: its id is this one's, and what it sent is not sent again.
-    On an error nothing is visible in the repository, and the image keeps the pins that it had.
+    Resume an interrupted attempt, if there is one: keep its id, and do not send again what it sent. After an
+    error nothing is visible in the repository, and the image has the pins that it had before.
     """
-    return _Taking(lineage, source, request, progress).run()
+    return _SnapshotRun(lineage, source, request, progress).run()
 
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One of several volumes that are snapshotted at one moment: see `take`. Its image can be pinned."""
+    """One of several volumes that are snapshotted at one moment; its image can be pinned."""
 
     lineage: Lineage
     source: Source
-    request: Request
+    request: SnapshotRequest
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
-    """The moment when pins were taken: nanoseconds since 1970, and what properties tell of it."""
+class PinMoment:
+    """The moment at which pins were taken: nanoseconds since 1970, and what properties record about it."""
 
     created: int
     facts: Mapping[str, str]
 
 
-Pins = Callable[[Sequence[str | None]], Pinned]
-"""Takes the pins of these names, one for each member; None for one that is left out."""
+TakePins = Callable[[Sequence[str | None]], PinMoment]
+"""Takes the pins with these names, one for each member; None for a member that gets no pin."""
 
 
-def take_together(
-    members: Sequence[Member], pin: Pins, progress: Progress
+def take_snapshots(
+    members: Sequence[Member], take_pins: TakePins, progress: Progress
 ) -> list[SnapshotTaken | IslandError | OSError]:
-    """Take snapshots of several volumes at the moment when `pin` takes their pins, then store one by one.
+    """Take snapshots of several volumes at the moment when `take_pins` takes their pins; store one by one.
 
-    Each is as whole as if it were alone: one that fails takes its pin with it, is an error in the answer, and
-    keeps none of the others from being stored. One that fails before gets no pin; `pin` is not called if
-    none is left. What `pin` raises, and interruptions, undo all that are not stored yet.
+    Each snapshot is independent of the others. If one fails, its pin is dropped, its error stands in its
+    place in the answer, and the others are stored. One that fails before the pins are taken gets no pin;
+    `take_pins` is not called if none is left. If `take_pins` raises, or an interruption comes, everything
+    that is not stored yet is undone.
     """
-    with ExitStack() as all_of_them:
-        begun = [_begun(one, all_of_them, progress) for one in members]
-        names = [one.name if isinstance(one, _Begun) else None for one in begun]
-        moment = pin(names) if any(names) else Pinned(0, {})
-        return [_ended(one, moment) if isinstance(one, _Begun) else one for one in begun]
+    with ExitStack() as everything:
+        prepared = [_try_prepare(one, everything, progress) for one in members]
+        names = [one.name if isinstance(one, _Prepared) else None for one in prepared]
+        moment = take_pins(names) if any(names) else PinMoment(0, {})
+        return [_try_store(one, moment) if isinstance(one, _Prepared) else one for one in prepared]
 
 
 @dataclass(frozen=True, slots=True)
-class _Begun:
-    """One that waits for its pin `name`; `stack` undoes it."""
+class _Prepared:
+    """A snapshot that waits for its pin `name`; leaving `stack` undoes the preparation."""
 
-    taking: _Taking
+    run: _SnapshotRun
     stack: ExitStack
     name: str
 
 
-def _begun(member: Member, all_of_them: ExitStack, progress: Progress) -> _Begun | IslandError | OSError:
-    taking = _Taking(member.lineage, member.source, member.request, progress)
+def _try_prepare(
+    member: Member, everything: ExitStack, progress: Progress
+) -> _Prepared | IslandError | OSError:
+    run = _SnapshotRun(member.lineage, member.source, member.request, progress)
     try:
         with ExitStack() as stack:
-            name = taking.begin(stack)
-            return _Begun(taking, all_of_them.enter_context(stack.pop_all()), name)
+            name = run.prepare(stack)
+            return _Prepared(run, everything.enter_context(stack.pop_all()), name)
     except (IslandError, OSError) as error:
         return error
 
 
-def _ended(one: _Begun, moment: Pinned) -> SnapshotTaken | IslandError | OSError:
+def _try_store(one: _Prepared, moment: PinMoment) -> SnapshotTaken | IslandError | OSError:
     try:
-        return one.taking.end(one.stack, one.name, moment)
+        return one.run.store(one.stack, one.name, moment)
     except (IslandError, OSError) as error:
         return error
 
 
-def new_id() -> str:
-    """A snapshot id that nobody has used."""
-    return os.urandom(16).hex()
+class _SnapshotRun:
+    """One snapshot being taken. `_register` sets `_choice`, `_registration` and `_writer`."""
 
-
-class _Taking:
-    """One snapshot being taken. `_begin` sets `_id`, `_start` (from what) and `_registration`."""
-
-    _start: Start
+    _choice: ParentChoice
     _registration: Registration
-    _storing: Storing
+    _writer: SnapshotWriter
 
     def __init__(
         self,
         lineage: Lineage,
         source: Source,
-        request: Request,
+        request: SnapshotRequest,
         progress: Progress,
     ) -> None:
         self._lineage = lineage
@@ -145,104 +143,71 @@ class _Taking:
         return self._registration.snapshot
 
     def run(self) -> SnapshotTaken:
+        """Take the snapshot, with its pin."""
         began = time.monotonic()
         created = time.time_ns()
         with ExitStack() as stack:
-            self._begin(stack)
-            internal = self._internal(stack)
-            taken = self._store(internal, created)
+            self._register(stack)
+            internal = self._take_or_find_internal(stack)
+            taken = self._send_and_commit(internal, created)
         notes = self._drop_old_pins(internal)
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
 
-    # The same in two steps, with the pin taken between them by the caller.
+    # The same in two steps; between them the caller takes the pin.
 
-    def begin(self, stack: ExitStack) -> str:
-        """Do all that comes before the pin, and return its name; `stack` undoes it."""
-        self._begin(stack)
-        return self._expect_pin(stack)
+    def prepare(self, stack: ExitStack) -> str:
+        """Do everything that comes before the pin, and return its name; leaving `stack` undoes it."""
+        self._register(stack)
+        return self._prepare_pin(stack)
 
-    def end(self, stack: ExitStack, name: str, moment: Pinned) -> SnapshotTaken:
-        """Store the pin `name`, which somebody else took. Leaves `stack`."""
+    def store(self, stack: ExitStack, name: str, moment: PinMoment) -> SnapshotTaken:
+        """Store the pin `name`, which the caller took. Leaves `stack`."""
         began = time.monotonic()
         properties = dict(self._request.properties) | dict(moment.facts)
         self._request = replace(self._request, properties=properties)
         with stack:
             self._source.reload()
             internal = self._source.find_named(name)
-            taken = self._store(internal, moment.created)
+            taken = self._send_and_commit(internal, moment.created)
         notes = self._drop_old_pins(internal)
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
 
-    def _store(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
-        """Find the change, send it and commit."""
-        view = self._source.view(internal)
-        change = self._source.find_change(view, self._start.base, self._start.why_not, self._progress)
-        parent, storing = self._parent_runs(), self._storing
-        change, whole = resent(self._lineage, change, parent)
-        sent = send_blocks(
-            view.read, change.data, storing.known(whole), storing.sink(), self._progress,
-            compress=self._request.compress,
-        )  # fmt: skip
-        stored = storing.stored(sent, parent, change.replaced)
-        replaced = subtract_intervals(change.replaced, sent.same.runs())
-        pin = internal.identity if internal else self._would_be_pin(created, view)
-        manifest = self._manifest(change, stored.runs, pin, view, created)
-        row = storing.commit(manifest, stored.packs, stored.dead, self._last_word)
-        return SnapshotTaken(
-            snapshot=row.id,
-            lineage=self._lineage.name,
-            parent=row.parent,
-            volume=self._lineage.name,
-            label=row.label,
-            volume_size=row.volume_size,
-            rule=change.rule,
-            reason=change.reason,
-            blocks_candidate=change.candidates.count(),
-            blocks_changed=_changed(stored, parent, replaced, view.blocks),
-            blocks_kept=sent.kept.count(),
-            bytes_read=view.bytes_read,
-            bytes_stored=row.stored + row.manifest_size,
-            objects_written=self._storing.objects,
-            attempt=row.attempt,
-            seconds=0.0,
-        )
+    # Before the pin: the registration, the lineage, the parent.
 
-    # From what.
-
-    def _begin(self, stack: ExitStack) -> None:
-        """Make the lineage if it is new, choose parent and base, and register before the first object."""
-        lineage, request = self._lineage, self._request
-        with lineage.locked():
+    def _register(self, stack: ExitStack) -> None:
+        """Create the lineage if it is new, choose parent and base, and register before the first object."""
+        lineage = self._lineage
+        with lineage.hold_lock():
             made = not lineage.exists
             if made:
-                lineage.create(request.writer)
-            lineage.require_owner(request.writer)
+                lineage.create()
+            lineage.require_owner()
             lineage.files.set_image(self._source.path)
             before = find_interrupted(lineage)
-            self._start = choose(lineage, self._source, request)
-            parent = self._start.parent.id if self._start.parent else None
-            snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (new_id(), 0)
+            self._choice = choose_parent(lineage, self._source, self._request)
+            parent = self._choice.parent.id if self._choice.parent else None
+            snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (make_id(), 0)
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
-            stack.enter_context(lineage.files.register(self._registration))
-        self._storing = Storing(lineage, self._registration, request.writer)
-        self._storing.objects += made
+            stack.enter_context(lineage.files.registrations.register(self._registration))
+        self._writer = SnapshotWriter(lineage, self._registration)
+        self._writer.objects += made
 
-    # The image.
+    # The pin.
 
-    def _internal(self, stack: ExitStack) -> InternalSnapshot | None:
-        """The internal snapshot to store: a given one, a new pin, or None for the image as it is."""
+    def _take_or_find_internal(self, stack: ExitStack) -> InternalSnapshot | None:
+        """Return the internal snapshot to store: a given one, a new pin, or None for the image as it is."""
         if self._request.at is not None:
             return self._source.find_named(self._request.at)
         if not self._request.pin or self._source.reason_not_pinnable:
             return None
-        return self._source.pin(self._expect_pin(stack))
+        return self._source.pin(self._prepare_pin(stack))
 
-    def _expect_pin(self, stack: ExitStack) -> str:
-        """Make way for the pin, and have it dropped on an error; returns its name."""
+    def _prepare_pin(self, stack: ExitStack) -> str:
+        """Make way for the pin, and have it dropped on an error; return its name."""
         name = self._pin_name
         if self._registration.attempt:
             self._source.discard_pin(name)  # the one of the attempt that was interrupted
-        stack.enter_context(self._unpinned_on_error(name))
+        stack.enter_context(self._drop_pin_on_error(name))
         return name
 
     @property
@@ -250,7 +215,7 @@ class _Taking:
         return pin_name(self._request.repository, self._lineage.name, self._id)
 
     @contextmanager
-    def _unpinned_on_error(self, name: str) -> Iterator[None]:
+    def _drop_pin_on_error(self, name: str) -> Iterator[None]:
         """Drop the new pin if the body fails, or is interrupted, before the record could be written."""
         try:
             yield
@@ -260,12 +225,12 @@ class _Taking:
                     self._source.discard_pin(name)
             raise
 
-    def _would_be_pin(self, created: int, view: View) -> PinnedBase:
-        """The identity that the pin of a restored image gets when this image keeps none."""
-        return PinnedBase(self._pin_name, "1", created // 10**9, created % 10**9, view.volume_size)
-
     def _drop_old_pins(self, internal: InternalSnapshot | None) -> tuple[str, ...]:
-        """Drop every pin of the lineage but the new one; what cannot be dropped is told, and no error."""
+        """Drop every pin of the lineage except the new one.
+
+        Return a sentence for each pin that cannot be dropped: the snapshot is stored, so that is not an
+        error.
+        """
         if internal is None or self._request.at is not None:
             return ()
         notes = []
@@ -276,13 +241,48 @@ class _Taking:
                 except IslandError as error:
                     notes.append(f"the old pin {old.name} stays until the next snapshot: {error}")
         if not notes:
-            self._lineage.files.forget_retired()
+            self._lineage.files.forget_deleted()
         return tuple(notes)
 
     # What is stored.
 
+    def _send_and_commit(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
+        """Find what changed, send it and commit."""
+        view = self._source.view(internal)
+        change = self._source.find_change(view, self._choice.base, self._choice.why_not, self._progress)
+        parent, writer = self._parent_runs(), self._writer
+        change, whole = resend_damaged(self._lineage, change, parent)
+        sent = send_blocks(
+            view.read, change.data, writer.known(whole), writer.sink(), self._progress,
+            compress=self._request.compress,
+        )  # fmt: skip
+        stored = writer.stored(sent, parent, change.replaced)
+        replaced = subtract_intervals(change.replaced, sent.same.runs())
+        pin = internal.identity if internal else self._pin_for_restores(created, view)
+        manifest = self._manifest(change, stored.runs, pin, view, created)
+        row = writer.commit(manifest, stored.packs, stored.dead, self._note_commit)
+        return SnapshotTaken(
+            snapshot=row.id,
+            lineage=self._lineage.name,
+            parent=row.parent,
+            volume=self._lineage.name,
+            label=row.label,
+            volume_size=row.volume_size,
+            rule=change.rule,
+            reason=change.reason,
+            blocks_candidate=change.candidates.count(),
+            blocks_changed=_count_changed(stored, parent, replaced, view.blocks),
+            blocks_kept=sent.kept.count(),
+            bytes_read=view.bytes_read,
+            bytes_stored=row.stored + row.manifest_size,
+            objects_written=self._writer.objects,
+            attempt=row.attempt,
+            seconds=0.0,
+        )
+
     def _parent_runs(self) -> Runs:
-        parent = self._start.parent
+        """Return the runs of the parent, with pack keys; none without a parent."""
+        parent = self._choice.parent
         return self._lineage.manifest(parent).runs_by_key(self._lineage.numbers) if parent else Runs.empty()
 
     def _manifest(self, change: Change, runs: Runs, pin: PinnedBase, view: View, created: int) -> Manifest:
@@ -311,27 +311,37 @@ class _Taking:
             properties=facts | dict(self._request.properties),
         )
 
-    def _last_word(self, record: Record) -> Record:
+    def _pin_for_restores(self, created: int, view: View) -> PinnedBase:
+        """Return the identity that the pin of a restored image gets if this image keeps none."""
+        return PinnedBase(self._pin_name, "1", created // 10**9, created % 10**9, view.volume_size)
+
+    def _note_commit(self, _: SnapshotAdded) -> None:
+        """Note that the record is about to be sent: from here on the new pin stays, whatever happens."""
         self._progress("commit", 0, 0)
         self._committing = True
-        return record
 
 
-def _changed(stored: Stored, parent: Runs, replaced: Int64s, blocks: int) -> int:
-    """How many of the volume's blocks differ from the parent's; `replaced` are those not inherited."""
+def make_id() -> str:
+    """Make a snapshot id that nobody has used."""
+    return os.urandom(16).hex()
+
+
+def _count_changed(stored: StoredSnapshot, parent: Runs, replaced: Int64s, blocks: int) -> int:
+    """Count the volume's blocks that differ from the parent's; `replaced` are those not inherited."""
     gone = subtract_intervals(
         intersect_intervals(replaced, np.array([[0, blocks]])), stored.fresh.intervals()
     )
     return stored.fresh.blocks + sum(part.within(gone).blocks for part in parent.windows())
 
 
-def resent(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs]:
-    """`change` with the blocks that the parent has lost, as this host knows, and what of `parent` is proof.
+def resend_damaged(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs]:
+    """Add the blocks that the parent has lost, as far as this host knows, to `change`.
 
-    Such blocks are read from the image and sent again, whatever they hold: an entry that points to a lost
-    block is not inherited. `parent` holds pack keys.
+    Return the new change, and the runs of `parent`, which holds pack keys, without the lost blocks. Lost
+    blocks are read from the image and sent again, whatever they hold: an entry that points to a lost block
+    is not inherited.
     """
-    if not knows_damage(lineage):
+    if not has_known_damage(lineage):
         return change, parent
     gone = parent.among(Health(lineage).lost()).intervals()
     here = DirtyMap.from_runs(change.candidates.blocks, np.minimum(gone, change.candidates.blocks))

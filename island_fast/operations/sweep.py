@@ -1,9 +1,13 @@
-"""Sweeping one lineage: what a plan of `reclaim.py` removes and rewrites, step by step.
+"""`sweep`: plan what one lineage no longer needs, and remove or rewrite it step by step.
+
+The plan is made from the catalog and a listing; no manifest is read. Doubt removes nothing. A listing only
+ever adds candidates, and these must be unknown to the catalog, belong to no registered snapshot, and be older
+than the grace. Rules: docs/format.md, "Delete and sweep".
 
 Repacked packs are durable before the record that switches their names, and the record is durable before the
-first object is deleted; cut off anywhere, a sweep is simply run again. The lineage's lock is held while
-planning and while appending the record only, so that snapshots go on meanwhile; sweeps come one after
-another under a lock of their own. What crashes leave at each step: docs/reliability.md.
+first object is deleted. A sweep that was interrupted anywhere is simply run again. The lineage's lock is held
+only while planning and while appending the record, so snapshots continue meanwhile; sweeps run one at a time,
+under a lock of their own. docs/reliability.md says what a crash leaves at each step.
 """
 
 from __future__ import annotations
@@ -18,152 +22,53 @@ from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, pack_full_name
+from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
 from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
-from island_fast.repository.lineage import Lineage, pack_names, row_manifest_name
-from island_fast.repository.liveness import _packs_to_sweep, as_of_now, live_slots
-from island_fast.repository.snapshot_writer import forget_used
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.liveness import rebase_rewritten
+from island_fast.repository.snapshot_writer import remove_used_registrations
 from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "steps", "sweep"]
+__all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
 
 GARBAGE_AGE = 24 * 3600.0
-"""Seconds: what no record names must be this old, on any store."""
+"""Seconds: an object that no record names is only removed at this age, on any store."""
 
 _LOG = logging.getLogger(__name__)
 
 
-def sweep(lineage: Lineage, writer: str, grace: float, dry_run: bool, progress: Progress) -> Swept:
-    """Sweep `lineage` as its owner; what was done, or with `dry_run` would be.
+def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> Swept:
+    """Sweep `lineage` as its owner, and return what was done; with `dry_run` only what would be done.
 
-    Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if the lineage changed
-    hands meanwhile. A pack that is to be repacked and cannot be read is told, and left as it is.
+    Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if another host adopted
+    the lineage meanwhile. A pack that cannot be read is not repacked, with a warning.
     """
-    with lineage.files.sweeping():
+    with lineage.files.lock_sweeps():
         if not dry_run:
-            lineage.files.tidy()
-        with lineage.locked():
-            lineage.require_owner(writer)
-            forget_used(lineage)
-            given_up = lineage.files.abandoned(max(grace, GARBAGE_AGE))
+            lineage.files.remove_leftovers()
+        with lineage.hold_lock():
+            lineage.require_owner()
+            remove_used_registrations(lineage)
+            given_up = lineage.files.registrations.find_abandoned(max(grace, GARBAGE_AGE))
             if not dry_run:
                 for snapshot in given_up:
-                    lineage.files.unregister(snapshot)
+                    lineage.files.registrations.remove(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
         if not dry_run and plan.objects:
-            plan = _Sweep(lineage, writer, plan, progress).run()
-        return _told(lineage, plan)
-
-
-def _told(lineage: Lineage, plan: SweepPlan) -> Swept:
+            plan = _SweepRun(lineage, plan, progress).run()
     return Swept(
         volume=lineage.name,
         objects_removed=plan.objects,
         packs_repacked=len(plan.repacked),
         bytes_removed=plan.removed,
         bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.freed,
-        steps=tuple(SweepStep(*step) for step in steps(lineage, plan)),
+        bytes_freed=plan.removed - plan.rewritten,
+        steps=tuple(_list_steps(lineage, plan)),
     )
-
-
-class _Sweep:
-    """A plan being carried out."""
-
-    def __init__(self, lineage: Lineage, writer: str, plan: SweepPlan, progress: Progress) -> None:
-        self._lineage = lineage
-        self._writer = writer
-        self._plan = plan
-        self._progress = progress
-        self._done, self._total = 0, plan.removed + plan.rewritten
-
-    def run(self) -> SweepPlan:
-        """Rewrite, record, delete; returns the plan less the packs that could not be rewritten."""
-        epoch = self._lineage.epoch
-        readable, renamed = self._repack()
-        self._plan = replace(self._plan, repacked=readable)
-        doomed = list(self._doomed())
-        with self._lineage.locked():
-            if self._lineage.epoch != epoch:
-                raise ConflictError(
-                    f"volume {self._lineage.name} changed hands during the sweep, so nothing was deleted; "
-                    "run it again"
-                )
-            self._record(renamed)
-        retired = self._lineage.files.retired()
-        kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
-        for name, size in doomed:
-            self._lineage.store.delete(name)
-            self._told(size)
-            if name not in kept:  # the base of a table diff may need it
-                self._lineage.files.uncache(name)
-        return self._plan
-
-    def _told(self, size: int) -> None:
-        self._done += size
-        self._progress("sweep", self._done, self._total)
-
-    def _doomed(self) -> Iterator[tuple[str, int]]:
-        """Names and sizes of the objects that go, the manifests last."""
-        plan, lineage = self._plan, self._lineage
-        for packs in (plan.gone, plan.repacked):
-            yield from zip(pack_names(lineage, packs), packs.size.tolist(), strict=True)
-        yield from ((info.name, info.size) for info in plan.garbage)
-        yield from ((row_manifest_name(lineage, row), row.manifest_size) for row in plan.manifests)
-
-    def _record(self, renamed: Packs) -> None:
-        """Append the sweep's record, if it has anything to say."""
-        lineage, plan = self._lineage, self._plan
-        renamed = as_of_now(lineage, plan.repacked, renamed)
-        record = Record(
-            lineage=lineage.name, epoch=0, number=0, writer=self._writer, host="", previous=None, time=0,
-            event="sweep", seed=0, packs=renamed, gone=plan.gone.key,
-            swept=tuple(row.id for row in plan.manifests),
-        )  # fmt: skip
-        if len(renamed) or plan.gone.key.size or plan.manifests:
-            lineage.append(record, self._writer)
-
-    def _repack(self) -> tuple[Packs, Packs]:
-        """Write packs anew without their dead slots; the rows of those that could be read, old and new."""
-        packs = self._plan.repacked
-        sizes, suffixes = packs.size.copy(), packs.suffix.copy()
-        readable = np.ones(len(packs), np.bool_)
-        for row, name in enumerate(pack_names(self._lineage, packs)):
-            suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
-            target = pack_full_name(
-                self._lineage.name, replace(packs, suffix=suffixes), row, self._lineage.numbers
-            )
-            try:
-                index, data = get_checked(self._lineage.store, name, _opener(name))
-            except (ObjectMissingError, *UNREADABLE) as error:
-                _LOG.warning("%s; it is not repacked", error)
-                readable[row] = False
-                continue
-            keep = live_slots(self._lineage.state, int(packs.key[row]), len(index.rows))
-            sizes[row] = self._write_kept(target, index, data, keep)
-            self._told(int(packs.size[row] - packs.dead[row]))
-        return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
-
-    def _write_kept(self, target: str, index: Index, data: memoryview, keep: NDArray[np.bool_]) -> int:
-        """Write a pack of the slots to keep, each under its old number; returns the object's size."""
-        rows = index.rows
-        lengths = np.where(keep, rows["length"].astype(np.int64), 0)
-        starts = rows["offset"].astype(np.int64) + index.data_start
-        spans = merge_intervals(np.stack([starts, starts + lengths], axis=1)[lengths > 0])
-        codecs = np.where(keep, rows["codec"], ABSENT).astype(np.uint8)
-        parts, size = seal_pack(
-            target, index.header, [data[a:b] for a, b in spans.tolist()], lengths, codecs, index.digests
-        )
-        self._lineage.store.put(target, parts)
-        return size
-
-
-def _opener(name: str) -> Callable[[memoryview], tuple[Index, memoryview]]:
-    return lambda data: open_pack(name, data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,83 +86,169 @@ class SweepPlan:
 
     @property
     def removed(self) -> int:
-        """Bytes of the objects that will be deleted."""
+        """The size of the objects that will be deleted."""
         listed = sum(row.manifest_size for row in self.manifests)
         listed += sum(info.size for info in self.garbage)
         return listed + int(self.gone.size.sum() + self.repacked.size.sum())
 
     @property
     def rewritten(self) -> int:
-        """Bytes of the packs that will be written anew."""
+        """The size of the packs that will be written again."""
         return int((self.repacked.size - self.repacked.dead).sum())
 
     @property
-    def freed(self) -> int:
-        """Bytes removed less bytes rewritten."""
-        return self.removed - self.rewritten
-
-    @property
     def objects(self) -> int:
-        """Number of objects that will be deleted."""
+        """The number of objects that will be deleted."""
         return len(self.gone) + len(self.repacked) + len(self.manifests) + len(self.garbage)
 
 
 def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -> SweepPlan:
-    """What a sweep would do now. Under the lineage's lock, after `refresh`.
+    """Plan what a sweep would do now. Under the lineage's lock, after `refresh`.
 
-    An object is taken only if the store says that it is older than `grace` seconds. The registrations of the
-    snapshots `given_up` account for nothing any more.
+    An object is removed only if the store says that it is older than `grace` seconds. The registrations of
+    the snapshots `given_up` no longer protect any object.
     """
-    old = _Ages(lineage, grace)
-    gone, repacked = _packs_to_sweep(lineage.state)
+    ages = _Ages(lineage, grace)
+    gone, repacked = lineage.state.packs_to_sweep()
     manifests = lineage.state.dropped.values()
     return SweepPlan(
-        gone=gone.rows(old.mask(pack_names(lineage, gone))),
-        repacked=repacked.rows(old.mask(pack_names(lineage, repacked))),
-        manifests=tuple(row for row in manifests if old.there(row_manifest_name(lineage, row))),
-        garbage=tuple(_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
+        gone=gone.rows(ages.mask(lineage.pack_names(gone))),
+        repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
+        manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
+        garbage=tuple(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
     )
 
 
-def steps(lineage: Lineage, plan: SweepPlan) -> Iterator[tuple[str, str, int, str]]:
-    """The plan object by object: "remove" or "rewrite", its name, its size in bytes, and why."""
-    for name, size in zip(pack_names(lineage, plan.gone), plan.gone.size.tolist(), strict=True):
-        yield "remove", name, size, "no snapshot needs it"
+def _list_steps(lineage: Lineage, plan: SweepPlan) -> Iterator[SweepStep]:
+    """Yield the plan object by object."""
+    for name, size in zip(lineage.pack_names(plan.gone), plan.gone.size.tolist(), strict=True):
+        yield SweepStep("remove", name, size, "no snapshot needs it")
     sizes = zip(plan.repacked.size.tolist(), plan.repacked.dead.tolist(), strict=True)
-    for name, (size, dead) in zip(pack_names(lineage, plan.repacked), sizes, strict=True):
-        yield "rewrite", name, size, f"{100 * dead // size} % of it is needed no more"
+    for name, (size, dead) in zip(lineage.pack_names(plan.repacked), sizes, strict=True):
+        yield SweepStep("rewrite", name, size, f"no snapshot needs {100 * dead // size} % of it")
     for row in plan.manifests:
-        yield "remove", row_manifest_name(lineage, row), row.manifest_size, "its snapshot was deleted"
+        yield SweepStep("remove", lineage.manifest_name(row), row.manifest_size, "its snapshot was deleted")
     for info in plan.garbage:
-        yield "remove", info.name, info.size, "no record names it"
+        yield SweepStep("remove", info.name, info.size, "no record names it")
 
 
 @dataclass(frozen=True, slots=True)
 class _Ages:
-    """Whether objects are old enough to go. A grace of 0 asks the store nothing."""
+    """Whether objects are old enough to be removed. With a grace of 0 the store is not asked."""
 
     lineage: Lineage
     grace: float
 
-    def there(self, name: str) -> bool:
+    def is_old(self, name: str) -> bool:
         if self.grace <= 0:
             return True
         info = self.lineage.store.head(name)
         return info is None or info.age >= self.grace
 
     def mask(self, names: Iterable[str]) -> NDArray[np.bool_]:
-        return np.array([self.there(name) for name in names], np.bool_)
+        return np.array([self.is_old(name) for name in names], np.bool_)
 
 
-def _garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterable[ObjectInfo]:
-    """Packs and manifests that a listing shows and no record or registration accounts for."""
+def _find_garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterator[ObjectInfo]:
+    """Find packs and manifests that a listing shows, and that no record and no registration accounts for."""
     state = lineage.state
-    named = set(pack_names(lineage, state.packs))
+    named = set(lineage.pack_names(state.packs))
     for row in [*state.live.values(), *state.dropped.values()]:
-        named.add(row_manifest_name(lineage, row))
-    running = {registration.snapshot for registration, _ in lineage.files.running()}.difference(given_up)
+        named.add(lineage.manifest_name(row))
+    running = {one.snapshot for one, _ in lineage.files.registrations.all()}.difference(given_up)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
             snapshot = info.name.split("/")[2].partition("-")[0]
             if info.name not in named and snapshot not in running and info.age >= age:
                 yield info
+
+
+class _SweepRun:
+    """A plan being carried out."""
+
+    def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
+        self._lineage = lineage
+        self._plan = plan
+        self._progress = progress
+        self._done, self._total = 0, plan.removed + plan.rewritten
+
+    def run(self) -> SweepPlan:
+        """Rewrite, record, delete; return the plan without the packs that could not be rewritten."""
+        epoch = self._lineage.epoch
+        readable, renamed = self._repack()
+        self._plan = replace(self._plan, repacked=readable)
+        doomed = list(self._list_doomed())
+        with self._lineage.hold_lock():
+            if self._lineage.epoch != epoch:
+                raise ConflictError(
+                    f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "
+                    "run it again"
+                )
+            self._append_record(renamed)
+        retired = self._lineage.files.deleted_snapshots()
+        kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
+        for name, size in doomed:
+            self._lineage.store.delete(name)
+            self._report(size)
+            if name not in kept:  # the base of a table diff may need it
+                self._lineage.files.cache.remove(name)
+        return self._plan
+
+    def _report(self, size: int) -> None:
+        self._done += size
+        self._progress("sweep", self._done, self._total)
+
+    def _list_doomed(self) -> Iterator[tuple[str, int]]:
+        """Yield name and size of each object to delete, the manifests last."""
+        plan, lineage = self._plan, self._lineage
+        for packs in (plan.gone, plan.repacked):
+            yield from zip(lineage.pack_names(packs), packs.size.tolist(), strict=True)
+        yield from ((info.name, info.size) for info in plan.garbage)
+        yield from ((lineage.manifest_name(row), row.manifest_size) for row in plan.manifests)
+
+    def _append_record(self, renamed: Packs) -> None:
+        """Append the sweep's record, unless it would be empty."""
+        lineage, plan = self._lineage, self._plan
+        renamed = rebase_rewritten(lineage, plan.repacked, renamed)
+        if len(renamed) or plan.gone.key.size or plan.manifests:
+            swept = tuple(row.id for row in plan.manifests)
+            lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
+
+    def _repack(self) -> tuple[Packs, Packs]:
+        """Write packs again without their dead slots.
+
+        Return the rows of the packs that could be read, as they were and as they are now.
+        """
+        packs = self._plan.repacked
+        sizes, suffixes = packs.size.copy(), packs.suffix.copy()
+        readable = np.ones(len(packs), np.bool_)
+        for row, name in enumerate(self._lineage.pack_names(packs)):
+            suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
+            target = self._lineage.pack_name(replace(packs, suffix=suffixes), row)
+            try:
+                index, data = get_checked(self._lineage.store, name, _make_opener(name))
+            except (ObjectMissingError, *UNREADABLE) as error:
+                _LOG.warning("%s; it is not repacked", error)
+                readable[row] = False
+                continue
+            keep = self._lineage.state.live_slots(int(packs.key[row]), len(index.rows))
+            sizes[row] = self._write_kept(target, index, data, keep)
+            self._report(int(packs.size[row] - packs.dead[row]))
+        return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
+
+    def _write_kept(self, target: str, index: Index, data: memoryview, keep: NDArray[np.bool_]) -> int:
+        """Write a pack of the slots to keep, each under its old number; return the object's size."""
+        rows = index.rows
+        lengths = np.where(keep, rows["length"].astype(np.int64), 0)
+        starts = rows["offset"].astype(np.int64) + index.data_start
+        spans = merge_intervals(np.stack([starts, starts + lengths], axis=1)[lengths > 0])
+        codecs = np.where(keep, rows["codec"], ABSENT).astype(np.uint8)
+        parts, size = seal_pack(
+            target, index.header, [data[a:b] for a, b in spans.tolist()], lengths, codecs, index.digests
+        )
+        self._lineage.store.put(target, parts)
+        return size
+
+
+def _make_opener(name: str) -> Callable[[memoryview], tuple[Index, memoryview]]:
+    return lambda data: open_pack(name, data)

@@ -12,7 +12,7 @@ from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, total
 from island_fast.errors import NotFoundError
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import freeable, needed_alone
+from island_fast.repository.liveness import only_needed_by
 from island_fast.results import Usage, VolumeUsage
 
 __all__ = ["add_up", "measure_usage"]
@@ -42,7 +42,7 @@ def _measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
 
     for row in state.live.values():
         logical += total(slots(row.id))
-        alone += total(needed_alone(state, numbers, row, lambda one: slots(one.id)))
+        alone += total(only_needed_by(row, state, numbers, lambda one: slots(one.id)))
         done += row.manifest_size
         progress("usage", done, sizes)
     distinct = int(state.packs.slots.sum()) - total(state.dead)
@@ -55,7 +55,7 @@ def _measure(lineage: Lineage, progress: Progress) -> VolumeUsage:
         bytes_shared=(distinct - alone) * BLOCK_SIZE,
         bytes_stored=int(state.packs.size.sum()) + sizes + dropped,
         bytes_dead=int(state.packs.dead.sum()) + dropped,
-        bytes_freed=freeable(state),
+        bytes_freed=state.reclaimable_bytes(),
     )
 
 

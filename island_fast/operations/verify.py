@@ -36,11 +36,11 @@ from island_fast.repository.integrity.objects import (
     ROT,
     Finding,
 )
-from island_fast.repository.lineage import Lineage, live_runs, row_manifest_name
-from island_fast.repository.open import OpenRepository
+from island_fast.repository.lineage import Lineage
+from island_fast.repository.open import RepositoryBase
 from island_fast.results import Damage, Touched, Verified
 
-__all__ = ["CATALOG_LOST", "INCOMPLETE", "Request", "damage", "remedied", "share", "touched", "verify"]
+__all__ = ["CATALOG_LOST", "INCOMPLETE", "VerifyRequest", "damage", "remedied", "share", "touched", "verify"]
 
 CATALOG_LOST = (
     "delete and sweep nothing; the host that owns the volume may hold a copy of its catalog: run "
@@ -70,10 +70,9 @@ _EXTENTS = 64  # that an answer lists for each snapshot and object
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class VerifyRequest:
     """What is asked for: see `Repository.verify`."""
 
-    writer: str
     sample: float | None = None
     since: float | None = None
     against: Path | None = None
@@ -82,7 +81,7 @@ class Request:
 
 
 def verify(
-    repository: OpenRepository, reference: str | None, request: Request, progress: Progress
+    repository: RepositoryBase, reference: str | None, request: VerifyRequest, progress: Progress
 ) -> Verified:
     """Verify the snapshot that `reference` names, or all, and mend what can be mended if that is asked for.
 
@@ -131,7 +130,7 @@ def share(items: Iterable[CheckItem], sample: float | None, since: float | None,
 class _Run:
     """One run: the lineages that are checked, and those whose catalogs cannot be read."""
 
-    def __init__(self, repository: OpenRepository, request: Request, progress: Progress) -> None:
+    def __init__(self, repository: RepositoryBase, request: VerifyRequest, progress: Progress) -> None:
         self.checkups: list[LineageCheck] = []
         self.bytes_compared = 0
         self._repository = repository
@@ -183,7 +182,7 @@ class _Run:
     def unproved(self) -> int:
         """How many objects this host has never read whole and found right."""
         pairs = zip(self.checkups, self._items, strict=True)
-        return sum(not checkup.health.proved(item.name) for checkup, items in pairs for item in items)
+        return sum(not checkup.health.verified_at(item.name) for checkup, items in pairs for item in items)
 
     # Against an image.
 
@@ -215,7 +214,7 @@ class _Run:
         if len(found.differing):
             where = extents_of(row.id, row.volume_size, found.differing)
             told = f"snapshot {row.id} is not what its pin in {image} holds"
-            finding = Finding(row_manifest_name(lineage, row), DIFFERS, told, snapshot=row.id)
+            finding = Finding(lineage.manifest_name(row), DIFFERS, told, snapshot=row.id)
             self._differing.append(damage(lineage.name, finding, (where,), INCOMPLETE))
 
     # What is told.
@@ -223,7 +222,7 @@ class _Run:
     def damages(self) -> list[Damage]:
         """All damage, after what can be mended was, if that is asked for."""
         ask = self._request
-        mender = Mender(self._repository.id, ask.writer, ask.against, ask.backing) if ask.heal else None
+        mender = Mender(ask.against, ask.backing) if ask.heal else None
         found = [
             d for one in self.checkups for d in remedied(one.lineage, one.findings, mender, self._progress)
         ]
@@ -242,7 +241,7 @@ def touched(lineage: Lineage, findings: Sequence[Finding]) -> list[tuple[Touched
             found[number] = [_whole(rows[one]) for one in ids if one in rows]
     by_key = {finding.key: n for n, finding in enumerate(findings) if finding.key is not None}
     lost = merge_intervals(np.concatenate([NO_INTERVALS, *(f.lost for f in findings)]))
-    for snapshot, size, runs in live_runs(lineage) if len(lost) else ():
+    for snapshot, size, runs in lineage.live_runs() if len(lost) else ():
         pieces = runs.among(lost)
         for key in np.unique(pieces.pack).tolist():
             mine = pieces.intervals()[pieces.pack == key]
@@ -291,10 +290,10 @@ def damage(
 
 def _remedy(lineage: Lineage, finding: Finding, *, tried: bool) -> str:
     """What can be done about a finding; `tried` if mending it was in vain."""
-    where = f"'island verify --heal' on host {lineage.owner_host}, which owns the volume,"
+    where = f"'island verify --heal' on host {lineage.owner_hostname}, which owns the volume,"
     if finding.key is not None:
         if tried:
-            known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cached(finding.name) is not None
+            known = finding.kind in (ROT, LOST_BLOCKS) or lineage.files.cache.read(finding.name) is not None
             return _NOT_MENDED if known else _NO_INDEX
         return (
             f"{where} takes what is lost from the volume's image, where that still has it; snapshots that "

@@ -28,31 +28,33 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    Event,
+    OwnerChanged,
     Packs,
     Record,
     SnapshotRow,
+    SnapshotsDeleted,
     State,
     decode_record,
     encode_record,
-    pack_full_name,
 )
 from island_fast.formats.frame import Kind, Section, json_bytes, seal
-from island_fast.formats.keys import SnapshotNumbers
+from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
-from island_fast.formats.names import catalog_name, manifest_name, stop_name
+from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
-from island_fast.repository.local_state import LineageFiles
+from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["Lineage", "deletion_told", "live_runs", "pack_names", "row_manifest_name"]
+__all__ = ["Lineage"]
 
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _CatalogPosition:
     """A place in the catalog: the record last applied."""
 
     epoch: int
@@ -67,23 +69,24 @@ class _Place:
 class Lineage:
     """One lineage of a repository. Not thread-safe; `refresh` before use.
 
-    `state`, `owner` and `seed` tell what the newest record says. `numbers` is the numbering that every pack
-    key and slot key of this object is in.
+    `state`, `owner` and `seed` are what the newest record says. `files` is what this host keeps of the
+    lineage. `numbers` is the numbering that every pack key and slot key of this object is in.
     """
 
-    def __init__(self, store: Store, files: LineageFiles, name: str) -> None:
+    def __init__(self, store: Store, local_state: LocalState, repository_id: str, name: str) -> None:
         self.store = store
-        self.files = files
+        self.files = local_state.lineage(repository_id, name)
         self.name = name
         self.numbers = SnapshotNumbers()
         self.state = State()
-        self._place: _Place | None = None
+        self._local_state = local_state
+        self._position: _CatalogPosition | None = None
         self._stopped = False  # the epoch has ended and no next one has begun
 
     @property
     def exists(self) -> bool:
         """Whether a record was found."""
-        return self._place is not None
+        return self._position is not None
 
     @property
     def owner(self) -> str:
@@ -91,7 +94,17 @@ class Lineage:
         return self._at.owner
 
     @property
-    def owner_host(self) -> str:
+    def writer(self) -> str:
+        """Writer id of this host. Asking for the first one makes a file in local state."""
+        return self._local_state.writer
+
+    @property
+    def owned_here(self) -> bool:
+        """Whether this host owns the lineage."""
+        return self.owner == self.writer
+
+    @property
+    def owner_hostname(self) -> str:
         """Name of the host that took ownership."""
         return self._at.host
 
@@ -106,30 +119,46 @@ class Lineage:
         return self._at.seed
 
     @property
-    def needed_records(self) -> list[str]:
+    def current_record_names(self) -> list[str]:
         """Names of the records that a host without caches reads: from the newest checkpoint to the end."""
         at = self._at
         first = at.number - at.number % CHECKPOINT_EVERY
         return [catalog_name(self.name, at.epoch, number) for number in range(first, at.number + 1)]
 
     @property
-    def ended(self) -> list[str]:
+    def stop_names(self) -> list[str]:
         """Names of the objects that end the epochs before the present one."""
         return [stop_name(self.name, epoch) for epoch in range(self._at.epoch)]
 
     @property
-    def _at(self) -> _Place:
-        if self._place is None:
+    def _at(self) -> _CatalogPosition:
+        if self._position is None:
             raise NotFoundError(f"volume {self.name} has no snapshots in {self.store.location}")
-        return self._place
+        return self._position
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def hold_lock(self) -> Iterator[None]:
         """Hold the local lock, with the outcome of an earlier record settled and the catalog read."""
         with self.files.lock():
             self._settle()
             self.refresh()
             yield
+
+    # Names of objects.
+
+    def manifest_name(self, row: SnapshotRow) -> str:
+        """Return the name of the manifest of a snapshot, live or dropped."""
+        return manifest_name(self.name, row.id, row.attempt)
+
+    def pack_name(self, packs: Packs, row: int) -> str:
+        """Return the current name of the pack in `row` of `packs`."""
+        owner, number = split_pack_key(int(packs.key[row]))
+        attempt, suffix = int(packs.attempt[row]), int(packs.suffix[row])
+        return pack_name(self.name, self.numbers.id(owner), number, attempt, suffix)
+
+    def pack_names(self, packs: Packs) -> list[str]:
+        """Return the current names of all of `packs`."""
+        return [self.pack_name(packs, row) for row in range(len(packs))]
 
     # Manifests.
 
@@ -138,10 +167,10 @@ class Lineage:
 
         NotFoundError if the snapshot was deleted since the catalog was read.
         """
-        cached = self.cached_manifest(row.id, row.attempt, row.checksum)
+        cached = self.read_cached_manifest(row.id, row.attempt, row.checksum)
         if cached is not None:
             return cached
-        name = manifest_name(self.name, row.id, row.attempt)
+        name = self.manifest_name(row)
 
         def check(data: Buffer) -> tuple[Manifest, Buffer]:
             manifest, checksum = decode(name, data)
@@ -158,39 +187,60 @@ class Lineage:
             raise DamagedObjectError(
                 f"manifest {name} is missing from {self.store.location}; its snapshot cannot be restored"
             ) from error
-        self.files.cache(name, data)
+        self.files.cache.write(name, data)
         return manifest
 
-    def cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
+    def read_cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
         """The manifest of a snapshot, live or deleted, if the local cache holds it whole.
 
         `wanted` is the checksum that it must have, in hex, where that is known.
         """
         name = manifest_name(self.name, snapshot, attempt)
-        data = self.files.cached(name)
+        data = self.files.cache.read(name)
         if data is not None:
             with contextlib.suppress(DamagedObjectError):
                 manifest, checksum = decode(name, data)
                 return manifest if wanted in (None, checksum.hex()) else None
         return None
 
+    def live_runs(self) -> Iterator[tuple[str, int, Runs]]:
+        """Yield id, volume size and runs, with pack keys, of live snapshots whose manifests can be read."""
+        for row in list(self.state.live.values()):
+            with contextlib.suppress(NotFoundError, *UNREADABLE):
+                manifest = self.manifest(row)
+                yield row.id, manifest.volume_size, manifest.runs_by_key(self.numbers)
+
+    @contextlib.contextmanager
+    def deletion_explained(self, row: SnapshotRow, done: str) -> Iterator[None]:
+        """Raise a NotFoundError for what fails in the body because the snapshot was deleted meanwhile.
+
+        `done` says what was being done with it, such as "restored".
+        """
+        try:
+            yield
+        except (NotFoundError, DamagedError) as error:
+            self.refresh()
+            if row.id not in self.state.live:
+                raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
+            raise
+
     # Reading.
 
     def refresh(self) -> None:
         """Read what was appended since the last time. ObjectMissingError is never raised: see `exists`."""
-        if self._place is None:
+        if self._position is None:
             self._start()
         while True:
             self._follow()
-            if self._place is None:
+            if self._position is None:
                 return
-            self._stopped = self.store.head(stop_name(self.name, self._place.epoch)) is not None
-            if not self._stopped or not self._enter(self._place.epoch + 1):
+            self._stopped = self.store.head(stop_name(self.name, self._position.epoch)) is not None
+            if not self._stopped or not self._enter(self._position.epoch + 1):
                 return
 
     def _start(self) -> None:
         """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
-        cached = [name for name in self.files.cached_names("catalog") if _RECORD.fullmatch(name)]
+        cached = [name for name in self.files.cache.records() if _RECORD.fullmatch(name)]
         if cached and self._replay(*_numbers(cached[-1])):
             return
         listed = self._listed()
@@ -236,19 +286,19 @@ class Lineage:
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
             found = self._fetch(epoch, number, known=True)
             if found is None:
-                self._place = None
+                self._position = None
                 return False
             self._apply(epoch, number, *found)
         return True
 
     def _follow(self) -> None:
-        """Apply the records that come after the present place."""
-        while self._place is not None:
-            number = self._place.number + 1
-            found = self._fetch(self._place.epoch, number)
+        """Apply the records that come after the present position."""
+        while self._position is not None:
+            number = self._position.number + 1
+            found = self._fetch(self._position.epoch, number)
             if found is None:
                 return
-            self._apply(self._place.epoch, number, *found)
+            self._apply(self._position.epoch, number, *found)
 
     def _enter(self, epoch: int) -> bool:
         """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
@@ -264,7 +314,7 @@ class Lineage:
         that an object is absent, and the end of a catalog is looked for by every verb.
         """
         name = catalog_name(self.name, epoch, number)
-        if (data := self.files.cached(name)) is not None:
+        if (data := self.files.cache.read(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
                 return decode_record(name, data, self.numbers)
         if not known and self.store.head(name) is None:
@@ -277,73 +327,83 @@ class Lineage:
             found, fetched = get_checked(self.store, name, check, newest=True)
         except ObjectMissingError:
             return None
-        self.files.cache(name, fetched)
+        self.files.cache.write(name, fetched)
         return found
 
     def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
-        """Apply one record; it must be the one that follows the present place."""
+        """Apply one record; it must be the one that follows the present position."""
         name = catalog_name(self.name, epoch, number)
-        place = self._place
-        follows = place is None or record.previous == place.checksum or record.event == "owner"
+        position = self._position
+        begins = isinstance(record.event, OwnerChanged)
+        follows = position is None or record.previous == position.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
-        if not (follows and named and (place is not None or record.state is not None)):
+        if not (follows and named and (position is not None or record.state is not None)):
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is mended"
             )
-        self._retire(record)
-        self.state = self.state.after(record)
-        self._place = _Place(
+        if isinstance(record.event, SnapshotsDeleted):
+            self._remember_deleted(record.event)
+        self.state = record.apply_to(self.state)
+        self._position = _CatalogPosition(
             epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
         )
 
-    def _retire(self, record: Record) -> None:
+    def _remember_deleted(self, event: SnapshotsDeleted) -> None:
         """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
-        for snapshot in record.deleted:
+        for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
-            if row and self.files.cached(manifest_name(self.name, row.id, row.attempt)) is not None:
-                self.files.retire(row.id, row.attempt, row.parent)
+            if row and self.files.cache.read(self.manifest_name(row)) is not None:
+                self.files.remember_deleted(row.id, row.attempt, row.parent)
 
     # Writing.
 
-    def create(self, writer: str, seed: int | None = None) -> None:
-        """Write record 0, which names the owner, before the lineage's first pack. Under the lock.
+    def create(self, seed: int | None = None) -> None:
+        """Write record 0, which makes this host the owner, before the lineage's first pack. Under the lock.
 
         `seed` is that of another repository's lineage that this one is to hold copies of.
         """
         self.files.make()
-        self._place = None
+        self._position = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
-        self._append(_owner_record(self.name, 0, None, writer, seed, State()))
+        self._begin_epoch(0, None, seed, State())
 
-    def append(self, record: Record, writer: str) -> None:
-        """Append `record`: its place, writer and chain are filled in here. Under the lock, after `refresh`.
+    def append(self, event: Event, checkpoint: State | None = None) -> None:
+        """Append the record of `event`, which carries `checkpoint` if given. Under the lock, after `refresh`.
 
         ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
-        self.require_owner(writer)
+        self.require_owner()
         at = self._at
-        record = replace(
-            record, lineage=self.name, epoch=at.epoch, number=at.number + 1, writer=writer,
-            host=at.host, previous=at.checksum, time=time.time_ns(), seed=at.seed,
-        )  # fmt: skip
-        after = self.state.after(record)  # refuses what no reader would accept, before it is sent
+        record = Record(
+            lineage=self.name,
+            epoch=at.epoch,
+            number=at.number + 1,
+            writer=self.writer,
+            host=at.host,
+            previous=at.checksum,
+            time=time.time_ns(),
+            seed=at.seed,
+            event=event,
+            state=checkpoint,
+        )
+        after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
 
-    def require_owner(self, writer: str) -> None:
-        """ConflictError, with the way out, unless `writer` owns the lineage."""
+    def require_owner(self) -> None:
+        """Raise a ConflictError, which says the way out, unless this host owns the lineage."""
         if self._stopped:
             raise ConflictError(
                 f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
                 "on the host that is to own it"
             )
         self._require_known_features()
-        if self.owner != writer:
+        if not self.owned_here:
             raise ConflictError(
-                f"volume {self.name} belongs to host {self.owner_host}; if that host is gone, or its "
+                f"volume {self.name} belongs to host {self.owner_hostname}; if that host is gone, or its "
                 f"local state is lost, run 'island adopt {self.name}' here, else use another --volume"
             )
 
@@ -354,40 +414,56 @@ class Lineage:
                 f"volume {self.name} is written by a newer island, which this one may read and not write to"
             )
 
-    def adopt(self, writer: str) -> None:
-        """Make `writer` the owner: end the epoch, read it to its end, begin the next. Under the lock.
+    def adopt(self) -> None:
+        """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
 
         Safe to repeat after an interruption. Records that the former owner appends later mean nothing. Where
         the store lost what ended an earlier epoch, that is written again.
         """
         self._require_known_features()
         epoch = self._at.epoch
-        for ended in [*self.ended, stop_name(self.name, epoch)]:
+        for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
                 with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
-        self._append(_owner_record(self.name, epoch + 1, at.checksum, writer, at.seed, self.state))
+        self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
         self._stopped = False
+
+    def _begin_epoch(self, epoch: int, previous: str | None, seed: int, state: State) -> None:
+        """Append the first record of an epoch: it makes this host the owner, and carries the whole state."""
+        record = Record(
+            lineage=self.name,
+            epoch=epoch,
+            number=0,
+            writer=self.writer,
+            host=os.uname().nodename,
+            previous=previous,
+            time=time.time_ns(),
+            seed=seed,
+            event=OwnerChanged(),
+            state=state,
+        )
+        self._append(record)
 
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
-        self.files.set_pending(name.rpartition("/")[2], data)
+        self.files.pending.add(name.rpartition("/")[2], data)
         self._send(name, data)
         if self.store.head(stop_name(self.name, record.epoch)):
-            self.files.clear_pending(name.rpartition("/")[2])
-            self._place = None
+            self.files.pending.remove(name.rpartition("/")[2])
+            self._position = None
             raise ConflictError(
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
         self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
-        self.files.cache(name, data)
-        self.files.clear_pending(name.rpartition("/")[2])
+        self.files.cache.write(name, data)
+        self.files.pending.remove(name.rpartition("/")[2])
 
     def _send(self, name: str, data: bytes) -> None:
         """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
@@ -408,8 +484,8 @@ class Lineage:
                 f"{self.store.location} does not show {name}, which was just written; run it again"
             ) from error
         if not same:
-            self.files.clear_pending(name.rpartition("/")[2])
-            self._place = None
+            self.files.pending.remove(name.rpartition("/")[2])
+            self._position = None
             raise ConflictError(
                 f"volume {self.name} was written by another host at the same moment; run the command "
                 f"again, and see 'island list --volume {self.name}'"
@@ -417,67 +493,19 @@ class Lineage:
 
     def _settle(self) -> None:
         """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
-        for last, data in self.files.pending():
+        for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
                 decode_record(name, data, SnapshotNumbers())
             except DamagedObjectError:  # cut off before it was ever sent
-                self.files.clear_pending(last)
+                self.files.pending.remove(last)
                 continue
             with contextlib.suppress(ConflictError):
                 self._send(name, data)
-            self.files.clear_pending(last)
-
-
-def _owner_record(
-    lineage: str, epoch: int, previous: str | None, writer: str, seed: int, state: State
-) -> Record:
-    """The first record of an epoch: who owns the lineage, and its whole state."""
-    return Record(
-        lineage=lineage,
-        epoch=epoch,
-        number=0,
-        writer=writer,
-        host=os.uname().nodename,
-        previous=previous,
-        time=time.time_ns(),
-        event="owner",
-        seed=seed,
-        state=state,
-    )
+            self.files.pending.remove(last)
 
 
 def _numbers(name: str) -> tuple[int, int]:
     """Epoch and number from the last component of a record's name."""
     epoch, _, number = name.partition("-")
     return int(epoch), int(number)
-
-
-def pack_names(lineage: Lineage, packs: Packs) -> list[str]:
-    """Full names of packs of the lineage."""
-    return [pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))]
-
-
-def row_manifest_name(lineage: Lineage, row: SnapshotRow) -> str:
-    """Name of the manifest of a snapshot, live or dropped."""
-    return manifest_name(lineage.name, row.id, row.attempt)
-
-
-def live_runs(lineage: Lineage) -> Iterator[tuple[str, int, Runs]]:
-    """Id, volume size and runs, with pack keys, of every live snapshot whose manifest can be read."""
-    for row in list(lineage.state.live.values()):
-        with contextlib.suppress(NotFoundError, *UNREADABLE):
-            manifest = lineage.manifest(row)
-            yield row.id, manifest.volume_size, manifest.runs_by_key(lineage.numbers)
-
-
-@contextlib.contextmanager
-def deletion_told(lineage: Lineage, row: SnapshotRow, done: str) -> Iterator[None]:
-    """Say that the snapshot was deleted while it was `done`, if that is why an object of it is missing."""
-    try:
-        yield
-    except (NotFoundError, DamagedError) as error:
-        lineage.refresh()
-        if row.id not in lineage.state.live:
-            raise NotFoundError(f"snapshot {row.id} was deleted while it was {done}") from error
-        raise

@@ -1,9 +1,8 @@
-"""Plans for giving space back: which slots a delete frees, and what a sweep removes and rewrites.
+"""Which slots and packs a delete frees, and what a sweep or a repair must record of packs written again.
 
-A delete looks at the snapshot and its live neighbours only; a sweep reads no manifests. Rules:
-docs/format.md, "Delete and sweep". Doubt removes nothing: a listing only ever adds candidates, which must
-be unknown to the state, of no registered snapshot, and older than the grace. `repository.py` and
-`sweeping.py` carry the plans out.
+A delete looks at the snapshot and its live neighbours only, and at the indexes of the packs that lose slots;
+what the state alone says is in `State`. Rules: docs/format.md, "Delete and sweep". The files `delete.py`,
+`sweep.py` and `heal.py` in operations/ carry them out.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
@@ -23,21 +21,21 @@ from island_fast.formats.keys import PACK_BITS, SLOT_BITS, SnapshotNumbers
 from island_fast.formats.pack import Index
 from island_fast.repository.lineage import Lineage
 
-__all__ = ["as_of_now", "freeable", "live_slots", "needed_alone", "with_more_dead"]
+__all__ = ["add_dead_slots", "only_needed_by", "rebase_rewritten"]
 
 
 _LOG = logging.getLogger(__name__)
 _SLOT_MASK = (1 << SLOT_BITS) - 1
 
 
-def needed_alone(
-    state: State, numbers: SnapshotNumbers, row: SnapshotRow, slots: Callable[[SnapshotRow], Int64s]
+def only_needed_by(
+    row: SnapshotRow, state: State, numbers: SnapshotNumbers, slots: Callable[[SnapshotRow], Int64s]
 ) -> Int64s:
-    """Slot keys that no live snapshot but `row` needs, int64[n, 2], merged, by its live neighbours.
+    """Return the slot keys that no live snapshot except `row` needs: int64[n, 2], merged.
 
-    `slots(row)` gives what a snapshot needs. Siblings are asked for only when the snapshot holds, outside its
-    parent, a slot in a pack that it did not write itself (design: only then can a sibling share one that the
-    parent lacks).
+    `slots(row)` returns what a snapshot needs. It is called for `row`, its live parent and children, and for
+    its siblings only if `row` holds, outside its parent, a slot in a pack that it did not write itself: only
+    then can a sibling share a slot that the parent lacks.
     """
     free = slots(row)
     parent = state.live.get(row.parent or "")
@@ -51,19 +49,12 @@ def needed_alone(
     return merge_intervals(free)
 
 
-def freeable(state: State) -> int:
-    """Bytes that a sweep without grace would free of what the catalog names: removed less rewritten."""
-    gone, repacked = _packs_to_sweep(state)
-    manifests = sum(row.manifest_size for row in state.dropped.values())
-    return int(gone.size.sum() + repacked.dead.sum()) + manifests
+def add_dead_slots(packs: Packs, free: Int64s, index: Callable[[int], Index]) -> Packs:
+    """Return the rows of packs that lose slots, with the stored bytes of those slots added to their dead.
 
-
-def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) -> Packs:
-    """The rows of packs that lose slots, with the stored bytes of those slots added to their dead.
-
-    `free` are slot keys, int64[n, 2], merged; `index(key)` gives a pack's index. Of a pack that cannot be
-    read, bytes are estimated by slots: they decide only when it is swept. DamagedObjectError for a pack that
-    `packs` lacks, or a slot that its pack does.
+    `free` are slot keys, int64[n, 2], merged; `index(key)` returns a pack's index. If a pack cannot be read,
+    the bytes are estimated by the number of slots: they decide only when the pack is swept.
+    DamagedObjectError for a pack that `packs` lacks, or a slot that its pack lacks.
     """
     keys = distinct(free[:, 0] >> SLOT_BITS)
     at = packs.find(keys)
@@ -78,13 +69,13 @@ def with_more_dead(packs: Packs, free: Int64s, index: Callable[[int], Index]) ->
         stop = first + mine[:, 1] - mine[:, 0]
         if int(stop.max()) > int(rows.slots[row]):
             raise DamagedObjectError("a manifest names a slot that its pack lacks; nothing was deleted")
-        ends = _ends(rows, row, index)
+        ends = _slot_ends(rows, row, index)
         dead[row] += int((ends[stop] - ends[first]).sum())
     return replace(rows, dead=np.minimum(dead, rows.size))
 
 
-def _ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
-    """Stored bytes before each slot of a pack, and in all; estimated if the pack cannot be read."""
+def _slot_ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
+    """Return the stored bytes before each slot of a pack, and of all; estimated if it cannot be read."""
     slots, size = int(packs.slots[row]), int(packs.size[row])
     try:
         lengths = index(int(packs.key[row])).lengths
@@ -96,35 +87,12 @@ def _ends(packs: Packs, row: int, index: Callable[[int], Index]) -> Int64s:
     return np.append(0, np.cumsum(lengths))
 
 
-def _packs_to_sweep(state: State) -> tuple[Packs, Packs]:
-    """Packs without a live slot, and packs that are more than half dead."""
-    packs = state.packs
-    dead_slots = np.zeros(len(packs), np.int64)
-    rows = packs.find(state.dead[:, 0] >> SLOT_BITS)
-    if (rows < 0).any():
-        raise DamagedObjectError(
-            "the catalog counts dead slots of a pack that it does not name; nothing was removed"
-        )
-    np.add.at(dead_slots, rows, state.dead[:, 1] - state.dead[:, 0])
-    gone = dead_slots >= packs.slots
-    return packs.rows(gone), packs.rows(~gone & (2 * packs.dead > packs.size))
+def rebase_rewritten(lineage: Lineage, before: Packs, rewritten: Packs) -> Packs:
+    """Return the rows of packs that were written again from the rows `before`, for a record appended now.
 
-
-def live_slots(state: State, key: int, slots: int) -> NDArray[np.bool_]:
-    """Which of a pack's slots are not dead."""
-    keep = np.ones(slots, np.bool_)
-    at, end = np.searchsorted(state.dead[:, 0], [key << SLOT_BITS, (key + 1) << SLOT_BITS])
-    for first, stop in (state.dead[at:end] - (key << SLOT_BITS)).tolist():
-        keep[first:stop] = False
-    return keep
-
-
-def as_of_now(lineage: Lineage, before: Packs, renamed: Packs) -> Packs:
-    """Rows of packs that were written anew from the rows `before`, for a record that is appended now.
-
-    Slots that died since then stay dead: none comes back to life. ConflictError if a pack is gone.
+    Slots that died since `before` was read stay dead. ConflictError if a pack is gone.
     """
-    at = lineage.state.packs.find(renamed.key)
+    at = lineage.state.packs.find(rewritten.key)
     if (at < 0).any():
         raise ConflictError(f"volume {lineage.name} was swept by another process; run it again")
-    return replace(renamed, dead=lineage.state.packs.dead[at] - before.dead)
+    return replace(rewritten, dead=lineage.state.packs.dead[at] - before.dead)

@@ -9,7 +9,7 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,8 +28,6 @@ from island_fast.errors import (
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, read_json, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
-from island_fast.images.pins import pinned_lineage
-from island_fast.images.source import Source
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -39,7 +37,7 @@ from island_fast.stores.open import open_store
 if TYPE_CHECKING:
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["Found", "OpenRepository"]
+__all__ = ["FoundSnapshot", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
@@ -47,14 +45,14 @@ _RECORD = re.compile(r".*/catalog/[0-9]{6}-[0-9]{8}")
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundSnapshot:
     """A live snapshot and the lineage, just refreshed, that it is in."""
 
     lineage: Lineage
     row: SnapshotRow
 
 
-class OpenRepository:
+class RepositoryBase:
     """An open repository, and what is found in it. Owns its store; a context manager. Not thread-safe.
 
     `state` is this host's local state. With `create`, a repository that is not there is made by the first
@@ -132,6 +130,11 @@ class OpenRepository:
             self._id = self._create()
         return self._id
 
+    @property
+    def exists(self) -> bool:
+        """Whether the repository exists already, and not only from its first snapshot on."""
+        return self._id is not None
+
     def _read_id(self) -> str | None:
         def check(data: memoryview) -> dict[str, Any]:
             return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
@@ -176,7 +179,7 @@ class OpenRepository:
             raise UsageError(
                 f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
             )
-        return Lineage(self.store, self.state.lineage(self.id, name), name)
+        return Lineage(self.store, self.state, self.id, name)
 
     def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
         """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
@@ -185,7 +188,7 @@ class OpenRepository:
         """
         self.left_out = []
         if volume is not None:
-            yield self._existing(volume)
+            yield self.existing_lineage(volume)
             return
         for lineage, error in self.every_lineage():
             if error is not None:
@@ -204,86 +207,95 @@ class OpenRepository:
             else:
                 yield lineage, None
 
-    def _existing(self, volume: str) -> Lineage:
-        """The lineage of `volume`, refreshed; NotFoundError if there is none."""
-        lineage = self.lineage(volume)
+    def refreshed_lineage(self, name: str) -> Lineage:
+        """Return the lineage `name`, refreshed; it need not exist."""
+        lineage = self.lineage(name)
         self._refresh(lineage)
+        return lineage
+
+    def existing_lineage(self, volume: str) -> Lineage:
+        """Return the lineage of `volume`, refreshed; NotFoundError if it does not exist."""
+        lineage = self.refreshed_lineage(volume)
         if not lineage.exists:
             raise NotFoundError(
                 f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
             )
         return lineage
 
-    def lineage_for(self, source: Source, volume: str | None) -> Lineage:
-        """The lineage that a snapshot of `source` goes to, refreshed; RefusedError if it is another image's.
-
-        It is that of `volume` if that is given, else of the image's pin, else of what this host remembers.
-        """
-        name = volume
-        if name is None and self._id is not None:
-            if pinned := self._pinned_lineage(source):
-                return pinned
-            name = self.state.lineage_of(self.id, source.path)
-        lineage = self.lineage(name or source.path.stem)
-        self._refresh(lineage)
-        if lineage.exists:
-            lineage.require_owner(self.state.writer)
-            known = lineage.files.image() in (None, str(source.path))
-            if not known and not _holds_pin(source, lineage):
-                raise RefusedError(
-                    f"{self.store.location} already has a volume {lineage.name}, and {source.path} neither "
-                    f"has its pin nor is it known as its image; give another name with --volume, or run "
-                    f"'island adopt {lineage.name}' if it is that volume"
-                )
-        return lineage
-
-    def _pinned_lineage(self, source: Source) -> Lineage | None:
-        """The lineage, refreshed and owned by this host, that the image holds a valid pin of."""
-        pinned = [pinned_lineage(self.id, s.name) for s in reversed(source.internal_snapshots)]
-        for name in dict.fromkeys(filter(None, pinned)):
-            lineage = self.lineage(name)
-            self._refresh(lineage)
-            if lineage.exists and lineage.owner == self.state.writer and _holds_pin(source, lineage):
-                return lineage
-        return None
-
     def _refresh(self, lineage: Lineage) -> None:
         """Read the catalog; a record of unknown outcome of this host's is settled first."""
-        if lineage.files.pending():
-            with lineage.locked():
+        if lineage.files.pending.all():
+            with lineage.hold_lock():
                 return
         lineage.refresh()
 
-    def find(self, reference: str) -> Found:
-        """The snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
-        volume, at, wanted = reference.rpartition("@")
-        if not at and not wanted:
-            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
-        found, volumes = [], set()
-        for lineage in self.lineages(volume or None):
-            volumes.add(lineage.name)
-            if at and wanted == "latest":
-                rows = [row for row in (lineage.state.newest(),) if row]
-            else:
-                rows = [row for key, row in lineage.state.live.items() if key.startswith(wanted)]
-            found += [Found(lineage, row) for row in rows if wanted]
+    def find(self, reference: str) -> FoundSnapshot:
+        """Return the snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        (found,) = self.find_all([reference])
+        return found
+
+    def find_all(self, references: Sequence[str]) -> list[FoundSnapshot]:
+        """Return the snapshots that `references` name, in their order; see `find`.
+
+        The catalog of a volume is read once, however many references name it, and volumes are listed once.
+        Snapshots of one volume share its lineage.
+        """
+        asked = [_Reference.parse(text) for text in references]
+        found: dict[_Reference, list[FoundSnapshot]] = {one: [] for one in asked}
+        self.left_out = []
+        volumes = dict.fromkeys(one.volume for one in asked if one.volume)
+        named = {name: self.existing_lineage(name) for name in volumes}
+        for one in asked:
+            if one.volume:
+                found[one] = one.select(named[one.volume])
+        listed = set()
+        if not all(one.volume for one in asked):
+            for lineage in self.lineages():
+                listed.add(lineage.name)
+                for one in found:
+                    if not one.volume:
+                        found[one] += one.select(named.get(lineage.name, lineage))
+        return [self._require_one(one, found[one], listed) for one in asked]
+
+    def _require_one(
+        self, reference: _Reference, found: list[FoundSnapshot], listed: set[str]
+    ) -> FoundSnapshot:
+        """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
+        text, wanted = reference.text, reference.wanted
         if len(found) > 1:
-            raise UsageError(f"{reference} could be {len(found)} snapshots; give more of the id")
-        if not at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
-            raise self.left_out[0]  # what is left out may hold it, or another that begins like it
+            raise UsageError(f"{text} could be {len(found)} snapshots; give more of the id")
+        if not reference.at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
+            raise self.left_out[0]  # a volume that was skipped can hold it, or another that begins like it
         if not found:
-            if not at and wanted in volumes:
+            if not reference.at and wanted in listed:
                 raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
-            raise NotFoundError(
-                f"there is no snapshot {reference} in {self.store.location}; see 'island list'"
-            )
+            raise NotFoundError(f"there is no snapshot {text} in {self.store.location}; see 'island list'")
         return found[0]
 
 
-def _holds_pin(source: Source, lineage: Lineage) -> bool:
-    """Whether the image holds the pin of a snapshot of the lineage, by its whole identity."""
-    pins = [row.pin for row in lineage.state.live.values()]
-    for retired in lineage.files.retired():
-        manifest = lineage.cached_manifest(retired.snapshot, retired.attempt)
-        pins += [manifest.pin] if manifest else []
-    return any(source.find_pinned(pin) for pin in pins)
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
+
+    text: str
+    volume: str
+    at: bool  # it has an @
+    wanted: str  # an id, the beginning of one, or "latest"
+
+    @classmethod
+    def parse(cls, text: str) -> _Reference:
+        """Parse a reference; UsageError for an empty one."""
+        volume, at, wanted = text.rpartition("@")
+        if not at and not wanted:
+            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
+        return cls(text, volume, bool(at), wanted)
+
+    def select(self, lineage: Lineage) -> list[FoundSnapshot]:
+        """Return the snapshots of `lineage` that it can mean."""
+        if not self.wanted:
+            return []
+        if self.at and self.wanted == "latest":
+            rows = [row for row in (lineage.state.newest(),) if row]
+        else:
+            rows = [row for key, row in lineage.state.live.items() if key.startswith(self.wanted)]
+        return [FoundSnapshot(lineage, row) for row in rows]

@@ -24,7 +24,6 @@ from island_fast.errors import (
     IslandError,
     ObjectMissingError,
 )
-from island_fast.formats.catalog import pack_full_name
 from island_fast.formats.pack import Index, front_size, open_pack, read_front, stored_ranges, unpack_blocks
 from island_fast.formats.runs import Runs
 from island_fast.repository.lineage import Lineage
@@ -90,7 +89,7 @@ class PackReader:
                     f"volume {self._lineage.name}: a manifest names a pack that its catalog does not; the "
                     "snapshot is damaged"
                 )
-            name = pack_full_name(self._lineage.name, packs, row, self._lineage.numbers)
+            name = self._lineage.pack_name(packs, row)
             return PackLocation(name, int(packs.slots[row]), int(packs.size[row]))
 
     def with_current_location(self, key: int, read: Callable[[PackLocation], T]) -> T:
@@ -205,7 +204,7 @@ class PackReader:
         return index
 
     def _read_cached_index(self, name: str) -> Index | None:
-        front = self._lineage.files.cached(name)
+        front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
                 return read_front(name, front)
@@ -219,7 +218,7 @@ class PackReader:
             index = read_front(location.name, front)
         except UNREADABLE:
             index, front = self._read_object(location, failed_reads=1)
-        self._lineage.files.cache(location.name, front[: index.data_start])
+        self._lineage.files.cache.write(location.name, front[: index.data_start])
         return index
 
     # Both.

@@ -17,7 +17,7 @@ import numpy as np
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import distinct, merge_intervals, subtract_intervals
 from island_fast.errors import UNREADABLE, ConflictError, DamagedError, ObjectMissingError
-from island_fast.formats.catalog import Packs, Record, SnapshotRow
+from island_fast.formats.catalog import Packs, SnapshotAdded, SnapshotRow, State
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SLOT_BITS, pack_keys, slot_intervals
 from island_fast.formats.manifest import Manifest, encode
 from island_fast.formats.names import manifest_name, pack_name
@@ -30,11 +30,11 @@ from island_fast.repository.pack_reader import PackLocation, PackReader
 from island_fast.repository.pack_writer import PackWriter, WrittenPack
 from island_fast.repository.streams import SendResult
 
-__all__ = ["KeptPacks", "Stored", "Storing", "find_interrupted", "forget_used", "note_sent"]
+__all__ = ["SnapshotWriter", "StoredSnapshot", "find_interrupted", "remove_used_registrations"]
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class StoredSnapshot:
     """Where a snapshot's blocks are now, and what its record must say of its packs.
 
     `runs` are all its blocks, `fresh` those that are not the parent's; both hold pack keys. `packs` are the
@@ -47,18 +47,17 @@ class Stored:
     dead: Int64s
 
 
-class Storing:
+class SnapshotWriter:
     """One snapshot being stored in `lineage` under `registration`, which stands locked. `packs` reads there.
 
     `objects` counts what was written.
     """
 
-    def __init__(self, lineage: Lineage, registration: Registration, writer: str) -> None:
+    def __init__(self, lineage: Lineage, registration: Registration) -> None:
         self.packs = PackReader(lineage)
         self.objects = 0
         self._lineage = lineage
         self._registration = registration
-        self._writer = writer
         self._kept = KeptPacks(lineage, registration.snapshot, self.packs)
 
     @property
@@ -88,7 +87,7 @@ class Storing:
         mine = keys[keys >> PACK_BITS == self._owner] & MAX_PACK_NUMBER
         return max(self._kept.next_number, int(mine.max(initial=-1)) + 1)
 
-    def stored(self, sent: SendResult, parent: Runs, replaced: Int64s) -> Stored:
+    def stored(self, sent: SendResult, parent: Runs, replaced: Int64s) -> StoredSnapshot:
         """What the snapshot holds when its `replaced` blocks (int64[n, 2]) were sent, found kept, or zero.
 
         Of the rest, and of those found to be the same, it inherits the entries of `parent` (with pack keys).
@@ -98,7 +97,7 @@ class Storing:
         fresh = replace(own, pack=pack_keys(np.full(len(own), self._owner), own.pack))
         runs = merge(parent, subtract_intervals(replaced, sent.same.runs()), fresh)
         self._check_inherited(runs, parent)
-        return Stored(runs, fresh, *self._own_packs(sent, own))
+        return StoredSnapshot(runs, fresh, *self._own_packs(sent, own))
 
     def _check_inherited(self, runs: Runs, parent: Runs) -> None:
         """Every slot must be this snapshot's own, or one that the parent names for blocks there."""
@@ -119,17 +118,22 @@ class Storing:
         written = Packs(pack_keys(owner, number), attempt, none, size, slots, none)
         kept, dead = self._kept.rows(own)
         if dead.size:
-            from island_fast.repository.liveness import with_more_dead  # only after an interruption
+            from island_fast.repository.liveness import add_dead_slots  # only after an interruption
 
-            kept = kept.updated(with_more_dead(kept, dead, self._kept.index))
+            kept = kept.updated(add_dead_slots(kept, dead, self._kept.index))
         return kept.updated(written), dead
 
     def commit(
-        self, manifest: Manifest, packs: Packs, dead: Int64s, last_word: Callable[[Record], Record]
+        self,
+        manifest: Manifest,
+        packs: Packs,
+        dead: Int64s,
+        finalize: Callable[[SnapshotAdded], State | None],
     ) -> SnapshotRow:
         """Write the manifest, then under the lineage's lock the record that makes the snapshot exist.
 
-        `last_word` is told of the record when nothing speaks against it any more; what it gives is appended.
+        `finalize` is called with the event once the commit is certain; the record carries the checkpoint that
+        it returns, if any.
         """
         lineage = self._lineage
         name = manifest_name(lineage.name, manifest.snapshot, manifest.attempt)
@@ -147,24 +151,21 @@ class Storing:
             stored=int(packs.size.sum()),
             pin=manifest.pin,
         )
-        record = Record(
-            lineage="", epoch=0, number=0, writer="", host="", previous=None, time=row.created,
-            event="snapshot", seed=0, snapshot=row, packs=packs, dead=dead,
-        )  # fmt: skip
-        with lineage.locked():
+        event = SnapshotAdded(row, packs, dead)
+        with lineage.hold_lock():
             self._still_allowed()
-            lineage.append(last_word(record), self._writer)
+            lineage.append(event, finalize(event))
         self.objects += 2
-        lineage.files.cache(name, data)
+        lineage.files.cache.write(name, data)
         return row
 
     def _still_allowed(self) -> None:
         """Refuse unless this host owns the lineage as it did, the registration stands, the parent is live."""
         lineage, parent = self._lineage, self._registration.parent
-        lineage.require_owner(self._writer)
+        lineage.require_owner()
         if lineage.epoch != self._registration.epoch:
             raise ConflictError(f"volume {lineage.name} changed hands meanwhile; run it again")
-        if not lineage.files.registered(self._registration):
+        if self._registration not in lineage.files.registrations:
             raise ConflictError(
                 "the registration of this snapshot is gone, so its packs may be swept; run it again"
             )
@@ -178,11 +179,11 @@ def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registratio
     With `copied`, that at copying this snapshot. Under the lineage's lock. Ids that are used up are not
     among them.
     """
-    forget_used(lineage)
-    return lineage.files.interrupted(lineage.epoch, copied)
+    remove_used_registrations(lineage)
+    return lineage.files.registrations.find_interrupted(lineage.epoch, copied)
 
 
-def forget_used(lineage: Lineage) -> None:
+def remove_used_registrations(lineage: Lineage) -> None:
     """Remove registrations of snapshots that have been committed: crashes, and lost answers, leave them.
 
     Under the lineage's lock, and before a sweep takes a deleted snapshot's last trace out of the state. Not
@@ -190,10 +191,10 @@ def forget_used(lineage: Lineage) -> None:
     """
     state, files = lineage.state, lineage.files
     owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
-    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.retired()}
-    for registration, alive in files.running():
+    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.deleted_snapshots()}
+    for registration, alive in files.registrations.all():
         if registration.snapshot in used and not alive:
-            files.unregister(registration.snapshot)
+            files.registrations.remove(registration.snapshot)
 
 
 def note_sent(lineage: Lineage, snapshot: str, row: WrittenPack, blocks: Int64s, front: bytes) -> None:
@@ -201,8 +202,9 @@ def note_sent(lineage: Lineage, snapshot: str, row: WrittenPack, blocks: Int64s,
     first = np.flatnonzero(np.append(True, np.diff(blocks) != 1))
     lengths = np.diff(np.append(first, blocks.size))
     runs = tuple(zip(blocks[first].tolist(), lengths.tolist(), strict=True))
-    lineage.files.cache(row.name, front)
-    lineage.files.note_sent(snapshot, SentPack(row.number, row.attempt, row.size, row.slots, runs))
+    lineage.files.cache.write(row.name, front)
+    sent = SentPack(row.number, row.attempt, row.size, row.slots, runs)
+    lineage.files.registrations.note_sent(snapshot, sent)
 
 
 class KeptPacks:
@@ -215,7 +217,7 @@ class KeptPacks:
         self._lineage = lineage
         self._snapshot = snapshot
         self._packs = packs
-        self._sent = {pack.number: pack for pack in lineage.files.sent(snapshot)}
+        self._sent = {pack.number: pack for pack in lineage.files.registrations.sent_packs(snapshot)}
         self._there: dict[int, bool] = {}
         self.next_number = max(self._sent, default=-1) + 1
         self.runs = Runs.empty()

@@ -72,8 +72,7 @@ def test_a_disk_that_gets_full(island: Island, disk: Path, small_disk: Callable[
     assert (done.code, done.out) == (1, "")
     warning, sentence = done.err.splitlines()
     assert warning.endswith(
-        f"{target} may be partly what it was and partly the snapshot; "
-        f"run 'island restore {taken} --onto {target}'"
+        f"{target} can be a mix of old and new; run 'island restore {taken} --onto {target}'"
     )
     assert "No space left on device" in sentence
     assert "free space" in sentence

@@ -104,7 +104,7 @@ def test_snapshot_options(island: Island, disk: Path) -> None:
     assert (one["volume"], two["volume"]) == ("other", "third")
     island("snapshot", disk)
     full = island.json("snapshot", disk, "--full")
-    assert (full["rule"], full["reason"]) == ("full-scan", "a full scan was asked for")
+    assert (full["rule"], full["reason"]) == ("full-scan", "a full scan was requested")
     assert (full["bytes_read"], full["blocks_changed"]) == (3 * MIB, 0)
 
 
@@ -187,7 +187,7 @@ def test_delete_and_sweep(island: Island, disk: Path, tmp_path: Path) -> None:
     *steps, last = island.text("sweep", "--dry-run").splitlines()
     assert re.match(r"Volume disk: would remove \d objects? \(", last)
     assert re.fullmatch(
-        rf"rewrite +\d\.\d MiB  disk/packs/{first}/0-00000000: \d\d % of it is needed no more\n"
+        rf"rewrite +\d\.\d MiB  disk/packs/{first}/0-00000000: no snapshot needs \d\d % of it\n"
         rf"remove +\d+ B  disk/manifests/{first}-0: its snapshot was deleted",
         "\n".join(steps),
     )

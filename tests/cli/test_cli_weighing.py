@@ -80,7 +80,7 @@ def test_retain_on_a_host_that_owns_nothing(
     done = island("retain", "--keep-last", "1", "--json")
     assert (done.code, done.out) == (0, "[]\n")
     assert done.err.splitlines() == [
-        "island: left out, for other hosts own them: disk",
+        "island: skipped, because another host owns them: disk",
         f"island: this host owns no volume in {island.repository}",
     ]
     assert "island adopt disk" in island.fails(4, "retain", "--keep-last", "1", "--volume", "disk")

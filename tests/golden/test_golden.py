@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from island_fast.api import Repository
+from island_fast.formats.catalog import decode_record, encode_record
+from island_fast.formats.keys import SnapshotNumbers
 from island_fast.repository.local_state import LocalState
 from tests.golden import make, reader
 from tests.support import qemu
@@ -263,3 +265,12 @@ def test_the_sections_that_docstrings_point_to_exist() -> None:
     wanted = {" ".join(name.split()) for names in named for name in names}
     assert len(wanted) > 5
     assert wanted <= headings
+
+
+def test_every_record_is_written_with_the_bytes_that_were_read() -> None:
+    records = [path for path in make.REPOSITORY.glob("*/catalog/*") if not path.name.endswith("-stop")]
+    assert len(records) > 32
+    for path in records:
+        name, numbers = path.relative_to(make.REPOSITORY).as_posix(), SnapshotNumbers()
+        record, _ = decode_record(name, path.read_bytes(), numbers)
+        assert encode_record(name, record, numbers)[0] == path.read_bytes(), name

@@ -20,7 +20,7 @@ from island_fast.errors import (
 from island_fast.formats.pack import read_front
 from island_fast.repository import streams
 from island_fast.repository.local_state import LocalState
-from island_fast.repository.snapshot_writer import Stored, Storing
+from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot
 from island_fast.results import Copied
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
@@ -78,7 +78,7 @@ def test_a_lineage_copied_whole_keeps_its_tree(
     assert [replace(one, bytes_stored=0) for one in there] == [replace(one, bytes_stored=0) for one in here]
     assert [one.copied for one in copied] == [True] * 4
     assert [one.parent for one in copied] == [one.parent for one in here]
-    near_lineage, far_lineage = repository._existing("vol"), far._existing("vol")
+    near_lineage, far_lineage = repository.existing_lineage("vol"), far.existing_lineage("vol")
     for row in near_lineage.state.live.values():
         ours, theirs = near_lineage.manifest(row), far_lineage.manifest(far_lineage.state.live[row.id])
         assert ours.properties == theirs.properties
@@ -262,7 +262,7 @@ def test_what_was_acknowledged_is_not_sent_again(
     check(far, taken.snapshot, qemu.content(image), tmp_path)
     far_store.now += 2 * DAY
     assert far.sweep()[0].objects_removed == 0
-    assert [r for r, _ in far.lineage("vol").files.running()] == []
+    assert [r for r, _ in far.lineage("vol").files.registrations.all()] == []
 
 
 @pytest.mark.usefixtures("tiny")
@@ -293,9 +293,12 @@ def test_a_second_process_does_not_copy_the_same_snapshot(
 ) -> None:
     taken = repository.snapshot(image)
     interrupt(repository, far, 1)
-    files = far.lineage("vol").files
-    ((registration, _),) = files.running()
-    with files.register(registration), pytest.raises(RefusedError, match="another process is copying"):
+    registrations = far.lineage("vol").files.registrations
+    ((registration, _),) = registrations.all()
+    with (
+        registrations.register(registration),
+        pytest.raises(RefusedError, match="another process is copying"),
+    ):
         repository.copy(far, [taken.snapshot])
 
 
@@ -373,14 +376,14 @@ def test_a_block_that_no_checksum_but_its_digest_proves(
 def test_a_far_copy_that_is_not_what_it_should_be_is_no_parent(
     repository: Repository, far: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Storing.stored
+    real = SnapshotWriter.stored
 
-    def stored(*words: Any) -> Stored:
+    def stored(*words: Any) -> StoredSnapshot:
         whole = real(*words)
         return replace(whole, runs=replace(whole.runs, length=whole.runs.length - np.int64(1)))
 
     first = repository.snapshot(image)
-    monkeypatch.setattr(Storing, "stored", stored)
+    monkeypatch.setattr(SnapshotWriter, "stored", stored)
     repository.copy(far)
     monkeypatch.undo()
     qemu.noise(image, 0, BLOCK, 2)
@@ -464,7 +467,7 @@ def test_snapshots_of_restored_copies_go_on_there_and_others_do_not(
 ) -> None:
     repository.snapshot(image)
     copied = repository.copy(far)[0]
-    with pytest.raises(RefusedError, match="neither has its pin nor is it known"):
+    with pytest.raises(RefusedError, match="not known as its image and does not hold its pin"):
         far.snapshot(qemu.create(tmp_path / "other.qcow2", MIB), volume="vol")
     restored = tmp_path / "restored.qcow2"
     far.restore(copied.snapshot, restored)

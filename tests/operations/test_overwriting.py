@@ -29,7 +29,7 @@ from island_fast.errors import (
     StoreError,
 )
 from island_fast.images import target as targets
-from island_fast.operations import restore as overwriting
+from island_fast.operations import restore
 from island_fast.qemu import qemu_nbd
 from island_fast.qemu.image_lock import ImageLock
 from island_fast.repository.local_state import LocalState
@@ -680,7 +680,7 @@ def test_a_target_that_is_opened_while_it_is_compared(
     raw = tmp_path / "raw"
     raw.write_bytes(os.urandom(SIZE))
     before = raw.read_bytes()
-    compare = overwriting._compare
+    compare = restore._compare_target
     with ExitStack() as stack:
 
         def opened_meanwhile(*arguments: Any) -> Any:
@@ -688,7 +688,7 @@ def test_a_target_that_is_opened_while_it_is_compared(
             stack.enter_context(held_open(raw, os.O_WRONLY))
             return plan
 
-        monkeypatch.setattr(overwriting, "_compare", opened_meanwhile)
+        monkeypatch.setattr(restore, "_compare_target", opened_meanwhile)
         with pytest.raises(ImageInUseError, match="open in process"):
             repository.restore_onto("vol@latest", raw, image_format="raw")
     assert raw.read_bytes() == before

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.errors import DamagedError, NotFoundError, RefusedError, StoreError
+from island_fast.errors import ConflictError, DamagedError, NotFoundError, RefusedError, StoreError
 from island_fast.formats.catalog import CHECKPOINT_EVERY
-from island_fast.operations.restore import Target, restore
+from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.progress import silent
 from island_fast.repository.local_state import LocalState, Registration
 from tests.operations.conftest import check
@@ -129,7 +129,7 @@ def test_what_a_crash_left_goes_after_the_grace_and_not_before(
     store.now += 2
     assert repository.sweep(dry_run=True)[0].objects_removed == 1
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
-    with files.register(Registration("c" * 32, 0, None)):
+    with files.registrations.register(Registration("c" * 32, 0, None)):
         assert repository.sweep()[0].objects_removed == 0, "a registered snapshot's objects are live"
     assert repository.sweep()[0].objects_removed == 1
     assert lost not in store.objects
@@ -150,8 +150,8 @@ def test_the_base_of_a_running_snapshot_cannot_be_deleted(
     base = repository.snapshot(image)
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
     with (
-        files.register(Registration("d" * 32, 0, base.snapshot)),
-        pytest.raises(RefusedError, match="being taken"),
+        files.registrations.register(Registration("d" * 32, 0, base.snapshot)),
+        pytest.raises(RefusedError, match="in progress"),
     ):
         repository.delete([base.snapshot])
     repository.delete([base.snapshot])
@@ -168,20 +168,21 @@ def test_a_restore_follows_a_pack_that_was_repacked_meanwhile(
     repository.delete([first.snapshot])
     repository.sweep()
     target = tmp_path / "late.raw"
-    restore(found.lineage, found.row, manifest, Target(target, "raw", pin=False), silent)
+    restore(found, manifest, RestoreTarget(target, "raw", pin=False), silent)
     assert target.read_bytes() == qemu.content(image)
 
 
 def test_a_restore_whose_snapshot_is_deleted_says_so(
-    repository: Repository, image: Path, tmp_path: Path
+    repository: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = repository.snapshot(image)
     found = repository.find(only.snapshot)
-    manifest = found.lineage.manifest(found.row)
-    repository.delete([only.snapshot])
-    repository.sweep()
-    with pytest.raises(NotFoundError, match="was deleted"):
-        restore(found.lineage, found.row, manifest, Target(tmp_path / "late.raw", "raw", pin=False), silent)
+    other = Repository(repository.store, repository.state)
+    other.delete([only.snapshot])
+    other.sweep()
+    monkeypatch.setattr(repository, "find", lambda _: found)
+    with pytest.raises(NotFoundError, match="was deleted while it was restored"):
+        repository.restore(only.snapshot, tmp_path / "late.raw", image_format="raw")
 
 
 @pytest.mark.parametrize("kind", ["packs", "manifests"])
@@ -313,3 +314,42 @@ def test_a_delete_that_is_settled_later_keeps_the_pin_as_base(
     third = repository.snapshot(image)
     assert (third.rule, third.parent, third.blocks_changed) == ("table-diff", first.snapshot, 16)
     assert {s.snapshot for s in repository.snapshots()} == {first.snapshot, third.snapshot}
+
+
+def test_a_long_lived_repository_sees_what_another_process_did(
+    repository: Repository, store: MemoryStore, image: Path
+) -> None:
+    first = repository.snapshot(image)
+    assert repository.find("vol@latest").row.id == first.snapshot
+    other = Repository(store, repository.state)
+    second = other.snapshot(image)
+    assert [one.row.id for one in repository.find_all(["vol@latest", first.snapshot])] == [
+        second.snapshot,
+        first.snapshot,
+    ]
+    other.delete([first.snapshot])
+    with pytest.raises(NotFoundError):
+        repository.find_all([second.snapshot, first.snapshot])
+
+
+def test_snapshots_found_together_share_the_lineage_of_their_volume(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    taken = [repository.snapshot(image).snapshot for _ in range(3)]
+    other = repository.snapshot(qemu.create(tmp_path / "other.qcow2", MIB)).snapshot
+    found = repository.find_all([f"vol@{taken[0]}", other, taken[1][:30], "vol@latest", taken[0]])
+    assert [one.row.id for one in found] == [taken[0], other, taken[1], taken[2], taken[0]]
+    assert len({id(one.lineage) for one in found}) == 2
+
+
+def test_what_only_reads_makes_no_writer_id(repository: Repository, image: Path, tmp_path: Path) -> None:
+    taken = repository.snapshot(image)
+    state = LocalState(tmp_path / "elsewhere")
+    reader = Repository(repository.store, state)
+    reader.delete([taken.snapshot], dry_run=True)
+    reader.verify(taken.snapshot)
+    reader.restore(taken.snapshot, tmp_path / "target.qcow2")
+    assert not (state.root / "writer").exists()
+    with pytest.raises(ConflictError):
+        reader.delete([taken.snapshot])
+    assert (state.root / "writer").exists()

@@ -10,7 +10,6 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.errors import ConflictError, IslandError, StoreError
-from island_fast.formats.catalog import pack_full_name
 from island_fast.repository.local_state import LocalState
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
@@ -64,7 +63,7 @@ def outage(monkeypatch: pytest.MonkeyPatch) -> Outage:
 
 
 def registrations(repository: Repository) -> list[str]:
-    return [r.snapshot for r, _ in repository.lineage("vol").files.running()]
+    return [r.snapshot for r, _ in repository.lineage("vol").files.registrations.all()]
 
 
 def left_over(repository: Repository, store: MemoryStore) -> set[str]:
@@ -74,7 +73,7 @@ def left_over(repository: Repository, store: MemoryStore) -> set[str]:
     assert not kept
     names = {f"vol/manifests/{row.id}-{row.attempt}" for row in lineage.state.live.values()}
     packs = lineage.state.packs
-    names |= {pack_full_name("vol", packs, row, lineage.numbers) for row in range(len(packs))}
+    names |= set(lineage.pack_names(packs))
     return {n for n in store.objects if "/packs/" in n or "/manifests/" in n} - names
 
 
@@ -186,7 +185,7 @@ def test_notes_and_fronts_that_are_lost_or_wrong_cost_only_time(
     text = notes[4].read_text()
     notes[4].write_text(text.replace(f'"runs": [[{4 * PACK}, ', f'"runs": [[{4 * PACK + shift}, '))
     assert (notes[4].read_text() == text) == (shift == 0)
-    files.uncache("/packs/")
+    files.notes.remove_all("packs")
     taken = repository.snapshot(image)
     assert taken.blocks_kept == kept * PACK
     check(repository, taken.snapshot, qemu.content(image), tmp_path)
@@ -211,9 +210,9 @@ def test_a_sweep_gives_an_attempt_up_after_a_day_without_a_pack(
 def test_a_registration_that_a_crash_left_behind_its_record_is_not_gone_on_with(
     repository: Repository, image: Path, outage: Outage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = type(repository.lineage("vol").files)
+    registrations_of = type(repository.lineage("vol").files.registrations)
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_forget", lambda *_: False)
+        patch.setattr(registrations_of, "_forget", lambda *_: False)
         first = repository.snapshot(image)
     assert registrations(repository) == [first.snapshot]
     before = qemu.content(image)

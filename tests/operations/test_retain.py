@@ -88,7 +88,7 @@ def test_volumes_of_other_hosts_are_left_out_and_told(
     before = dict(store.objects)
     (answer,) = other.retain(Keep(last=1), dry_run=dry_run)
     assert (answer.volume, answer.deleted) == ("theirs", 1)
-    assert caplog.messages == ["left out, for other hosts own them: vol"]
+    assert caplog.messages == ["skipped, because another host owns them: vol"]
     assert not other.left_out
     changed = {name.partition("/")[0] for name in store.objects.keys() - before.keys()}
     assert changed == (set() if dry_run else {"theirs"})
@@ -99,7 +99,7 @@ def test_volumes_of_other_hosts_are_left_out_and_told(
 def test_the_base_of_a_running_snapshot_stays(repository: Repository, image: Path, tmp_path: Path) -> None:
     taken = take(repository, image, 4)
     files = LocalState(tmp_path / "state").lineage(repository.id, "vol")
-    with files.register(Registration("d" * 32, 0, taken[1])):
+    with files.registrations.register(Registration("d" * 32, 0, taken[1])):
         (answer,) = repository.retain(Keep(last=1))
     assert kept(answer) == {taken[1]: ("could not be deleted",), taken[3]: ("last",)}
     (error,) = repository.left_out

@@ -113,7 +113,7 @@ def test_without_a_pin_the_image_is_left_as_it_is(
 def test_a_full_scan_can_be_asked_for(repository: Repository, image: Path) -> None:
     repository.snapshot(image)
     full = repository.snapshot(image, full=True)
-    assert (full.rule, full.reason) == ("full-scan", "a full scan was asked for")
+    assert (full.rule, full.reason) == ("full-scan", "a full scan was requested")
     assert (full.blocks_candidate, full.blocks_changed) == (96, 0)
 
 

@@ -146,7 +146,7 @@ def test_a_pack_that_cannot_be_read_is_left_and_told(
     (swept,) = repository.sweep()
     assert (swept.packs_repacked, swept.objects_removed) == (0, 1)
     assert "not repacked" in caplog.text
-    repository.lineage("vol").files.uncache("/packs/")
+    repository.lineage("vol").files.notes.remove_all("packs")
     for snapshot in half_dead:
         repository.delete([snapshot])
         packs = next(repository.lineages("vol")).state.packs
@@ -216,7 +216,7 @@ def test_what_comes_damaged_is_read_again_and_told(
     assert len(spoilt) == times
 
 
-@pytest.mark.parametrize("lock, doing", [("lock", "changing"), ("sweeping", "sweeping")])
+@pytest.mark.parametrize("lock, doing", [("lock", "changing"), ("lock_sweeps", "sweeping")])
 def test_whoever_waits_for_a_lock_says_for_which_process(
     repository: Repository, image: Path, tmp_path: Path, lock: str, doing: str
 ) -> None:
@@ -303,7 +303,7 @@ def test_a_pending_record_that_another_process_settles_is_no_error(
 
     gone.write_bytes(b"")
     monkeypatch.setattr(Path, "read_bytes", read_bytes)
-    assert files.pending() == []
+    assert files.pending.all() == []
     assert repository.show(taken.snapshot).snapshot == taken.snapshot
 
 
@@ -325,11 +325,11 @@ def test_a_dry_run_counts_what_a_sweep_would_give_up(
             repository.snapshot(image)
     store.now += 25 * 3600
     files = repository.lineage("vol").files
-    ((left, _),) = files.running()
+    ((left, _),) = files.registrations.all()
     os.utime(files.folder / "running" / left.snapshot, (0, 0))
     would = repository.sweep(dry_run=True)[0]
     assert [step.reason for step in would.steps] == ["no record names it"]
-    assert files.registered(left), "a dry run changes nothing"
+    assert left in files.registrations, "a dry run changes nothing"
     assert repository.sweep()[0] == would
 
 
@@ -354,4 +354,4 @@ def test_show_tells_what_it_can_of_a_snapshot_with_a_damaged_neighbour(
     spoil(store, f"vol/manifests/{second}-0")
     shown = Repository(store, LocalState(tmp_path / "two")).show(first)
     assert (shown.snapshot, shown.bytes_unreferenced, shown.bytes_freed) == (first, None, None)
-    assert "cannot be told" in caplog.text
+    assert "cannot compute what deleting it would free" in caplog.text

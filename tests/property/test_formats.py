@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from island_fast.errors import DamagedError, IslandError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
+from island_fast.formats.catalog import (
+    Event,
+    ObjectsSwept,
+    OwnerChanged,
+    Packs,
+    Record,
+    SnapshotAdded,
+    SnapshotRow,
+    SnapshotsDeleted,
+    State,
+    decode_record,
+    encode_record,
+)
 from island_fast.formats.frame import HEADER_SIZE, Kind, Section, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
 from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
@@ -181,34 +193,64 @@ def test_an_absent_slot_and_one_past_the_end_are_refused() -> None:
         stored_ranges(open_pack(name, b"".join(parts))[0], array([1]))
 
 
-def record(numbers: SnapshotNumbers, state: State | None = None) -> Record:
+def packs_of(numbers: SnapshotNumbers) -> Packs:
     keys = array(packs_for(numbers)[:2])
-    packs = Packs(keys, array([0, 1]), array([0, 2**62]), array([9, 10]), array([3, 4]), array([0, 7]))
-    row = SnapshotRow(A, B, 0, "ab" * 16, 77, 5, "label", 1 << 40, 99, PIN)
-    return Record(
-        "vol", 1, 32, "w" * 32, "host", "cd" * 16, 12345, "snapshot", 7, row, (B,), ("c" * 32,),
-        packs, keys[:1], np.array([[keys[0] << 16, (keys[0] << 16) + 3]], np.int64), state,
-    )  # fmt: skip
+    return Packs(keys, array([0, 1]), array([0, 2**62]), array([9, 10]), array([3, 4]), array([0, 7]))
+
+
+ROW = SnapshotRow(A, B, 0, "ab" * 16, 77, 5, "label", 1 << 40, 99, PIN)
+
+
+def events(numbers: SnapshotNumbers) -> list[Event]:
+    packs = packs_of(numbers)
+    keys = packs.key
+    dead = np.array([[keys[0] << 16, (keys[0] << 16) + 3]], np.int64)
+    return [
+        OwnerChanged(),
+        SnapshotAdded(ROW, packs, dead),
+        SnapshotsDeleted((B, A), packs, dead),
+        ObjectsSwept(("c" * 32,), packs, keys[:1]),
+    ]
+
+
+def record(numbers: SnapshotNumbers, event: Event, state: State | None = None) -> Record:
+    return Record("vol", 1, 32, "w" * 32, "host", "cd" * 16, 12345, 7, event, state)
+
+
+def in_ids(event: Event, numbers: SnapshotNumbers) -> object:
+    """The event with pack keys as snapshot ids and pack numbers, comparable."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, Packs):
+            return sorted((numbers.id(k >> 28), k & (1 << 28) - 1) for k in value.key.tolist())
+        if isinstance(value, np.ndarray):
+            return sorted((numbers.id(int(k) >> 44 if value.ndim == 2 else int(k) >> 28)) for k in value.flat)
+        return value
+
+    return type(event), [plain(getattr(event, column.name)) for column in fields(event)]
 
 
 @pytest.mark.parametrize("checkpoint", [False, True])
-def test_a_record_round_trips(checkpoint: bool) -> None:
+@pytest.mark.parametrize("number", range(4))
+def test_a_record_round_trips(number: int, checkpoint: bool) -> None:
     numbers = SnapshotNumbers()
-    plain = record(numbers)
-    assert plain.snapshot
-    state = State({A: plain.snapshot}, {B: replace(plain.snapshot, id=B)}, plain.packs, plain.dead)
-    original = record(numbers, state if checkpoint else None)
+    event, packs = events(numbers)[number], packs_of(numbers)
+    dead = np.array([[packs.key[0] << 16, (packs.key[0] << 16) + 3]], np.int64)
+    state = State({A: ROW}, {B: replace(ROW, id=B)}, packs, dead)
+    original = record(numbers, event, state if checkpoint else None)
     blob, checksum = encode_record("n", original, numbers)
     fresh = SnapshotNumbers(["c" * 32, B])  # another numbering: keys must be translated
     again, found = decode_record("n", blob, fresh)
     assert found == checksum.hex()
+    assert in_ids(again.event, fresh) == in_ids(event, numbers)
     twice, _ = encode_record("n", again, fresh)
-    assert again.snapshot == original.snapshot
-    assert again.deleted == (B,)
-    assert sorted(fresh.id(k >> 28) for k in again.packs.key.tolist()) == [A, A]
     back, _ = decode_record("n", twice, numbers)
-    assert np.array_equal(back.dead, original.dead)
-    assert np.array_equal(back.packs.suffix, original.packs.suffix)
+    for column in fields(event):
+        if isinstance(was := getattr(event, column.name), np.ndarray):
+            assert np.array_equal(getattr(back.event, column.name), was)
+    if not isinstance(event, OwnerChanged):
+        assert not isinstance(back.event, OwnerChanged)
+        assert np.array_equal(back.event.packs.suffix, event.packs.suffix)
     assert (back.state is not None) == checkpoint
     if back.state:
         assert list(back.state.live) == [A]
@@ -219,7 +261,7 @@ def objects() -> list[tuple[str, bytes, object]]:
     numbers = SnapshotNumbers()
     rows = Runs(array([0, 9]), array([3, 2]), array(packs_for(numbers)[:2]), array([0, 5]))
     manifest, _ = encode("m", manifest_of(rows, numbers))
-    blob, _ = encode_record("r", record(numbers), numbers)
+    blob, _ = encode_record("r", record(numbers, events(numbers)[1]), numbers)
     name, pack, _ = small_pack()
     _, tiny, _ = small_pack(noise=False)
     plain = seal(Kind.REPOSITORY, "repository", [Section(1, [b'{"id":"x"}'])])[0]

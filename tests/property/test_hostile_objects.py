@@ -19,12 +19,20 @@ from island_fast.errors import (
     IslandError,
     UnsupportedObjectError,
 )
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, State, decode_record, encode_record
+from island_fast.formats.catalog import (
+    Packs,
+    Record,
+    SnapshotAdded,
+    SnapshotRow,
+    State,
+    decode_record,
+    encode_record,
+)
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
 from island_fast.formats.runs import Runs
-from island_fast.operations.restore import Target, restore
+from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.operations.sweep import plan_sweep
 from island_fast.progress import silent
 from island_fast.qcow2.snapshots import PinnedBase
@@ -47,7 +55,8 @@ def manifest_bytes() -> bytes:
 def record_bytes(**changes: object) -> bytes:
     numbers = SnapshotNumbers()
     row = SnapshotRow(A, None, 0, "ab" * 16, 77, 5, "label", 1 << 20, 99, PIN)
-    record = Record("vol", 0, 0, "w" * 32, "host", None, 1, "owner", 7, row, state=State({A: row}))
+    event = SnapshotAdded(row)
+    record = Record("vol", 0, 1, "w" * 32, "host", "cd" * 32, 1, 7, event, state=State({A: row}))
     return encode_record("r", replace(record, **changes), numbers)[0]  # type: ignore[arg-type]
 
 
@@ -109,13 +118,21 @@ def test_an_unknown_event_is_refused_and_not_called_damage() -> None:
         )
 
 
+@pytest.mark.parametrize("event", ["owner", "delete", "sweep"])
+def test_a_record_that_carries_what_its_event_does_not_have_is_damaged(event: str) -> None:
+    with pytest.raises(DamagedError):
+        decode_record("r", altered(Kind.RECORD, "r", record_bytes(), ["event"], event), SnapshotNumbers())
+    with pytest.raises(DamagedError):
+        decode_record("r", altered(Kind.RECORD, "r", record_bytes(), ["deleted"], [A]), SnapshotNumbers())
+
+
 def test_a_label_of_any_text_survives_and_can_be_written_again() -> None:
     for label in ("\ud800", "\udcff", "ä\n\0", "🏝"):
         blob = altered(Kind.RECORD, "r", record_bytes(), ["snapshot", "label"], label)
         record, _ = decode_record("r", blob, SnapshotNumbers())
-        assert record.snapshot
-        assert record.snapshot.label == label
-        assert json_bytes(record.snapshot.as_json())
+        assert isinstance(record.event, SnapshotAdded)
+        assert record.event.snapshot.label == label
+        assert json_bytes(record.event.snapshot.as_json())
 
 
 def with_write_feature(blob: bytes) -> bytes:
@@ -222,6 +239,6 @@ def test_a_pin_of_another_size_is_left_out_of_a_restored_image(tmp_path: Path) -
     for size in (0, (1 << 20) - 512, 1 << 62):
         odd = replace(manifest, pin=replace(manifest.pin, disk_size=size))
         target = tmp_path / f"{size}.qcow2"
-        restore(found.lineage, found.row, odd, Target(target, "qcow2", pin=True), silent)
+        restore(found, odd, RestoreTarget(target, "qcow2", pin=True), silent)
         assert "snapshots" not in qemu.info(target)
         assert qemu.content(target) == qemu.content(image)

@@ -12,7 +12,7 @@ from island_fast.arrays import Int64s
 from island_fast.bench.case import GIB, MIB, Case, Context
 from island_fast.bench.report import Counter, Row
 from island_fast.dirtymap import merge_intervals
-from island_fast.formats.catalog import Packs, Record, SnapshotRow, encode_record
+from island_fast.formats.catalog import Packs, Record, SnapshotAdded, SnapshotRow, encode_record
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
 from island_fast.formats.manifest import Manifest, build_pack_table, encode
 from island_fast.formats.names import catalog_name, manifest_name
@@ -77,8 +77,8 @@ def _make_record(manifest: Manifest, checksum: bytes, size: int, packs: Int64s) 
     )  # fmt: skip
     return Record(
         lineage="vol", epoch=0, number=1, writer=32 * "0", host="host", previous=64 * "0",
-        time=manifest.created, event="snapshot", seed=0, snapshot=row,
-        packs=Packs(packs, none, none, slots * (BLOCK + 32), slots, none),
+        time=manifest.created, seed=0,
+        event=SnapshotAdded(row, Packs(packs, none, none, slots * (BLOCK + 32), slots, none)),
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
-from island_fast.formats.catalog import CHECKPOINT_EVERY, decode_record
+from island_fast.formats.catalog import CHECKPOINT_EVERY, OwnerChanged, decode_record
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.names import catalog_name
 from island_fast.repository.integrity.objects import CONTRADICTION, MISSING, ROT, Finding
@@ -64,7 +64,8 @@ def _read_record(lineage: Lineage, name: str) -> _StoredRecord | Finding:
 
     def check(data: memoryview) -> _StoredRecord:
         record, checksum = decode_record(name, data, SnapshotNumbers())
-        return _StoredRecord(checksum, None if record.event == "owner" else record.previous, bytes(data))
+        begins = isinstance(record.event, OwnerChanged)
+        return _StoredRecord(checksum, None if begins else record.previous, bytes(data))
 
     try:
         return get_checked(lineage.store, name, check, newest=True)
@@ -78,7 +79,7 @@ def _find_contradictions(
     lineage: Lineage, name: str, record: _StoredRecord, before: _StoredRecord | None
 ) -> Iterator[Finding]:
     """Yield in what a record contradicts the one before it, or this host's copy of it."""
-    cached = lineage.files.cached(name)
+    cached = lineage.files.cache.read(name)
     if before and record.previous not in (None, before.checksum):
         yield Finding(name, CONTRADICTION, f"record {name} does not follow the one before it")
     elif cached is not None and cached != record.data and _is_record(name, cached):

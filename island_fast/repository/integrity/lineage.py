@@ -16,7 +16,7 @@ import numpy as np
 from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import intersect_intervals
 from island_fast.errors import UNREADABLE, NotFoundError
-from island_fast.formats.catalog import SnapshotRow, pack_full_name
+from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.manifest import Manifest
 from island_fast.repository.health import Health
@@ -28,7 +28,7 @@ from island_fast.repository.integrity.objects import (
     PackChecker,
     check_manifest,
 )
-from island_fast.repository.lineage import Lineage, row_manifest_name
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.workers import in_order, workers
 
 __all__ = ["CheckItem", "LineageCheck"]
@@ -68,15 +68,15 @@ class LineageCheck:
         self.packs = PackChecker(lineage)
         self._fetched: set[str] = set()  # manifests that were not cached, and were read whole
         self._unreadable: set[str] = set()  # manifests
-        self.findings, self.bytes_read = check_records(lineage, lineage.needed_records)
+        self.findings, self.bytes_read = check_records(lineage, lineage.current_record_names)
         self.findings += self._check_stops()
         keys = self._check_manifests()
         self._keys = self._needed_packs() if whole else keys
-        self.objects = len(lineage.needed_records) + len(lineage.ended) + len(self._fetched)
-        self.objects_read = len(lineage.needed_records) + len(self._fetched)
+        self.objects = len(lineage.current_record_names) + len(lineage.stop_names) + len(self._fetched)
+        self.objects_read = len(lineage.current_record_names) + len(self._fetched)
 
     def _check_stops(self) -> Iterator[Finding]:
-        for name in self.lineage.ended:
+        for name in self.lineage.stop_names:
             if self.lineage.store.head(name) is None:
                 message = f"{name} is missing: a host may take that epoch for the present one"
                 yield Finding(name, MISSING, message)
@@ -95,23 +95,23 @@ class LineageCheck:
 
     def _read_manifest(self, row: SnapshotRow) -> Manifest | None:
         """Return a manifest, or None if it cannot be read: `run` then finds it damaged or deleted."""
-        manifest = self.lineage.cached_manifest(row.id, row.attempt, row.checksum)
+        manifest = self.lineage.read_cached_manifest(row.id, row.attempt, row.checksum)
         if manifest is not None:
             return manifest
-        name = row_manifest_name(self.lineage, row)
+        name = self.lineage.manifest_name(row)
         try:
             manifest = self.lineage.manifest(row)
         except (NotFoundError, *UNREADABLE):
             self._unreadable.add(name)
             return None
-        self.health.note_proved(name, time.time())
+        self.health.note_verified(name, time.time())
         self._fetched.add(name)
         self.bytes_read += row.manifest_size
         return manifest
 
     def _find_contradictions(self, row: SnapshotRow, manifest: Manifest) -> Iterator[Finding]:
         """Yield in what the manifest and the catalog contradict each other."""
-        state, name = self.lineage.state, row_manifest_name(self.lineage, row)
+        state, name = self.lineage.state, self.lineage.manifest_name(row)
         if row.id not in state.live:
             return
         runs = manifest.runs_by_key(self.lineage.numbers)
@@ -142,16 +142,16 @@ class LineageCheck:
         state, health = self.lineage.state, self.health
         found = []
         for row in self.rows:
-            name = row_manifest_name(self.lineage, row)
+            name = self.lineage.manifest_name(row)
             if name not in self._fetched:
-                damaged = name in self._unreadable or health.damaged(name)
-                size, verified_at = row.manifest_size, health.proved(name)
+                damaged = name in self._unreadable or health.is_damaged(name)
+                size, verified_at = row.manifest_size, health.verified_at(name)
                 found.append(CheckItem(name, size, verified_at, row=row, damaged=damaged))
         rows = state.packs.find(self._keys)
         for at in rows[rows >= 0].tolist():
-            name = pack_full_name(self.lineage.name, state.packs, at, self.lineage.numbers)
+            name = self.lineage.pack_name(state.packs, at)
             size, key = int(state.packs.size[at]), int(state.packs.key[at])
-            verified_at, damaged = health.proved(name), health.damaged(name)
+            verified_at, damaged = health.verified_at(name), health.is_damaged(name)
             found.append(CheckItem(name, size, verified_at, key, damaged=damaged))
         return found
 
@@ -185,7 +185,7 @@ class LineageCheck:
             self.findings.append(finding)
             self.health.note_damaged(finding.name, _lost_mask(finding))
         elif whole:
-            self.health.note_proved(item.name, time.time())
+            self.health.note_verified(item.name, time.time())
 
 
 def _lost_mask(finding: Finding) -> Bools:

@@ -28,8 +28,7 @@ from island_fast.formats.pack import (
     stored_ranges,
     unpack_blocks,
 )
-from island_fast.repository.lineage import Lineage, row_manifest_name
-from island_fast.repository.liveness import live_slots
+from island_fast.repository.lineage import Lineage
 from island_fast.repository.pack_reader import BATCH, PackLocation, PackReader
 from island_fast.stores.checked_read import get_checked
 
@@ -118,7 +117,7 @@ class PackChecker:
             if "." not in location.name.rpartition("/")[2]:  # never written again
                 return True
             rows = self.reader.read_index_at(location).rows
-            live = live_slots(self._lineage.state, key, location.slots)
+            live = self._lineage.state.live_slots(key, location.slots)
             return len(rows) == location.slots and not (rows["codec"][live] == ABSENT).any()
 
         try:
@@ -166,12 +165,12 @@ class PackChecker:
         self, key: int, location: PackLocation, data: memoryview | None, kind: str, message: str
     ) -> PackState:
         """Return the state of a pack whose object is `data`; `kind` and `message` are known so far."""
-        name, live = location.name, live_slots(self._lineage.state, key, location.slots)
+        name, live = location.name, self._lineage.state.live_slots(key, location.slots)
         index = _read_index(name, data)
         foreign = index is not None and not self._belongs(index, key, location)
         index_lost = index is None or foreign
         if index_lost:
-            index = _read_index(name, self._lineage.files.cached(name))
+            index = _read_index(name, self._lineage.files.cache.read(name))
         if index is not None and not self._belongs(index, key, location):
             index = None
         if not kind and foreign:
@@ -241,7 +240,7 @@ def check_manifest(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Findin
     The manifest is read if `whole`, or if its size is wrong; else only its presence is checked, which is
     enough while this host has its content.
     """
-    name = row_manifest_name(lineage, row)
+    name = lineage.manifest_name(row)
 
     def check(data: memoryview) -> None:
         manifest, checksum = decode(name, data)

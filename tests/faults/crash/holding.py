@@ -11,8 +11,6 @@ from pathlib import Path
 
 from island_fast.api import Repository
 from island_fast.errors import NotFoundError
-from island_fast.formats.catalog import pack_full_name
-from island_fast.formats.names import manifest_name
 from island_fast.images.pins import pinned_lineage
 from island_fast.qemu.image_lock import writer_present
 from island_fast.repository.lineage import Lineage
@@ -106,8 +104,8 @@ def nothing_is_left(world: World, state: str) -> None:
         (lineage,) = repository.lineages()
         needed = _needed(lineage)
         assert {name for name in files if not _RECORD.fullmatch(name)} - _scratch(files) == needed
-        assert not lineage.files.pending()
-        assert not lineage.files.running()
+        assert not lineage.files.pending.all()
+        assert not lineage.files.registrations.all()
     set_back([world.repository / name for name in _scratch(files)], LATER)
     with DirectoryStore(str(world.repository)) as store:
         store.put("repository", [store.get("repository")])  # the first put looks for what was left
@@ -123,6 +121,6 @@ def _needed(lineage: Lineage) -> set[str]:
     packs, state = lineage.state.packs, lineage.state
     assert not (2 * packs.dead > packs.size).any()
     assert not state.dropped
-    names = {pack_full_name(lineage.name, packs, row, lineage.numbers) for row in range(len(packs))}
-    manifests = {manifest_name(lineage.name, row.id, row.attempt) for row in state.live.values()}
+    names = set(lineage.pack_names(packs))
+    manifests = {lineage.manifest_name(row) for row in state.live.values()}
     return names | manifests | {"repository"}

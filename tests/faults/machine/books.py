@@ -8,12 +8,10 @@ from dataclasses import replace
 import numpy as np
 
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
-from island_fast.formats.catalog import SnapshotRow, State, pack_full_name
+from island_fast.formats.catalog import SnapshotRow, State
 from island_fast.formats.keys import SLOT_BITS
-from island_fast.formats.names import manifest_name
 from island_fast.progress import silent
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.liveness import live_slots
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import restore_blocks
 from tests.faults.machine.memory_image import PALETTE, Content
@@ -32,8 +30,8 @@ def object_names(world: World, lineage: Lineage, row: SnapshotRow) -> frozenset[
     packs = lineage.state.packs
     rows = packs.find(keys).tolist()
     assert -1 not in rows, f"snapshot {row.id} needs a pack that the catalog does not name"
-    names = {pack_full_name(lineage.name, packs, at, lineage.numbers) for at in rows}
-    return frozenset(names | {manifest_name(lineage.name, row.id, row.attempt)})
+    names = {lineage.pack_name(packs, at) for at in rows}
+    return frozenset(names | {lineage.manifest_name(row)})
 
 
 def restored(world: World, lineage: Lineage, row: SnapshotRow, packs: PackReader) -> np.ndarray:
@@ -69,9 +67,9 @@ def balanced(world: World, name: str) -> None:
 
 def accounted(lineage: Lineage, objects: Mapping[str, bytes]) -> None:
     """The same of a lineage, refreshed, and all objects below it, by name."""
-    name, state = lineage.name, lineage.state
-    packs = [pack_full_name(name, state.packs, row, lineage.numbers) for row in range(len(state.packs))]
-    manifests = [manifest_name(name, row.id, row.attempt) for row in state.live.values()]
+    state = lineage.state
+    packs = lineage.pack_names(state.packs)
+    manifests = [lineage.manifest_name(row) for row in state.live.values()]
     kept = {n for n in objects if "/catalog/" not in n}
     assert not kept - {*packs, *manifests}, f"never removed: {sorted(kept - {*packs, *manifests})}"
     assert kept == {*packs, *manifests}, f"missing: {sorted({*packs, *manifests} - kept)}"
@@ -87,7 +85,7 @@ def accounted(lineage: Lineage, objects: Mapping[str, bytes]) -> None:
     reader = PackReader(lineage)
     for key, dead, slots in zip(*(c.tolist() for c in _columns(state)), strict=True):
         lengths = reader.read_index(key).lengths
-        assert dead == lengths[~live_slots(state, key, slots)].sum(), "a pack's dead bytes are miscounted"
+        assert dead == lengths[~state.live_slots(key, slots)].sum(), "a pack's dead bytes are miscounted"
     named = [lineage.manifest(row).slot_intervals(lineage.numbers) for row in state.live.values()]
     needed = merge_intervals(np.concatenate([np.zeros((0, 2), np.int64), *named]))
     assert not subtract_intervals(needed, alive).size, "slots that snapshots need count as dead"

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
-from island_fast.formats.catalog import pack_full_name
-from island_fast.formats.names import catalog_name, manifest_name
+from island_fast.formats.names import catalog_name
 from island_fast.progress import Progress, silent
 from island_fast.repository import pack_writer
 from island_fast.repository.local_state import LocalState
@@ -117,8 +116,8 @@ class Life:
         (lineage,) = self.stranger().lineages("vol")
         place, packs = lineage._at, lineage.state.packs
         found = {"repository"} | {catalog_name("vol", 0, number) for number in range(place.number + 1)}
-        found |= {manifest_name("vol", row.id, row.attempt) for row in lineage.state.live.values()}
-        return found | {pack_full_name("vol", packs, i, lineage.numbers) for i in range(len(packs))}
+        found |= {lineage.manifest_name(row) for row in lineage.state.live.values()}
+        return found | set(lineage.pack_names(packs))
 
     def listed(self) -> set[str]:
         """Every object that is there, as a listing has it."""

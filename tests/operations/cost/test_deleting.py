@@ -6,6 +6,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
@@ -76,3 +77,39 @@ def test_a_delete_costs_the_same_in_a_long_lineage(counted: Callable[[int], Requ
     assert long.cold <= short.cold + 34
     assert long.late <= short.cold + 2 * math.log2(LONG) + 34
     assert short.warm < short.cold < long.cold < long.late
+
+
+@pytest.fixture
+def warm(tmp_path: Path) -> tuple[MemoryStore, list[str]]:
+    store = MemoryStore()
+    repository = Repository(store, LocalState(tmp_path / "state"), create=True)
+    volume, taken = SyntheticVolume(tmp_path / "vol.qcow2", 32, seed=1), []
+    for _ in range(5):
+        taken.append(volume.snapshot(repository).snapshot)
+        volume.edit(1)
+    return store, taken
+
+
+@pytest.mark.parametrize("form", ["vol@{}", "{}"])
+def test_further_references_to_a_volume_ask_the_store_nothing(
+    warm: tuple[MemoryStore, list[str]], tmp_path: Path, form: str
+) -> None:
+    store, taken = warm
+    references = [form.format(snapshot) for snapshot in taken[1:4]]
+
+    def requests(use: Callable[[Repository], object]) -> int:
+        repository = Repository(store, LocalState(tmp_path / "state"))
+        store.calls.clear()
+        use(repository)
+        return store.calls.total()
+
+    one = requests(lambda repository: repository.find(references[0]))
+    assert one > 0
+    assert requests(lambda repository: repository.find_all(references)) == one
+    plan = requests(lambda repository: repository.delete(references[:1], dry_run=True))
+    assert requests(lambda repository: repository.delete(references, dry_run=True)) == plan
+    compared = requests(lambda repository: repository.diff(*references[:2]))
+    assert compared == one
+    first = requests(lambda repository: repository.delete(references[:1]))
+    both = requests(lambda repository: repository.delete(references[1:]))
+    assert both - first < first, "each has a record of its own, and nothing more"

@@ -54,27 +54,27 @@ def test_state_that_cannot_be_written_is_told(tmp_path: Path) -> None:
 
 
 def test_a_registration_lives_as_long_as_its_process(files: LineageFiles) -> None:
-    with files.register(ONE):
-        assert files.running() == [(ONE, True)]
-        assert files.registered(ONE)
-        assert not files.registered(Registration(ONE.snapshot, 1, None))
-        assert files.abandoned(0) == []
-    assert files.running() == []
+    with files.registrations.register(ONE):
+        assert files.registrations.all() == [(ONE, True)]
+        assert ONE in files.registrations
+        assert Registration(ONE.snapshot, 1, None) not in files.registrations
+        assert files.registrations.find_abandoned(0) == []
+    assert files.registrations.all() == []
     (files.folder / "running" / ONE.snapshot).write_text(
         '{"snapshot": "%s", "attempt": 0, "parent": null, "epoch": 0}' % ("a" * 32)
     )
-    assert files.running() == [(ONE, False)]
-    assert files.abandoned(3600) == []
-    assert files.abandoned(0) == [ONE.snapshot]
-    files.unregister(ONE.snapshot)
-    assert files.running() == []
+    assert files.registrations.all() == [(ONE, False)]
+    assert files.registrations.find_abandoned(3600) == []
+    assert files.registrations.find_abandoned(0) == [ONE.snapshot]
+    files.registrations.remove(ONE.snapshot)
+    assert files.registrations.all() == []
 
 
 def test_an_unreadable_registration_keeps_its_id_alive_and_never_commits(files: LineageFiles) -> None:
     (files.folder / "running" / ONE.snapshot).write_text("{")
-    ((found, alive),) = files.running()
+    ((found, alive),) = files.registrations.all()
     assert (found.snapshot, alive) == (ONE.snapshot, False)
-    assert not files.registered(ONE)
+    assert ONE not in files.registrations
 
 
 def test_the_writer_id_is_made_once(tmp_path: Path) -> None:
@@ -85,24 +85,24 @@ def test_the_writer_id_is_made_once(tmp_path: Path) -> None:
 
 
 def test_a_deleted_parent_hands_its_retired_children_up(files: LineageFiles) -> None:
-    files.retire("c" * 32, 0, "b" * 32)
-    files.retire("b" * 32, 0, ONE.snapshot)
-    assert {(r.snapshot, r.parent) for r in files.retired()} == {
+    files.remember_deleted("c" * 32, 0, "b" * 32)
+    files.remember_deleted("b" * 32, 0, ONE.snapshot)
+    assert {(r.snapshot, r.parent) for r in files.deleted_snapshots()} == {
         ("b" * 32, ONE.snapshot),
         ("c" * 32, ONE.snapshot),
     }
-    files.forget_retired()
-    assert files.retired() == []
+    files.forget_deleted()
+    assert files.deleted_snapshots() == []
 
 
 def test_what_processes_left_half_written_is_tidied_up(files: LineageFiles) -> None:
-    files.cache("vol/manifests/m", b"kept")
+    files.cache.write("vol/manifests/m", b"kept")
     old, new = files.folder / "running" / ".old.0", files.folder / "cache" / "manifests" / ".new.0"
     for path in (old, new):
         path.write_bytes(b"half")
     os.utime(old, (0, 0))
     os.utime(files.folder / "cache" / "manifests" / "m", (0, 0))
-    files.tidy()
+    files.remove_leftovers()
     assert not old.exists()
     assert new.exists(), "somebody may be at it"
-    assert files.cached("vol/manifests/m") == b"kept"
+    assert files.cache.read("vol/manifests/m") == b"kept"
