@@ -23,9 +23,8 @@ __all__ = ["Deletion", "delete", "delete_snapshot", "plan_deletion"]
 def delete(found: Sequence[FoundSnapshot], dry_run: bool) -> list[Deleted]:
     """Delete snapshots from the catalog, in the order given; with `dry_run` change nothing.
 
-    Those of one volume share its lineage, as `find_all` returns them.
-    ConflictError if this host does not own a lineage; RefusedError if a snapshot in progress is based on one
-    of them.
+    Those of one volume share its lineage, as `find_all` returns them. ConflictError if this host does not own
+    a lineage; RefusedError if a snapshot in progress is based on one of them.
     """
     answers: list[Deleted] = []
     lineages = {one.row.id: one.lineage for one in found}  # a snapshot can be named twice

@@ -82,8 +82,8 @@ def test_damage_that_nothing_can_mend_says_what_can_be_done(island: Island, disk
     disk.unlink()
     done = island("verify", "--all", "--heal")
     assert done.code == 6
-    assert "cannot be used to mend" in done.err
-    assert "the volume's next snapshot is whole" in done.out
+    assert "cannot be used for repairs" in done.err
+    assert "the volume's next snapshot is complete" in done.out
     assert json.loads(island("verify", "--all", "--heal", "--json").out)["damages"][0]["mended"] is False
 
 

@@ -326,4 +326,4 @@ def test_an_image_that_is_gone_is_told_and_packs_still_give(
     volume.image.unlink()
     volume.damage(volume.pack(1), ROT_IN_BLOCK_3)
     assert not only(volume.heals()).mended
-    assert "cannot be used to mend" in caplog.text
+    assert "cannot be used for repairs" in caplog.text

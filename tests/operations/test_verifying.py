@@ -15,7 +15,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import DamagedError, RefusedError
 from island_fast.formats.catalog import CHECKPOINT_EVERY
-from island_fast.operations.verify import CheckItem, share
+from island_fast.operations.verify import CheckItem, select_for_reading
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
 from island_fast.stores.base import ObjectInfo, Range, Views
@@ -293,7 +293,7 @@ def test_a_damaged_record_or_checkpoint(history: History, host: str) -> None:
             reader = history.opened("owner") if host == "owner" else history.stranger()
             damage = only(reader.verify())
             assert (damage.object, damage.kind) == (name, kind)
-            assert "sweep nothing" in damage.remedy
+            assert "sweep anything" in damage.remedy
             assert (len(damage.snapshots) > 30) == (host == "owner"), "a stranger cannot know them"
             history.store.objects[name] = whole
             history.spoil(name, flip(300))
@@ -410,7 +410,7 @@ def test_which_objects_are_due(sample: float | None, since: float | None, names:
         CheckItem("c", 10, 5000.0),
         CheckItem("x", 1, 999.0, damaged=True),
     ]
-    assert share(items, sample, since, now=1000.0) == set(names)
+    assert select_for_reading(items, sample, since, now=1000.0) == set(names)
 
 
 def test_notes_that_are_damaged_count_as_none(history: History) -> None:
