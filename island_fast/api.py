@@ -149,7 +149,7 @@ class Repository(RepositoryBase):
         If some disks cannot be stored, the others are, and `left_out` holds an error for each that is
         missing, and one if the guest may still be frozen. If no disk can be stored, that is an error.
         """
-        from island_fast.operations.domain import DomainRequest, snapshot_domain
+        from island_fast.operations.snapshot_domain import DomainRequest, snapshot_domain
 
         compress = _is_compressed(compression)
         refuse_one_text(disks, 'disks, such as ["vda"]')

@@ -196,8 +196,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "slots that a later attempt has no use for are not dead": [
         (
             "repository/snapshot_writer.py",
-            "return kept.updated(written), dead\n",
-            "return kept.updated(written), dead[:0]\n",
+            "return kept.update(written), dead\n",
+            "return kept.update(written), dead[:0]\n",
         ),
     ],
     "garbage is never removed": [

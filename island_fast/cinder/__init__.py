@@ -17,7 +17,7 @@ Where things are:
     images.py          making, copying and resizing images with qemu-img
     manage.py          volumes, files and snapshots that Cinder can take over
     upkeep.py          what is done regularly: dead daemons, free space, sweeps
-    island_command.py  the command `island`, one process for each call, and `child.py`, which runs it
+    island_command.py  the command `island`, one process for each call, and `child_process.py`, which runs it
     attach/            a block device in front of an image
     options.py errors.py database.py   options in cinder.conf, Cinder's exceptions, Cinder's database
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from island_fast import errors
-from island_fast.cinder.child import run_child
+from island_fast.cinder.child_process import run_child
 from island_fast.cinder.records import SnapshotRef
 from island_fast.errors import IslandError, NotFoundError
 

@@ -1,8 +1,9 @@
 """The catalog: a lineage's numbered records, and the state that reading them in order gives.
 
-A record says what happened: a snapshot was made, snapshots were deleted, a sweep removed or renamed packs,
-an owner took over. Some records carry the whole state (`checkpoint`), so that a reader need not go back to
-the first. Bytes <-> values only; reading and appending is `lineage.py`. Layout: docs/format.md, "Catalog".
+A record has an event, which says what happened: a host became the owner, a snapshot was made, snapshots were
+deleted, a sweep removed or renamed packs. Some records carry the whole state (a checkpoint), so that a reader
+need not start at the first record. This module converts between bytes and values; `repository/lineage.py`
+reads and appends. Layout: docs/format.md, "Catalog".
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first se
 
 @dataclass(frozen=True, slots=True)
 class SnapshotRow:
-    """A live snapshot as the catalog tells it. Sizes in bytes, `created` in ns since 1970 UTC.
+    """A live snapshot as the catalog describes it. Sizes in bytes, `created` in ns since 1970 UTC.
 
     `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote.
     """
@@ -73,13 +74,13 @@ class SnapshotRow:
     pin: PinnedBase
 
     def as_json(self) -> dict[str, Any]:
-        """The row as it stands in records and checkpoints."""
+        """Return the row as records and checkpoints store it."""
         row = {name: getattr(self, name) for name in self.__slots__ if name != "pin"}
         return row | {"pin": {name: getattr(self.pin, name) for name in self.pin.__slots__}}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> SnapshotRow:
-        """Inverse of `as_json`; ValueError, KeyError or TypeError for anything else."""
+        """Return the row that `as_json` stored; ValueError, KeyError or TypeError for anything else."""
         parent = value["parent"]
         if not SNAPSHOT_PATTERN.fullmatch(value["id"]):
             raise ValueError(value["id"])
@@ -119,11 +120,11 @@ class Packs:
         return int(self.key.size)
 
     def rows(self, mask: NDArray[Any]) -> Packs:
-        """The rows that `mask` (booleans or indices) selects."""
+        """Return the rows that `mask` (booleans or indices) selects."""
         return Packs(*(getattr(self, name)[mask] for name in self.__slots__))
 
-    def updated(self, other: Packs) -> Packs:
-        """These packs with those of `other` added, or put in the place of the same key's."""
+    def update(self, other: Packs) -> Packs:
+        """Return these packs with those of `other` added; a row of `other` replaces one with the same key."""
         kept = self.rows(~np.isin(self.key, other.key))
         both = [
             np.concatenate([getattr(kept, n), getattr(other, n)]).astype(np.int64) for n in self.__slots__
@@ -132,7 +133,7 @@ class Packs:
         return Packs(*(column[order] for column in both))
 
     def find(self, keys: Int64s) -> Int64s:
-        """Row of each of `keys`; -1 where there is none."""
+        """Return the row of each of `keys`; -1 where there is none."""
         if not len(self):
             return np.full(keys.size, -1, np.int64)
         at = np.minimum(np.searchsorted(self.key, keys), len(self) - 1)
@@ -272,7 +273,7 @@ class State:
         """Return the state with `packs` added or replaced, and more dead slots."""
         return replace(
             self,
-            packs=self.packs.updated(packs) if len(packs) else self.packs,
+            packs=self.packs.update(packs) if len(packs) else self.packs,
             dead=merge_intervals(np.concatenate([self.dead, dead])),
             **changes,
         )
@@ -282,7 +283,7 @@ class State:
         return self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)._without(event.gone)
 
     def _without(self, gone: Int64s) -> State:
-        """The state less packs that were swept away, and their dead slots."""
+        """Return the state without packs that were swept, and without their dead slots."""
         if not gone.size:
             return self
         space = np.stack([gone << SLOT_BITS, (gone + 1) << SLOT_BITS], axis=1)
@@ -323,16 +324,16 @@ class State:
         return int(gone.size.sum() + repacked.dead.sum()) + manifests
 
     def children(self, snapshot: str | None) -> list[SnapshotRow]:
-        """Live snapshots whose parent is `snapshot`; those without one, the roots, for None."""
+        """Return the live snapshots whose parent is `snapshot`; for None those without a parent."""
         return [row for row in self.live.values() if row.parent == snapshot]
 
     def newest(self) -> SnapshotRow | None:
-        """The live snapshot whose record is the latest."""
+        """Return the newest live snapshot, which is the last of `live`; None if there is none."""
         return next(reversed(self.live.values()), None)  # type: ignore[call-overload]
 
 
 def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[bytes, bytes]:
-    """The record as object `name`: its bytes and its checksum."""
+    """Return the bytes of the record as object `name`, and their checksum."""
     event = record.event
     snapshot: SnapshotRow | None = getattr(event, "snapshot", None)
     meta: dict[str, Any] = {
@@ -386,21 +387,22 @@ def _pack_columns(packs: Packs) -> list[Int64s]:
 
 
 def _slot_columns(dead: Int64s) -> list[Int64s]:
-    """Slot keys as columns: pack key, first slot, number of slots."""
+    """Return slot keys as columns: pack key, first slot, number of slots."""
     mask = (1 << SLOT_BITS) - 1
     return [dead[:, 0] >> SLOT_BITS, dead[:, 0] & mask, dead[:, 1] - dead[:, 0]]
 
 
 def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Record, str]:
-    """The record in object `name`, checked, and its checksum in hex.
+    """Return the record in object `name`, checked, and its checksum in hex.
 
-    Snapshots that it names get their numbers in `numbers`. DamagedObjectError for anything inconsistent.
+    Snapshots that it names get their numbers in `numbers`. DamagedObjectError for anything inconsistent,
+    UnsupportedObjectError for an unknown event.
     """
     frame = open_frame(Kind.RECORD, name, data)
     meta = read_json(name, frame.section(_META, _MAX_META))
     if str(meta.get("event")) not in _EVENTS or meta.get("key") != 0:
         raise UnsupportedObjectError(
-            f"catalog record {name} is of a kind that this island does not know; use a newer one"
+            f"catalog record {name} is of a kind that this version does not know; use a newer island"
         )
     try:
         ids = [i for i in meta["snapshots"] if SNAPSHOT_PATTERN.fullmatch(i)]
@@ -479,7 +481,7 @@ def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
 
 
 def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
-    """Pack keys from stored columns; ValueError for an index or number out of range."""
+    """Return pack keys from stored columns; ValueError for an index or number out of range."""
     if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
         raise ValueError("pack")
     return pack_keys(owners[owner], number)
@@ -494,7 +496,7 @@ def _sorted_packs(table: list[Int64s]) -> Packs:
 
 
 def _slot_keys(pack: Int64s, slot: Int64s, length: Int64s) -> Int64s:
-    """Slot intervals from stored columns; ValueError for a run that leaves its pack."""
+    """Return slot intervals from stored columns; ValueError for a run that leaves its pack."""
     if pack.size and int(slot.max()) + int(length.max()) > 1 << SLOT_BITS:
         raise ValueError("slot")
     starts = (pack << SLOT_BITS) | slot

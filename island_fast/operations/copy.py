@@ -125,12 +125,12 @@ class _CopyRun:
             manifest = near.manifest(row)
             plan = self._plan_copy(row, registration.parent)
             sent = copy_blocks(
-                plan.data, self._packs, near.store.range_gap, writer.known(plan.compared),
-                writer.sink(_SENDING), manifest.blocks, self._report,
+                plan.data, self._packs, near.store.range_gap, writer.known_blocks(plan.compared),
+                writer.pack_writer(_SENDING), manifest.blocks, self._report,
             )  # fmt: skip
-            stored = writer.stored(sent, plan.parent, plan.replaced)
+            stored = writer.locate_blocks(sent, plan.parent, plan.replaced)
             far_manifest = self._far_manifest(manifest, registration, stored.runs)
-            copied = writer.commit(far_manifest, stored.packs, stored.dead, self._checkpoint)
+            copied = writer.commit(far_manifest, stored, self._checkpoint)
         return Copied(
             snapshot=copied.id,
             volume=near.name,

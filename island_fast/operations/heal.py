@@ -293,7 +293,7 @@ class _PackHealing:
             fresh = replace(row, suffix=np.array([secrets.randbits(62) + 1]))
             name = self._lineage.pack_name(fresh, 0)
             fresh = replace(fresh, size=np.array([self._write(name, damaged, found, keep)]))
-            before, renamed = before.updated(row), renamed.updated(fresh)
+            before, renamed = before.update(row), renamed.update(fresh)
             names[name] = damaged.live & ~keep
             still[key] = slots_in_mask(key, names[name])
         if names:

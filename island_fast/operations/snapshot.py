@@ -253,14 +253,14 @@ class _SnapshotRun:
         parent, writer = self._parent_runs(), self._writer
         change, whole = resend_damaged(self._lineage, change, parent)
         sent = send_blocks(
-            view.read, change.data, writer.known(whole), writer.sink(), self._progress,
+            view.read, change.data, writer.known_blocks(whole), writer.pack_writer(), self._progress,
             compress=self._request.compress,
         )  # fmt: skip
-        stored = writer.stored(sent, parent, change.replaced)
+        stored = writer.locate_blocks(sent, parent, change.replaced)
         replaced = subtract_intervals(change.replaced, sent.same.runs())
         pin = internal.identity if internal else self._pin_for_restores(created, view)
         manifest = self._manifest(change, stored.runs, pin, view, created)
-        row = writer.commit(manifest, stored.packs, stored.dead, self._note_commit)
+        row = writer.commit(manifest, stored, self._note_commit)
         return SnapshotTaken(
             snapshot=row.id,
             lineage=self._lineage.name,

@@ -1,9 +1,9 @@
-"""Following and appending to one lineage's catalog.
+"""Read one lineage's catalog, and append to it.
 
-Reading: records are fetched by exact name, from the newest checkpoint that is known on; the end is a
-confirmed absence, and an epoch ends where its stop object is. Appending: only by the lineage's owner, under
-its local lock; the bytes are on local disk before they are sent, are read back afterwards, and count only
-if the epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
+Reading: records are fetched by exact name, beginning at the newest known checkpoint; the catalog ends at a
+confirmed absence, and an epoch at its stop object. Appending: only the lineage's owner does it, under its
+local lock; the bytes are on local disk before they are sent, are read back afterwards, and count only if the
+epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 
 @dataclass(frozen=True, slots=True)
 class _CatalogPosition:
-    """A place in the catalog: the record last applied."""
+    """A position in the catalog: the record applied last."""
 
     epoch: int
     number: int
@@ -85,7 +85,7 @@ class Lineage:
 
     @property
     def exists(self) -> bool:
-        """Whether a record was found."""
+        """Whether the lineage has a catalog."""
         return self._position is not None
 
     @property
@@ -95,7 +95,7 @@ class Lineage:
 
     @property
     def writer(self) -> str:
-        """Writer id of this host. Asking for the first one makes a file in local state."""
+        """Writer id of this host. Asking for it the first time makes a file in local state."""
         return self._local_state.writer
 
     @property
@@ -110,7 +110,7 @@ class Lineage:
 
     @property
     def epoch(self) -> int:
-        """How often the lineage changed hands."""
+        """How often the lineage was adopted."""
         return self._at.epoch
 
     @property
@@ -120,7 +120,7 @@ class Lineage:
 
     @property
     def current_record_names(self) -> list[str]:
-        """Names of the records that a host without caches reads: from the newest checkpoint to the end."""
+        """Names of the records that a host without a cache reads: from the newest checkpoint to the end."""
         at = self._at
         first = at.number - at.number % CHECKPOINT_EVERY
         return [catalog_name(self.name, at.epoch, number) for number in range(first, at.number + 1)]
@@ -138,7 +138,7 @@ class Lineage:
 
     @contextlib.contextmanager
     def hold_lock(self) -> Iterator[None]:
-        """Hold the local lock, with the outcome of an earlier record settled and the catalog read."""
+        """Hold the lineage's local lock; first settle a record of unknown outcome, and read the catalog."""
         with self.files.lock():
             self._settle()
             self.refresh()
@@ -163,7 +163,7 @@ class Lineage:
     # Manifests.
 
     def manifest(self, row: SnapshotRow) -> Manifest:
-        """The manifest of a live snapshot, from the local cache or the store, checked against its record.
+        """Return the manifest of a live snapshot, from cache or store, checked against its record.
 
         NotFoundError if the snapshot was deleted since the catalog was read.
         """
@@ -191,9 +191,9 @@ class Lineage:
         return manifest
 
     def read_cached_manifest(self, snapshot: str, attempt: int, wanted: str | None = None) -> Manifest | None:
-        """The manifest of a snapshot, live or deleted, if the local cache holds it whole.
+        """Return the manifest of a live or deleted snapshot, if the cache holds it intact; else None.
 
-        `wanted` is the checksum that it must have, in hex, where that is known.
+        `wanted` is the checksum that it must have, in hex, if that is known.
         """
         name = manifest_name(self.name, snapshot, attempt)
         data = self.files.cache.read(name)
@@ -227,7 +227,7 @@ class Lineage:
     # Reading.
 
     def refresh(self) -> None:
-        """Read what was appended since the last time. ObjectMissingError is never raised: see `exists`."""
+        """Read what was appended since the last time. A missing catalog is not an error: see `exists`."""
         if self._position is None:
             self._start()
         while True:
@@ -239,50 +239,50 @@ class Lineage:
                 return
 
     def _start(self) -> None:
-        """Go to the newest place that the cache knows, else to the newest checkpoint of the store."""
+        """Go to the newest record that the cache knows, else to the newest that the store has."""
         cached = [name for name in self.files.cache.records() if _RECORD.fullmatch(name)]
-        if cached and self._replay(*_numbers(cached[-1])):
+        if cached and self._replay(*_parse_name(cached[-1])):
             return
-        listed = self._listed()
+        listed = self._find_listed()
         epoch, seen = listed or (0, None)
         while self.store.head(stop_name(self.name, epoch)):
             epoch, seen = epoch + 1, None
-        last = self._last(epoch, seen)
+        last = self._find_last(epoch, seen)
         if last is None and epoch:  # stopped, and its adopter got no further
             epoch -= 1
-            last = self._last(epoch, None)
+            last = self._find_last(epoch, None)
         if last is not None and not self._replay(epoch, last):
             raise DamagedObjectError(
                 f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
             )
 
-    def _listed(self) -> tuple[int, int | None] | None:
-        """Epoch and number of the newest record that a listing shows; it may be late, so more may exist."""
+    def _find_listed(self) -> tuple[int, int | None] | None:
+        """Return epoch and number of the newest record in a listing; it can be late, so more can exist."""
         folder = f"{self.name}/catalog/"
         names = (info.name.removeprefix(folder) for info in self.store.list(folder))
-        return max((_numbers(name) for name in names if _RECORD.fullmatch(name)), default=None)
+        return max((_parse_name(name) for name in names if _RECORD.fullmatch(name)), default=None)
 
-    def _last(self, epoch: int, seen: int | None) -> int | None:
-        """Number of the last record of `epoch`, by doubling and halving from `seen`; None if none is."""
+    def _find_last(self, epoch: int, seen: int | None) -> int | None:
+        """Find the last record of `epoch` by doubling and halving from `seen`; None if there is no record."""
         low, step = seen or 0, 1
 
-        def there(number: int) -> bool:
+        def exists(number: int) -> bool:
             return self.store.head(catalog_name(self.name, epoch, number)) is not None
 
-        if not there(low):
+        if not exists(low):
             if seen is not None:  # records are never deleted
                 raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
             return None
-        while there(low + step):
+        while exists(low + step):
             low, step = low + step, 2 * step
         high = low + step
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if there(middle) else (low, middle)
+            low, high = (middle, high) if exists(middle) else (low, middle)
         return low
 
     def _replay(self, epoch: int, last: int) -> bool:
-        """Apply the records of `epoch` from the checkpoint at or before `last` on; False if one lacks."""
+        """Apply the records of `epoch` from its checkpoint up to `last`; return False if one is missing."""
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
             found = self._fetch(epoch, number, known=True)
             if found is None:
@@ -292,7 +292,7 @@ class Lineage:
         return True
 
     def _follow(self) -> None:
-        """Apply the records that come after the present position."""
+        """Apply the records after the present position."""
         while self._position is not None:
             number = self._position.number + 1
             found = self._fetch(self._position.epoch, number)
@@ -301,17 +301,17 @@ class Lineage:
             self._apply(self._position.epoch, number, *found)
 
     def _enter(self, epoch: int) -> bool:
-        """Go on in the next epoch, whose first record carries the whole state; False if it lacks."""
+        """Enter an epoch, whose first record carries the whole state; return False if it does not exist."""
         found = self._fetch(epoch, 0)
         if found is not None:
             self._apply(epoch, 0, *found)
         return found is not None
 
     def _fetch(self, epoch: int, number: int, *, known: bool = False) -> tuple[Record, str] | None:
-        """A record, and its checksum, from cache or store; None if the store confirms that there is none.
+        """Return a record and its checksum, from cache or store; None if the store confirms its absence.
 
-        Unless it is `known` to be there, HEAD asks for it first: GET waits and asks again before it believes
-        that an object is absent, and the end of a catalog is looked for by every verb.
+        Unless it is `known` to exist, a HEAD asks for it first: GET waits and retries before it reports that
+        an object is absent, and every verb looks for the end of a catalog.
         """
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cache.read(name)) is not None:
@@ -331,7 +331,7 @@ class Lineage:
         return found
 
     def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
-        """Apply one record; it must be the one that follows the present position."""
+        """Apply one record, which must follow the present position."""
         name = catalog_name(self.name, epoch, number)
         position = self._position
         begins = isinstance(record.event, OwnerChanged)
@@ -340,7 +340,7 @@ class Lineage:
         if not (follows and named and (position is not None or record.state is not None)):
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
-                "nothing can be deleted until this is mended"
+                "nothing can be deleted until this is repaired"
             )
         if isinstance(record.event, SnapshotsDeleted):
             self._remember_deleted(record.event)
@@ -350,7 +350,7 @@ class Lineage:
         )
 
     def _remember_deleted(self, event: SnapshotsDeleted) -> None:
-        """Keep what is cached of deleted snapshots: their pins stay bases of table diffs."""
+        """Remember deleted snapshots whose manifests are cached: their pins stay bases of table diffs."""
         for snapshot in event.deleted:
             row = self.state.live.get(snapshot)
             if row and self.files.cache.read(self.manifest_name(row)) is not None:
@@ -361,7 +361,7 @@ class Lineage:
     def create(self, seed: int | None = None) -> None:
         """Write record 0, which makes this host the owner, before the lineage's first pack. Under the lock.
 
-        `seed` is that of another repository's lineage that this one is to hold copies of.
+        `seed` is given if the lineage is to hold copies: that of the lineage in the other repository.
         """
         self.files.make()
         self._position = None
@@ -371,7 +371,7 @@ class Lineage:
     def append(self, event: Event, checkpoint: State | None = None) -> None:
         """Append the record of `event`, which carries `checkpoint` if given. Under the lock, after `refresh`.
 
-        ConflictError if this host does not own the lineage or another writer was faster; StoreError if the
+        ConflictError if this host does not own the lineage, or another writer was faster; StoreError if the
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
         self.require_owner()
@@ -394,7 +394,7 @@ class Lineage:
         self._append(record)
 
     def require_owner(self) -> None:
-        """Raise a ConflictError, which says the way out, unless this host owns the lineage."""
+        """Raise a ConflictError, with the way out, unless this host owns the lineage."""
         if self._stopped:
             raise ConflictError(
                 f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
@@ -411,17 +411,17 @@ class Lineage:
             )
 
     def _require_known_features(self) -> None:
-        """UnsupportedObjectError if the newest record says that a writer must know more than this one."""
+        """Raise an UnsupportedObjectError if the newest record has write features that are not known here."""
         if self._at.write_features:
             raise UnsupportedObjectError(
-                f"volume {self.name} is written by a newer island, which this one may read and not write to"
+                f"volume {self.name} is written by a newer island; this version can only read it"
             )
 
     def adopt(self) -> None:
         """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
 
-        Safe to repeat after an interruption. Records that the former owner appends later mean nothing. Where
-        the store lost what ended an earlier epoch, that is written again.
+        It is safe to repeat after an interruption. Records that the former owner appends later do not count.
+        A stop object of an earlier epoch that the store has lost is written again.
         """
         self._require_known_features()
         epoch = self._at.epoch
@@ -474,7 +474,7 @@ class Lineage:
         def check(found: Buffer) -> bool:
             if found == data:
                 return True
-            decode_record(name, found, SnapshotNumbers())  # else they are nobody's: they came damaged
+            decode_record(name, found, SnapshotNumbers())  # raises if they are damaged, and nobody's record
             return False
 
         try:
@@ -495,12 +495,12 @@ class Lineage:
             )
 
     def _settle(self) -> None:
-        """Send records of unknown outcome again, the same bytes to the same names, until it is known."""
+        """Send records of unknown outcome again, the same bytes under the same names."""
         for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
                 decode_record(name, data, SnapshotNumbers())
-            except DamagedObjectError:  # cut off before it was ever sent
+            except DamagedObjectError:  # cut short before it was ever sent
                 self.files.pending.remove(last)
                 continue
             with contextlib.suppress(ConflictError):
@@ -508,7 +508,7 @@ class Lineage:
             self.files.pending.remove(last)
 
 
-def _numbers(name: str) -> tuple[int, int]:
-    """Epoch and number from the last component of a record's name."""
+def _parse_name(name: str) -> tuple[int, int]:
+    """Return epoch and number from the last component of a record's name."""
     epoch, _, number = name.partition("-")
     return int(epoch), int(number)

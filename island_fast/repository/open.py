@@ -1,6 +1,6 @@
-"""Opening a repository, and finding the snapshots in it.
+"""Open a repository, and find the lineages and snapshots in it.
 
-A repository is a store plus a prefix, holding an object `repository` with its id.
+A repository is a store and a prefix, with an object `repository` that holds its id.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ _RECORD = re.compile(r".*/catalog/[0-9]{6}-[0-9]{8}")
 
 @dataclass(frozen=True, slots=True)
 class FoundSnapshot:
-    """A live snapshot and the lineage, just refreshed, that it is in."""
+    """A live snapshot, and its lineage, which was just refreshed."""
 
     lineage: Lineage
     row: SnapshotRow
@@ -56,9 +56,9 @@ class FoundSnapshot:
 class RepositoryBase:
     """An open repository, and what is found in it. Owns its store; a context manager. Not thread-safe.
 
-    `state` is this host's local state. With `create`, a repository that is not there is made by the first
-    snapshot; without, it is a NotFoundError. `left_out` tells why the last verb on all volumes, or all disks
-    of a guest, passed over some of them: one IslandError for each, empty if none was.
+    `state` is this host's local state. If there is no repository, that is a NotFoundError, or with `create`
+    the first snapshot makes one. `left_out` holds one IslandError for each volume, or disk of a guest, that
+    the last verb on all of them skipped; it is empty if none was skipped.
     """
 
     def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
@@ -95,16 +95,16 @@ class RepositoryBase:
     ) -> Self:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
-        With `create` one that is not there yet is made by the first snapshot, or copy to it: in an empty or
-        new directory, or an empty place in a container. `state` is this host's local state (default: that of
-        the command, see ISLAND_STATE). Swift's credentials are in the usual variables (ST_*, OS_*, OS_CLOUD),
-        with `variables` in front of their names. `workers` is the most threads that work on blocks at a time
-        (default: as many as help); `meters` limit how fast objects go and come, and repositories that share
-        them share the rates. No configuration file is read.
+        With `create`, a repository that does not exist yet is made by the first snapshot, or the first copy
+        to it: in a new or empty directory, or at an empty prefix of a container. `state` is the folder of
+        this host's local state (default: that of the command, see ISLAND_STATE). The credentials for Swift
+        are in the usual environment variables (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if
+        that is given. At most `workers` threads work on blocks at a time (default: automatic). No
+        configuration file is read. `meters` is internal: the command limits its rates with it.
 
-        NotFoundError if there is no repository, or no container; UsageError if `url` can be none; StoreError
-        if the store cannot be reached, or does not accept the credentials; DamagedError if the object
-        `repository` is missing or damaged; UnsupportedObjectError if a newer version made it.
+        NotFoundError if there is no repository, or no container; UsageError if `url` is not valid; StoreError
+        if the store cannot be reached, or rejects the credentials; DamagedError if the object `repository` is
+        missing or damaged; UnsupportedObjectError if a newer version made it.
         """
         store = open_store(os.fspath(url), create_ok=create, variables=variables)
         if workers is not None:
@@ -122,7 +122,7 @@ class RepositoryBase:
             raise
 
     def close(self) -> None:
-        """Release what the store holds, such as connections. Nothing else may follow."""
+        """Close the store, with its connections. The repository cannot be used afterwards."""
         self.store.close()
 
     def __enter__(self) -> Self:
@@ -133,14 +133,14 @@ class RepositoryBase:
 
     @property
     def id(self) -> str:
-        """The repository's random id, 32 hex digits; asking for it makes a repository that is yet to be."""
+        """The repository's random id, 32 hex digits. Asking for it makes the repository if needed."""
         if self._id is None:
             self._id = self._create()
         return self._id
 
     @property
     def exists(self) -> bool:
-        """Whether the repository exists already, and not only from its first snapshot on."""
+        """Whether the repository has been made already."""
         return self._id is not None
 
     def _read_id(self) -> str | None:
@@ -160,11 +160,11 @@ class RepositoryBase:
         return str(meta["id"])
 
     def _is_empty(self) -> bool:
-        """Whether a listing shows nothing: what others keep there stays theirs."""
+        """Return whether a listing shows nothing: a repository is not made among objects of others."""
         return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
 
     def _has_volumes(self) -> bool:
-        """Whether a listing shows a record of a volume's catalog; what others keep there may be anything."""
+        """Return whether a listing shows a catalog record, among whatever else is stored there."""
         listings = (self.store.list(f"{name}/catalog/") for name in self.store.folders(""))
         return any(_RECORD.fullmatch(info.name) for listing in listings for info in listing)
 
@@ -174,7 +174,7 @@ class RepositoryBase:
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
-        winner = self._read_id()  # of two creators at one moment both may be told that they succeeded
+        winner = self._read_id()  # the store can report success to both of two simultaneous creators
         if winner is None:
             raise StoreError(f"{self.store.location} does not show what was just written; try again")
         return winner
@@ -182,7 +182,7 @@ class RepositoryBase:
     # Finding.
 
     def lineage(self, name: str) -> Lineage:
-        """The lineage `name`, not yet read; UsageError if that cannot be one's name."""
+        """Return the lineage `name`, not yet read; UsageError if that is not a valid name."""
         if not LINEAGE_PATTERN.fullmatch(name) or name == _NAME:
             raise UsageError(
                 f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
@@ -190,9 +190,10 @@ class RepositoryBase:
         return Lineage(self.store, self.state, self.id, name)
 
     def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
-        """Lineages with a catalog, refreshed: that of `volume`, or all that a listing shows.
+        """Yield lineages that exist, refreshed: that of `volume`, or all that a listing shows.
 
-        Of all, those whose catalog is damaged or refused are passed over, and are in `left_out` afterwards.
+        If all are meant, those whose catalog is damaged or cannot be read by this version are skipped: see
+        `left_out`.
         """
         self.left_out = []
         if volume is not None:
@@ -205,7 +206,7 @@ class RepositoryBase:
                 yield lineage
 
     def every_lineage(self) -> Iterator[tuple[Lineage, DamagedError | RefusedError | None]]:
-        """Whatever a listing shows that could be a lineage, refreshed, and why it cannot be read if so."""
+        """Yield each folder that can be a lineage, refreshed, and the error if it cannot be read."""
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
@@ -231,7 +232,7 @@ class RepositoryBase:
         return lineage
 
     def _refresh(self, lineage: Lineage) -> None:
-        """Read the catalog; a record of unknown outcome of this host's is settled first."""
+        """Read the catalog; first settle a record of this host whose outcome is unknown."""
         if lineage.files.pending.all():
             with lineage.hold_lock():
                 return

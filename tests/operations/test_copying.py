@@ -376,14 +376,14 @@ def test_a_block_that_no_checksum_but_its_digest_proves(
 def test_a_far_copy_that_is_not_what_it_should_be_is_no_parent(
     repository: Repository, far: Repository, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = SnapshotWriter.stored
+    real = SnapshotWriter.locate_blocks
 
     def stored(*words: Any) -> StoredSnapshot:
         whole = real(*words)
         return replace(whole, runs=replace(whole.runs, length=whole.runs.length - np.int64(1)))
 
     first = repository.snapshot(image)
-    monkeypatch.setattr(SnapshotWriter, "stored", stored)
+    monkeypatch.setattr(SnapshotWriter, "locate_blocks", stored)
     repository.copy(far)
     monkeypatch.undo()
     qemu.noise(image, 0, BLOCK, 2)

@@ -449,7 +449,7 @@ def die(image, process, where, said):
         time.sleep(0.001)
     time.sleep(0.2)  # it opens the image
     os.kill(os.getpid(), signal.SIGKILL)
-qemu_nbd._connected = die
+qemu_nbd._connect_client = die
 with Repository.open(sys.argv[1]) as repository:
     repository.restore_onto("vol@latest", sys.argv[2])
 """

@@ -50,7 +50,7 @@ def _measure_maps(context: Context) -> Iterator[Row | Counter]:
         reach=context.target_unless_quick(12),
     )
     context.show_progress("map, in process")
-    found = run_pairs(count, lambda: time_call(lambda: _walked(image.path)), theirs(1))
+    found = run_pairs(count, lambda: time_call(lambda: _count_map(image.path)), theirs(1))
     yield make_row(f"map of {size}, in process", _AGAINST, found, reach=context.target_unless_quick(40))
     context.show_progress("diff")
     found = run_pairs(count, run_island("--snapshot", "b", "--since", "a"), theirs(2))
@@ -88,7 +88,7 @@ def _run_island_map(path: Path, *words: str) -> Measurement:
     return timing.run(command, env=make_child_environment())
 
 
-def _walked(path: Path) -> int:
+def _count_map(path: Path) -> int:
     return sum(len(part.start) for part in map_image(path))
 
 

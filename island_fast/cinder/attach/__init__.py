@@ -13,7 +13,7 @@ Terms:
 Where things are:
 
     exports.py        attach, detach, grow and stop a volume; `Exports` is what the rest of the package uses
-    daemon.py         one volume's daemon; `process.py` finds it without waiting for it
+    daemon.py         one volume's daemon; `process_lookup.py` finds it without waiting for it
     loop_devices.py   loop devices; `mounts.py` lists and removes FUSE mounts
     nbd_devices.py    kernel NBD devices. Its steps that need root are in `nbd_root.py`, the command
                       `island-nbd`, which speaks to the kernel by `nbd_netlink.py`

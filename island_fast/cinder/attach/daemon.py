@@ -30,7 +30,7 @@ from typing import Any
 
 from island_fast.cinder.attach.mounts import is_mounted
 from island_fast.cinder.attach.nbd_root import EXPORT
-from island_fast.cinder.attach.process import find_listener, is_alive
+from island_fast.cinder.attach.process_lookup import find_listener, is_alive
 from island_fast.errors import ImageInUseError, IslandError, RefusedError, UsageError
 from island_fast.qcow2.image import Image
 from island_fast.qemu.block_nodes import (

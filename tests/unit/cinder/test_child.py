@@ -7,8 +7,8 @@ import signal
 
 import pytest
 
-from island_fast.cinder import child
-from island_fast.cinder.child import run_child
+from island_fast.cinder import child_process
+from island_fast.cinder.child_process import run_child
 
 
 def test_what_it_says_is_told_line_by_line() -> None:
@@ -25,7 +25,7 @@ def test_what_it_says_is_told_line_by_line() -> None:
 def test_one_that_is_given_up_is_asked_to_end_and_then_killed(
     monkeypatch: pytest.MonkeyPatch, ignored: str, end: signal.Signals
 ) -> None:
-    monkeypatch.setattr(child, "_GRACE", 0.0 if ignored else 600.0)
+    monkeypatch.setattr(child_process, "_GRACE", 0.0 if ignored else 600.0)
     told: list[str] = []
     script = f"{ignored}echo ready >&2; while :; do sleep 0.05; done"
     done = run_child(["sh", "-c", script], dict(os.environ), told.append, lambda: bool(told))
