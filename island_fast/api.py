@@ -323,7 +323,7 @@ class Repository(RepositoryBase):
 
     def copy(
         self,
-        to: RepositoryBase,
+        to: Repository,
         references: Sequence[str] | None = None,
         *,
         volume: str | None = None,
@@ -351,14 +351,14 @@ class Repository(RepositoryBase):
         self.left_out = self.left_out if every else []
         answers: list[Copied] = []
         for lineage, wanted in (one for one in chosen.values() if one[1]):
-            self._check_other(to)
+            self._refuse_same(to)
             with self._skip_if_unusable(every):
                 copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
                 answers += copied
                 self.left_out += errors
         return answers
 
-    def _check_other(self, to: RepositoryBase) -> None:
+    def _refuse_same(self, to: Repository) -> None:
         """Raise RefusedError if `to` has this repository's id: local state could not tell them apart."""
         if to.id == self.id:
             raise RefusedError(
@@ -377,7 +377,7 @@ class Repository(RepositoryBase):
         heal: bool = False,
         progress: Progress = silent,
     ) -> Verified:
-        """Check that all objects that a snapshot needs, or all snapshots need, exist and are undamaged.
+        """Check that all objects of a snapshot, or of all snapshots, exist and are undamaged.
 
         Damage is part of the answer, not an error. Every object is checked by name and size. With `sample` or
         `since`, objects are also read in full, and every block is checked against its digest: those that this

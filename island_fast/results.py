@@ -43,12 +43,12 @@ __all__ = [
     "Usage",
     "Verified",
     "VolumeUsage",
-    "again",
+    "command_to_resume",
     "timestamp",
 ]
 
 
-def again(snapshot: str, target: object, image_format: str) -> str:
+def command_to_resume(snapshot: str, target: object, image_format: str) -> str:
     """Return the command that resumes a restore onto `target`: by the id, because "latest" can change."""
     more = "" if image_format == "qcow2" else f" --format {image_format}"
     return f"island restore {snapshot} --onto {shlex.quote(str(target))}{more}"

@@ -99,13 +99,13 @@ def _restore_onto(
     if no_pin:
         raise UsageError("--onto leaves the pins of IMAGE as they are; leave out --no-pin")
 
-    from island_fast.results import again  # here: other verbs start without it
+    from island_fast.results import command_to_resume  # here: other verbs start without it
 
     found = snapshot
 
     def if_interrupted() -> str:
         if run.phase in ("zero", "restore"):
-            command = again(found, target, image_format)
+            command = command_to_resume(found, target, image_format)
             return f"{target} is a mix of what it was and the snapshot; run '{command}'"
         return "nothing was changed"
 

@@ -3,7 +3,8 @@
 The order in which objects become durable (packs, then the manifest, then the record) is the protocol of
 docs/format.md, and it is decided here: in snapshot, copy, delete, sweep and heal. Three files are not verbs:
 `parent.py` decides which lineage and parent a new snapshot gets and whether a table diff is sound,
-`compare.py` compares a snapshot with an image, `heal.py` repairs damage, for verify and before snapshots.
+`compare.py` compares a snapshot with its pin in an image, `heal.py` repairs damage, for verify and before
+snapshots.
 
 This room imports `repository/`, `images/` and what is below them. Only `api.py` and `cli/` import it, each
 function in the method that needs it, to keep start-up short.

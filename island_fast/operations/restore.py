@@ -31,7 +31,7 @@ from island_fast.repository.digests import ExpectedDigests
 from island_fast.repository.open import FoundSnapshot
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.streams import compare_blocks, restore_blocks
-from island_fast.results import Restored, RestoredOnto, again
+from island_fast.results import Restored, RestoredOnto, command_to_resume
 
 __all__ = ["RestoreTarget", "restore", "restore_onto"]
 
@@ -192,7 +192,7 @@ def _warn_if_half_written(target: ExistingImage, snapshot: str) -> Iterator[None
     try:
         yield
     except (IslandError, OSError):
-        command = again(snapshot, target.path, target.image_format)
+        command = command_to_resume(snapshot, target.path, target.image_format)
         _LOG.warning("%s can be a mix of old and new; run '%s'", target.path, command)
         raise
 

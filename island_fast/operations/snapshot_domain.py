@@ -185,7 +185,7 @@ class _Failures:
             self.errors.append(named)
 
     def raise_if_all(self) -> None:
-        """If every disk failed, raise one error, of the last one's class, with all messages."""
+        """Raise one error, of the last one's class and with all messages, if every disk failed."""
         if len(self.errors) == len(self._disks):
             raise type(self.errors[-1])("; ".join(map(str, self.errors))) from self.errors[-1]
 
