@@ -66,7 +66,7 @@ def test_retain_tells_what_stays_and_why(island: Island, taken: list[str]) -> No
 
 def test_retain_refuses_what_would_keep_nothing(island: Island, taken: list[str]) -> None:
     for words in ([], ["--dry-run"], ["--keep-daily", "0"]):
-        assert "give at least one, such as --keep-daily 7" in island.fails(2, "retain", *words)
+        assert "give one, such as --keep-daily 7" in island.fails(2, "retain", *words)
     assert "--keep-daily" in island.fails(2, "retain", "--keep-daily", "-1")
     assert "--keep-last" in island.fails(2, "retain", "--keep-last", "all")
     assert "no snapshots" in island.fails(3, "retain", "--keep-last", "1", "--volume", "other")
@@ -115,7 +115,7 @@ def test_diff_of_other_sizes_and_other_volumes(island: Island, taken: list[str],
     told = island.text("diff", taken[2], "disk@latest").splitlines()[-1]
     assert told.endswith(" of zeros; its size went from 64.0 MiB to 65.0 MiB.")
     island("snapshot", disk, "--no-pin", "--volume", "other")
-    assert "two of one volume" in island.fails(2, "diff", "disk@latest", "other@latest")
+    assert "give two snapshots of one volume" in island.fails(2, "diff", "disk@latest", "other@latest")
     assert "there is no snapshot" in island.fails(3, "diff", "disk@latest", "f" * 32)
 
 
