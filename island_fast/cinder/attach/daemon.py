@@ -305,8 +305,8 @@ class Daemon:
     def _wait_until_listening(self, image: Path) -> None:
         """Wait until the daemon listens on its control socket.
 
-        It does so only once it has opened the image. That can take long, so this waits while the process
-        lives.
+        It does so only once it has opened the image. That can take as long as a repair, so this waits for up
+        to TIMEOUT seconds, while the process lives.
         """
         begun = time.monotonic()
         while not self.is_running():
