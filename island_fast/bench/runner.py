@@ -50,7 +50,12 @@ def measure(plan: Plan, show_progress: Callable[[str], None]) -> Report:
     started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     load = os.getloadavg()[0]
     left_out: list[LeftOut] = []
-    versions = dict(_find_peers(plan, left_out))
+    versions: dict[str, str] = {}
+    for name in plan.peers:
+        if version := PEERS[name].find_version():
+            versions[name] = version
+        else:
+            left_out.append(LeftOut(name, f"it is not installed; run: {PEERS[name].install}"))
     scale = plan.scale or (QUICK_SCALE if plan.quick else FULL_SCALE)
     rows: list[Row] = []
     counters: list[Counter] = []
@@ -73,7 +78,12 @@ def measure(plan: Plan, show_progress: Callable[[str], None]) -> Report:
     return Report(
         started,
         {**_describe_machine(), "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"},
-        _list_own_versions() | versions,
+        {
+            "island": f"{__version__}, digests by {HASH_KERNEL}",
+            "python": platform.python_version(),
+            "numpy": np.__version__,
+            **versions,
+        },
         _describe_parameters(plan, scale),
         tuple(_group_by_work(rows)),
         tuple(counters),
@@ -108,16 +118,6 @@ def _group_by_work(rows: Sequence[Row]) -> list[Row]:
     """Move the rows of the same work next to the first of them."""
     names = [row.work for row in rows]
     return sorted(rows, key=lambda row: names.index(row.work))
-
-
-def _find_peers(plan: Plan, left_out: list[LeftOut]) -> Iterator[tuple[str, str]]:
-    """Yield name and version of each installed peer of the plan; add the others to `left_out`."""
-    for name in plan.peers:
-        version = PEERS[name].find_version()
-        if version:
-            yield name, version
-        else:
-            left_out.append(LeftOut(name, f"it is not installed; run: {PEERS[name].install}"))
 
 
 def _reason_to_leave_out(case: Case, plan: Plan, scale: Scale, versions: Mapping[str, str]) -> str:
@@ -170,11 +170,3 @@ def _find_file_system(path: Path) -> str:
         if path.resolve().is_relative_to(place) and len(place) >= len(best):
             best, kind = place, one
     return kind
-
-
-def _list_own_versions() -> dict[str, str]:
-    return {
-        "island": f"{__version__}, digests by {HASH_KERNEL}",
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-    }

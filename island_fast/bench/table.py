@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from island_fast.bench.report import Counter, Report, Row, Spread
+from island_fast.bench.report import Report, Row, Spread
 from island_fast.cli import text as show
 
 __all__ = ["format_number", "format_target", "print_report"]
@@ -42,8 +42,10 @@ def print_report(report: Report, console: Console) -> None:
     for one in report.left_out:
         how = "failed" if one.failed else "left out"
         console.print(f"{how}: {one.name}: {one.reason}", highlight=False, markup=False)
-    for note in _list_notes(report):
-        console.print(note, highlight=False, markup=False)
+    noted = {row.name: row.notes for row in report.rows} | {one.name: one.notes for one in report.counters}
+    for name, notes in noted.items():
+        if notes:
+            console.print(f"{name}: {'; '.join(notes)}", highlight=False, markup=False)
 
 
 def _describe_volumes(report: Report) -> Iterator[str]:
@@ -94,18 +96,10 @@ def _make_counter_table(report: Report) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     for counter in report.counters:
+        whole = counter.value == int(counter.value)
+        value = f"{counter.value:,.0f}" if whole else format_number(counter.value)
+        if counter.reached is False:
+            value = f"[bold red]{value}[/]"
         target = format_target(counter.reach, counter.better)
-        table.add_row(counter.name, _format_value(counter), counter.unit, target)
+        table.add_row(counter.name, value, counter.unit, target)
     return table
-
-
-def _format_value(counter: Counter) -> str:
-    text = f"{counter.value:,.0f}" if counter.value == int(counter.value) else format_number(counter.value)
-    return f"[bold red]{text}[/]" if counter.reached is False else text
-
-
-def _list_notes(report: Report) -> Iterator[str]:
-    noted = {row.name: row.notes for row in report.rows} | {one.name: one.notes for one in report.counters}
-    for name, notes in noted.items():
-        if notes:
-            yield f"{name}: {'; '.join(notes)}"

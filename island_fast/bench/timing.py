@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -88,24 +88,17 @@ def run(
             )
         finally:
             os.close(theirs)
-        with _kill_if_interrupted(launcher):
+        try:
             costs = answer.read().split()
             launcher.wait()
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
+            raise
         output.seek(0)
         errors.seek(0)
         return _read_measurement(words, costs, output.read(), errors.read())
-
-
-@contextlib.contextmanager
-def _kill_if_interrupted(launcher: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Kill the launcher and everything that it started if the body raises."""
-    try:
-        yield
-    except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(launcher.pid, signal.SIGKILL)
-        launcher.wait()
-        raise
 
 
 def _read_measurement(

@@ -27,6 +27,11 @@ __all__ = ["IslandCommand"]
 _LOG = logging.getLogger(__name__)
 _PROGRESS_EVERY = 30.0  # seconds between two lines of progress in the log
 _SETTINGS = ("OS_", "ST_", "ISLAND_")  # those of the service's own environment are not passed on
+_ERROR_CLASSES = {  # by the codes of --json: "image-in-use" for ImageInUseError
+    re.sub(r"(?<=.)(?=[A-Z])", "-", name.removesuffix("Error")).lower(): getattr(errors, name)
+    for name in errors.__all__
+    if name.endswith("Error")
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,9 +126,12 @@ class IslandCommand:
         except OSError as error:
             raise IslandError(f"'island {verb}' did not start: {error}") from error
         answer = _parse_json(done.stdout)
-        if done.returncode:
-            raise _rebuild_error(verb, answer, done.returncode, log.last_line)
-        return answer
+        if not done.returncode:
+            return answer
+        if isinstance(answer, dict) and isinstance(answer.get("message"), str):
+            raise _ERROR_CLASSES.get(str(answer.get("error")), IslandError)(answer["message"])
+        last = f": {log.last_line}" if log.last_line else ""
+        raise IslandError(f"'island {verb}' ended with status {done.returncode}{last}")
 
 
 class _StderrLog:
@@ -150,18 +158,3 @@ def _parse_json(text: str) -> Any:  # noqa: ANN401 (whatever the text holds)
         return json.loads(text)
     except ValueError:
         return None
-
-
-_ERROR_CLASSES = {  # by the codes of --json: "image-in-use" for ImageInUseError
-    re.sub(r"(?<=.)(?=[A-Z])", "-", name.removesuffix("Error")).lower(): getattr(errors, name)
-    for name in errors.__all__
-    if name.endswith("Error")
-}
-
-
-def _rebuild_error(verb: str, answer: object, status: int, last_line: str) -> IslandError:
-    """Return the error that a process ended with, in the class that it had there."""
-    if isinstance(answer, dict) and isinstance(answer.get("message"), str):
-        error: IslandError = _ERROR_CLASSES.get(str(answer.get("error")), IslandError)(answer["message"])
-        return error
-    return IslandError(f"'island {verb}' ended with status {status}{': ' if last_line else ''}{last_line}")

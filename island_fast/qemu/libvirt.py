@@ -63,7 +63,10 @@ class Domain(Monitor):
             with self._translate_errors("report host and kind"):
                 self.uri: str = self._connection.getURI()
                 host, kind = urlsplit(self.uri).hostname, self._connection.getType()
-            self._check_kind(host, kind)
+            if host not in _HERE:
+                raise UsageError(f"{self.uri} is on another host; run island there, where the images are")
+            if kind != "QEMU":
+                raise UsageError(f"{self.uri} has no qemu guests; name another with --connect")
             self._domain = self._look_up(name)
             stack.pop_all()
 
@@ -172,13 +175,6 @@ class Domain(Monitor):
                 f"libvirt cannot be reached {where} ({_error_text(error)}); "
                 "check whether libvirtd runs, or name it with --connect"
             ) from error
-
-    def _check_kind(self, host: str | None, kind: str) -> None:
-        """Raise UsageError if the images are on another host, or the guests do not run in qemu."""
-        if host not in _HERE:
-            raise UsageError(f"{self.uri} is on another host; run island there, where the images are")
-        if kind != "QEMU":
-            raise UsageError(f"{self.uri} has no qemu guests; name another with --connect")
 
     def _look_up(self, name: str) -> object:
         try:

@@ -125,35 +125,31 @@ def printable(said: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in said).rstrip(".")[:_MAX_QUOTED]
 
 
-def _find_qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
-    """Iterate over the node name and file name of every qcow2 node in query-named-block-nodes' answer."""
+def _find_nodes(nodes: object, driver: str) -> Iterator[tuple[str, str]]:
+    """Iterate over the nodes of one driver in query-named-block-nodes' answer: node name and file.
+
+    The file is a plain name if that is all there is to say, otherwise the node's options as JSON.
+    """
     for node in nodes if isinstance(nodes, list) else ():
-        if not isinstance(node, dict) or node.get("drv") != "qcow2":
+        if not isinstance(node, dict) or node.get("drv") != driver:
             continue
         name, file = node.get("node-name"), node.get("file")
         if isinstance(name, str) and isinstance(file, str):
-            yield name, _bottom_file_name(file)
+            yield name, file
+
+
+def _find_qcow2_nodes(nodes: object) -> Iterator[tuple[str, str]]:
+    """Iterate over the node name and file name of every qcow2 node."""
+    for name, file in _find_nodes(nodes, "qcow2"):
+        yield name, _bottom_file(_parse_options(file)) if file.startswith("json:") else file
 
 
 def _find_filters(nodes: object) -> Iterator[tuple[str, str]]:
     """Iterate over the node name and file name of every blkdebug filter on top of a qcow2 node."""
-    for node in nodes if isinstance(nodes, list) else ():
-        if not isinstance(node, dict) or node.get("drv") != "blkdebug":
-            continue
-        name, file = node.get("node-name"), node.get("file")
-        if isinstance(name, str) and isinstance(file, str):
-            below = _parse_options(file).get("image")
-            if isinstance(below, dict) and below.get("driver") == "qcow2":
-                yield name, _bottom_file(below)
-
-
-def _bottom_file_name(name: str) -> str:
-    """Return the name of the file at the bottom of a node; "" if there is none.
-
-    qemu reports a plain name if that is all there is to say, otherwise the node's options as JSON, with each
-    node's child under "file".
-    """
-    return _bottom_file(_parse_options(name)) if name.startswith("json:") else name
+    for name, file in _find_nodes(nodes, "blkdebug"):
+        below = _parse_options(file).get("image")
+        if isinstance(below, dict) and below.get("driver") == "qcow2":
+            yield name, _bottom_file(below)
 
 
 def _parse_options(name: str) -> dict[str, object]:
@@ -166,6 +162,7 @@ def _parse_options(name: str) -> dict[str, object]:
 
 
 def _bottom_file(node: object) -> str:
+    """Return the file name below a node, whose options have each child under "file"; "" if there is none."""
     while isinstance(node, dict) and "filename" not in node:
         node = node.get("file")
     file = node.get("filename") if isinstance(node, dict) else None

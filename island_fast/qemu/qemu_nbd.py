@@ -176,7 +176,9 @@ def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableI
                 disk.flush()
             finally:
                 disk.close()
-            if _wait_for_exit(process) != 0:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(TIMEOUT)
+            if process.returncode != 0:  # None if it did not end in time
                 raise _qemu_nbd_error(image, errors, closing=True)
 
 
@@ -213,13 +215,6 @@ def _run_qemu_nbd(
         raise
     finally:
         process.wait()
-
-
-def _wait_for_exit(process: subprocess.Popen[bytes]) -> int | None:
-    """Wait until the program ends; return its exit code, None if it does not end in time."""
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(TIMEOUT)
-    return process.returncode
 
 
 def _connect_client(

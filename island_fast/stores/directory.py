@@ -286,13 +286,27 @@ class DirectoryStore(Store):
 
     def _raise_translated(self, error: OSError) -> NoReturn:
         """Raise `error`, the file system's, as an error for the user."""
-        what = error.filename or self.location
-        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.EISDIR):
-            raise RefusedError(
-                f"{what} is a link, or a file where a repository has a folder, or the reverse; remove it or "
-                "use another directory"
-            ) from error
-        raise StoreError(_error_text(error, what, self.location)) from error
+        what, location = error.filename or self.location, self.location
+        match error.errno:
+            case errno.ELOOP | errno.ENOTDIR | errno.EISDIR:
+                raise RefusedError(
+                    f"{what} is a link, or a file where a repository has a folder, or the reverse; remove it "
+                    "or use another directory"
+                ) from error
+            case errno.ENOSPC | errno.EDQUOT:
+                text = f"no space is left for {location}; free some or raise the quota, then try again"
+            case errno.EROFS:
+                text = f"{location} is on a read-only file system; remount it for writing"
+            case errno.EACCES | errno.EPERM:
+                text = f"permission denied at {what}; run as the owner of the repository"
+            case errno.EOPNOTSUPP:
+                text = (
+                    f"the file system of {location} has neither hard links nor a rename that refuses to "
+                    "overwrite; use another one"
+                )
+            case _:
+                text = f"{what}: {error.strerror or error}; check the disk of {location}"
+        raise StoreError(text) from error
 
 
 def _make_first_folder(folder: str) -> None:
@@ -303,22 +317,6 @@ def _make_first_folder(folder: str) -> None:
         raise StoreError(
             f"{os.path.dirname(folder)} cannot be written; use -r to name a directory that you can write to"
         ) from error
-
-
-def _error_text(error: OSError, what: str, location: str) -> str:
-    match error.errno:
-        case errno.ENOSPC | errno.EDQUOT:
-            return f"no space is left for {location}; free some or raise the quota, then try again"
-        case errno.EROFS:
-            return f"{location} is on a read-only file system; remount it for writing"
-        case errno.EACCES | errno.EPERM:
-            return f"permission denied at {what}; run as the owner of the repository"
-        case errno.EOPNOTSUPP:
-            return (
-                f"the file system of {location} has neither hard links nor a rename that refuses to "
-                "overwrite; use another one"
-            )
-    return f"{what}: {error.strerror or error}; check the disk of {location}"
 
 
 def _object_info(name: str, status: os.stat_result) -> ObjectInfo:

@@ -169,7 +169,11 @@ def _measure_kind(kind: str, context: Context) -> Iterator[Row | Counter | LeftO
             return
         with _attach(place, kind, amount.size) as ours, _serve(place, amount.size) as theirs:
             yield from _measure_jobs(context, amount, kind, (ours, theirs))
-        yield from _measure_with_qemu_img(context, place, kind)
+        context.show_progress(f"{_NAMES[kind]}: the self-test")
+        for speed in measure_speed(place.run, place.links, place.images, run_program, kind):
+            work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
+            against = f"{_AGAINST}, opened by the same program"
+            yield make_row(work, against, speed.pairs, unit="requests/s")
 
 
 def _require_devices(place: _Place, kind: str) -> None:
@@ -219,14 +223,6 @@ def _measure_job(
         before,
     )
     return make_row(work, _AGAINST, measured, unit="MiB/s" if job.length == MIB else "requests/s")
-
-
-def _measure_with_qemu_img(context: Context, place: _Place, kind: str) -> Iterator[Row]:
-    """Yield what the driver's self-test measures when the driver starts."""
-    context.show_progress(f"{_NAMES[kind]}: the self-test")
-    for speed in measure_speed(place.run, place.links, place.images, run_program, kind):
-        work = f"{_NAMES[kind]}: {speed.shape.name}, by qemu-img"
-        yield make_row(work, f"{_AGAINST}, opened by the same program", speed.pairs, unit="requests/s")
 
 
 def _space(scale: Scale) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from island_fast.bench.case import MIB, Case, Context, Scale, Size
+from island_fast.bench.case import MIB, Case, Context, Size
 from island_fast.bench.island_command import Island
 from island_fast.bench.peers.archivers import Archiver, Borg, Restic
 from island_fast.bench.peers.bitmap import DirtyBitmap
@@ -169,8 +169,10 @@ def _has_last_edit(copy: Path, volume: Volume) -> bool:
         )
 
 
-def _measure_increments(context: Context, size: Size, reach: dict[str, float]) -> Iterator[Row]:
-    """Yield the rows against each installed peer, on one volume."""
+def _measure_increments(context: Context, size: Size | None, reach: dict[str, float]) -> Iterator[Row]:
+    """Yield the rows against each installed peer, on one volume; none if the scale has no such volume."""
+    if size is None:
+        return
     bench = _Bench.make(context, size)
     for name, make in _ARCHIVERS.items():
         if context.has_peer(name):
@@ -188,29 +190,22 @@ def _measure_increments(context: Context, size: Size, reach: dict[str, float]) -
     bench.check()
 
 
-def _measure_small(context: Context) -> Iterator[Row]:
-    yield from _measure_increments(context, context.scale.small, _SMALL_REACH)
-
-
-def _measure_large(context: Context) -> Iterator[Row]:
-    if context.scale.large:
-        yield from _measure_increments(context, context.scale.large, _LARGE_REACH)
-
-
 def _space(size: Size | None) -> int:
     """Return the bytes of the qcow2 and a copy, the raw file and a restored one, and two repositories."""
     return 4 * size.allocated + size.volume if size else 0
 
 
-def _small_space(scale: Scale) -> int:
-    return _space(scale.small)
-
-
-def _large_space(scale: Scale) -> int:
-    return _space(scale.large)
-
-
 CASES = (
-    Case("increment, small volume", _measure_small, ("qemu-img",), _small_space),
-    Case("increment, large volume", _measure_large, ("qemu-img",), _large_space),
+    Case(
+        "increment, small volume",
+        lambda context: _measure_increments(context, context.scale.small, _SMALL_REACH),
+        ("qemu-img",),
+        lambda scale: _space(scale.small),
+    ),
+    Case(
+        "increment, large volume",
+        lambda context: _measure_increments(context, context.scale.large, _LARGE_REACH),
+        ("qemu-img",),
+        lambda scale: _space(scale.large),
+    ),
 )

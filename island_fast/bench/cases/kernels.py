@@ -40,6 +40,9 @@ def _measure_kernels(context: Context) -> Iterator[Row | Counter]:
     def diff(one: _Words, other: _Words) -> Callable[[], int]:
         return lambda: _diff.mark_changed(one, other, 0, 16, words, size)
 
+    def add_up(tables: tuple[_Words, ...]) -> Callable[[], object]:
+        return lambda: [table.sum() for table in tables]
+
     for title, work, tables, reach in (
         ("scan of full L2 tables", scan(full), (full,), 0.5),
         ("scan of L2 tables with 50 000 runs in a TiB", scan(runs), (runs,), 0.5),
@@ -47,7 +50,7 @@ def _measure_kernels(context: Context) -> Iterator[Row | Counter]:
         ("diff of L2 tables, 1 % changed", diff(full, moved), (full, moved), 0.4),
     ):
         context.show_progress(title)
-        found = run_pairs(count, _make_rate(work, tables), _make_rate(_make_sum(tables), tables))
+        found = run_pairs(count, _make_rate(work, tables), _make_rate(add_up(tables), tables))
         yield make_row(
             f"{title}, {size // MIB * 8} MiB each",
             _AGAINST,
@@ -62,10 +65,6 @@ def _measure_kernels(context: Context) -> Iterator[Row | Counter]:
 def _make_rate(work: Callable[[], object], tables: tuple[_Words, ...]) -> Callable[[], float]:
     """Return a function that calls `work` and returns how fast it read the tables, in 10^9 bytes a second."""
     return lambda: sum(table.nbytes for table in tables) / time_call(work) / 1e9
-
-
-def _make_sum(tables: tuple[_Words, ...]) -> Callable[[], object]:
-    return lambda: [table.sum() for table in tables]
 
 
 CASES = (Case("kernels", _measure_kernels),)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from island_fast.bench import timing
-from island_fast.bench.case import GIB, Case, Context, Scale
+from island_fast.bench.case import GIB, Case, Context
 from island_fast.bench.island_command import make_child_environment
 from island_fast.bench.report import Counter, Row
 from island_fast.bench.synthetic_image import SyntheticImage
@@ -42,6 +42,9 @@ def _measure_maps(context: Context) -> Iterator[Row | Counter]:
     def run_island(*words: str) -> Callable[[], float]:
         return lambda: _run_island_map(image.path, *words).wall
 
+    def map_in_process() -> float:
+        return time_call(lambda: sum(len(part.start) for part in map_image(image.path)))
+
     context.show_progress("map")
     yield make_row(
         f"map of {size}",
@@ -50,7 +53,7 @@ def _measure_maps(context: Context) -> Iterator[Row | Counter]:
         reach=context.target_unless_quick(12),
     )
     context.show_progress("map, in process")
-    found = run_pairs(count, lambda: time_call(lambda: _count_map(image.path)), theirs(1))
+    found = run_pairs(count, map_in_process, theirs(1))
     yield make_row(f"map of {size}, in process", _AGAINST, found, reach=context.target_unless_quick(40))
     context.show_progress("diff")
     found = run_pairs(count, run_island("--snapshot", "b", "--since", "a"), theirs(2))
@@ -88,10 +91,6 @@ def _run_island_map(path: Path, *words: str) -> Measurement:
     return timing.run(command, env=make_child_environment())
 
 
-def _count_map(path: Path) -> int:
-    return sum(len(part.start) for part in map_image(path))
-
-
 def _compare_maps(path: Path) -> None:
     """Raise DamagedError unless island and qemu-img find the same data, to the byte."""
     ours, theirs = json.loads(_run_island_map(path).output), json.loads(_run_qemu_img_map(path).output)
@@ -111,8 +110,4 @@ def _join(extents: list[tuple[int, int]]) -> list[list[int]]:
     return found
 
 
-def _space(scale: Scale) -> int:
-    return GIB
-
-
-CASES = (Case("map and diff of tables", _measure_maps, ("qemu-img",), _space),)
+CASES = (Case("map and diff of tables", _measure_maps, ("qemu-img",), lambda scale: GIB),)

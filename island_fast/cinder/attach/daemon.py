@@ -104,7 +104,8 @@ class Daemon:
             self._log_file.replace(self.folder / "log.old")  # it may say why the last daemon died
         self._write_script(image.resolve(), size, cluster, kind)
         self._launch()
-        self._wait_until_serving(image)
+        self._wait_until_listening(image)
+        self._wait_until_confirmed(image)
 
     def check_serves(self, image: Path) -> None:
         """Raise RefusedError if the running daemon serves another image."""
@@ -301,10 +302,11 @@ class Daemon:
         unit = ["--quiet", "--collect", f"--unit=island-{self.volume}", f"--uid={user}", f"--gid={group}"]
         check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 
-    def _wait_until_serving(self, image: Path) -> None:
-        """Wait until the daemon serves the image.
+    def _wait_until_listening(self, image: Path) -> None:
+        """Wait until the daemon listens on its control socket.
 
-        It listens only once it has opened the image, which takes as long as it takes while the process lives.
+        It does so only once it has opened the image. That can take as long as a repair, so this waits for up
+        to TIMEOUT seconds, while the process lives.
         """
         begun = time.monotonic()
         while not self.is_running():
@@ -320,7 +322,6 @@ class Daemon:
                     f"within {TIMEOUT:.0f} s; see its log {str(self._log_file)!r}"
                 )
             time.sleep(_STEP)
-        self._wait_until_confirmed(image)
 
     def _wait_until_confirmed(self, image: Path) -> None:
         """Wait until the daemon confirms that it serves the image.
