@@ -77,7 +77,8 @@ def test_each_rule_is_looked_up_by_itself(
         "Rules: keep-last 2 (ISLAND_KEEP_LAST), keep-daily 3 (command line), "
         "keep-yearly 1 (configuration file)."
     )
-    assert "no rule is given that keeps a snapshot" in island.fails(2, "retain", "--keep-last", 0, "--keep-yearly", 0)
+    sentence = island.fails(2, "retain", "--keep-last", 0, "--keep-yearly", 0)
+    assert "no rule is given that keeps a snapshot" in sentence
     monkeypatch.setenv("ISLAND_KEEP_LAST", "two")
     assert "ISLAND_KEEP_LAST" in island.fails(2, "retain")
 
