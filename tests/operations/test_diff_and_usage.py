@@ -99,7 +99,7 @@ def test_a_diff_asks_for_two_manifests(
 def test_two_volumes_have_nothing_to_compare(repository: Repository, tmp_path: Path) -> None:
     image = qemu.create(tmp_path / "vol.qcow2", MIB)
     one, other = (repository.snapshot(image, volume=name, pin=False).snapshot for name in ("one", "other"))
-    with pytest.raises(UsageError, match="two of one volume"):
+    with pytest.raises(UsageError, match="two snapshots of one volume"):
         repository.diff(one, other)
     with pytest.raises(NotFoundError):
         repository.diff(one, "f" * 32)
