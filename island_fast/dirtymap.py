@@ -283,7 +283,8 @@ def distinct(values: Int64s) -> Int64s:
 
 def merge_intervals(iv: Int64s) -> Int64s:
     """Return the union of the intervals, int64[m, 2]; those that touch are joined."""
-    iv = _drop_empty(iv)
+    iv = np.asarray(iv, np.int64).reshape(-1, 2)
+    iv = iv[iv[:, 1] > iv[:, 0]]  # a copy, without empty ones
     if len(iv) < 2:
         return iv
     if not bool(np.all(iv[1:, 0] > iv[:-1, 1])):
@@ -328,12 +329,6 @@ def clip_rows(starts: Int64s, lengths: Int64s, keep: Int64s) -> tuple[Int64s, In
 def total(iv: Int64s) -> int:
     """Return the sum of the lengths of the intervals, none of which has stop < start."""
     return int((iv[:, 1] - iv[:, 0]).sum())
-
-
-def _drop_empty(iv: Int64s) -> Int64s:
-    """Return a new array of the intervals that are not empty."""
-    iv = np.asarray(iv, np.int64).reshape(-1, 2)
-    return np.asarray(iv[iv[:, 1] > iv[:, 0]], np.int64)
 
 
 def _expand(starts: Int64s, stops: Int64s) -> Int64s:

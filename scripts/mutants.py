@@ -180,7 +180,11 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "an id that is used up is gone on with": [
         ("repository/snapshot_writer.py", "    remove_used_registrations(lineage)\n", ""),
-        ("formats/catalog.py", "        self._refuse_used(row.id, event.packs)\n", ""),
+        (
+            "formats/catalog.py",
+            "if used or bool((self.packs.find(event.packs.key) >= 0).any()):",
+            "if False:",
+        ),
     ],
     "what an interrupted attempt sent is not compared": [
         (

@@ -166,7 +166,7 @@ class _Failure:
 
 def _report(error: BaseException, run: Run, json_asked: bool) -> int:
     """Print how the run failed and return the exit code."""
-    failure = _failure(error, run)
+    failure = _describe_failure(error, run)
     as_json = run.json or (json_asked and isinstance(error, click.ClickException))
     if as_json and not run.answered and not isinstance(error, _OutputError):
         value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
@@ -178,19 +178,19 @@ def _report(error: BaseException, run: Run, json_asked: bool) -> int:
     return failure.exit_code
 
 
-def _failure(error: BaseException, run: Run) -> _Failure:
+def _describe_failure(error: BaseException, run: Run) -> _Failure:
     """Return how a run failed that ended with `error`."""
     match error:
         case IslandError():
             return _Failure(_error_code(error), str(error), error.exit_code)
         case click.ClickException():
-            return _Failure("usage", _usage(error), UsageError.exit_code)
+            return _Failure("usage", _explain_usage_error(error), UsageError.exit_code)
         case KeyboardInterrupt():
             return _Failure("interrupted", f"interrupted; {run.if_interrupted()}")
         case _OutputError():
-            return _Failure("output", _no_output(error.__cause__))
+            return _Failure("output", _explain_output_error(error.__cause__))
         case OSError():
-            return _Failure("system", _system(error))
+            return _Failure("system", _explain_os_error(error))
         case MemoryError():
             return _Failure("memory", "there is not enough memory; free some and run it again")
         case UnicodeError():
@@ -208,7 +208,7 @@ def _error_code(error: IslandError) -> str:
     return re.sub(r"(?<=.)(?=[A-Z])", "-", name).lower()
 
 
-def _usage(error: click.ClickException) -> str:
+def _explain_usage_error(error: click.ClickException) -> str:
     """Return click's message as one sentence that says where to look."""
     if isinstance(error, FullUsageError):
         return error.message
@@ -225,7 +225,7 @@ def _usage(error: click.ClickException) -> str:
     return f"{text[:1].lower()}{text[1:]}{see} '{command} --help'"
 
 
-def _system(error: OSError) -> str:
+def _explain_os_error(error: OSError) -> str:
     """Return what the system refused, and what may help."""
     reason = error.strerror or str(error) or type(error).__name__
     place = error.filename
@@ -242,7 +242,7 @@ def _system(error: OSError) -> str:
     return f"{what}; mend that and run it again (ISLAND_DEBUG=1 shows where it happened)"
 
 
-def _no_output(error: BaseException | None) -> str:
+def _explain_output_error(error: BaseException | None) -> str:
     """Return why the answer cannot be printed, "" if its reader left, as `head` does."""
     if isinstance(error, BrokenPipeError):
         return ""

@@ -105,11 +105,11 @@ def snapshot_names(context: click.Context, typed: str) -> list[CompletionItem[st
     with contextlib.suppress(IslandError, OSError, click.ClickException):
         location = (run.location if run else None) or read_config().get("repository", "")
         if location and "://" not in location:
-            found = [one for one in _names(location, typed) if one.value.startswith(typed)]
+            found = [one for one in _iter_names(location, typed) if one.value.startswith(typed)]
     return found
 
 
-def _names(location: str, typed: str) -> Iterator[CompletionItem[str]]:
+def _iter_names(location: str, typed: str) -> Iterator[CompletionItem[str]]:
     from island_fast.api import Repository
 
     volume, at, _ = typed.rpartition("@")

@@ -55,17 +55,16 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
 
 def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
     """Yield a sentence for each volume, in a dry run after a line for every object."""
-    did = ("would remove", "rewrite", "free") if dry_run else ("removed", "rewrote", "freed")
+    remove, rewrite, free = "removed", "rewrote", "freed"
+    if dry_run:
+        remove, rewrite, free = "would remove", "rewrite", "free"
     for one in swept:
         for step in one.steps if dry_run else ():
             yield f"{step.action:7}  {size(step.bytes):>10}  {step.object}: {step.reason}"
-        yield f"Volume {one.volume}: {_format_sums(one, *did)}."
-
-
-def _format_sums(one: Swept, remove: str, rewrite: str, free: str) -> str:
-    if not one.objects_removed:
-        return "nothing to remove"
-    text = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
-    if one.packs_repacked:
-        text += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
-    return f"{text}; {free} {size(one.bytes_freed)}"
+        if not one.objects_removed:
+            yield f"Volume {one.volume}: nothing to remove."
+            continue
+        text = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
+        if one.packs_repacked:
+            text += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
+        yield f"Volume {one.volume}: {text}; {free} {size(one.bytes_freed)}."

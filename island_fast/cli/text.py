@@ -67,15 +67,13 @@ def sheet(rows: Iterable[tuple[str, str]]) -> str:
     room = (terminal_width() or sys.maxsize) - width - 2
     lines = []
     for name, value in rows:
-        parts = [value] if len(value) <= room else _wrap(value, room)
+        parts = [value]
+        if len(value) > room:
+            from textwrap import wrap  # here: only a narrow terminal needs it
+
+            parts = wrap(value, max(room, 1), break_long_words=False, break_on_hyphens=False)
         lines += [f"{title:<{width}}  {part}" for title, part in zip_longest([name], parts, fillvalue="")]
     return "\n".join(lines)
-
-
-def _wrap(text: str, width: int) -> list[str]:
-    from textwrap import wrap  # here: only a narrow terminal needs it
-
-    return wrap(text, max(width, 1), break_long_words=False, break_on_hyphens=False)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> str:

@@ -248,15 +248,12 @@ class State:
                 return self._sweep(event)
 
     def _add_snapshot(self, event: SnapshotAdded) -> State:
+        """Return the state with a new snapshot; refuse one whose id, or a pack of which, is known already."""
         row = event.snapshot
-        self._refuse_used(row.id, event.packs)
+        used = row.id in self.live or row.id in self.dropped
+        if used or bool((self.packs.find(event.packs.key) >= 0).any()):
+            raise DamagedObjectError(f"snapshot {row.id} was made before")
         return self._update_packs(event.packs, event.dead, live={**self.live, row.id: row})
-
-    def _refuse_used(self, snapshot: str, packs: Packs) -> None:
-        """Raise a DamagedObjectError if a new snapshot's id, or a pack that it wrote, is known already."""
-        used = snapshot in self.live or snapshot in self.dropped
-        if used or bool((self.packs.find(packs.key) >= 0).any()):
-            raise DamagedObjectError(f"snapshot {snapshot} was made before")
 
     def _drop_snapshots(self, event: SnapshotsDeleted) -> State:
         live, dropped = dict(self.live), dict(self.dropped)
@@ -279,18 +276,17 @@ class State:
         )
 
     def _sweep(self, event: ObjectsSwept) -> State:
+        """Return the state without the manifests and packs that were swept away, and their dead slots."""
         dropped = {snapshot: row for snapshot, row in self.dropped.items() if snapshot not in event.swept}
-        return self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)._without(event.gone)
-
-    def _without(self, gone: Int64s) -> State:
-        """Return the state without packs that were swept, and without their dead slots."""
+        state = self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)
+        gone = event.gone
         if not gone.size:
-            return self
+            return state
         space = np.stack([gone << SLOT_BITS, (gone + 1) << SLOT_BITS], axis=1)
         return replace(
-            self,
-            packs=self.packs.rows(~np.isin(self.packs.key, gone)),
-            dead=subtract_intervals(self.dead, space),
+            state,
+            packs=state.packs.rows(~np.isin(state.packs.key, gone)),
+            dead=subtract_intervals(state.dead, space),
         )
 
     def live_slots(self, key: int, slots: int) -> Bools:
@@ -412,10 +408,12 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
 
         def table(first: int, width: int) -> list[Int64s]:
             rows = integer(meta[f"rows_{first}"], _MAX_ROWS + 1)
-            stored = [
+            owner, number, *rest = (
                 columns.decode(name, frame.section(first + i, 8 * rows), rows) for i in range(width + 1)
-            ]
-            return [_keys(stored[0], stored[1], owners), *stored[2:]]
+            )
+            if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
+                raise ValueError("pack")
+            return [pack_keys(owners[owner], number), *rest]
 
         event = _read_event(
             meta,

@@ -112,7 +112,21 @@ class Frame:
         if entry is None:
             raise DamagedObjectError(f"object {self.name} lacks section {kind}; it is damaged")
         stored = self.data[entry.offset : entry.offset + entry.stored]
-        return _decode_section(self.name, entry, stored, limit)
+        if stored.nbytes != entry.stored or xxhash.xxh3_64_intdigest(stored) != entry.checksum:
+            raise DamagedObjectError(f"object {self.name}, section {kind}: checksum differs")
+        if entry.plain > min(limit, _MAX_PLAIN):
+            raise DamagedObjectError(f"object {self.name}, section {kind} is too large")
+        if entry.codec == Codec.PLAIN:
+            plain = stored
+        elif entry.codec == Codec.ZSTD:
+            plain = memoryview(_inflate(self.name, stored, entry.plain))
+        else:
+            raise UnsupportedObjectError(
+                f"object {self.name} uses section codec {entry.codec}, which this island does not know"
+            )
+        if plain.nbytes != entry.plain:
+            raise DamagedObjectError(f"object {self.name}, section {kind} has the wrong length")
+        return plain
 
 
 def _object_id(name: str) -> bytes:
@@ -230,25 +244,6 @@ def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
     if whole.digest() != frame.checksum:
         raise DamagedObjectError(f"object {name} is damaged (checksum differs)")
     return frame
-
-
-def _decode_section(name: str, entry: SectionEntry, stored: memoryview, limit: int) -> memoryview:
-    """Decode the stored bytes of a section; both lengths and the checksum are checked."""
-    if stored.nbytes != entry.stored or xxhash.xxh3_64_intdigest(stored) != entry.checksum:
-        raise DamagedObjectError(f"object {name}, section {entry.kind}: checksum differs")
-    if entry.plain > min(limit, _MAX_PLAIN):
-        raise DamagedObjectError(f"object {name}, section {entry.kind} is too large")
-    if entry.codec == Codec.PLAIN:
-        plain = stored
-    elif entry.codec == Codec.ZSTD:
-        plain = memoryview(_inflate(name, stored, entry.plain))
-    else:
-        raise UnsupportedObjectError(
-            f"object {name} uses section codec {entry.codec}, which this island does not know"
-        )
-    if plain.nbytes != entry.plain:
-        raise DamagedObjectError(f"object {name}, section {entry.kind} has the wrong length")
-    return plain
 
 
 def _inflate(name: str, stored: memoryview, size: int) -> bytes:

@@ -16,11 +16,10 @@ import numpy as np
 from island_fast.errors import ImageInUseError, UsageError
 from island_fast.qcow2.extents import DATA, HOLE, Extents, iter_extents
 from island_fast.qcow2.image import Image
-from island_fast.qcow2.snapshots import InternalSnapshot
 from island_fast.qemu.image_lock import writer_present
 
 if TYPE_CHECKING:
-    from island_fast.results import ImageInfo, InternalInfo
+    from island_fast.results import ImageInfo
 
 __all__ = ["map_image", "read_image_info"]
 
@@ -80,9 +79,10 @@ def read_image_info(path: Path) -> ImageInfo:
 
     An image in use is read as it is on disk, that is as of its writer's last flush.
     """
+    from island_fast.images.pins import pinned_snapshot
     from island_fast.qcow2.bitmaps import read_bitmaps
     from island_fast.qcow2.names import escape
-    from island_fast.results import BitmapInfo, ImageInfo
+    from island_fast.results import BitmapInfo, ImageInfo, InternalInfo, timestamp
 
     with Image.open(path, backed=True) as image:
         header = image.header
@@ -92,6 +92,16 @@ def read_image_info(path: Path) -> ImageInfo:
             "corrupt": header.corrupt,
             "extended L2": header.entry_words == 2,
         }
+        internal_snapshots = tuple(
+            InternalInfo(
+                name=one.name,
+                id=one.id,
+                created=timestamp(one.seconds * 10**9 + one.nanoseconds),
+                volume_size=one.disk_size,
+                pin_of=pinned_snapshot(one.name),
+            )
+            for one in image.snapshots
+        )
         bitmaps = read_bitmaps(image)
         return ImageInfo(
             image=str(path),
@@ -104,20 +114,7 @@ def read_image_info(path: Path) -> ImageInfo:
             backing_file=None if header.backing_name is None else escape(header.backing_name),
             features=tuple(name for name, present in features.items() if present),
             in_use=writer_present(image.fd),
-            internal_snapshots=tuple(_internal_info(s) for s in image.snapshots),
+            internal_snapshots=internal_snapshots,
             bitmaps=tuple(BitmapInfo(b.name, b.granularity, str(b.state)) for b in bitmaps.listed),
             bitmap_trouble=bitmaps.trouble,
         )
-
-
-def _internal_info(internal: InternalSnapshot) -> InternalInfo:
-    from island_fast.images.pins import pinned_snapshot
-    from island_fast.results import InternalInfo, timestamp
-
-    return InternalInfo(
-        name=internal.name,
-        id=internal.id,
-        created=timestamp(internal.seconds * 10**9 + internal.nanoseconds),
-        volume_size=internal.disk_size,
-        pin_of=pinned_snapshot(internal.name),
-    )

@@ -110,7 +110,11 @@ class Qcow2Source(Source):
             held = stack.enter_context(ImageLock(path, hold_off_writers=keep_out))
             if not os.path.samestat(os.fstat(held.fd), os.fstat(self.image.fd)):
                 raise RefusedError(f"{path} was replaced by another file just now; try again")
-            self._monitor = stack.enter_context(_connect(qmp)) if qmp else monitor
+            self._monitor = monitor
+            if qmp:
+                from island_fast.qemu.qmp import Qmp  # imports sockets, which only images in use need
+
+                self._monitor = stack.enter_context(Qmp(qmp))
             self.node = self._monitor.find_node(path) if self._monitor else ""
             if not self._monitor and writer_present(self.image.fd):
                 raise ImageInUseError(
@@ -226,22 +230,11 @@ class Qcow2Source(Source):
         if self._chain.top is not None:
             data = with_data_below(data, self._chain.top, progress) & candidates
         replaced = np.concatenate([candidates.runs(), [[view.blocks, END]]]).astype(np.int64)
-        return Change(TABLE_DIFF, _describe(base), candidates, data, replaced)
+        pinned = pinned_snapshot(base.internal.name)
+        whose = f"the pinned base of snapshot {pinned}" if pinned else f"'{base.internal.name}'"
+        return Change(TABLE_DIFF, f"compared with {whose}", candidates, data, replaced)
 
     def _scan(self, point: Point, why: str, progress: Progress) -> Change:
         """Find all blocks that can hold data, in the image and below it."""
         own = find_allocated(self.image, point, progress=scan_progress(progress))
         return Change.full_scan(with_data_below(own, self._chain.top, progress), why)
-
-
-def _connect(socket: Path) -> Monitor:
-    from island_fast.qemu.qmp import Qmp  # imports sockets, which only images in use need
-
-    return Qmp(socket)
-
-
-def _describe(base: Base) -> str:
-    """Return the reason that a table diff from `base` records."""
-    pinned = pinned_snapshot(base.internal.name)
-    whose = f"the pinned base of snapshot {pinned}" if pinned else f"'{base.internal.name}'"
-    return f"compared with {whose}"

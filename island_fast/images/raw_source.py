@@ -78,8 +78,8 @@ class RawSource(Source):
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, hold_off_writers=True, devices=True))
             self._fd = lock.fd
-            _refuse_mounted(path)
             if path.is_block_device():
+                _refuse_mounted(path)
                 refuse_if_open(path, self._fd, readers=False)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
@@ -169,13 +169,10 @@ def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def _refuse_mounted(path: Path) -> None:
-    """Raise ImageInUseError for a block device that is mounted or part of another device."""
-    if path.is_block_device():
-        try:
-            os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as error:
-            if error.errno == errno.EBUSY:
-                raise ImageInUseError(
-                    f"{path} is mounted or part of another device; unmount it first"
-                ) from error
-            raise IslandError(f"{path} cannot be opened: {error.strerror}; check the device") from error
+    """Raise ImageInUseError if the block device is mounted or part of another device."""
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            raise ImageInUseError(f"{path} is mounted or part of another device; unmount it first") from error
+        raise IslandError(f"{path} cannot be opened: {error.strerror}; check the device") from error

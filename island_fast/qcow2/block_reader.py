@@ -159,8 +159,9 @@ class PointReader:
             lengths, words,
         )  # fmt: skip
         if bad >= 0:
+            entry = " ".join(f"{int(word):#018x}" for word in entries[bad].byteswap())
             raise self._image.damage_error(
-                f"the entry {_hex(entries[bad])} of cluster {clusters[bad]} in"
+                f"the entry {entry} of cluster {clusters[bad]} in"
                 f" {self._point.title} is invalid or points outside the file of"
                 f" {self._file_size} bytes, which may have been cut off"
             )
@@ -254,7 +255,3 @@ class PointReader:
     def _count_bytes(self, done: int) -> None:
         with self._lock:
             self.bytes_read += done
-
-
-def _hex(entry: Uint64s) -> str:
-    return " ".join(f"{int(word):#018x}" for word in entry.byteswap())

@@ -72,16 +72,13 @@ class CompressedReader:
             self._decode(codec, stream, cluster, offset)
             if unit < size:
                 yield missing[number], cluster
-                self._keep((offset, length), cluster)
+                with self._lock:
+                    self._kept[offset, length] = cluster
+                    while len(self._kept) > _MAX_KEPT:
+                        self._kept.popitem(last=False)
                 cluster = np.empty(size, np.uint8)
             else:
                 yield number, cluster
-
-    def _keep(self, key: tuple[int, int], cluster: Uint8s) -> None:
-        with self._lock:
-            self._kept[key] = cluster
-            while len(self._kept) > _MAX_KEPT:
-                self._kept.popitem(last=False)
 
     def _decode(self, codec: Codec, stream: memoryview, cluster: Uint8s, offset: int) -> None:
         try:

@@ -280,24 +280,6 @@ def _read_backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
 
 def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
     """Raise UnsupportedImageError for an unsupported feature, before anything else is interpreted."""
-    _refuse_incompatible(fields, data)
-    if fields.crypt:
-        method = {1: "AES", 2: "LUKS"}.get(fields.crypt, f"method {fields.crypt}")
-        raise UnsupportedImageError(
-            f"the image is encrypted ({method}), which is not supported; decrypt it with qemu-img convert"
-        )
-    if fields.backing_offset and not backed:
-        name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
-        raise UnsupportedImageError(
-            f"the image has a backing file ('{name}'), which is not followed; list it with --backing, or"
-            " merge it with qemu-img rebase -b ''"
-        )
-    if fields.autoclear & _RAW_DATA_FILE:
-        raise _bad("it claims a raw external data file and has none")
-
-
-def _refuse_incompatible(fields: _Fields, data: bytes) -> None:
-    """Check the incompatible features and the compression type that they announce."""
     bits = fields.incompatible
     if bits & _DATA_FILE:
         raise UnsupportedImageError(
@@ -317,6 +299,19 @@ def _refuse_incompatible(fields: _Fields, data: bytes) -> None:
         )
     if bool(bits & _COMPRESSION) != bool(fields.compression):
         raise _bad("its compression type contradicts its feature bits")
+    if fields.crypt:
+        method = {1: "AES", 2: "LUKS"}.get(fields.crypt, f"method {fields.crypt}")
+        raise UnsupportedImageError(
+            f"the image is encrypted ({method}), which is not supported; decrypt it with qemu-img convert"
+        )
+    if fields.backing_offset and not backed:
+        name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
+        raise UnsupportedImageError(
+            f"the image has a backing file ('{name}'), which is not followed; list it with --backing, or"
+            " merge it with qemu-img rebase -b ''"
+        )
+    if fields.autoclear & _RAW_DATA_FILE:
+        raise _bad("it claims a raw external data file and has none")
 
 
 def _name_features(bits: int, data: bytes, length: int) -> Iterator[str]:

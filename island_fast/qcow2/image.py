@@ -130,19 +130,17 @@ class Image:
 
     def reload(self) -> None:
         """Read the header and the snapshot table again, after another process took or deleted a snapshot."""
+        size = self.file_size
         try:
-            self.header, self.snapshots = self._load()
+            data = self.read(0, min(size, _FIRST_READ))
+            span = header_span(data)
+            if span > len(data):
+                data = self.read(0, min(size, span))
+            header = parse_header(data, size, backed=self._backed)
+            snapshots = read_snapshots(self.read, header, size)
         except (DamagedImageError, UnsupportedImageError) as error:
             raise type(error)(f"'{self.path}': {error}") from error
-
-    def _load(self) -> tuple[Header, tuple[InternalSnapshot, ...]]:
-        size = self.file_size
-        data = self.read(0, min(size, _FIRST_READ))
-        span = header_span(data)
-        if span > len(data):
-            data = self.read(0, min(size, span))
-        header = parse_header(data, size, backed=self._backed)
-        return header, read_snapshots(self.read, header, size)
+        self.header, self.snapshots = header, snapshots
 
     def active_point(self) -> Point:
         """Return the point of the volume as it is now, as far as a writer has flushed it."""

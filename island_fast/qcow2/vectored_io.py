@@ -35,6 +35,8 @@ def plan_transfers(
 ) -> Iterator[Transfer]:
     """Yield the transfers that cover all rows, ascending in the file.
 
+    Each joins as many rows that touch in the file as one system call takes.
+
     offsets: int64[n], the offset of each row in the file, in any order.
     rows: int64[n], its number in `flat`.
     unit: bytes of a row.
@@ -45,8 +47,21 @@ def plan_transfers(
     # A run is adjacent in the file and in memory: one entry of a vector.
     near = np.diff(place) == unit
     starts = np.flatnonzero(np.concatenate(([True], ~(near & (np.diff(row) == 1)))))
-    stops = np.append(starts[1:], len(place))
-    yield from _join_runs(place[starts].tolist(), row[starts].tolist(), (stops - starts).tolist(), unit, flat)
+    lengths = np.diff(starts, append=len(place)) * unit
+    runs = zip(place[starts].tolist(), (row[starts] * unit).tolist(), lengths.tolist(), strict=True)
+    begin = end = -1
+    buffers: list[memoryview] = []
+    for offset, at, length in runs:
+        full = len(buffers) >= _VECTOR_LIMIT or end - begin + length > _BYTES_LIMIT
+        if buffers and (offset != end or full):
+            yield Transfer(begin, end - begin, buffers)
+            buffers = []
+        if not buffers:
+            begin = end = offset
+        buffers.append(flat[at : at + length])
+        end += length
+    if buffers:
+        yield Transfer(begin, end - begin, buffers)
 
 
 def read_transfer(fd: int, transfer: Transfer) -> int:
@@ -63,26 +78,6 @@ def write_all(fd: int, buffers: list[memoryview], offset: int) -> None:
     Raises IslandError: the file system failed, or has no space left.
     """
     _transfer_all(os.pwritev, "write", fd, buffers, offset)
-
-
-def _join_runs(
-    places: list[int], rows: list[int], counts: list[int], unit: int, flat: memoryview
-) -> Iterator[Transfer]:
-    """Yield transfers, each joining runs that touch in the file, within the limits of one system call."""
-    begin = at = -1
-    buffers: list[memoryview] = []
-    for place, row, count in zip(places, rows, counts, strict=True):
-        length = count * unit
-        full = len(buffers) >= _VECTOR_LIMIT or at - begin + length > _BYTES_LIMIT
-        if buffers and (place != at or full):
-            yield Transfer(begin, at - begin, buffers)
-            buffers = []
-        if not buffers:
-            begin = at = place
-        buffers.append(flat[row * unit : row * unit + length])
-        at += length
-    if buffers:
-        yield Transfer(begin, at - begin, buffers)
 
 
 def _transfer_all(
