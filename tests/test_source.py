@@ -28,7 +28,10 @@ ROOMS: list[tuple[list[str], str]] = [
         ["operations", "cinder"],
         "verbs, and a host's volumes, which run the verbs as processes: neither imports the other",
     ),
-    (["repository", "images"], "objects and lineages; sources and targets of blocks: neither knows the other"),
+    (
+        ["repository", "images"],
+        "objects and lineages; sources and targets of blocks: neither knows the other",
+    ),
     (["formats"], "bytes to values and back, without I/O"),
     (["qemu"], "programs that have images open"),
     (["qcow2", "stores"], "files in a format, objects in a place: each usable alone"),
