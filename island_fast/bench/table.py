@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from island_fast.bench.report import Report, Row, Spread
-from island_fast.cli import text as show
+from island_fast.cli import text as text_module
 
 __all__ = ["format_number", "format_target", "print_report"]
 
@@ -52,7 +52,7 @@ def _describe_volumes(report: Report) -> Iterator[str]:
     """Yield the size of each volume."""
     for name in ("small", "large"):
         if size := report.parameters.get(name):
-            data, volume = (show.size(size[key]) for key in ("allocated", "volume"))
+            data, volume = (text_module.size(size[key]) for key in ("allocated", "volume"))
             yield f"the {name} volume: {data} of data in {volume}"
 
 

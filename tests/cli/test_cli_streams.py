@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.cli import text as show
+from island_fast.cli import text as text_module
 from island_fast.cli.progress import pace
 from island_fast.cli.run import Run
 from island_fast.cli.signals import Signals
@@ -174,7 +174,7 @@ def test_a_plain_locale(island: Island, disk: Path) -> None:
     ],
 )
 def test_sizes(count: int, text: str) -> None:
-    assert show.size(count) == text
+    assert text_module.size(count) == text
 
 
 @pytest.mark.parametrize(
@@ -191,7 +191,7 @@ def test_sizes(count: int, text: str) -> None:
     ],
 )
 def test_durations(seconds: float, text: str) -> None:
-    assert show.duration(seconds) == text
+    assert text_module.duration(seconds) == text
 
 
 def test_pace() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from island_fast.qemu import freeze as freezing
+from island_fast.qemu import freeze as freeze_module
 from tests.cli.conftest import Island
 from tests.guests import agent as agents
 from tests.guests.agent import Agent
@@ -94,7 +94,7 @@ def test_a_freeze_that_fails(
     island: Island, booted: tuple[Guest, Agent], agent: Agent, words: tuple[object, ...],
     monkeypatch: pytest.MonkeyPatch, answer: object, said: list[str],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(freezing, "_FREEZE", 1)
+    monkeypatch.setattr(freeze_module, "_FREEZE", 1)
     agent.answers[FREEZE] = answer
     before = held(booted)
     sentence = island.fails(4, *words, "--freeze", "require")
@@ -112,7 +112,7 @@ def test_a_guest_that_may_still_be_frozen_is_stored_and_told(
     island: Island, booted: tuple[Guest, Agent], agent: Agent, words: tuple[object, ...],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(freezing, "_PATIENCE", 1)
+    monkeypatch.setattr(freeze_module, "_PATIENCE", 1)
     agent.answers[THAW] = Exception("no")
     done = island(*words, "--json")
     assert done.code == 1

@@ -28,7 +28,7 @@ from island_fast.errors import (
     RefusedError,
     StoreError,
 )
-from island_fast.images import target as targets
+from island_fast.images import target as target_module
 from island_fast.operations import restore
 from island_fast.qemu import qemu_nbd
 from island_fast.qemu.image_lock import ImageLock
@@ -355,20 +355,20 @@ def test_a_qemu_that_is_killed_in_the_middle(
     qemu.noise(target, BLOCK, 40 * BLOCK, 6)
     store.downloads = 1
     started: list[subprocess.Popen[bytes]] = []
-    start, write = subprocess.Popen, targets.ExistingImage.write
+    start, write = subprocess.Popen, target_module.ExistingImage.write
 
     def popen(*arguments: Any, **options: Any) -> subprocess.Popen[bytes]:
         started.append(start(*arguments, **options))
         return started[-1]
 
-    def write_and_kill(self: targets.ExistingImage, blocks: Any, rows: Any) -> None:
+    def write_and_kill(self: target_module.ExistingImage, blocks: Any, rows: Any) -> None:
         write(self, blocks, rows)
         started[0].kill()
         started[0].wait()
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "Popen", popen)
-        patch.setattr(targets.ExistingImage, "write", write_and_kill)
+        patch.setattr(target_module.ExistingImage, "write", write_and_kill)
         with pytest.raises(IslandError, match=f"{target} cannot be written by qemu-nbd"):
             repository.restore_onto(taken.snapshot, target)
     repository.restore_onto(taken.snapshot, target)
@@ -382,7 +382,7 @@ def test_a_file_system_without_holes(
     taken = repository.snapshot(image)
     raw = image.with_name("full.raw")
     raw.write_bytes(os.urandom(SIZE + 1000))
-    monkeypatch.setattr(targets, "punch_hole", lambda *_: False)
+    monkeypatch.setattr(target_module, "punch_hole", lambda *_: False)
     done = both(repository, taken.snapshot, raw, "raw")
     assert done.bytes_zeroed == SIZE + 1000 - 2 * PACK * BLOCK
     assert raw.read_bytes() == qemu.content(image) + bytes(1000)
@@ -390,18 +390,18 @@ def test_a_file_system_without_holes(
 
 KILLED = r"""
 import os, signal, sys
-from island_fast.images import target as targets
+from island_fast.images import target as target_module
 from island_fast.repository import pack_reader
 from island_fast.api import Repository
 url, target, image_format = sys.argv[1:]
 pack_reader.BATCH = 8
-real, left = targets.ExistingImage.write, [3]
+real, left = target_module.ExistingImage.write, [3]
 def write(self, blocks, rows):
     left[0] -= 1
     if left[0] < 0:
         os.kill(os.getpid(), signal.SIGKILL)
     real(self, blocks, rows)
-targets.ExistingImage.write = write
+target_module.ExistingImage.write = write
 with Repository.open(url) as repository:
     repository.restore_onto("vol@latest", target, image_format=image_format)
 """
@@ -476,7 +476,7 @@ def test_what_was_killed_before_it_could_write(
 def _in_use(path: Path) -> bool:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return targets.writer_present(fd)
+        return target_module.writer_present(fd)
     finally:
         os.close(fd)
 
@@ -527,7 +527,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
 @pytest.mark.parametrize("flags, what", [(os.O_RDONLY, "reading"), (os.O_RDWR, "writing")])
 def test_a_target_that_cannot_be_opened_says_for_what(tmp_path: Path, flags: int, what: str) -> None:
     with pytest.raises(IslandError, match=f"none cannot be opened for {what}: .*; run as a user"):
-        targets._open_raw_target(tmp_path / "none", flags, False)
+        target_module._open_raw_target(tmp_path / "none", flags, False)
 
 
 # What is refused.

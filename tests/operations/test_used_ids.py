@@ -14,7 +14,7 @@ import pytest
 
 from island_fast.api import Repository
 from island_fast.errors import DamagedObjectError, StoreError
-from island_fast.operations import snapshot as taking
+from island_fast.operations import snapshot as snapshot_operation
 from island_fast.repository.local_state import Registrations
 from tests.operations.conftest import PACK, check
 from tests.support import qemu
@@ -55,7 +55,7 @@ def test_a_swept_snapshot_is_not_gone_on_with(
 ) -> None:
     """Its pin is the base of the next diff; taken anew under its name, changes would be missed."""
     ids = (f"{n:032x}" for n in itertools.chain((3, 2, 1), itertools.count(10)))
-    monkeypatch.setattr(taking, "make_id", lambda: next(ids))
+    monkeypatch.setattr(snapshot_operation, "make_id", lambda: next(ids))
     image = qemu.create(tmp_path / "vol.qcow2", 2048 * MIB, lazy_refcounts="on")
     qemu.noise(image, 0, 12 * BLOCK, 1)
     qemu.noise(image, 1024 * MIB, 12 * BLOCK, 2)
@@ -140,8 +140,8 @@ def test_a_record_that_makes_a_snapshot_twice_is_not_sent(
     content = qemu.content(image)
     qemu.noise(image, 0, BLOCK, 2)
     records = [name for name in store.objects if "/catalog/" in name]
-    monkeypatch.setattr(taking, "make_id", lambda: first)
-    monkeypatch.setattr(taking, "pin_name", lambda *_: "island-other")
+    monkeypatch.setattr(snapshot_operation, "make_id", lambda: first)
+    monkeypatch.setattr(snapshot_operation, "pin_name", lambda *_: "island-other")
     before = dict(store.objects)
     monkeypatch.setattr(
         MemoryStore, "put", lambda self, name, parts: before.setdefault(name, b"".join(parts))
