@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.formats.catalog import Packs, Record, State, decode_record, encode_record
+from island_fast.formats.catalog import (
+    ObjectsSwept,
+    Packs,
+    Record,
+    SnapshotsDeleted,
+    State,
+    decode_record,
+    encode_record,
+)
 from island_fast.formats.keys import SnapshotNumbers, pack_keys
 from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
 from island_fast.formats.names import catalog_name
@@ -159,7 +167,7 @@ def state_of(packs: int) -> tuple[State, SnapshotNumbers]:
 
 
 def record_of(state: State | None) -> Record:
-    return Record("vol", 0, 32, 32 * "a", "host", 32 * "b", 1, "delete", 7, state=state)
+    return Record("vol", 0, 32, 32 * "a", "host", 32 * "b", 1, 7, SnapshotsDeleted((32 * "d",)), state)
 
 
 def test_encode_a_checkpoint(benchmark):
@@ -192,5 +200,5 @@ def test_follow_a_record(benchmark):
     keys = pack_keys(np.full(50, numbers.number(32 * "c")), np.arange(50))
     none = np.zeros(50, np.int64)
     packs = Packs(keys, none, none, np.full(50, 16 << 20), np.full(50, 256), none)
-    record = Record("vol", 0, 33, 32 * "a", "host", 32 * "b", 1, "sweep", 7, packs=packs)
-    assert len(benchmark(state.after, record).packs) == PACKS + 50
+    event = ObjectsSwept(packs=packs)
+    assert len(benchmark(state.after, event).packs) == PACKS + 50
