@@ -3,9 +3,9 @@
     scripts/mutants.py [WORD...]     plant all mistakes, or those whose names contain one of the words
 
 A mistake is a list of edits: an exact text, which must occur exactly once in a file, and its replacement. For
-each mistake the script runs LIVES random lives of tests/faults/machine, or for mistakes about copies to
-another repository the lives of tests/operations/test_copying_lives.py. The exit code is 1 if no life finds a
-mistake.
+each mistake the script runs LIVES random lives of tests/faults/machine, with one of SEEDS after the other until
+a life finds it; for mistakes about copies to another repository, the lives of
+tests/operations/test_copying_lives.py. The exit code is 1 if no life finds a mistake.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SEED = 1
+SEEDS = (1, 2, 3)  # which moments lives meet is chance: a mistake survives only if all rounds miss it
+SEED_OF_COPIES = 1
 LIVES = 240
 LIVES_OF_COPIES = 40
 LIVES_FILE = "tests/operations/test_copying_lives.py"
@@ -286,20 +287,23 @@ def try_mistake(name: str, edits: list[Edit]) -> bool:
 
 
 def run_machine_lives(name: str, copy: Path) -> str:
-    """Run the state machine on the package in `copy`; return what it finds, or ""."""
-    done = subprocess.run(
-        [sys.executable, "scripts/random_lives.py", "--seed", str(SEED), "--lives", str(LIVES)],
-        cwd=copy, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    by = [line for line in done.stdout.splitlines() if line.startswith("FOUND: ")]
-    if bool(by) != (done.returncode == 1):
-        raise SystemExit(f"{name}: the machine did not run:\n{done.stdout}{done.stderr}")
-    return "".join(by)[7:]
+    """Run the state machine on the package in `copy`, a round for each seed; return what it finds, or ""."""
+    for seed in SEEDS:
+        done = subprocess.run(
+            [sys.executable, "scripts/random_lives.py", "--seed", str(seed), "--lives", str(LIVES)],
+            cwd=copy, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        by = [line for line in done.stdout.splitlines() if line.startswith("FOUND: ")]
+        if bool(by) != (done.returncode == 1):
+            raise SystemExit(f"{name}: the machine did not run:\n{done.stdout}{done.stderr}")
+        if by:
+            return "".join(by)[7:]
+    return ""
 
 
 def run_copying_lives(name: str, copy: Path) -> str:
     """Run the lives of copies on the package in `copy`; return what they find, or ""."""
-    environ = os.environ | {"COPIES_SEED": str(SEED), "COPIES_LIVES": str(LIVES_OF_COPIES)}
+    environ = os.environ | {"COPIES_SEED": str(SEED_OF_COPIES), "COPIES_LIVES": str(LIVES_OF_COPIES)}
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", LIVES_FILE],
         cwd=copy, capture_output=True, text=True, check=False, env=environ,
