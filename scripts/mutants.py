@@ -3,8 +3,8 @@
     scripts/mutants.py [WORD...]     plant all mistakes, or those whose names contain one of the words
 
 A mistake is a list of edits: an exact text, which must occur exactly once in a file, and its replacement. For
-each mistake the script runs LIVES random lives of tests/faults/machine, with one of SEEDS after the other until
-a life finds it; for mistakes about copies to another repository, the lives of
+each mistake the script runs LIVES random lives of tests/faults/machine, with one of SEEDS after another
+until a life finds it; for mistakes about copies to another repository, the lives of
 tests/operations/test_copying_lives.py. The exit code is 1 if no life finds a mistake.
 """
 
