@@ -355,3 +355,22 @@ def test_show_tells_what_it_can_of_a_snapshot_with_a_damaged_neighbour(
     shown = Repository(store, LocalState(tmp_path / "two")).show(first)
     assert (shown.snapshot, shown.bytes_unreferenced, shown.bytes_freed) == (first, None, None)
     assert "cannot compute what deleting it would free" in caplog.text
+
+
+def test_a_sweep_leaves_alone_what_a_running_snapshot_has_sent_however_old(
+    repository: Repository, store: MemoryStore, small_packs: None, tmp_path: Path
+) -> None:
+    """No record names its packs yet; only its registration accounts for them."""
+    volume = qemu.create(tmp_path / "running.qcow2", 64 * MIB, lazy_refcounts="on")
+    qemu.noise(volume, 0, 12 * (64 << 10), 1)
+    swept = []
+
+    def progress(phase: str, done: int, total: int) -> None:
+        if phase == "send" and total and done == total and not swept:
+            store.now += 10 * 86400
+            with Repository(store, repository.state) as other:
+                swept.extend(other.sweep(grace=0))
+
+    taken = repository.snapshot(volume, progress=progress)
+    assert [one.objects_removed for one in swept] == [0]
+    check(repository, taken.snapshot, qemu.content(volume), tmp_path)
