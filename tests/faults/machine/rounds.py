@@ -59,7 +59,10 @@ def tour() -> None:
 
 
 def march() -> None:
-    """Every change of every command is where something goes wrong, or somebody comes in between."""
+    """Every change of every command is where something goes wrong, or somebody comes in between.
+
+    What comes in between is tried twice, by different luck: of listings, of nodes.
+    """
     wrong = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE)
     for verb, intruders in (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING)):
         for skip in range(6 if verb == "sweep" else 4):
@@ -67,7 +70,8 @@ def march() -> None:
                 _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip))
             for what in intruders:
                 if "same moment" not in what:
-                    _met(verb, Fault(process.INTRUSION, "change", skip, what=what))
+                    for luck in (1, 2):
+                        _met(verb, Fault(process.INTRUSION, "change", skip, what=what), luck)
 
 
 def interruptions() -> None:
@@ -93,12 +97,12 @@ def _at(kind: str) -> str:
     return places.get(kind, "record")
 
 
-def _met(verb: str, fault: Fault) -> None:
-    """A life with a few commands, of which `verb` meets the fault."""
+def _met(verb: str, fault: Fault, luck: int = 1) -> None:
+    """A life with a few commands, of which `verb` meets the fault. `luck` is the life's seed."""
     fault = replace(fault)
     life = Machine()
     try:
-        life.begin(seed=1, young=False)
+        life.begin(seed=luck, young=False)
         if verb == "restore":
             life.restore(0, 1, 1, None, (fault,))
         elif verb == "adopt":

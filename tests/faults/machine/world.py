@@ -39,6 +39,7 @@ from tests.faults.machine.memory_swift import Account, Late
 from tests.faults.machine.process import Connection, Crash, Fault, Process
 
 CONTAINER, PREFIX = "box", "repository"
+LISTED_BY_THEN = 0.8  # how often a listing shows, an hour or days later, what was stored before
 PATIENCE = RetryPolicy(total=60.0, first=0.5, longest=5.0)
 SHM = Path("/dev/shm")
 NOWHERE = Path("/dev/null/nowhere")  # local state that can neither be read nor written: no caches
@@ -247,8 +248,10 @@ class World:
         return False
 
     def pass_time(self, seconds: float) -> None:
-        """Time passes for the store; registrations, which local files' times date, grow older."""
+        """Time passes for the store, and listings mostly catch up; registrations grow older by their files."""
         self.account.now += seconds
+        if self.account.random.random() < LISTED_BY_THEN:
+            self.account.catch_up()
         for host in self.hosts:
             for path in host.root.glob("*/*/running/*"):
                 status = path.stat()
