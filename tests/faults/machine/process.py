@@ -143,7 +143,8 @@ class Process:
 
     def _outage(self) -> None:
         self.hard = True
-        self.away = set(self.account.random.sample(NODES, 2))
+        # With one node up, a PUT that is tried again and again is stored there sooner or later.
+        self.away = set(self.account.random.sample(NODES, self.account.random.choice((2, len(NODES)))))
         self.back_in = self.account.random.choice((10, 40, 1000))  # some patience is longer than the first
 
     def _trouble(self) -> Exception:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from dataclasses import replace
 
@@ -61,17 +62,18 @@ def tour() -> None:
 def march() -> None:
     """Every change of every command is where something goes wrong, or somebody comes in between.
 
-    What comes in between is tried twice, by different luck: of listings, of nodes.
+    Each is tried twice, by different luck: of listings, of nodes.
     """
     wrong = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE)
-    for verb, intruders in (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING)):
+    for luck, (verb, intruders) in itertools.product(
+        (1, 2), (("snapshot", COMMITTING), ("sweep", COMMITTING), ("adopt", ADOPTING))
+    ):
         for skip in range(6 if verb == "sweep" else 4):
             for kind in wrong:
-                _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip))
+                _met(verb, Fault(kind, "put" if kind == process.LATE_OUTAGE else "change", skip), luck)
             for what in intruders:
                 if "same moment" not in what:
-                    for luck in (1, 2):
-                        _met(verb, Fault(process.INTRUSION, "change", skip, what=what), luck)
+                    _met(verb, Fault(process.INTRUSION, "change", skip, what=what), luck)
 
 
 def interruptions() -> None:

@@ -248,7 +248,7 @@ class World:
         return False
 
     def pass_time(self, seconds: float) -> None:
-        """Time passes for the store, and listings mostly catch up; registrations grow older by their files."""
+        """Time passes for the store, listings mostly catch up; registrations, dated by files, grow older."""
         self.account.now += seconds
         if self.account.random.random() < LISTED_BY_THEN:
             self.account.catch_up()
