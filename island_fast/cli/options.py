@@ -44,7 +44,7 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 NAMING = (
     "A SNAPSHOT is named by its id, by its first digits if no other id begins with them, by VOLUME@ID "
-    "(which searches only that volume), or by VOLUME@latest. Labels do not name snapshots; see 'island list'."
+    "(which searches only that volume), by VOLUME@latest, or by VOLUME@label:TEXT if only one has that label."
 )
 """The end of the help of verbs on snapshots."""
 
@@ -62,7 +62,7 @@ def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for add in (
         option(
             OUTPUT, "-q", "--quiet", is_flag=True, expose_value=False, callback=_store_option("quiet"),
-            help="Print no progress, and of the answer only ids.",
+            help="Print nothing if all is well; list and show print ids.",
         ),
         option(
             OUTPUT, "--json-progress", is_flag=True, expose_value=False,
@@ -96,6 +96,8 @@ def _store_option(field: str) -> Callable[[click.Context, click.Parameter, Any],
             raise UsageError(f"{parameter.opts[0]} names no repository; leave it out, or name one")
         if value and (given or not getattr(run, field)):
             setattr(run, field, value)
+            if field == "location":
+                run.located = given
 
     return store
 

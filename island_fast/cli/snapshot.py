@@ -119,7 +119,7 @@ def snapshot(
         )
     for note in taken.notes:
         run.note(note)
-    run.answer(taken.as_json(), _format_taken(taken), taken.snapshot)
+    run.answer(taken.as_json(), _format_taken(taken))
 
 
 def _snapshot_domain(
@@ -152,8 +152,7 @@ def _snapshot_domain(
     for one in taken.snapshots:
         for note in one.notes:
             run.note(f"disk {one.disk}: {note}")
-    ids = "\n".join(one.snapshot for one in taken.snapshots)
-    run.answer(taken.as_json(), _format_domain_taken(taken), ids)
+    run.answer(taken.as_json(), _format_domain_taken(taken))
     run.finish_with(repository.left_out)
 
 

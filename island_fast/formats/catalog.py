@@ -33,6 +33,7 @@ from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
     "CHECKPOINT_EVERY",
+    "KNOWN_WRITE_FEATURES",
     "Event",
     "ObjectsSwept",
     "OwnerChanged",
@@ -41,6 +42,7 @@ __all__ = [
     "SnapshotAdded",
     "SnapshotRow",
     "SnapshotsDeleted",
+    "SnapshotsMarked",
     "State",
     "decode_record",
     "encode_record",
@@ -48,6 +50,8 @@ __all__ = [
 
 
 CHECKPOINT_EVERY = 32
+_KEEPS = 1  # write feature: a live snapshot is marked to be kept, which an older writer would forget
+KNOWN_WRITE_FEATURES = _KEEPS
 _MAX_META = 64 << 20
 _MAX_ROWS = 1 << 28
 
@@ -59,7 +63,8 @@ _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first se
 class SnapshotRow:
     """A live snapshot as the catalog describes it. Sizes in bytes, `created` in ns since 1970 UTC.
 
-    `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote.
+    `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote. `keep`: it
+    is marked, and must not be deleted.
     """
 
     id: str
@@ -72,10 +77,13 @@ class SnapshotRow:
     volume_size: int
     stored: int
     pin: PinnedBase
+    keep: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as records and checkpoints store it."""
-        row = {name: getattr(self, name) for name in self.__slots__ if name != "pin"}
+        row = {name: getattr(self, name) for name in self.__slots__ if name not in ("pin", "keep")}
+        if self.keep:
+            row["keep"] = True
         return row | {"pin": {name: getattr(self.pin, name) for name in self.pin.__slots__}}
 
     @classmethod
@@ -98,6 +106,7 @@ class SnapshotRow:
             volume_size=integer(value["volume_size"]),
             stored=integer(value["stored"]),
             pin=pin_from_json(value["pin"]),
+            keep=value.get("keep", False) is True,
         )
 
 
@@ -168,6 +177,15 @@ class SnapshotsDeleted:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotsMarked:
+    """Live snapshots were marked to be kept, or their marks were removed, by id."""
+
+    kind: ClassVar = "keep"
+    kept: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectsSwept:
     """A sweep removes packs and manifests, or it or a repair wrote packs again.
 
@@ -181,9 +199,10 @@ class ObjectsSwept:
     gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-Event = OwnerChanged | SnapshotAdded | SnapshotsDeleted | ObjectsSwept
+Event = OwnerChanged | SnapshotAdded | SnapshotsDeleted | SnapshotsMarked | ObjectsSwept
 _EVENTS: Mapping[str, type[Event]] = {
-    event.kind: event for event in (OwnerChanged, SnapshotAdded, SnapshotsDeleted, ObjectsSwept)
+    event.kind: event
+    for event in (OwnerChanged, SnapshotAdded, SnapshotsDeleted, SnapshotsMarked, ObjectsSwept)
 }
 
 
@@ -244,6 +263,8 @@ class State:
                 return self._add_snapshot(event)
             case SnapshotsDeleted():
                 return self._drop_snapshots(event)
+            case SnapshotsMarked():
+                return self._mark_snapshots(event)
             case ObjectsSwept():
                 return self._sweep(event)
 
@@ -265,6 +286,20 @@ class State:
             for child in [one for one in live.values() if one.parent == snapshot]:
                 live[child.id] = replace(child, parent=row.parent)
         return self._update_packs(event.packs, event.dead, live=live, dropped=dropped)
+
+    def _mark_snapshots(self, event: SnapshotsMarked) -> State:
+        live = dict(self.live)
+        for keep, snapshots in ((True, event.kept), (False, event.released)):
+            for snapshot in snapshots:
+                if snapshot not in live:
+                    raise DamagedObjectError(f"snapshot {snapshot} is marked and is not live")
+                live[snapshot] = replace(live[snapshot], keep=keep)
+        return replace(self, live=live)
+
+    @property
+    def write_features(self) -> int:
+        """Bits that a writer must understand to append after a record that leads to this state."""
+        return _KEEPS if any(row.keep for row in self.live.values()) else 0
 
     def _update_packs(self, packs: Packs, dead: Int64s, **changes: Mapping[str, SnapshotRow]) -> State:
         """Return the state with `packs` added or replaced, and more dead slots."""
@@ -348,6 +383,8 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         "swept": getattr(event, "swept", ()),
         "checkpoint": None,
     }
+    if isinstance(event, SnapshotsMarked):
+        meta |= {"kept": event.kept, "released": event.released}
     tables = [
         (_PACKS, _pack_columns(getattr(event, "packs", Packs()))),
         (_GONE, [getattr(event, "gone", np.zeros(0, np.int64))]),
@@ -374,7 +411,12 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         stored = [local, table[0] & MAX_PACK_NUMBER, *table[1:]]
         sections += [Section(first + i, [columns.encode(c)]) for i, c in enumerate(stored)]
     meta["snapshots"] = [numbers.id(owner) for owner in owners]
-    parts, checksum = seal(Kind.RECORD, name, [Section(_META, [json_bytes(meta)]), *sections])
+    parts, checksum = seal(
+        Kind.RECORD,
+        name,
+        [Section(_META, [json_bytes(meta)]), *sections],
+        write_features=record.write_features,
+    )
     return b"".join(parts), checksum
 
 
@@ -440,6 +482,8 @@ def _read_event(meta: Mapping[str, Any], **tables: Packs | Int64s) -> Event:
     found: dict[str, Any] = {
         "deleted": tuple(str(x) for x in meta["deleted"]),
         "swept": tuple(str(x) for x in meta["swept"]),
+        "kept": tuple(str(x) for x in meta.get("kept", ())),
+        "released": tuple(str(x) for x in meta.get("released", ())),
         **tables,
     }
     if meta["snapshot"] is not None:

@@ -96,7 +96,7 @@ class SectionEntry:
 class Frame:
     """A checked object: its section table, and the buffer (not copied) that holds the sections.
 
-    `write_features` are bits that a writer must understand; none is defined yet.
+    `write_features` are bits that a writer must understand: see `formats/catalog.py`.
     """
 
     name: str
@@ -156,10 +156,13 @@ def integer(value: object, top: int = 1 << 63) -> int:
     return value
 
 
-def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffer], bytes]:
+def seal(
+    kind: Kind, name: str, sections: Sequence[Section], *, write_features: int = 0
+) -> tuple[list[Buffer], bytes]:
     """Frame `sections`, each of another kind, in this order, as object `name`.
 
-    Return the object as buffers, one after the other (large plain sections are not copied), and its checksum.
+    `write_features` are bits that a writer must understand before it appends after this object. Return the
+    object as buffers, one after the other (large plain sections are not copied), and its checksum.
     """
     bodies: list[Buffer] = []
     rows = []
@@ -175,7 +178,17 @@ def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffe
         offset += size
     front = bytearray(HEADER_SIZE) + b"".join(rows)
     _HEADER.pack_into(
-        front, 0, kind.value, FORMAT_VERSION, len(sections), 0, 0, offset, _object_id(name), 0, b""
+        front,
+        0,
+        kind.value,
+        FORMAT_VERSION,
+        len(sections),
+        write_features,
+        0,
+        offset,
+        _object_id(name),
+        0,
+        b"",
     )
     struct.pack_into("<Q", front, _FRONT_SUM_AT, xxhash.xxh3_64_intdigest(front))
     whole = xxhash.xxh3_128(front)

@@ -28,6 +28,7 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    KNOWN_WRITE_FEATURES,
     Event,
     OwnerChanged,
     Packs,
@@ -389,6 +390,7 @@ class Lineage:
             state=checkpoint,
         )
         after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
+        record = replace(record, write_features=after.write_features)
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -412,7 +414,7 @@ class Lineage:
 
     def _require_known_features(self) -> None:
         """Raise an UnsupportedObjectError if the newest record has write features that are not known here."""
-        if self._at.write_features:
+        if self._at.write_features & ~KNOWN_WRITE_FEATURES:
             raise UnsupportedObjectError(
                 f"volume {self.name} is written by a newer island; this version can only read it"
             )
@@ -449,6 +451,7 @@ class Lineage:
             seed=seed,
             event=OwnerChanged(),
             state=state,
+            write_features=state.write_features,
         )
         self._append(record)
 

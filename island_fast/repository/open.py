@@ -239,7 +239,10 @@ class RepositoryBase:
         lineage.refresh()
 
     def find(self, reference: str) -> FoundSnapshot:
-        """Return the snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        """Return the snapshot that `reference` names.
+
+        It is an id or a prefix of one, or VOLUME@ID, VOLUME@latest, VOLUME@label:TEXT or label:TEXT.
+        """
         (found,) = self.find_all([reference])
         return found
 
@@ -272,7 +275,7 @@ class RepositoryBase:
         """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
         text, wanted = reference.text, reference.wanted
         if len(found) > 1:
-            raise UsageError(f"{text} could be {len(found)} snapshots; give more of the id")
+            raise UsageError(_describe_ambiguity(text, found))
         if not reference.at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
             raise self.left_out[0]  # a volume that was skipped can hold it, or another that begins like it
         if not found:
@@ -282,6 +285,10 @@ class RepositoryBase:
         return found[0]
 
 
+_LABEL = "label:"
+_SHOWN = 3  # of several snapshots that a label could mean, the newest
+
+
 @dataclass(frozen=True, slots=True)
 class _Reference:
     """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
@@ -289,22 +296,37 @@ class _Reference:
     text: str
     volume: str
     at: bool  # it has an @
-    wanted: str  # an id, the beginning of one, or "latest"
+    wanted: str  # an id, the beginning of one, "latest", or "label:" and a label
 
     @classmethod
     def parse(cls, text: str) -> _Reference:
         """Parse a reference; UsageError for an empty one."""
         volume, at, wanted = text.rpartition("@")
+        if text.startswith(_LABEL):
+            volume, at, wanted = "", "", text
+        elif (found := text.find(f"@{_LABEL}")) >= 0:  # a label can have an @, a volume cannot
+            volume, at, wanted = text[:found], "@", text[found + 1 :]
         if not at and not wanted:
-            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
+            raise UsageError("name a snapshot: an id, or VOLUME@ID, VOLUME@latest or VOLUME@label:TEXT")
         return cls(text, volume, bool(at), wanted)
 
     def select(self, lineage: Lineage) -> list[FoundSnapshot]:
         """Return the snapshots of `lineage` that it can mean."""
         if not self.wanted:
             return []
-        if self.at and self.wanted == "latest":
+        if self.wanted.startswith(_LABEL):
+            label = self.wanted.removeprefix(_LABEL)
+            rows = [row for row in lineage.state.live.values() if label and row.label == label]
+        elif self.at and self.wanted == "latest":
             rows = [row for row in (lineage.state.newest(),) if row]
         else:
             rows = [row for key, row in lineage.state.live.items() if key.startswith(self.wanted)]
         return [FoundSnapshot(lineage, row) for row in rows]
+
+
+def _describe_ambiguity(text: str, found: Sequence[FoundSnapshot]) -> str:
+    """Return that a reference fits several snapshots, and how to name one of them."""
+    if _LABEL not in text:
+        return f"{text} could be {len(found)} snapshots; give more of the id"
+    first = ", ".join(f"{one.lineage.name}@{one.row.id[:12]}" for one in found[-_SHOWN:])
+    return f"{len(found)} snapshots have that label; name one by its id, such as {first}"
