@@ -40,15 +40,17 @@ def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         os.close(fd)
 
 
-def write_scratch(folder: str, content: list[memoryview]) -> str:
+def write_scratch(folder: str, content: list[memoryview], *, group_readable: bool = False) -> str:
     """Write a new file in `folder` that holds `content`, flush it, and return its path.
 
-    If that fails, no file is left.
+    Its mode is 0600, or 0640 if it is `group_readable`. If that fails, no file is left.
     """
     path = os.path.join(folder, f"{os.getpid()}-{os.urandom(8).hex()}")
     try:
         with open_fd(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as fd:
             _write_all(fd, content)
+            if group_readable:
+                os.fchmod(fd, 0o640)  # whatever the umask is
             os.fsync(fd)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -132,13 +134,16 @@ def _rename_new(scratch: str, target: str) -> bool:
     raise OSError(code, os.strerror(code), target)
 
 
-def make_folder(path: str) -> None:
+def make_folder(path: str, *, group_readable: bool = False) -> None:
     """Create the directory `path`, unless it exists, and flush its entry to disk.
 
+    Its mode is 0700; if it is `group_readable`, 2750, so that what is made in it has the same group.
     The entry is flushed in either case, because another process may have created it an instant ago.
     """
     try:
         os.mkdir(path, 0o700)
+        if group_readable:
+            os.chmod(path, 0o2750)  # whatever the umask is
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None

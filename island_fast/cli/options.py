@@ -222,15 +222,17 @@ def complete_directory(
 # Repositories.
 
 
-def open_repository(run: Run, *, create: bool = False) -> Repository:
-    """Open the repository of this run; with `create` it need not exist yet."""
+def open_repository(run: Run, *, create: bool = False, shared: bool = False) -> Repository:
+    """Open the repository of this run; with `create` it need not exist yet, and is made `shared`."""
     from island_fast.api import Repository  # here: it takes a good part of a second
 
     if not run.location:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(run.location, create=create, workers=run.workers, meters=_meters(run))
+    return Repository.open(
+        run.location, create=create, shared=shared, workers=run.workers, meters=_meters(run)
+    )
 
 
 def open_second_repository(run: Run, location: str) -> Repository:

@@ -89,6 +89,7 @@ class RepositoryBase:
         *,
         state: LocalState | str | os.PathLike[str] | None = None,
         create: bool = False,
+        shared: bool = False,
         variables: str = "",
         workers: int | None = None,
         meters: RateLimiters | None = None,
@@ -96,17 +97,18 @@ class RepositoryBase:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
         With `create`, a repository that does not exist yet is made by the first snapshot, or the first copy
-        to it: in a new or empty directory, or at an empty prefix of a container. `state` is the folder of
-        this host's local state (default: that of the command, see ISLAND_STATE). The credentials for Swift
-        are in the usual environment variables (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if
-        that is given. At most `workers` threads work on blocks at a time (default: automatic). No
-        configuration file is read. `meters` is internal: the command limits its rates with it.
+        to it: in a new or empty directory, or at an empty prefix of a container. If that is a directory,
+        `shared` lets its group read it. `state` is the folder of this host's local state (default: that of
+        the command, see ISLAND_STATE). The credentials for Swift are in the usual environment variables
+        (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At most `workers` threads
+        work on blocks at a time (default: automatic). No configuration file is read. `meters` is internal:
+        the command limits its rates with it.
 
         NotFoundError if there is no repository, or no container; UsageError if `url` is not valid; StoreError
         if the store cannot be reached, or rejects the credentials; DamagedError if the object `repository` is
         missing or damaged; UnsupportedObjectError if a newer version made it.
         """
-        store = open_store(os.fspath(url), create_ok=create, variables=variables)
+        store = open_store(os.fspath(url), create_ok=create, shared=shared, variables=variables)
         if workers is not None:
             store.use_workers(workers)
         if meters is not None:
