@@ -110,12 +110,13 @@ class Run:
         """
         if not self.located or self.location is None:
             return text
-        return _QUOTED_COMMAND.sub(f"'island -r {shlex.quote(self.location)} ", text)
+        place = shlex.quote(self.location)
+        return _QUOTED_COMMAND.sub(lambda found: f"'{found[1]} -r {place}'", text)
 
 
 _QUOTED_COMMAND = re.compile(
-    r"'island (?=(snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
-    r"(?! --help))"
+    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
+    r"(?! --help)[^'\n]*)'"
 )
 """Verbs on a repository, quoted as a command to run."""
 

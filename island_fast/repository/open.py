@@ -283,11 +283,18 @@ class RepositoryBase:
         if not found:
             if not reference.at and wanted in listed:
                 raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
-            raise NotFoundError(f"there is no snapshot {text} in {self.store.location}; see 'island list'")
+            if text == "latest":
+                raise NotFoundError("name the volume of the latest snapshot: write VOLUME@latest")
+            label = "" if _HEX.fullmatch(wanted) or wanted.startswith(_LABEL) else _LABEL + wanted
+            hint = f"; a label is written {reference.volume}@{label}" if reference.volume and label else ""
+            raise NotFoundError(
+                f"there is no snapshot {text} in {self.store.location}{hint}; see 'island list'"
+            )
         return found[0]
 
 
 _LABEL = "label:"
+_HEX = re.compile("[0-9a-f]*")
 _SHOWN = 3  # of several snapshots that a label could mean, the newest
 
 

@@ -67,6 +67,7 @@ def test_a_label_names_the_only_snapshot_that_has_it(island: Island, disk: Path)
     assert sentence == (
         f"2 snapshots have that label; name one by its id, such as disk@{first[:12]}, disk@{third[:12]}"
     )
+    assert "a label is written disk@label:monday" in island.fails(3, "show", "disk@monday")
     assert "there is no snapshot" in island.fails(3, "show", "disk@label:mon")
     assert "there is no snapshot" in island.fails(3, "show", "disk@label:")
 
@@ -77,7 +78,7 @@ def test_quoted_commands_can_be_pasted(island: Island, disk: Path, monkeypatch: 
     monkeypatch.delenv("ISLAND_REPOSITORY")
     first = island.json("-r", place, "snapshot", disk)["snapshot"]
     island.text("-r", place, "keep", first)
-    assert f"'island -r {place} keep --release disk@{first}'" in island("-r", place, "delete", first).err
+    assert f"'island keep --release disk@{first} -r {place}'" in island("-r", place, "delete", first).err
     monkeypatch.setenv("ISLAND_REPOSITORY", str(place))
     assert f"'island keep --release disk@{first}'" in island("delete", first).err
 
