@@ -284,7 +284,7 @@ class RepositoryBase:
             if not reference.at and wanted in listed:
                 raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
             if text == "latest":
-                raise NotFoundError("name the volume of the latest snapshot: write VOLUME@latest; see 'island list'")
+                raise NotFoundError("name the volume, as in VOLUME@latest; see 'island list'")
             label = "" if _HEX.fullmatch(wanted) or wanted.startswith(_LABEL) else _LABEL + wanted
             hint = f"; a label is written {reference.volume}@{label}" if reference.volume and label else ""
             raise NotFoundError(
