@@ -207,7 +207,10 @@ class PackReader:
         front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
-                return read_front(name, front)
+                index = read_front(name, front)
+                if len(front) > index.data_start:  # copies once kept more than the front
+                    self._lineage.files.cache.write(name, front[: index.data_start])
+                return index
         return None
 
     def _fetch_index(self, location: PackLocation) -> Index:
