@@ -36,7 +36,7 @@ from island_fast.errors import (
     ObjectMissingError,
 )
 from island_fast.formats.catalog import ObjectsSwept, Packs
-from island_fast.formats.frame import Kind, open_frame, read_json
+from island_fast.formats.frame import Kind, open_frame
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.names import stop_name
 from island_fast.formats.pack import ABSENT, Index, compress_blocks, digest_blocks, open_pack, seal_pack
@@ -159,7 +159,7 @@ def _find_adopter(lineage: Lineage) -> str | None:
     name = stop_name(lineage.name, lineage.epoch)
 
     def check(data: memoryview) -> str:
-        return str(read_json(name, open_frame(Kind.STOP, name, data).section(1, 1 << 16)).get("writer"))
+        return str(open_frame(Kind.STOP, name, data).json().get("writer"))
 
     with contextlib.suppress(ObjectMissingError, *UNREADABLE):
         return get_checked(lineage.store, name, check, newest=True)
