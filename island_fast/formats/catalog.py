@@ -19,7 +19,7 @@ from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
-from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, integer, json_bytes, open_frame, seal
 from island_fast.formats.keys import (
     MAX_PACK_NUMBER,
     PACK_BITS,
@@ -29,6 +29,7 @@ from island_fast.formats.keys import (
 )
 from island_fast.formats.manifest import pin_from_json
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.formats.pack import MAX_SLOTS
 from island_fast.memory import require_memory
 from island_fast.qcow2.snapshots import PinnedBase
 
@@ -494,6 +495,9 @@ def _sorted_packs(table: list[Int64s]) -> Packs:
     sorted_table = [column[order] for column in table]
     if not np.diff(sorted_table[0]).all():
         raise ValueError("a pack is named twice")
+    size, slots = sorted_table[3], sorted_table[4]
+    if int(slots.max(initial=0)) > MAX_SLOTS or int(size.max(initial=0)) > LIMITS[Kind.PACK].size:
+        raise ValueError("a pack is larger than any")
     return Packs(*sorted_table)
 
 

@@ -233,7 +233,9 @@ class PackReader:
             self._count(data.nbytes)
             return open_pack(location.name, data)
 
-        return get_checked(self._lineage.store, location.name, check, failed_reads=failed_reads)
+        return get_checked(
+            self._lineage.store, location.name, check, limit=location.size, failed_reads=failed_reads
+        )
 
     def _count(self, size: int) -> None:
         with self._lock:

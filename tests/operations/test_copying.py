@@ -436,11 +436,11 @@ def test_a_snapshot_that_is_deleted_meanwhile(
     taken = repository.snapshot(image)
     real = MemoryStore.get
 
-    def get(store: MemoryStore, name: str, *, newest: bool = False) -> memoryview:
+    def get(store: MemoryStore, name: str, **how: Any) -> memoryview:
         if "/packs/" in name and repository.snapshots():
             repository.delete([taken.snapshot])
             repository.sweep()
-        return real(store, name, newest=newest)
+        return real(store, name, **how)
 
     monkeypatch.setattr(MemoryStore, "get", get)
     assert repository.copy(far, [taken.snapshot]) == []
