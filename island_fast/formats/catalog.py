@@ -19,7 +19,7 @@ from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
-from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, integer, json_bytes, open_frame, seal
 from island_fast.formats.keys import (
     MAX_PACK_NUMBER,
     PACK_BITS,
@@ -29,6 +29,8 @@ from island_fast.formats.keys import (
 )
 from island_fast.formats.manifest import pin_from_json
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.formats.pack import MAX_SLOTS
+from island_fast.memory import require_memory
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
@@ -52,8 +54,11 @@ __all__ = [
 CHECKPOINT_EVERY = 32
 _KEEPS = 1  # write feature: a live snapshot is marked to be kept, which an older writer would forget
 KNOWN_WRITE_FEATURES = _KEEPS
-_MAX_META = 64 << 20
 _MAX_ROWS = 1 << 28
+# A table's rows are all different: no encoder stores hundreds of them in a byte. Ours stores 110 at most.
+_ROWS_FREE = 1 << 18  # whatever they are compressed to
+_ROWS_PER_BYTE = 512  # more of them for each stored byte of the table
+_ROW_MEMORY = 16  # bytes for each row and column while a record is decoded
 
 _META = 1
 _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
@@ -409,7 +414,11 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         )
         local = owner[np.unique(table[0] >> PACK_BITS, return_inverse=True)[1]]
         stored = [local, table[0] & MAX_PACK_NUMBER, *table[1:]]
-        sections += [Section(first + i, [columns.encode(c)]) for i, c in enumerate(stored)]
+        # The second column of a large table is not compressed: so a reader finds bytes for its rows.
+        fits = table[0].size <= _ROWS_FREE
+        sections += [
+            Section(first + i, [columns.encode(c)], compress=fits or i != 1) for i, c in enumerate(stored)
+        ]
     meta["snapshots"] = [numbers.id(owner) for owner in owners]
     parts, checksum = seal(
         Kind.RECORD,
@@ -437,7 +446,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
     UnsupportedObjectError for an unknown event.
     """
     frame = open_frame(Kind.RECORD, name, data)
-    meta = read_json(name, frame.section(_META, _MAX_META))
+    meta = frame.json()
     if str(meta.get("event")) not in _EVENTS or meta.get("key") != 0:
         raise UnsupportedObjectError(
             f"catalog record {name} is of a kind that this version does not know; use a newer island"
@@ -449,9 +458,12 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
         owners = numbers.numbers(ids)
 
         def table(first: int, width: int) -> list[Int64s]:
-            rows = integer(meta[f"rows_{first}"], _MAX_ROWS + 1)
+            rows, sections = integer(meta[f"rows_{first}"], _MAX_ROWS + 1), range(first, first + width + 1)
+            if rows > _ROWS_FREE + _ROWS_PER_BYTE * frame.stored(sections):
+                raise DamagedObjectError(f"catalog record {name} claims more rows than its bytes can hold")
+            require_memory(f"catalog record {name}", rows * len(sections) * _ROW_MEMORY)
             owner, number, *rest = (
-                columns.decode(name, frame.section(first + i, 8 * rows), rows) for i in range(width + 1)
+                columns.decode(name, frame.section(kind, 8 * rows), rows) for kind in sections
             )
             if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
                 raise ValueError("pack")
@@ -522,18 +534,14 @@ def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
     return {row.id: row for row in map(SnapshotRow.from_json, values)}
 
 
-def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
-    """Return pack keys from stored columns; ValueError for an index or number out of range."""
-    if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
-        raise ValueError("pack")
-    return pack_keys(owners[owner], number)
-
-
 def _sorted_packs(table: list[Int64s]) -> Packs:
     order = np.argsort(table[0], kind="stable")
     sorted_table = [column[order] for column in table]
     if not np.diff(sorted_table[0]).all():
         raise ValueError("a pack is named twice")
+    size, slots = sorted_table[3], sorted_table[4]
+    if int(slots.max(initial=0)) > MAX_SLOTS or int(size.max(initial=0)) > LIMITS[Kind.PACK].size:
+        raise ValueError("a pack is larger than any")
     return Packs(*sorted_table)
 
 

@@ -27,7 +27,7 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
@@ -147,10 +147,11 @@ class RepositoryBase:
 
     def _read_id(self) -> str | None:
         def check(data: memoryview) -> dict[str, Any]:
-            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+            return open_frame(Kind.REPOSITORY, _NAME, data).json()
 
         try:
-            meta = get_checked(self.store, _NAME, check, newest=True)
+            limit = LIMITS[Kind.REPOSITORY].size
+            meta = get_checked(self.store, _NAME, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):

@@ -207,7 +207,10 @@ class PackReader:
         front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
-                return read_front(name, front)
+                index = read_front(name, front)
+                if len(front) > index.data_start:  # copies once kept more than the front
+                    self._lineage.files.cache.write(name, front[: index.data_start])
+                return index
         return None
 
     def _fetch_index(self, location: PackLocation) -> Index:
@@ -230,7 +233,9 @@ class PackReader:
             self._count(data.nbytes)
             return open_pack(location.name, data)
 
-        return get_checked(self._lineage.store, location.name, check, failed_reads=failed_reads)
+        return get_checked(
+            self._lineage.store, location.name, check, limit=location.size, failed_reads=failed_reads
+        )
 
     def _count(self, size: int) -> None:
         with self._lock:

@@ -30,7 +30,9 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
+from island_fast.memory import require_memory
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -213,10 +215,11 @@ class DirectoryStore(Store):
                     offset += piece.nbytes
         return True
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get. There is one replica."""
         with self._open_object(name) as (fd, size):
-            return _read_ranges(fd, name, [(0, check_size(name, size))])[0]
+            require_memory(f"object {name}", check_size(name, size, limit=limit))
+            return _read_ranges(fd, name, [(0, size)])[0]
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. Exactly the ranges are read."""

@@ -12,7 +12,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import _range_starts
-from island_fast.stores.base import Range, Views
+from island_fast.stores.base import MAX_OBJECT, Range, Views
 from island_fast.stores.directory import DirectoryStore
 from tests.conftest import OpenSwift
 from tests.operations.cost.conftest import INCREMENTS, History, select_kind
@@ -27,9 +27,9 @@ class WatchedDirectory(DirectoryStore):
         super().__init__(str(path), create_ok=True)
         self.read: list[str] = []
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         self.read.append(name)
-        return super().get(name, newest=newest)
+        return super().get(name, newest=newest, limit=limit)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         self.read.append(name)
