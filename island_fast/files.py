@@ -13,6 +13,7 @@ __all__ = [
     "FOLDER_FLAGS",
     "link_new",
     "make_folder",
+    "make_folders",
     "open_fd",
     "punch_hole",
     "reserve_space",
@@ -148,6 +149,21 @@ def make_folder(path: str, *, group_readable: bool = False) -> None:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
     sync_folder(os.path.dirname(path))
+
+
+def make_folders(path: str | os.PathLike[str], mode: int = 0o700) -> None:
+    """Create the directory `path`, and those above it that do not exist, each with this mode at most.
+
+    (The parents that os.makedirs and Path.mkdir create get whatever mode the umask leaves them.)
+    """
+    try:
+        os.mkdir(path, mode)
+    except FileNotFoundError:
+        make_folders(os.path.dirname(os.path.abspath(path)), mode)
+        make_folders(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:
