@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 __all__ = [
     "FOLDER_FLAGS",
+    "find_extents",
     "link_new",
     "make_folder",
     "make_folders",
@@ -170,3 +171,22 @@ def sync_folder(path: str | os.PathLike[str]) -> None:
     """Flush a directory's entries to disk."""
     with open_fd(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
         os.fsync(fd)
+
+
+def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the extents [start, stop), in bytes, that can hold data, ascending.
+
+    Where the file system does not report holes, that is one extent, the whole file.
+    """
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            start, stop = at, size
+        if start < size:
+            yield start, stop
+        at = stop

@@ -24,6 +24,7 @@ class CountingStore(Store):
         self.range_gap = store.range_gap
         self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
         self.ranges_at_once = store.ranges_at_once
+        self.request_cost = store.request_cost
         self._store = store
         self._late = late
 

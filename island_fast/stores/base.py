@@ -128,6 +128,9 @@ class Store(ABC):
     ranges_at_once: int | None = None
     """The most ranges of an object that one request can ask for; None: any number."""
 
+    request_cost: int = 512 << 10
+    """How many bytes arrive in the time that one more request takes: gaps that add up to less are fetched."""
+
     uploads: int
     """How many large objects to send at the same time. More gain little, and each takes a pack's memory."""
 

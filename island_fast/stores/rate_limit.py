@@ -82,6 +82,7 @@ class RateLimitedStore(Store):
         self.grace = store.grace
         self.range_gap = store.range_gap
         self.ranges_at_once = store.ranges_at_once
+        self.request_cost = store.request_cost
         self.uploads = store.uploads
         self.downloads = store.downloads
         self.readers = store.readers
