@@ -19,7 +19,7 @@ import numpy as np
 from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
-from island_fast.errors import IslandError
+from island_fast.errors import IslandError, StoreRefusedError
 from island_fast.formats.catalog import SnapshotAdded
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
@@ -216,11 +216,11 @@ class _SnapshotRun:
 
     @contextmanager
     def _drop_pin_on_error(self, name: str) -> Iterator[None]:
-        """Drop the new pin if the body fails, or is interrupted, before the record could be written."""
+        """Drop the new pin if the body fails, or is interrupted, and the record cannot have been written."""
         try:
             yield
-        except BaseException:
-            if not self._committing:
+        except BaseException as error:
+            if not self._committing or isinstance(error, StoreRefusedError):
                 with suppress(IslandError, OSError):
                     self._source.discard_pin(name)
             raise
