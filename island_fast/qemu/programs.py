@@ -17,7 +17,6 @@ TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image tak
 _MAX_ERROR = 300  # characters of a program's error output in a message
 _PACKAGES = {  # Debian's packages of programs that a host can lack
     "fusermount3": "fuse3",
-    "losetup": "mount",
     "qemu-img": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "setsid": "util-linux",
