@@ -19,7 +19,7 @@ Where things are:
     nbd_devices.py    kernel NBD devices. The steps that need root are in `nbd_root.py`, the command
                       `island-nbd`, which speaks to the kernel by `nbd_netlink.py`
     selftest.py       does the path keep data right (written by root: `exercise.py`, `block_device.py`); is it
-                      fast (`speed.py`)
+                      fast (`speed.py`); does the host's udev leave it alone (`udev.py`)
 
 Rules:
 

@@ -24,16 +24,19 @@ from island_fast.cinder.attach.exports import KINDS, Exports
 from island_fast.cinder.attach.mounts import file_system_type
 from island_fast.cinder.attach.nbd_devices import check_kernel
 from island_fast.cinder.attach.speed import Speed, describe_slowness, measure
+from island_fast.cinder.attach.udev import require_rule
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.image import Image
+from island_fast.qemu.open_files import read_sysfs
 from island_fast.qemu.programs import ProgramResult, RunProgram, check_run, error_text
 
 __all__ = ["VOLUME", "check_data_path", "choose_kind", "measure_speed"]
 
 _LOG = logging.getLogger(__name__)
 _SPEED_SIZE = 16 << 20  # bytes
+_LOOP_MAX_PART = Path("/sys/module/loop/parameters/max_part")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _FUSE_CONF = Path("/etc/fuse.conf")
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # programs for root are found by root's PATH
@@ -160,13 +163,18 @@ def _check_nodes() -> None:
             raise IslandError(
                 f"there is no {node}; load the module {module}, or give the container this device"
             )
+    if read_sysfs(_LOOP_MAX_PART) not in ("", "0"):
+        raise IslandError(
+            "the module loop reads the partition tables that tenants wrote; load it with max_part=0, "
+            "by a line 'options loop max_part=0' in /etc/modprobe.d"
+        )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise IslandError("this user cannot open /dev/fuse; give it mode 0666, as udev does")
 
 
 def _write_and_read(exports: Exports, image: Path, kind: str) -> list[str]:
     """Write in all ways, read through the same device and through a new one; return digests of the data."""
-    exports.attach(VOLUME, image)
+    require_rule(exports.attach(VOLUME, image).resolve())
     wanted = _run_on_device(exports, "exercise", kind).split()
     exports.detach(VOLUME)
     exports.attach(VOLUME, image)
