@@ -35,6 +35,11 @@ if TYPE_CHECKING:
 __all__ = ["FullUsageError", "Run", "run_to_exit_code"]
 
 
+_CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", re.IGNORECASE)
+_SHORT = 3  # characters; a value that short is part of too many words
+_USER_INFO = re.compile(r"://[^/\s@'\"]*@")
+
+
 @dataclass(slots=True)
 class Run:
     """One run of the command: the options that every verb has, and how far it came.
@@ -144,7 +149,7 @@ def run_to_exit_code(
             return done.exit_code
         except BaseException as error:  # noqa: BLE001 (the last resort: no traceback may leave here)
             if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
-                traceback.print_exception(error)
+                sys.stderr.write(_hide_credentials("".join(traceback.format_exception(error))))
             return _report(error, run, json_asked)
 
 
@@ -184,6 +189,17 @@ class _Failure:
     exit_code: int = 1
 
 
+def _hide_credentials(text: str) -> str:
+    """Return a library's text without what signs in: the values of variables, and passwords in URLs.
+
+    Libraries quote both, as they are or as Python writes them.
+    """
+    values = [value for key, value in os.environ.items() if _CREDENTIAL.search(key) and len(value) > _SHORT]
+    for value in sorted({part for one in values for part in (one, repr(one)[1:-1])}, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return _USER_INFO.sub("://***@", text)
+
+
 def _report(error: BaseException, run: Run, json_asked: bool) -> int:
     """Print how the run failed and return the exit code."""
     failure = _describe_failure(error, run)
@@ -218,8 +234,8 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
             return _Failure("text", "a name or text is not UTF-8; rename it or give another")
     return _Failure(
         "unexpected",
-        f"unexpected {type(error).__name__} ({error}), a fault of this program; run it again with "
-        "ISLAND_DEBUG=1 and report the traceback",
+        f"unexpected {type(error).__name__} ({_hide_credentials(str(error))}), a fault of this program; run "
+        "it again with ISLAND_DEBUG=1 and report the traceback",
     )
 
 

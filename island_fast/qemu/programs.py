@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -11,13 +12,21 @@ from typing import Protocol
 
 from island_fast.errors import IslandError
 
-__all__ = ["TIMEOUT", "ProgramResult", "RunProgram", "check_run", "error_text", "run_program"]
+__all__ = [
+    "TIMEOUT",
+    "ProgramResult",
+    "RunProgram",
+    "check_run",
+    "error_text",
+    "make_environment",
+    "run_program",
+]
 
 TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image takes about 5
+_CREDENTIALS = re.compile(r"(^|_)(OS|ST|AWS)_|PASSW|SECRET|TOKEN|CREDENTIAL|_KEY$|_PROXY$", re.IGNORECASE)
 _MAX_ERROR = 300  # characters of a program's error output in a message
 _PACKAGES = {  # Debian's packages of programs that a host can lack
     "fusermount3": "fuse3",
-    "losetup": "mount",
     "qemu-img": "qemu-utils",
     "qemu-storage-daemon": "qemu-system-common",
     "setsid": "util-linux",
@@ -33,10 +42,10 @@ class RunProgram(Protocol):
     """A callable that runs one program to its end and returns its output, like `subprocess.run`.
 
     The command is a list, program first. With `root` the program gets root's rights; without, it runs as the
-    user who owns the images. `env` is added to the environment. It returns for every exit status, with
-    `stdout` and `stderr` as text and a negative `returncode` for a signal. It raises OSError
-    (FileNotFoundError: no such program) if the program did not start, and `subprocess.TimeoutExpired` if it
-    was stopped after a time limit.
+    user who owns the images. `env` is added to the environment, which has no credentials
+    (`make_environment`). It returns for every exit status, with `stdout` and `stderr` as text and a negative
+    `returncode` for a signal. It raises OSError (FileNotFoundError: no such program) if the program did not
+    start, and `subprocess.TimeoutExpired` if it was stopped after a time limit.
     """
 
     def __call__(
@@ -71,7 +80,7 @@ def run_program(
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="backslashreplace",
-        env={**os.environ, "LC_ALL": "C", **(env or {})},
+        env=make_environment(env),
         start_new_session=True,
     )
     interrupt: BaseException | None = None
@@ -88,6 +97,16 @@ def run_program(
     if interrupt is not None:
         raise interrupt
     return subprocess.CompletedProcess(command, process.returncode, output, error_output)
+
+
+def make_environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Return this process's environment for a program that reads images, with `more` added.
+
+    Variables that sign in somewhere are left out, for an image can be made to mislead such a program; so are
+    addresses of proxies, which can hold a password.
+    """
+    own = {key: value for key, value in os.environ.items() if not _CREDENTIALS.search(key)}
+    return {**own, "LC_ALL": "C", **(more or {})}
 
 
 def check_run(execute: RunProgram, command: Sequence[str], task: str, *, root: bool = False) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.text import printable
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
@@ -456,3 +457,28 @@ def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> No
 def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:
     island.json("snapshot", disk)
     assert "--to names no repository" in island.fails(2, "copy", "--all", "--to", "")
+
+
+@pytest.mark.parametrize(
+    "value", ["hunter2secret", "hunter2secret\nsecond line"], ids=["plain", "with a break"]
+)
+def test_a_traceback_that_is_asked_for_shows_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """Libraries quote what they were given, as it is or as Python writes it; URLs hold passwords too."""
+    monkeypatch.setenv("ISLAND_DEBUG", "1")
+    for name in ("OS_PASSWORD", "ISLAND_TO_ST_KEY"):
+        monkeypatch.setenv(name, value)
+        capsys.readouterr()
+
+        def fail(_: Run) -> None:
+            raise ValueError(
+                f"Invalid header {value.encode()!r} for {value}, http://u:{'p4ss' + 'w0rd'}@swift/"
+            )
+
+        run_to_exit_code(fail)
+        said = capsys.readouterr().err
+        assert "Traceback" in said
+        assert "hunter2secret" not in said
+        assert "p4ssw0rd" not in said
+        monkeypatch.delenv(name)
