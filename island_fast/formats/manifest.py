@@ -17,7 +17,16 @@ from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.frame import Frame, Kind, Section, integer, json_bytes, open_frame, seal
+from island_fast.formats.frame import (
+    Frame,
+    Kind,
+    Section,
+    bounded_time,
+    integer,
+    json_bytes,
+    open_frame,
+    seal,
+)
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
@@ -297,7 +306,7 @@ def _decode_header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
         parent=meta["parent"] and _check_pattern(SNAPSHOT_PATTERN, meta["parent"]),
         group=meta["group"] and str(meta["group"]),
         volume_size=integer(meta["volume_size"]),
-        created=integer(meta["created"]),
+        created=bounded_time(meta["created"]),
         label=str(meta["label"]),
         rule=str(meta["rule"]),
         reason=str(meta["reason"]),
@@ -322,7 +331,7 @@ def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
     return PinnedBase(
         _check_pin_text(value["name"]),
         _check_pin_text(value["id"]),
-        integer(value["seconds"], 1 << 32),
+        integer(value["seconds"]),  # more than 32 bits if a clock was wrong; no image has such a pin
         integer(value["nanoseconds"], 1 << 32),
         integer(value["disk_size"]),
     )

@@ -28,6 +28,7 @@ from island_fast.images.source import Change, Source, View
 from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
+from island_fast.repository.clock import read_clock
 from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
@@ -145,7 +146,7 @@ class _SnapshotRun:
     def run(self) -> SnapshotTaken:
         """Take the snapshot, with its pin."""
         began = time.monotonic()
-        created = time.time_ns()
+        created = read_clock()
         with ExitStack() as stack:
             self._register(stack)
             internal = self._take_or_find_internal(stack)
@@ -157,6 +158,7 @@ class _SnapshotRun:
 
     def prepare(self, stack: ExitStack) -> str:
         """Do everything that comes before the pin, and return its name; leaving `stack` undoes it."""
+        read_clock()  # a wrong one is refused before anything is made
         self._register(stack)
         return self._prepare_pin(stack)
 

@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -49,6 +48,7 @@ from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
+from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
@@ -438,7 +438,7 @@ class Lineage:
             writer=self.writer,
             host=at.host,
             previous=at.checksum,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=at.seed,
             event=event,
             state=checkpoint,
@@ -483,7 +483,7 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
                 with (
                     contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
@@ -504,7 +504,7 @@ class Lineage:
             writer=self.writer,
             host=os.uname().nodename,
             previous=previous,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=seed,
             event=OwnerChanged(),
             state=state,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from island_fast.errors import (
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.repository.clock import read_clock
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -173,7 +173,7 @@ class RepositoryBase:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": read_clock(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
