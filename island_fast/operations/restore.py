@@ -110,7 +110,7 @@ def restore_onto(
     todo = _compare_target(found, runs, packs, target, progress)
     compared = target.view.bytes_read
     if not dry_run:
-        target.refuse_if_open()  # comparing can have taken hours
+        target.begin_writing()
         with _warn_if_half_written(target, found.row.id):
             _overwrite(todo, runs, packs, target, progress)
     return RestoredOnto(
