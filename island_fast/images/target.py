@@ -170,7 +170,7 @@ class _Qcow2(ExistingImage):
 
     def find_data(self, progress: Progress) -> DirtyMap:
         """See ExistingImage.find_data."""
-        return find_allocated(self._image, self._point, progress=scan_progress(progress))
+        return find_allocated(self._image, self._point, progress=scan_progress(progress), skip_holes=True)
 
     def begin_writing(self) -> None:
         """See ExistingImage.begin_writing. The image is open in our own qemu-nbd."""
