@@ -181,7 +181,10 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Iterate over objects below `prefix` ('' or 'a/b/') in the order of names; late or incomplete."""
+        """Iterate over objects below `prefix` ('' or 'a/b/') in any order; late or incomplete.
+
+        They are listed as they are asked for: memory does not grow with their number.
+        """
 
     @abstractmethod
     def folders(self, prefix: str) -> Iterator[str]:
