@@ -12,13 +12,25 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
+from island_fast.errors import UNREADABLE, DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import (
+    Frame,
+    Kind,
+    Section,
+    SectionEntry,
+    integer,
+    json_bytes,
+    open_damaged,
+    open_frame,
+    read_json,
+    seal,
+)
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
@@ -32,6 +44,7 @@ __all__ = [
     "build_pack_table",
     "check_properties",
     "decode",
+    "decode_damaged",
     "encode",
     "pin_from_json",
 ]
@@ -45,6 +58,7 @@ _MAX_META = 64 << 20
 _META = 1
 _PACK_LINEAGE, _PACK_SNAPSHOT, _PACK_NUMBER = 16, 17, 18
 _RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT = 32, 33, 34, 35
+_SECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +215,34 @@ def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
     DamagedObjectError if a field is wrong, UnsupportedObjectError for what this reader does not know.
     """
     frame = open_frame(Kind.MANIFEST, name, data)
+    return _decode_sections(frame), frame.checksum
+
+
+def decode_damaged(name: str, data: Buffer) -> Manifest:
+    """Return the manifest in object `name`, which is damaged, if all that it says about blocks is intact.
+
+    Its checksums are those of the sections. DamagedObjectError if a section that is needed is damaged. The
+    caller compares what the manifest says it is with what it should be.
+    """
+    frame, _, _ = open_damaged(Kind.MANIFEST, name, data, _SECTIONS)
+    try:
+        frame.section(_PACK_LINEAGE)
+    except UNREADABLE:  # there is one lineage, so its column is zeros
+        meta = read_json(name, frame.section(_META, _MAX_META))
+        zeros = (
+            bytes(meta["packs"]) if type(meta.get("packs")) is int and 0 <= meta["packs"] < 1 << 28 else b""
+        )
+        row = SectionEntry(
+            _PACK_LINEAGE, 0, frame.data.nbytes, len(zeros), len(zeros), xxhash.xxh3_64_intdigest(zeros)
+        )
+        whole = memoryview(bytes(frame.data) + zeros)
+        frame = replace(frame, data=whole, entries={**frame.entries, _PACK_LINEAGE: row})
+    return _decode_sections(frame)
+
+
+def _decode_sections(frame: Frame) -> Manifest:
+    """Return the manifest whose sections are in `frame`, every field checked."""
+    name = frame.name
     meta = read_json(name, frame.section(_META, _MAX_META))
     try:
         header, packs, rows = _decode_header(meta)
@@ -233,7 +275,7 @@ def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
     )
     runs = _decode_runs(name, column, rows, header.blocks)
     _check_ranges(name, table, runs)
-    return replace(header, packs=table, runs=runs), frame.checksum
+    return replace(header, packs=table, runs=runs)
 
 
 def _decode_runs(name: str, column: Callable[[int, int], Int64s], rows: int, blocks: int) -> Runs:

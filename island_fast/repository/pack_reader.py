@@ -144,6 +144,15 @@ class PackReader:
         spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
         return index, [data[a:b] for a, b in spans]
 
+    def read_unchecked(self, location: PackLocation) -> memoryview:
+        """Return the bytes of a pack as the store has them, whole or not.
+
+        ObjectMissingError if there is no such object.
+        """
+        data = self._lineage.store.get(location.name)
+        self._count(data.nbytes)
+        return data
+
     def log_damage(self, key: int) -> None:
         """Warn, once, that a pack was found damaged although the blocks that were wanted are whole."""
         with self._lock:
