@@ -176,7 +176,7 @@ class Volume:
             record = frame.meta()
             if not frame.is_whole() or previous not in (None, record["previous"]):
                 raise Damaged(f"{frame.name} is damaged, or does not follow the record before it")
-            if record["event"] not in ("owner", "snapshot", "delete", "sweep") or record["key"]:
+            if record["event"] not in ("owner", "snapshot", "delete", "keep", "sweep") or record["key"]:
                 raise Damaged(f"{frame.name}: a newer version wrote it")
             previous = frame.checksum.hex()
             if record["checkpoint"]:

@@ -16,7 +16,7 @@ import numpy as np
 from island_fast.arrays import Bools, Buffer, Bytes2D, Int64s
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.frame import Kind, open_frame
+from island_fast.formats.frame import LIMITS, Kind, open_frame
 from island_fast.formats.keys import split_pack_key
 from island_fast.formats.manifest import Manifest, decode_damaged
 from island_fast.formats.pack import (
@@ -62,8 +62,8 @@ class Salvage:
             self.damaged[name] = str(error)
             for _ in range(READS):
                 try:
-                    data = lineage.store.get(name)
-                except ObjectMissingError:
+                    data = lineage.store.get(name, limit=LIMITS[Kind.MANIFEST].size)
+                except (ObjectMissingError, DamagedObjectError):
                     break
                 with contextlib.suppress(*UNREADABLE):
                     return self._decode_manifest(name, row, data)
@@ -71,7 +71,7 @@ class Salvage:
 
     def _decode_manifest(self, name: str, row: SnapshotRow, data: Buffer) -> Manifest:
         """Return the manifest in `data`; DamagedObjectError if that is whole: then it is another one."""
-        manifest = decode_damaged(name, data)
+        manifest = decode_damaged(name, data, len(self._lineage.state.packs))
         said = (manifest.lineage, manifest.snapshot, manifest.attempt, manifest.volume_size)
         if said != (self._lineage.name, row.id, row.attempt, row.volume_size) or _is_whole(name, data):
             raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")

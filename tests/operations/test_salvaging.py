@@ -278,10 +278,10 @@ def test_a_store_that_does_not_answer_has_lost_nothing(
     again = volume.open("other")
     get = volume.store.get
 
-    def refuse(name: str, *, newest: bool = False) -> memoryview:
+    def refuse(name: str, **how: object) -> memoryview:
         if "/packs/" in name:
             raise StoreError("no answer")
-        return get(name, newest=newest)
+        return get(name, **how)
 
     monkeypatch.setattr(volume.store, "get", refuse)
     with pytest.raises(StoreError):
