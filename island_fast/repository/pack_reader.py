@@ -147,12 +147,12 @@ class PackReader:
         return index, [data[a:b] for a, b in spans]
 
     def read_unchecked(self, location: PackLocation) -> memoryview:
-        """Return the bytes of a pack as the store has them, whole or not.
+        """Return the bytes of a pack as the store has them, of whatever size.
 
         ObjectMissingError if there is no such object.
         """
         data = self._lineage.store.get(location.name, limit=LIMITS[Kind.PACK].size)
-        self._count(data.nbytes)
+        self.count(data.nbytes)
         return data
 
     def log_damage(self, key: int) -> None:
@@ -189,7 +189,7 @@ class PackReader:
         except DamagedObjectError:
             _, data = self._read_object(location, failed_reads=1)
             return [data[offset : offset + length] for offset, length in ranges]
-        self._count(sum(part.nbytes for part in parts))
+        self.count(sum(part.nbytes for part in parts))
         return parts
 
     # Indexes.
@@ -229,7 +229,7 @@ class PackReader:
         length = min(front_size(location.slots), location.size)
         try:
             (front,) = self._lineage.store.get_ranges(location.name, [(0, length)])
-            self._count(front.nbytes)
+            self.count(front.nbytes)
             index = read_front(location.name, front)
         except UNREADABLE:
             index, front = self._read_object(location, failed_reads=1)
@@ -242,14 +242,15 @@ class PackReader:
         """Read the whole pack and verify its checksum; return its index and the object's bytes."""
 
         def check(data: memoryview) -> tuple[Index, memoryview]:
-            self._count(data.nbytes)
+            self.count(data.nbytes)
             return open_pack(location.name, data)
 
         return get_checked(
             self._lineage.store, location.name, check, limit=location.size, failed_reads=failed_reads
         )
 
-    def _count(self, size: int) -> None:
+    def count(self, size: int) -> None:
+        """Count a request that fetched `size` bytes."""
         with self._lock:
             self.fetched.objects += 1
             self.fetched.bytes += size

@@ -16,9 +16,8 @@ import numpy as np
 from island_fast.arrays import Bools, Buffer, Bytes2D, Int64s
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.frame import LIMITS, Kind, open_frame
 from island_fast.formats.keys import split_pack_key
-from island_fast.formats.manifest import Manifest, decode_damaged
+from island_fast.formats.manifest import Manifest, decode, decode_damaged
 from island_fast.formats.pack import (
     Index,
     PackHeader,
@@ -30,7 +29,7 @@ from island_fast.formats.pack import (
 )
 from island_fast.repository.integrity.objects import readable_slots
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.pack_reader import BATCH, PackLocation, PackReader, unpack_slots
+from island_fast.repository.pack_reader import BATCH, PackLocation, PackReader
 from island_fast.stores.checked_read import READS
 
 __all__ = ["Salvage"]
@@ -53,44 +52,46 @@ class Salvage:
     def read_manifest(self, row: SnapshotRow) -> Manifest:
         """Return the manifest of a live snapshot, from an object that need not be whole.
 
-        DamagedObjectError if it does not say for certain where the blocks are; else as `Lineage.manifest`.
+        Errors as of `Lineage.manifest`, but DamagedObjectError only if the object does not say for certain
+        where the blocks are.
         """
         lineage, name = self._lineage, self._lineage.manifest_name(row)
-        try:
-            return lineage.manifest(row)
-        except UNREADABLE as error:
-            self.damaged[name] = str(error)
+        if cached := lineage.read_cached_manifest(row.id, row.attempt, row.checksum):
+            return cached
+        with contextlib.suppress(ObjectMissingError):
             for _ in range(READS):
-                try:
-                    data = lineage.store.get(name, limit=LIMITS[Kind.MANIFEST].size)
-                except (ObjectMissingError, DamagedObjectError):
-                    break
                 with contextlib.suppress(*UNREADABLE):
-                    return self._decode_manifest(name, row, data)
-            raise
+                    return self._decode_manifest(name, row, self._read_in_halves(name, row.manifest_size))
+        return lineage.manifest(row)
 
     def _decode_manifest(self, name: str, row: SnapshotRow, data: Buffer) -> Manifest:
-        """Return the manifest in `data`; DamagedObjectError if that is whole: then it is another one."""
-        manifest = decode_damaged(name, data, len(self._lineage.state.packs))
-        said = (manifest.lineage, manifest.snapshot, manifest.attempt, manifest.volume_size)
-        if said != (self._lineage.name, row.id, row.attempt, row.volume_size) or _is_whole(name, data):
+        """Return the manifest in `data`; DamagedObjectError if it is not certain, or is another one."""
+        most = len(self._lineage.state.packs)
+        try:
+            manifest, checksum = decode(name, data, most)
+        except UNREADABLE as error:
+            manifest, checksum = decode_damaged(name, data, most), bytes.fromhex(row.checksum)
+            self.damaged[name] = str(error)
+        said = (manifest.lineage, manifest.snapshot, manifest.attempt, manifest.volume_size, checksum.hex())
+        if said != (self._lineage.name, row.id, row.attempt, row.volume_size, row.checksum):
             raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
         return manifest
+
+    def _read_in_halves(self, name: str, size: int) -> memoryview:
+        """Return the bytes of an object of `size` bytes by two ranges.
+
+        Swift takes a replica away whose rot it detects, which it does when it sends the whole object: that
+        can be the last one.
+        """
+        parts = self.packs.store.get_ranges(name, [(0, size // 2), (size // 2, size - size // 2)])
+        return memoryview(b"".join(parts))
 
     def unpack(
         self, key: int, blocks: Int64s, slots: Int64s, buffer: Bytes2D
     ) -> Iterator[tuple[slice | Int64s, Bytes2D]]:
         """Yield what can be read of the blocks of a pack; see `streams.Unpack`. The others become `lost`."""
-        done = 0
-        try:
-            for batch in unpack_slots(self.packs, key, slots, self.packs.store.range_gap, buffer):
-                yield batch.part, batch.rows
-                done += len(batch.rows)
-            return
-        except UNREADABLE as error:
-            self._note_damaged(key, error)
-        left = np.arange(done, slots.size)
-        for index, data, intact in self._read_damaged(key):
+        left = np.arange(slots.size)
+        for index, data, intact in self._read_pack(key):
             good = _find_good(index, data, intact, slots[left])
             found, left = left[good], left[~good]
             for at in range(0, found.size, BATCH):
@@ -105,33 +106,41 @@ class Salvage:
         with self._lock:
             self.lost.append(blocks[left])
 
-    def _note_damaged(self, key: int, error: Exception) -> None:
+    def _read_pack(self, key: int) -> Iterator[tuple[Index, memoryview, bool]]:
+        """Yield the index and the bytes of a pack, as often as it comes with other bytes.
+
+        Third is whether the index is intact, or this host's copy. What comes after the first is of a damaged
+        pack, which is noted.
+        """
+        before: memoryview | None = None
+        for read in (self._read_by_ranges, self._read_whole):
+            for _ in range(READS):
+                try:
+                    location, data = self.packs.with_current_location(key, read)
+                except UNREADABLE as error:
+                    self._note_damaged(key, str(error))
+                    break  # it is shorter than its ranges, or missing
+                if before is None or data != before:
+                    yield from self._read_indexes(key, location, data)
+                before = data
+                self._note_damaged(key, f"pack {location.name} is damaged")
+
+    def _read_by_ranges(self, location: PackLocation) -> tuple[PackLocation, memoryview]:
+        data = self._read_in_halves(location.name, location.size)
+        self.packs.count(data.nbytes)
+        return location, data
+
+    def _read_whole(self, location: PackLocation) -> tuple[PackLocation, memoryview]:
+        return location, self.packs.read_unchecked(location)
+
+    def _note_damaged(self, key: int, message: str) -> None:
         try:
             name = self.packs.locate(key).name
         except DamagedObjectError:  # the catalog does not name it
             owner, number = split_pack_key(key)
             name = f"{self._lineage.name}/packs/{self._lineage.numbers.id(owner)}/?-{number:08d}"
         with self._lock:
-            self.damaged[name] = str(error)
-
-    def _read_damaged(self, key: int) -> Iterator[tuple[Index, memoryview, bool]]:
-        """Yield the index and the bytes of a damaged pack, as often as it comes with other bytes.
-
-        Third is whether the index is intact, or this host's copy.
-        """
-        try:
-            location = self.packs.locate(key)
-        except DamagedObjectError:
-            return
-        before: memoryview | None = None
-        for _ in range(READS):
-            try:
-                data = self.packs.read_unchecked(location)
-            except (ObjectMissingError, *UNREADABLE):
-                return
-            if before is None or data != before:
-                yield from self._read_indexes(key, location, data)
-            before = data
+            self.damaged.setdefault(name, message)
 
     def _read_indexes(
         self, key: int, location: PackLocation, data: memoryview
@@ -149,13 +158,6 @@ class Salvage:
             with contextlib.suppress(*UNREADABLE):
                 yield read_front(location.name, front), data, True
         yield index, data, intact
-
-
-def _is_whole(name: str, data: Buffer) -> bool:
-    with contextlib.suppress(*UNREADABLE):
-        open_frame(Kind.MANIFEST, name, data)
-        return True
-    return False
 
 
 def _find_good(index: Index, data: memoryview, intact: bool, slots: Int64s) -> Bools:
