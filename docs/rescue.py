@@ -354,7 +354,8 @@ def list_snapshots(root: Path, use_catalog: bool) -> int:
             print(f"{name}: no catalog ({volume.lost_catalog}); these are manifests", file=sys.stderr)
             code = 6
         for key, row in volume.live.items():
-            taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["created"] // 10**9))
+            seconds = min(row["created"] // 10**9, 253402300799)  # of the year 9999
+            taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
             print(name, key, taken, row["volume_size"], json.dumps(row["label"]))
         others = len(set(volume.manifests) - {row["id"] for row in volume.live.values()})
         if others:
