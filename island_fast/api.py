@@ -196,6 +196,7 @@ class Repository(RepositoryBase):
         *,
         image_format: str = "qcow2",
         pin: bool = True,
+        salvage: bool = False,
         progress: Progress = silent,
     ) -> Restored:
         """Write a snapshot's volume to a new file `target`, as "qcow2" or "raw".
@@ -204,13 +205,18 @@ class Repository(RepositoryBase):
         the snapshot's pin, so that its next snapshot is incremental. Without `pin` it has no history: use
         that for a copy that becomes a volume of another name. Every block is checked against its digest.
 
+        With `salvage`, a block that is lost is no error: it is zero in the file, and listed in the answer,
+        which is a `Salvaged`. Such a file never holds a pin, because it need not be the volume.
+
         RefusedError if `target` exists; IslandError if it cannot be created; DamagedObjectError, which names
-        the object, if a block is lost.
+        the object, if a block is lost, or with `salvage` if the manifest says no more where blocks are.
         """
-        from island_fast.operations.restore import RestoreTarget, restore
+        from island_fast.operations.restore import RestoreTarget, restore, restore_salvaged
 
         found = self.find(reference)
         with found.lineage.deletion_explained(found.row, "restored"):
+            if salvage:
+                return restore_salvaged(found, Path(target), image_format, progress)
             manifest = found.lineage.manifest(found.row)
             return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
 

@@ -33,6 +33,7 @@ __all__ = [
     "Restored",
     "RestoredOnto",
     "Retained",
+    "Salvaged",
     "Snapshot",
     "SnapshotShown",
     "SnapshotTaken",
@@ -142,6 +143,20 @@ class Restored(Answer):
     bytes_written: int
     objects_read: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Salvaged(Restored):
+    """What could be proved intact of a snapshot, restored into a new file; the rest is zero in it.
+
+    `bytes_lost` is what is zero because it is lost, and `extents_lost` says where, as (start, length) in
+    bytes, ascending. If it is 0, the file holds the whole volume. `objects_damaged` are the names of the
+    objects that could not be read as usual, because they are missing or damaged.
+    """
+
+    bytes_lost: int
+    extents_lost: tuple[tuple[int, int], ...]
+    objects_damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
+from island_fast.errors import UNREADABLE, DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
 from island_fast.formats.frame import (
     Frame,
     Kind,
     Section,
+    SectionEntry,
     bounded_time,
     integer,
     json_bytes,
+    open_damaged,
     open_frame,
     seal,
 )
@@ -41,6 +44,7 @@ __all__ = [
     "build_pack_table",
     "check_properties",
     "decode",
+    "decode_damaged",
     "encode",
     "pin_from_json",
 ]
@@ -57,6 +61,7 @@ _ROWS_PER_BYTE = 512  # more of them for each stored byte of the table
 _META = 1
 _PACK_LINEAGE, _PACK_SNAPSHOT, _PACK_NUMBER = 16, 17, 18
 _RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT = 32, 33, 34, 35
+_SECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,6 +225,32 @@ def decode(name: str, data: Buffer, most_packs: int | None = None) -> tuple[Mani
     than this host has memory for.
     """
     frame = open_frame(Kind.MANIFEST, name, data)
+    return _decode_sections(frame, most_packs), frame.checksum
+
+
+def decode_damaged(name: str, data: Buffer, most_packs: int) -> Manifest:
+    """Return the manifest in object `name`, which is damaged, if all that it says about blocks is intact.
+
+    DamagedObjectError if a section that is needed is damaged, or as in `decode`. The caller compares what the
+    manifest says it is with what it should be.
+    """
+    frame, _, _ = open_damaged(Kind.MANIFEST, name, data, _SECTIONS)
+    try:
+        frame.section(_PACK_LINEAGE)
+    except UNREADABLE:  # there is one lineage, so its column is zeros
+        packs = frame.json().get("packs")
+        zeros = bytes(packs) if type(packs) is int and 0 <= packs <= most_packs else b""
+        row = SectionEntry(
+            _PACK_LINEAGE, 0, frame.data.nbytes, len(zeros), len(zeros), xxhash.xxh3_64_intdigest(zeros)
+        )
+        whole = memoryview(bytes(frame.data) + zeros)
+        frame = replace(frame, data=whole, entries={**frame.entries, _PACK_LINEAGE: row})
+    return _decode_sections(frame, most_packs)
+
+
+def _decode_sections(frame: Frame, most_packs: int | None) -> Manifest:
+    """Return the manifest whose sections are in `frame`; see `decode`."""
+    name = frame.name
     meta = frame.json()
     try:
         header, packs, rows = _decode_header(meta)
@@ -244,7 +275,7 @@ def decode(name: str, data: Buffer, most_packs: int | None = None) -> tuple[Mani
     require_plausible(f"the table of runs of manifest {name}", rows, _ROWS_FREE + _ROWS_PER_BYTE * stored)
     require_memory(f"manifest {name}", rows * _ROW_MEMORY)
     table = _decode_packs(frame, header.packs, packs)
-    return replace(header, packs=table, runs=_decode_runs(frame, table, rows, header.blocks)), frame.checksum
+    return replace(header, packs=table, runs=_decode_runs(frame, table, rows, header.blocks))
 
 
 def _column(frame: Frame, kind: int, rows: int) -> columns.Column:

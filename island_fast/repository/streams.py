@@ -41,6 +41,7 @@ from island_fast.repository.workers import in_order, workers
 
 __all__ = [
     "SendResult",
+    "Unpack",
     "compare_blocks",
     "copy_blocks",
     "find_differing",
@@ -58,6 +59,11 @@ Read = Callable[[Int64s, Bytes2D], None]
 
 Write = Callable[[Int64s, Bytes2D], None]
 """`write(blocks, rows)` stores `rows`, uint8[n, BLOCK_SIZE]; several threads call it at once."""
+
+
+Unpack = Callable[[int, Int64s, Int64s, Bytes2D], Iterator[tuple[slice | Int64s, Bytes2D]]]
+"""`unpack(key, blocks, slots, buffer)` yields blocks of a pack, decoded into `buffer`, and which of `slots`
+(ascending) they are; `blocks` says which blocks of the volume the slots hold. Several threads call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,12 +174,14 @@ def restore_blocks(
     gap: int,
     progress: Progress,
     wanted: DirtyMap | None = None,
+    unpack: Unpack | None = None,
 ) -> None:
     """Fetch and check every block that `runs` (with pack keys) name, and `write` it.
 
     With `wanted`, only the blocks in it. Each pack is fetched once: whole if nearly all of its slots are
     wanted, else by ranges merged over gaps of at most `gap` bytes. Blocks come in no particular order, and
-    `progress` is called in several threads, one at a time.
+    `progress` is called in several threads, one at a time. Only with an `unpack` of the caller's can there be
+    blocks that are not written.
     """
     lock, done = threading.Lock(), 0
     total = (runs.blocks if wanted is None else wanted.count()) * BLOCK_SIZE
@@ -195,9 +203,15 @@ def restore_blocks(
             blocks, slots = blocks[mine], slots[mine]
         buffer = buffers.get()
         try:
-            for batch in unpack_slots(packs, key, slots, gap, buffer):
-                write(blocks[batch.part], batch.rows)
-                report(len(batch.rows))
+            if unpack is None:
+                parts: Iterator[tuple[slice | Int64s, Bytes2D]] = (
+                    (one.part, one.rows) for one in unpack_slots(packs, key, slots, gap, buffer)
+                )
+            else:
+                parts = unpack(key, blocks, slots, buffer)
+            for part, rows in parts:
+                write(blocks[part], rows)
+                report(len(rows))
         finally:
             buffers.put(buffer)
 
