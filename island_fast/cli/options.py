@@ -30,6 +30,7 @@ __all__ = [
     "add_limit_options",
     "complete_directory",
     "complete_snapshot",
+    "create_option",
     "dry_run_option",
     "image_format_option",
     "open_repository",
@@ -116,6 +117,15 @@ def image_format_option(text: str) -> _Decorator:
 def dry_run_option(text: str = "Change nothing; show what would be freed.") -> _Decorator:
     """Return the option --dry-run of a verb."""
     return option(HOW, "--dry-run", is_flag=True, help=text)
+
+
+def create_option() -> _Decorator:
+    """Return the option --create of a verb that makes a repository."""
+    return option(
+        REPOSITORY, "--create", "create_anew", is_flag=True,
+        help="Create the repository even if this host has used another one at that place, whose disk may not "
+        "be mounted.",
+    )  # fmt: skip
 
 
 def add_limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -220,18 +230,20 @@ def complete_directory(
 # Repositories.
 
 
-def open_repository(run: Run, *, create: bool = False) -> Repository:
-    """Open the repository of this run; with `create` it need not exist yet."""
+def open_repository(run: Run, *, create: bool = False, create_anew: bool = False) -> Repository:
+    """Open the repository of this run; with `create` it need not exist yet, see `Repository.open`."""
     from island_fast.api import Repository  # here: it takes a good part of a second
 
     if not run.location:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(run.location, create=create, workers=run.workers, meters=_meters(run))
+    return Repository.open(
+        run.location, create=create, create_anew=create_anew, workers=run.workers, meters=_meters(run)
+    )
 
 
-def open_second_repository(run: Run, location: str) -> Repository:
+def open_second_repository(run: Run, location: str, *, create_anew: bool) -> Repository:
     """Open the repository that snapshots are copied to, or create it. It shares the limits of the first.
 
     Its credentials are in variables that begin with ISLAND_TO_, if there are any, else in the usual ones.
@@ -240,8 +252,9 @@ def open_second_repository(run: Run, location: str) -> Repository:
 
     own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
     return Repository.open(
-        location, create=True, variables=_OTHER if own else "", workers=run.workers, meters=_meters(run)
-    )
+        location, create=True, create_anew=create_anew, variables=_OTHER if own else "", workers=run.workers,
+        meters=_meters(run),
+    )  # fmt: skip
 
 
 def _meters(run: Run) -> RateLimiters | None:

@@ -13,6 +13,7 @@ from island_fast.cli.options import (
     FileName,
     add_common_options,
     add_limit_options,
+    create_option,
     image_format_option,
     open_repository,
     require_utf8,
@@ -54,6 +55,7 @@ __all__ = ["snapshot"]
         help="A backing file of IMAGE, such as qcow2:base.qcow2; repeatable, the nearest first.")  # fmt: skip
 @option(HOW, "--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
         envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@create_option()
 @add_limit_options
 @add_common_options
 @click.pass_obj
@@ -73,6 +75,7 @@ def snapshot(
     image_format: str,
     backing: tuple[str, ...],
     compression: str,
+    create_anew: bool,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -96,14 +99,17 @@ def snapshot(
         given = [name for name, value in {**single, "--backing": backing}.items() if value]
         if image is not None or given:
             raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
-        _snapshot_domain(run, domain, disks, freeze or "auto", connect, volume, label, full, compression)
+        _snapshot_domain(
+            run, domain, disks, freeze or "auto", connect, volume, label, full, compression, create_anew
+        )
         return
     if disks or freeze or connect:
         raise click.UsageError("--disk, --freeze and --connect belong to --domain")
     if image is None:
         raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
     run.if_interrupted = lambda: _left_by_interruption(run.phase)
-    with open_repository(run, create=True) as repository, run.progress() as progress:
+    opened = open_repository(run, create=True, create_anew=create_anew)
+    with opened as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
             volume=volume,
@@ -132,12 +138,14 @@ def _snapshot_domain(
     label: str,
     full: bool,
     compression: str,
+    create_anew: bool,
 ) -> None:
     """Take snapshots of a running guest's disks, and print the answer."""
     run.if_interrupted = lambda: (
         "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
     )
-    with open_repository(run, create=True) as repository, run.progress() as progress:
+    opened = open_repository(run, create=True, create_anew=create_anew)
+    with opened as repository, run.progress() as progress:
         taken = repository.snapshot_domain(
             domain,
             disks=disks,

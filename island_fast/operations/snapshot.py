@@ -25,6 +25,7 @@ from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
 from island_fast.images.source import Change, Source, View
+from island_fast.operations.image_of_volume import accept_image, find_image_file
 from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
@@ -137,6 +138,7 @@ class _SnapshotRun:
         self._request = request
         self._progress = progress
         self._committing = False
+        self._notes: list[str] = []
 
     @property
     def _id(self) -> str:
@@ -151,7 +153,7 @@ class _SnapshotRun:
             internal = self._take_or_find_internal(stack)
             taken = self._send_and_commit(internal, created)
         notes = self._drop_old_pins(internal)
-        return replace(taken, seconds=time.monotonic() - began, notes=notes)
+        return replace(taken, seconds=time.monotonic() - began, notes=(*self._notes, *notes))
 
     # The same in two steps; between them the caller takes the pin.
 
@@ -170,7 +172,7 @@ class _SnapshotRun:
             internal = self._source.find_named(name)
             taken = self._send_and_commit(internal, moment.created)
         notes = self._drop_old_pins(internal)
-        return replace(taken, seconds=time.monotonic() - began, notes=notes)
+        return replace(taken, seconds=time.monotonic() - began, notes=(*self._notes, *notes))
 
     # Before the pin: the registration, the lineage, the parent.
 
@@ -182,7 +184,9 @@ class _SnapshotRun:
             if made:
                 lineage.create()
             lineage.require_owner()
-            lineage.files.set_image(self._source.path)
+            if note := accept_image(lineage, self._source):
+                self._notes.append(note)
+            lineage.files.set_image(find_image_file(self._source.path))
             before = find_interrupted(lineage)
             self._choice = choose_parent(lineage, self._source, self._request)
             parent = self._choice.parent.id if self._choice.parent else None

@@ -76,6 +76,11 @@ class DirectoryStore(Store):
                 f"directory {path} does not exist; check the path and whether its disk is mounted"
             )
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return os.path.realpath(self._root)
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
         path = self._path(name)

@@ -95,6 +95,11 @@ class SwiftStore(Store):
             raise
         return store
 
+    @property
+    def place(self) -> str:
+        """See Store.place. Other accounts, and other clouds, can have a container of the same name."""
+        return f"{self._pool.account_url()}/{self._container}/{self._prefix}".rstrip("/")
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()
