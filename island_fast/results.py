@@ -61,7 +61,10 @@ def timestamp(nanoseconds: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Answer):
-    """A snapshot in the repository. `bytes_stored` is the size of the objects that it wrote."""
+    """A snapshot in the repository. `bytes_stored` is the size of the objects that it wrote.
+
+    `keep`: it is marked, and neither `delete` nor `retain` deletes it.
+    """
 
     snapshot: str
     lineage: str
@@ -71,6 +74,16 @@ class Snapshot(Answer):
     created: str
     volume_size: int
     bytes_stored: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Marked(Answer):
+    """A snapshot that was marked to be kept (`keep`), or whose mark was removed."""
+
+    snapshot: str
+    volume: str
+    keep: bool
 
 
 @dataclass(frozen=True, slots=True)

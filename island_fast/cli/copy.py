@@ -70,8 +70,7 @@ def copy(
         copied = repository.copy(other, snapshots or None, volume=volume, progress=progress)
         run.note_if_empty(copied, repository, "there are no snapshots")
     if copied or not repository.left_out:
-        ids = "\n".join(one.snapshot for one in copied if one.copied)
-        run.answer([one.as_json() for one in copied], _format_copied(copied), ids)
+        run.answer([one.as_json() for one in copied], _format_copied(copied))
     run.finish_with(repository.left_out)
 
 

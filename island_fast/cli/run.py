@@ -13,10 +13,11 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -38,14 +39,16 @@ __all__ = ["FullUsageError", "Run", "run_to_exit_code"]
 class Run:
     """One run of the command: the options that every verb has, and how far it came.
 
-    `location` is the repository that is named. Limits are in bytes per second; `meters` enforces them, for
-    all stores of the run. `help_asked` says whether --help is among the words. `if_interrupted` returns what
-    an interruption leaves, in words; verbs set it. `phase` is the last one reported as progress, "" before
-    the first. `answered`: the answer was printed; an error after that says why it is not complete.
+    `location` is the repository that is named; `located` says whether the command line names it. Limits are
+    in bytes per second; `meters` enforces them, for all stores of the run. `help_asked` says whether --help
+    is among the words. `if_interrupted` returns what an interruption leaves, in words; verbs set it. `phase`
+    is the last one reported as progress, "" before the first. `answered`: the answer was printed; an error
+    after that says why it is not complete.
     """
 
     signals: Signals
     location: str | None = None
+    located: bool = False
     json: bool = False
     help_asked: bool = False
     quiet: bool = False
@@ -76,7 +79,7 @@ class Run:
         self.answered = True
         if self.json:
             _write_stdout(json.dumps(value))
-        elif line := (brief if self.quiet else text):
+        elif line := (brief if self.quiet else self.complete(text)):
             _write_stdout(line)
 
     def answer_encoded(self, value: str) -> None:
@@ -98,7 +101,24 @@ class Run:
 
     def note(self, text: str) -> None:
         """Print something beside the answer."""
-        _write_stderr(text)
+        _write_stderr(self.complete(text))
+
+    def complete(self, text: str) -> str:
+        """Return `text` with the commands that it quotes as they can be pasted: with this run's --repository.
+
+        What the environment or the configuration file names needs no repetition.
+        """
+        if not self.located or self.location is None:
+            return text
+        place = shlex.quote(self.location)
+        return _QUOTED_COMMAND.sub(lambda found: f"'{found[1]} -r {place}'", text)
+
+
+_QUOTED_COMMAND = re.compile(
+    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
+    r"(?! --help)[^'\n]*)'"
+)
+"""Verbs on a repository, quoted as a command to run."""
 
 
 class FullUsageError(click.UsageError):
@@ -167,6 +187,7 @@ class _Failure:
 def _report(error: BaseException, run: Run, json_asked: bool) -> int:
     """Print how the run failed and return the exit code."""
     failure = _describe_failure(error, run)
+    failure = replace(failure, message=run.complete(failure.message))
     as_json = run.json or (json_asked and isinstance(error, click.ClickException))
     if as_json and not run.answered and not isinstance(error, _OutputError):
         value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
@@ -186,7 +207,7 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
         case click.ClickException():
             return _Failure("usage", _explain_usage_error(error), UsageError.exit_code)
         case KeyboardInterrupt():
-            return _Failure("interrupted", f"interrupted; {run.if_interrupted()}")
+            return _Failure("interrupted", f"interrupted; {run.if_interrupted()}", run.signals.exit_code)
         case _OutputError():
             return _Failure("output", _explain_output_error(error.__cause__))
         case OSError():

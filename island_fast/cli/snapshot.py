@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from island_fast.cli.config import COMPRESSIONS
-from island_fast.cli.help import HOW, WHAT, option, verb
+from island_fast.cli.help import HOW, REPOSITORY, WHAT, option, verb
 from island_fast.cli.options import (
     FileName,
     add_common_options,
@@ -56,6 +56,8 @@ __all__ = ["snapshot"]
 @option(HOW, "--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
         envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
 @create_option()
+@option(REPOSITORY, "--shared", is_flag=True,
+        help="If this creates the repository, a directory: let its group restore from it.")  # fmt: skip
 @add_limit_options
 @add_common_options
 @click.pass_obj
@@ -76,6 +78,7 @@ def snapshot(
     backing: tuple[str, ...],
     compression: str,
     create_anew: bool,
+    shared: bool,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -100,7 +103,17 @@ def snapshot(
         if image is not None or given:
             raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
         _snapshot_domain(
-            run, domain, disks, freeze or "auto", connect, volume, label, full, compression, create_anew
+            run,
+            domain,
+            disks,
+            freeze or "auto",
+            connect,
+            volume,
+            label,
+            full,
+            compression,
+            create_anew,
+            shared,
         )
         return
     if disks or freeze or connect:
@@ -108,7 +121,7 @@ def snapshot(
     if image is None:
         raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
     run.if_interrupted = lambda: _left_by_interruption(run.phase)
-    opened = open_repository(run, create=True, create_anew=create_anew)
+    opened = open_repository(run, create=True, create_anew=create_anew, shared=shared)
     with opened as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
@@ -125,7 +138,7 @@ def snapshot(
         )
     for note in taken.notes:
         run.note(note)
-    run.answer(taken.as_json(), _format_taken(taken), taken.snapshot)
+    run.answer(taken.as_json(), _format_taken(taken))
 
 
 def _snapshot_domain(
@@ -139,12 +152,13 @@ def _snapshot_domain(
     full: bool,
     compression: str,
     create_anew: bool,
+    shared: bool,
 ) -> None:
     """Take snapshots of a running guest's disks, and print the answer."""
     run.if_interrupted = lambda: (
         "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
     )
-    opened = open_repository(run, create=True, create_anew=create_anew)
+    opened = open_repository(run, create=True, create_anew=create_anew, shared=shared)
     with opened as repository, run.progress() as progress:
         taken = repository.snapshot_domain(
             domain,
@@ -160,8 +174,7 @@ def _snapshot_domain(
     for one in taken.snapshots:
         for note in one.notes:
             run.note(f"disk {one.disk}: {note}")
-    ids = "\n".join(one.snapshot for one in taken.snapshots)
-    run.answer(taken.as_json(), _format_domain_taken(taken), ids)
+    run.answer(taken.as_json(), _format_domain_taken(taken))
     run.finish_with(repository.left_out)
 
 

@@ -95,7 +95,7 @@ class _Qcow2Layer:
         self._reader.read(blocks, out)
 
     def find_data(self, progress: Progress) -> DirtyMap:
-        own = find_allocated(self._image, self._point, progress=scan_progress(progress))
+        own = find_allocated(self._image, self._point, progress=scan_progress(progress), skip_holes=True)
         return with_data_below(own, self._below, progress)
 
 

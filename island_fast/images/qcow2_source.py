@@ -236,5 +236,5 @@ class Qcow2Source(Source):
 
     def _scan(self, point: Point, why: str, progress: Progress) -> Change:
         """Find all blocks that can hold data, in the image and below it."""
-        own = find_allocated(self.image, point, progress=scan_progress(progress))
+        own = find_allocated(self.image, point, progress=scan_progress(progress), skip_holes=True)
         return Change.full_scan(with_data_below(own, self._chain.top, progress), why)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ import numpy as np
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
+from island_fast.files import find_extents
 from island_fast.images.source import Base, Change, Source, View, scan_progress
 from island_fast.progress import Progress
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
@@ -26,7 +27,7 @@ from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 from island_fast.qemu.image_lock import ImageLock, open_image
 from island_fast.qemu.open_files import refuse_if_open
 
-__all__ = ["RawSource", "RawView", "find_extents", "find_raw_data", "open_raw"]
+__all__ = ["RawSource", "RawView", "find_raw_data", "open_raw"]
 
 _NO_TABLES = "a raw image has no tables to compare"
 
@@ -147,25 +148,6 @@ def open_raw(path: Path) -> tuple[int, int]:
     """Open a raw image or device read-only; return the descriptor, which the caller closes, and its size."""
     fd = open_image(str(path), devices=True)
     return fd, os.lseek(fd, 0, os.SEEK_END)
-
-
-def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the extents [start, stop), in bytes, that can hold data, ascending.
-
-    Where the file system does not report holes, that is one extent, the whole file.
-    """
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            start, stop = at, size
-        if start < size:
-            yield start, stop
-        at = stop
 
 
 def _refuse_mounted(path: Path) -> None:

@@ -161,7 +161,7 @@ class _Qcow2(ExistingImage):
 
     def find_data(self, progress: Progress) -> DirtyMap:
         """See ExistingImage.find_data."""
-        return find_allocated(self._image, self._point, progress=scan_progress(progress))
+        return find_allocated(self._image, self._point, progress=scan_progress(progress), skip_holes=True)
 
     def finish(self) -> None:
         """See ExistingImage.finish."""

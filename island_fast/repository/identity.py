@@ -8,9 +8,8 @@ volumes for their own. So the folder records for which machine, and at which pla
     writer                the id that was made last; all that older versions wrote
 
 On another machine, or beside the folder that it was copied from, the folder gets an id of its own and owns
-nothing. A folder that was put back at its place keeps its id. In all three cases what was in progress is
-forgotten: it belongs to the original, or its time is over. A folder that was moved, mounted elsewhere, or
-got another device number at a reboot is the same one.
+nothing, and what was in progress stays the original's. A folder that was moved, mounted elsewhere or put back
+at its place keeps its id; the catalog shows whether it is older than what was stored with it (lineage.py).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from island_fast.files import open_private, write_durably
+from island_fast.files import make_folders, open_private, write_durably
 from island_fast.formats.names import SNAPSHOT_PATTERN
 
 __all__ = ["Identity", "Machine"]
@@ -120,10 +119,7 @@ class Identity:
                     self._root, entry.path,
                 )  # fmt: skip
                 return self._make(old=entry)
-            here = self._entry_here(entry.writer, entry.machine)
-            if here.inode != entry.inode:
-                self._forget()
-            return self._write(here)
+            return self._write(self._entry_here(entry.writer, entry.machine))
 
     def _claim(self) -> _Entry:
         """Return a new entry: for the id that an older version left, or for a new one."""
@@ -179,8 +175,7 @@ class Identity:
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """Make the folder, and hold the lock of its entries."""
-        self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        (self._root / "hosts").mkdir(mode=0o700, exist_ok=True)
+        make_folders(self._root / "hosts")
         with open(self._root / "hosts" / "lock", "ab", opener=open_private) as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield

@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 
-from island_fast.files import write_durably
+from island_fast.files import make_folders, write_durably
 from island_fast.formats.names import SNAPSHOT_PATTERN
 
 __all__ = ["KnownRepositories"]
@@ -41,7 +41,7 @@ class KnownRepositories:
         places = self._places(repository)
         if place not in places:
             folder = self._root / repository
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(folder)
             text = json.dumps({"places": [*places, place][-_MOST:]})
             write_durably(folder / "repository", text.encode())
 

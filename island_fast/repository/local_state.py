@@ -32,7 +32,7 @@ from pathlib import Path
 
 from island_fast.arrays import Buffer
 from island_fast.errors import IslandError
-from island_fast.files import open_private, sync_folder, write_durably
+from island_fast.files import make_folders, open_private, sync_folder, write_durably
 from island_fast.formats.names import manifest_name
 from island_fast.repository.identity import Identity
 from island_fast.repository.known_repositories import KnownRepositories
@@ -187,10 +187,13 @@ class LineageFiles:
         self.registrations = Registrations(folder / "running", self.notes)
 
     def make(self) -> None:
-        """Make the folders, private to their owner."""
+        """Make the folders, private to their owner, also what an earlier version left open."""
         with _explain_errors(self.folder):
             for name in ("pending", "running", "cache"):
-                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folders(self.folder / name)
+            for folder in (self.folder.parent, self.folder):
+                if folder.stat().st_mode & 0o077:
+                    folder.chmod(0o700)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lineage's lock: to follow its catalog, to plan by it, and to append to it."""
@@ -445,7 +448,7 @@ class Notes:
         path = self._folder / name
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(path.parent)
             with open(temporary, "xb", opener=open_private) as file:
                 file.write(data)
             os.replace(temporary, path)

@@ -21,10 +21,10 @@ pytestmark = qemu.needs_qemu
 
 BAD_IMAGES: dict[str, tuple[int, str]] = {
     "missing": (3, "check the path"),
-    "empty": (6, "the file is empty"),
+    "empty": (4, "the file is empty"),
     "cut in the header": (6, "ends inside the header"),
     "cut in the tables": (6, "restore it from a good copy"),
-    "text": (6, "not a qcow2 image"),
+    "text": (4, "not a qcow2 image"),
     "folder": (4, "not a regular file"),
     "pipe": (4, "not a regular file"),
     "below a file": (1, "Not a directory"),
@@ -156,7 +156,7 @@ def test_an_image_that_may_not_be_read(island: Island, monkeypatch: pytest.Monke
 
 def test_an_ambiguous_beginning(island: Island, disk: Path) -> None:
     seen: set[str] = set()
-    while (first := island.text("snapshot", disk, "-q")[0]) not in seen:
+    while (first := island.json("snapshot", disk)["snapshot"][0]) not in seen:
         seen.add(first)
     assert "give more of the id" in island.fails(2, "show", first)
     assert "give more of the id" in island.fails(2, "delete", f"disk@{first}")
@@ -371,6 +371,8 @@ def test_error_names_are_those_of_the_errors(island: Island, disk: Path) -> None
     assert name("snapshot") == name("snapshot", disk, "--volume", "a/b") == "usage"
     assert name("-r", "swift://box/x", "list") == "store"
     disk.write_bytes(b"")
+    assert name("snapshot", disk) == "unsupported-image"
+    disk.write_bytes(b"QFI\xfb")
     assert name("snapshot", disk) == "damaged-image"
 
 

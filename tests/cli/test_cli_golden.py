@@ -73,6 +73,8 @@ def answers(island: Island, folder: Path) -> dict[str, Any]:
     told["restore --onto --dry-run"] = island.json("restore", "disk@latest", "--onto", back, "--dry-run")
     told["restore --onto"] = island.json("restore", "disk@latest", "--onto", back)
     told["retain --dry-run"] = island.json("retain", "--keep-last", 1, "--dry-run")
+    told["keep"] = island.json("keep", "disk@latest")
+    told["keep --release"] = island.json("keep", "disk@latest", "--release")
     told["delete --dry-run"] = island.json("delete", "disk@latest", "--dry-run")
     told["delete"] = island.json("delete", told["list"][0]["snapshot"])
     told["sweep --dry-run"] = island.json("sweep", "--dry-run")

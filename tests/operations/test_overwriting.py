@@ -302,12 +302,12 @@ def fail_after(writes: int, patch: pytest.MonkeyPatch, error: BaseException) -> 
     """Let the store fail when so many packs were fetched."""
     real, left = MemoryStore.get, [writes]
 
-    def get(store: MemoryStore, name: str, *, newest: bool = False) -> memoryview:
+    def get(store: MemoryStore, name: str, **how: Any) -> memoryview:
         if "/packs/" in name:
             left[0] -= 1
             if left[0] < 0:
                 raise error
-        return real(store, name, newest=newest)
+        return real(store, name, **how)
 
     patch.setattr(MemoryStore, "get", get)
 

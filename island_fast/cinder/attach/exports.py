@@ -22,6 +22,7 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
+from island_fast.files import make_folders
 from island_fast.qemu.programs import TIMEOUT, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
@@ -261,7 +262,7 @@ class Exports:
         """Make the volume's link lead to the device, in one step, and return the link."""
         link = self._link_path(volume)
         if _read_link(link) != device:
-            self._links.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_folders(self._links, 0o755)
             scratch = link.with_name(f".{volume}")
             scratch.unlink(missing_ok=True)
             scratch.symlink_to(device)
@@ -325,7 +326,8 @@ def _resolve_plain(folder: Path) -> Path:
 def _make_private_folder(folder: Path) -> None:
     """Make a volume's folder and its parent; raise RefusedError if other users have access to the parent."""
     run = folder.parent
-    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folders(run.parent, 0o755)  # also that of the links, which Nova reads
+    run.mkdir(mode=0o700, exist_ok=True)
     if stat.S_IMODE(run.stat().st_mode) & 0o077:
         raise RefusedError(f"other users have access to the folder {str(run)!r}; give it mode 0700")
     folder.mkdir(mode=0o700, exist_ok=True)
