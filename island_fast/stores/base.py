@@ -120,6 +120,14 @@ class Store(ABC):
     location: str
     """What the user calls this store, for messages. It contains no secret."""
 
+    @property
+    def place(self) -> str:
+        """Where the store is, in full and the same from everywhere, for local state. It contains no secret.
+
+        A store has one place as long as nothing is mounted elsewhere, and no other store has that one.
+        """
+        return self.location
+
     grace: float
     """The least age, in seconds, at which an unreferenced object can be treated as garbage."""
 

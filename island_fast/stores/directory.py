@@ -109,6 +109,11 @@ class DirectoryStore(Store):
             os.chmod(self._root, 0o2750)
         self._shared = True
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return os.path.realpath(self._root)
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
         path = self._path(name)
