@@ -224,11 +224,11 @@ def _is_in_proportion(text: bytes) -> bool:
         outside = window[ends % 2 == 0]
         opens, closes = (np.isin(outside, np.frombuffer(pair, np.uint8)) for pair in (b"[{", b"]}"))
         levels = np.cumsum(opens.astype(np.int64) - closes) + depth
-        if int(levels.max(initial=0)) > _JSON_DEPTH:
-            return False
         values += int(np.count_nonzero(outside == ord(",")) + np.count_nonzero(opens))
+        if values > len(text) // _JSON_VALUE or int(levels.max(initial=0)) > _JSON_DEPTH:
+            return False
         quotes, depth = int(ends[-1]), int(levels[-1]) if levels.size else depth
-    return values <= len(text) // _JSON_VALUE
+    return True
 
 
 def integer(value: object, top: int = 1 << 63) -> int:
