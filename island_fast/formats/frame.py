@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import enum
 import json
-import re
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import xxhash
 import zstandard
 
@@ -91,11 +91,9 @@ _JSON_FREE = 4 << 20  # bytes, whatever they are compressed to
 _JSON_PER_BYTE = 1024  # more of them for each stored byte
 _JSON_SMALL = 64 << 10  # bytes; not even nothing but values is much
 _JSON_VALUE = 16  # bytes for each value
-_JSON_QUOTE = 5  # bytes for each quote
 _JSON_DEPTH = 32
-_JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+_JSON_WINDOW = 1 << 20
 
-_JSON_BRACKET = re.compile(rb"[\[\]{}]")
 
 _ZSTD_MOST = 1 << 15  # bytes that a byte can stand for: a block of 4 bytes holds 128 KiB at most
 
@@ -218,16 +216,19 @@ def _is_in_proportion(text: bytes) -> bool:
 
     A value takes up to 100 bytes in memory, however few it has here.
     """
-    if text.count(b'"') > len(text) // _JSON_QUOTE:
-        return False
-    marks = _JSON_TEXT.sub(b"", text)
-    if sum(map(marks.count, (b",", b"[", b"{"))) > len(text) // _JSON_VALUE:
-        return False
-    depth = 0
-    for mark in _JSON_BRACKET.finditer(marks):
-        depth += 1 if mark[0] in b"[{" else -1
-        if depth > _JSON_DEPTH:
+    bare = text.replace(rb"\\", b"").replace(rb"\"", b"")  # every quote that is left begins or ends a text
+    marks = np.frombuffer(bare, np.uint8)
+    values = quotes = depth = 0
+    for first in range(0, marks.size, _JSON_WINDOW):
+        window = marks[first : first + _JSON_WINDOW]
+        ends = np.cumsum(window == ord('"')) + quotes
+        outside = window[ends % 2 == 0]
+        opens, closes = (np.isin(outside, np.frombuffer(pair, np.uint8)) for pair in (b"[{", b"]}"))
+        levels = np.cumsum(opens.astype(np.int64) - closes) + depth
+        values += int(np.count_nonzero(outside == ord(",")) + np.count_nonzero(opens))
+        if values > len(text) // _JSON_VALUE or int(levels.max(initial=0)) > _JSON_DEPTH:
             return False
+        quotes, depth = int(ends[-1]), int(levels[-1]) if levels.size else depth
     return True
 
 
