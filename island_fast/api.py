@@ -276,13 +276,17 @@ class Repository(RepositoryBase):
         """Delete snapshots from the catalog, in the order given.
 
         Nothing is deleted unless all references are found. All other snapshots stay complete. The next
-        `sweep` frees the space. With `dry_run` nothing is changed. ConflictError if another host owns the
-        volume; RefusedError if a snapshot or copy in progress is based on one of them.
+        `sweep` frees the space. With `dry_run` nothing is changed.
+
+        After a StoreRefusedError, the snapshot at which it ended was not deleted; after another StoreError
+        that is unknown. The same call can be repeated within a day: it reports what was deleted before, and
+        VOLUME@latest does not come to mean the next snapshot. ConflictError if another host owns the volume;
+        RefusedError if a snapshot or copy in progress is based on one of them.
         """
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete(self.find_all(references), dry_run)
+        return delete(self, references, dry_run)
 
     def keep(self, references: Sequence[str], *, release: bool = False) -> list[Marked]:
         """Mark snapshots that must not be deleted, or with `release` remove their marks.
@@ -328,7 +332,8 @@ class Repository(RepositoryBase):
 
         Objects younger than `grace` seconds, by the store's clock, stay (default: 24 hours in Swift, 0 in a
         directory). A shorter grace is safe only if nothing else uses the repository meanwhile. With `dry_run`
-        nothing is changed. A volume that cannot be swept is skipped: see `left_out`.
+        nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also holds an
+        error for a volume with packs that could not be rewritten for want of room.
         """
         from island_fast.operations.sweep import sweep
 
@@ -337,7 +342,9 @@ class Repository(RepositoryBase):
         for lineage in self.lineages():
             with self._skip_if_unusable():
                 if lineage.owned_here:
-                    answers.append(sweep(lineage, grace, dry_run, progress))
+                    swept, errors = sweep(lineage, grace, dry_run, progress)
+                    answers.append(swept)
+                    self.left_out += errors
         return answers
 
     def copy(

@@ -42,7 +42,7 @@ from island_fast.cinder.upkeep import Upkeep
 from island_fast.cinder.volumes import Volumes
 from island_fast.errors import NotFoundError, RefusedError
 from island_fast.files import make_folders
-from island_fast.qemu.programs import ProgramResult, error_text
+from island_fast.qemu.programs import ProgramResult, error_text, make_environment
 
 __all__ = ["IslandDriver"]
 
@@ -127,9 +127,8 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     ) -> ProgramResult:
         """Run a program the way Cinder does: with `root`, through rootwrap."""
         status = 0
-        environment = {**os.environ, "LC_ALL": "C", **(env or {})}
         try:
-            stdout, stderr = self._execute(*command, run_as_root=root, env_variables=environment)
+            stdout, stderr = self._execute(*command, run_as_root=root, env_variables=make_environment(env))
         except processutils.ProcessExecutionError as error:
             if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
                 raise OSError(error_text(error.stderr or str(error))) from error

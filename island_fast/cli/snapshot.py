@@ -189,7 +189,15 @@ def _format_taken(taken: SnapshotTaken) -> str:
                 if taken.attempt
                 else "",
             ),
-            ("read", size(taken.bytes_read)),
+            (
+                "read",
+                f"{size(taken.bytes_read)}"
+                + (
+                    f"; {count(taken.blocks_sampled, 'unchanged block')} compared"
+                    if taken.blocks_sampled
+                    else ""
+                ),
+            ),
             ("stored", f"{size(taken.bytes_stored)}; {count(taken.objects_written, 'object')} written"),
             ("time", duration(taken.seconds)),
         ]

@@ -33,6 +33,7 @@ __all__ = [
     "Limit",
     "Section",
     "SectionEntry",
+    "bounded_time",
     "integer",
     "json_bytes",
     "open_damaged",
@@ -235,6 +236,14 @@ def integer(value: object, top: int = 1 << 63) -> int:
     if type(value) is not int or not 0 <= value < top:
         raise ValueError(value)
     return value
+
+
+def bounded_time(value: object) -> int:
+    """Return `value`, a time from JSON in nanoseconds, at most the last one that fits into 63 bits.
+
+    A host whose clock was far in the future may have written a later one. Else ValueError, as `integer`.
+    """
+    return min(integer(value, 1 << 64), (1 << 63) - 1)
 
 
 def seal(

@@ -9,9 +9,9 @@ epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,18 +21,22 @@ from island_fast.errors import (
     ConflictError,
     DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreRefusedError,
     UnsupportedObjectError,
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
     KNOWN_WRITE_FEATURES,
     Event,
+    ObjectsSwept,
     OwnerChanged,
     Packs,
     Record,
+    SnapshotAdded,
     SnapshotRow,
     SnapshotsDeleted,
     State,
@@ -44,6 +48,7 @@ from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
+from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
@@ -53,6 +58,7 @@ __all__ = ["Lineage"]
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 _EPOCHS_BELIEVED = 16  # ends that are believed without being read
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +151,37 @@ class Lineage:
             self._settle()
             self.refresh()
             yield
+
+    def refresh_to_read(self) -> None:
+        """Refresh; first settle a record of unknown outcome, if that can be done now.
+
+        Reading needs no writing: if the store does not take the record within seconds, or local state cannot
+        be written, a warning says which change it is.
+        """
+        if not self.files.pending.all():
+            self.refresh()
+            return
+        try:
+            with self.files.lock(), self.store.hurry():
+                self._settle()
+        except (IslandError, OSError):
+            self.refresh()
+            self._warn_of_pending()
+        else:
+            self.refresh()
+
+    def _warn_of_pending(self) -> None:
+        """Log the changes that the catalog does not show, and that may be made yet."""
+        at = (self._position.epoch, self._position.number) if self._position else (0, -1)
+        for last, data in self.files.pending.all():
+            with contextlib.suppress(DamagedObjectError):
+                record, _ = decode_record(f"{self.name}/catalog/{last}", data, SnapshotNumbers())
+                if record.epoch == at[0] and record.number > at[1]:
+                    _LOG.warning(
+                        "volume %s: the outcome of %s is unknown; it is not shown, and may be done by the "
+                        "next command of this host that can write to %s",
+                        self.name, _describe(record.event), self.store.location,
+                    )  # fmt: skip
 
     # Names of objects.
 
@@ -401,7 +438,7 @@ class Lineage:
             writer=self.writer,
             host=at.host,
             previous=at.checksum,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=at.seed,
             event=event,
             state=checkpoint,
@@ -446,9 +483,12 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
-                with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                with (
+                    contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
+                    self.store.use_reserve(),
+                ):
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
@@ -464,7 +504,7 @@ class Lineage:
             writer=self.writer,
             host=os.uname().nodename,
             previous=previous,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=seed,
             event=OwnerChanged(),
             state=state,
@@ -475,8 +515,10 @@ class Lineage:
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
-        self.files.pending.add(name.rpartition("/")[2], data)
-        self._send(name, data)
+        frees = isinstance(record.event, ObjectsSwept) or (record.epoch > 0 and record.number == 0)
+        with self.store.use_reserve() if frees else contextlib.nullcontext():
+            self.files.pending.add(name.rpartition("/")[2], data)
+            self._send(name, data, sent_before=False)
         if self.store.head(stop_name(self.name, record.epoch)):
             self.files.pending.remove(name.rpartition("/")[2])
             self._position = None
@@ -488,8 +530,12 @@ class Lineage:
         self.files.cache.write(name, data)
         self.files.pending.remove(name.rpartition("/")[2])
 
-    def _send(self, name: str, data: bytes) -> None:
-        """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+    def _send(self, name: str, data: bytes, *, sent_before: bool) -> None:
+        """PUT a record and read it back; ConflictError if the name holds another writer's bytes.
+
+        A record that the store refuses for certain is forgotten, unless it may have been `sent_before`: what
+        was refused now can have been stored then.
+        """
 
         def check(found: Buffer) -> bool:
             if found == data:
@@ -498,7 +544,7 @@ class Lineage:
             return False
 
         try:
-            self.store.put(name, [data])
+            self._put(name, data, sent_before)
             same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
@@ -514,6 +560,18 @@ class Lineage:
                 f"again, and see 'island list --volume {self.name}'"
             )
 
+    def _put(self, name: str, data: bytes, sent_before: bool) -> None:
+        """PUT a record; see `_send`."""
+        try:
+            self.store.put(name, [data])
+        except ConflictError:
+            raise
+        except IslandError as error:
+            unknown = isinstance(error, StoreError) and not isinstance(error, StoreRefusedError)
+            if not unknown and not sent_before:
+                self.files.pending.withdraw(name.rpartition("/")[2])
+            raise
+
     def _settle(self) -> None:
         """Send records of unknown outcome again, the same bytes under the same names."""
         for last, data in self.files.pending.all():
@@ -523,9 +581,24 @@ class Lineage:
             except DamagedObjectError:  # cut short before it was ever sent
                 self.files.pending.remove(last)
                 continue
-            with contextlib.suppress(ConflictError):
-                self._send(name, data)
+            with (
+                contextlib.suppress(ConflictError),
+                self.store.use_reserve(),
+            ):  # without it nothing can follow
+                self._send(name, data, sent_before=True)
             self.files.pending.remove(last)
+
+
+def _describe(event: Event) -> str:
+    """Return what a record does, in words."""
+    match event:
+        case SnapshotAdded():
+            return f"snapshot {event.snapshot.id}"
+        case SnapshotsDeleted():
+            return f"the delete of snapshot {' '.join(event.deleted)}"
+        case OwnerChanged():
+            return "an adoption"
+    return "a sweep"
 
 
 def _parse_name(name: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/sweep         held while the lineage is swept
     <repository id>/<lineage>/image         the image that the lineage belongs to
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
+    <repository id>/<lineage>/deleting/<id> a snapshot that a delete took out and has not reported yet
     <repository id>/<lineage>/running/<id>  a snapshot in progress, locked by its process
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
@@ -26,6 +27,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from island_fast.arrays import Buffer
@@ -42,10 +44,13 @@ __all__ = [
     "Registration",
     "Registrations",
     "SentPack",
+    "StartedDelete",
+    "StartedDeletes",
     "default_root",
 ]
 
 _LEFTOVER_AGE = 86400.0  # seconds; nothing here takes this long to write
+_RETRIED_WITHIN = 86400.0  # seconds; a delete that comes later is not meant to repeat one that failed
 _LOG = logging.getLogger(__name__)
 
 
@@ -98,13 +103,15 @@ class LocalState:
         """Return the files kept for `lineage` of the repository with id `repository`."""
         return LineageFiles(self.root / repository / lineage)
 
+    def lineage_names(self, repository: str) -> list[str]:
+        """Return the lineages of `repository` that this host keeps files for."""
+        folder = self.root / repository
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+
     def lineage_of(self, repository: str, image: Path) -> str | None:
         """Return the lineage of `repository` that `image` belongs to, if this host remembers exactly one."""
-        folder = self.root / repository
-        if not folder.is_dir():
-            return None
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        mine = [n for n in names if LineageFiles(folder / n).image() == str(image)]
+        names = self.lineage_names(repository)
+        mine = [n for n in names if self.lineage(repository, n).image() == str(image)]
         return mine[0] if len(mine) == 1 else None
 
 
@@ -155,6 +162,7 @@ class LineageFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pending = PendingRecords(folder / "pending")
+        self.started_deletes = StartedDeletes(folder / "deleting")
         self.cache = ObjectCache(folder / "cache")
         self.notes = Notes(folder / "cache")
         self.registrations = Registrations(folder / "running", self.notes)
@@ -162,7 +170,7 @@ class LineageFiles:
     def make(self) -> None:
         """Make the folders, private to their owner, also what an earlier version left open."""
         with _explain_errors(self.folder):
-            for name in ("pending", "running", "cache"):
+            for name in ("pending", "deleting", "running", "cache"):
                 make_folders(self.folder / name)
             for folder in (self.folder.parent, self.folder):
                 if folder.stat().st_mode & 0o077:
@@ -274,6 +282,56 @@ class PendingRecords:
         """Forget a record whose outcome is known."""
         with contextlib.suppress(FileNotFoundError):
             (self._folder / name).unlink()
+
+    def withdraw(self, name: str) -> None:
+        """Forget a record that was refused. On disk, too: nobody may send it after the host has crashed."""
+        with _explain_errors(self._folder.parent):
+            self.remove(name)
+            sync_folder(self._folder)
+
+
+@dataclass(frozen=True, slots=True)
+class StartedDelete:
+    """A snapshot that a delete is about to take out of the catalog, and the figures that it reports (bytes).
+
+    `newest`: it was the newest of its volume then, so VOLUME@latest meant it.
+    """
+
+    snapshot: str
+    newest: bool
+    unreferenced: int
+    freed: int
+
+
+class StartedDeletes:
+    """Deletes that no command has reported as done: where the outcome was unknown, or one after it failed.
+
+    Whoever runs such a command again means the same snapshots. One that is lost, or older than a day, is no
+    more than a delete that is not recognized.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> list[StartedDelete]:
+        """Return those of the last day, in their order."""
+        found = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else []:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                at = path.stat().st_mtime
+                if not path.name.startswith(".") and time.time() - at < _RETRIED_WITHIN:
+                    found.append((at, StartedDelete(**json.loads(path.read_bytes()))))
+        return [started for _, started in sorted(found, key=itemgetter(0))]
+
+    def add(self, started: StartedDelete) -> None:
+        """Keep `started` on disk, before its record is sent."""
+        with _explain_errors(self._folder.parent):
+            _write_durably(self._folder / started.snapshot, json.dumps(asdict(started)).encode())
+
+    def remove(self, snapshot: str) -> None:
+        """Forget a delete: its command reports it, or it was refused."""
+        with contextlib.suppress(OSError):
+            (self._folder / snapshot).unlink()
 
 
 class Registrations:

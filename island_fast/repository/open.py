@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from island_fast.errors import (
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.repository.clock import read_clock
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -38,7 +38,7 @@ from island_fast.stores.open import open_store
 if TYPE_CHECKING:
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["FoundSnapshot", "RepositoryBase"]
+__all__ = ["FoundSnapshot", "Reference", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
@@ -173,7 +173,7 @@ class RepositoryBase:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": read_clock(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
@@ -213,7 +213,7 @@ class RepositoryBase:
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
-                self._refresh(lineage)
+                lineage.refresh_to_read()
             except (DamagedError, RefusedError) as error:
                 yield lineage, error
             else:
@@ -222,7 +222,7 @@ class RepositoryBase:
     def refreshed_lineage(self, name: str) -> Lineage:
         """Return the lineage `name`, refreshed; it need not exist."""
         lineage = self.lineage(name)
-        self._refresh(lineage)
+        lineage.refresh_to_read()
         return lineage
 
     def existing_lineage(self, volume: str) -> Lineage:
@@ -233,13 +233,6 @@ class RepositoryBase:
                 f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
             )
         return lineage
-
-    def _refresh(self, lineage: Lineage) -> None:
-        """Read the catalog; first settle a record of this host whose outcome is unknown."""
-        if lineage.files.pending.all():
-            with lineage.hold_lock():
-                return
-        lineage.refresh()
 
     def find(self, reference: str) -> FoundSnapshot:
         """Return the snapshot that `reference` names.
@@ -255,8 +248,8 @@ class RepositoryBase:
         The catalog of a volume is read once, however many references name it, and volumes are listed once.
         Snapshots of one volume share its lineage.
         """
-        asked = [_Reference.parse(text) for text in references]
-        found: dict[_Reference, list[FoundSnapshot]] = {one: [] for one in asked}
+        asked = [Reference.parse(text) for text in references]
+        found: dict[Reference, list[FoundSnapshot]] = {one: [] for one in asked}
         self.left_out = []
         volumes = dict.fromkeys(one.volume for one in asked if one.volume)
         named = {name: self.existing_lineage(name) for name in volumes}
@@ -273,7 +266,7 @@ class RepositoryBase:
         return [self._require_one(one, found[one], listed) for one in asked]
 
     def _require_one(
-        self, reference: _Reference, found: list[FoundSnapshot], listed: set[str]
+        self, reference: Reference, found: list[FoundSnapshot], listed: set[str]
     ) -> FoundSnapshot:
         """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
         text, wanted = reference.text, reference.wanted
@@ -300,7 +293,7 @@ _SHOWN = 3  # of several snapshots that a label could mean, the newest
 
 
 @dataclass(frozen=True, slots=True)
-class _Reference:
+class Reference:
     """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
 
     text: str
@@ -309,7 +302,7 @@ class _Reference:
     wanted: str  # an id, the beginning of one, "latest", or "label:" and a label
 
     @classmethod
-    def parse(cls, text: str) -> _Reference:
+    def parse(cls, text: str) -> Reference:
         """Parse a reference; UsageError for an empty one."""
         volume, at, wanted = text.rpartition("@")
         if text.startswith(_LABEL):

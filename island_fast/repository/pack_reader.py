@@ -198,6 +198,15 @@ class PackReader:
         """Return the index of the pack with this key."""
         return self.with_current_location(key, self.read_index_at)
 
+    def cached_index(self, key: int) -> Index | None:
+        """Return the index of the pack with this key if it is on this host; this makes no request."""
+        with contextlib.suppress(*UNREADABLE):
+            name = self.locate(key).name
+            with self._lock:
+                known = self._indexes.get(name)
+            return known or self._read_cached_index(name)
+        return None
+
     def read_index_at(self, location: PackLocation) -> Index:
         """Return the index of the pack at `location`, which the catalog need not name.
 

@@ -23,7 +23,7 @@ from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.files import make_folders
-from island_fast.qemu.programs import TIMEOUT, RunProgram
+from island_fast.qemu.programs import TIMEOUT, ProgramResult, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
@@ -116,6 +116,12 @@ class Exports:
         if not daemon.is_running():
             raise NotFoundError(f"volume {volume} is not served here; attach it first")
         return daemon
+
+    def run_as_root(self, volume: str, verb: str, *words: str) -> ProgramResult:
+        """Run a command of root's on a volume's device; only the self-test's volume has such commands."""
+        backing = self._daemon_of(volume).backing()
+        program = self._devices_for(backing).program
+        return self._execute([program, verb, str(backing), *words], root=True)
 
     def grow(self, volume: str, size: int) -> None:
         """Enlarge a volume that is served to `size` bytes, and its device with it. It never shrinks."""
@@ -244,8 +250,8 @@ class Exports:
     def _remove_leftovers(self, daemon: Daemon) -> None:
         """Remove what a dead daemon left. Whoever has its device open keeps it, and gets errors."""
         self._link_path(daemon.volume).unlink(missing_ok=True)
-        for device in self._loops.find(daemon.disk):
-            self._loops.abandon(device)
+        if self._loops.find(daemon.disk):
+            self._loops.abandon(daemon.disk)
         unmount_dead(daemon.disk, self._execute)
         self._nbds.abandon(daemon.backing())
         daemon.forget_export()
