@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
+from island_fast.errors import ConflictError, DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.images.backing import Backing
 from island_fast.images.open import open_source
 from island_fast.images.pins import pinned_snapshot
@@ -120,6 +120,7 @@ class Repository(RepositoryBase):
             if at is not None:
                 source.find_named(at)  # before anything is made
             lineage = lineage_for_image(self, source, volume)
+            self.remember()
             facts = dict(properties or {})
             request = SnapshotRequest(self.id, label, pin, at, full, compress, facts)
             if has_known_damage(lineage):
@@ -306,7 +307,8 @@ class Repository(RepositoryBase):
 
         The rules apply to each volume separately. With `dry_run` nothing is changed. A snapshot that could
         not be deleted counts as kept, and `left_out` holds the reason; so it does for a volume that cannot be
-        read. UsageError if `keep` has no rules; ConflictError if another host owns `volume`.
+        read. UsageError if `keep` has no rules; ConflictError if another host owns `volume`, or other hosts
+        own all volumes.
         """
         from island_fast.operations.retain import retain
 
@@ -321,6 +323,7 @@ class Repository(RepositoryBase):
                 retained, errors = retain(lineage, keep, dry_run, progress)
                 answers.append(retained)
                 self.left_out += errors
+        self._refuse_if_all_are_others(others, bool(answers))
         if others:
             _LOG.warning("skipped, because another host owns them: %s", ", ".join(others))
         return answers
@@ -333,19 +336,31 @@ class Repository(RepositoryBase):
         Objects younger than `grace` seconds, by the store's clock, stay (default: 24 hours in Swift, 0 in a
         directory). A shorter grace is safe only if nothing else uses the repository meanwhile. With `dry_run`
         nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also holds an
-        error for a volume with packs that could not be rewritten for want of room.
+        error for a volume with packs that could not be rewritten for want of room. ConflictError if other
+        hosts own all volumes.
         """
         from island_fast.operations.sweep import sweep
 
         grace = self.store.grace if grace is None else grace
-        answers = []
+        answers, others = [], []
         for lineage in self.lineages():
+            if not lineage.owned_here:
+                others.append(lineage.name)
+                continue
             with self._skip_if_unusable():
-                if lineage.owned_here:
-                    swept, errors = sweep(lineage, grace, dry_run, progress)
-                    answers.append(swept)
-                    self.left_out += errors
+                swept, errors = sweep(lineage, grace, dry_run, progress)
+                answers.append(swept)
+                self.left_out += errors
+        self._refuse_if_all_are_others(others, bool(answers))
         return answers
+
+    def _refuse_if_all_are_others(self, others: Sequence[str], worked: bool) -> None:
+        """Raise ConflictError if other hosts own all volumes: a timer may run on the wrong host."""
+        if others and not worked and not self.left_out:
+            raise ConflictError(
+                f"nothing was done in {self.store.location}, because other hosts or users own its volumes "
+                f"({', '.join(others)}); run it where they are owned, or if that is gone, 'island adopt' them"
+            )
 
     def copy(
         self,
@@ -378,6 +393,7 @@ class Repository(RepositoryBase):
         answers: list[Copied] = []
         for lineage, wanted in (one for one in chosen.values() if one[1]):
             self._refuse_same(to)
+            to.remember()
             with self._skip_if_unusable(every):
                 copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
                 answers += copied
@@ -467,6 +483,7 @@ class Repository(RepositoryBase):
         with lineage.hold_lock():
             lineage.adopt()
             lineage.files.set_image(None)
+            self.remember()
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
 
     @contextmanager

@@ -134,7 +134,9 @@ def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -
         gone=gone.rows(ages.mask(lineage.pack_names(gone))),
         repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
         manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
-        garbage=tuple(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
+        garbage=tuple(
+            sorted(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up), key=lambda one: one.name)
+        ),
     )
 
 

@@ -49,16 +49,16 @@ from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
 from island_fast.repository.clock import read_clock
-from island_fast.repository.local_state import LocalState
+from island_fast.repository.local_state import LocalState, StandingOn
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Lineage"]
 
 
+_LOG = logging.getLogger(__name__)
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 _EPOCHS_BELIEVED = 16  # ends that are believed without being read
-_LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +117,13 @@ class Lineage:
         return self._at.host
 
     @property
+    def owner_described(self) -> str:
+        """The owner, which is not this host, for messages."""
+        if self.owner_hostname != os.uname().nodename:
+            return f"host {self.owner_hostname}"
+        return f"host {self.owner_hostname} (another user, or another ISLAND_STATE)"
+
+    @property
     def epoch(self) -> int:
         """How often the lineage was adopted."""
         return self._at.epoch
@@ -150,6 +157,7 @@ class Lineage:
         with self.files.lock():
             self._settle()
             self.refresh()
+            self._check_local_state()
             yield
 
     def refresh_to_read(self) -> None:
@@ -418,6 +426,11 @@ class Lineage:
 
         `seed` is given if the lineage is to hold copies: that of the lineage in the other repository.
         """
+        if self.files.newest_record() is not None:
+            raise DamagedObjectError(
+                f"volume {self.name} is gone from {self.store.location}, where this host stored snapshots of "
+                "it; put the repository back as it was, or use another --volume"
+            )
         self.files.make()
         self._position = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
@@ -458,12 +471,9 @@ class Lineage:
             )
         self._require_known_features()
         if not self.owned_here:
-            who = f"host {self.owner_hostname}"
-            if self.owner_hostname == os.uname().nodename:
-                who += " (another user, or another ISLAND_STATE)"
             raise ConflictError(
-                f"volume {self.name} belongs to {who}; if that host is gone, or its local state is lost, run "
-                f"'island adopt {self.name}' here, otherwise use another --volume"
+                f"volume {self.name} belongs to {self.owner_described}; if that is gone, or its state is "
+                f"lost, run 'island adopt {self.name}' here, otherwise use another --volume"
             )
 
     def _require_known_features(self) -> None:
@@ -472,6 +482,34 @@ class Lineage:
             raise UnsupportedObjectError(
                 f"volume {self.name} is written by a newer island; this version can only read it"
             )
+
+    def _check_local_state(self) -> None:
+        """Find out whether somebody else wrote here with this host's writer id. Under the lock, refreshed.
+
+        Local state remembers the newest record that it appended itself. If the catalog goes on after that,
+        local state is older than what this host did: it was put back from a copy. What it holds as being in
+        progress is over then, and the ids of that can be used up. Or another host has a copy of local state:
+        then this one takes a new writer id, and owns the volume no more.
+        """
+        at, known = self._position, self.files.newest_record()
+        if at is None or not self.owned_here:
+            return
+        here = StandingOn(at.epoch, at.number, at.checksum)
+        if known is not None and here != known and (at.epoch, at.number) >= (known.epoch, known.number):
+            if not self._local_state.made_by_this_host:
+                _LOG.warning(
+                    "another host writes volume %s as this one, from a copy of local state; this host gets "
+                    "an identity of its own, and owns no volume until 'island adopt' gives it one", self.name,
+                )  # fmt: skip
+                self._local_state.renew_writer()
+                return
+            _LOG.warning(
+                "local state is older than what this host stored of volume %s, as it is after it was put "
+                "back from a copy; what was in progress then is forgotten", self.name,
+            )  # fmt: skip
+            self.files.forget_progress()
+        if known is None or (at.epoch, at.number) >= (known.epoch, known.number):
+            self.files.set_newest_record(here)
 
     def adopt(self) -> None:
         """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
@@ -526,8 +564,10 @@ class Lineage:
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
-        self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
+        applied, checksum = decode_record(name, data, self.numbers)
+        self._apply(record.epoch, record.number, applied, checksum)
         self.files.cache.write(name, data)
+        self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
         self.files.pending.remove(name.rpartition("/")[2])
 
     def _send(self, name: str, data: bytes, *, sent_before: bool) -> None:
@@ -577,7 +617,7 @@ class Lineage:
         for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
-                decode_record(name, data, SnapshotNumbers())
+                record, checksum = decode_record(name, data, SnapshotNumbers())
             except DamagedObjectError:  # cut short before it was ever sent
                 self.files.pending.remove(last)
                 continue
@@ -586,6 +626,7 @@ class Lineage:
                 self.store.use_reserve(),
             ):  # without it nothing can follow
                 self._send(name, data, sent_before=True)
+                self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
             self.files.pending.remove(last)
 
 

@@ -61,7 +61,9 @@ class RepositoryBase:
     the last verb on all of them skipped; it is empty if none was skipped.
     """
 
-    def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
+    def __init__(
+        self, store: Store, state: LocalState, *, create: bool = False, create_anew: bool = False
+    ) -> None:
         self.store = store
         self.state = state
         self.left_out: list[IslandError] = []
@@ -71,6 +73,8 @@ class RepositoryBase:
                 f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
                 "nothing is read; put it back from a copy of the repository, and only that object"
             )
+        if create and not create_anew:
+            self._refuse_other_repository()
         if self._id is None and not create:
             raise NotFoundError(
                 f"{store.location} is not an island repository; check the path, or take a first snapshot "
@@ -82,6 +86,25 @@ class RepositoryBase:
                 f"such as {store.location}/PREFIX"
             )
 
+    def _refuse_other_repository(self) -> None:
+        """Raise RefusedError if this host knows a repository at this place, and it is not this one."""
+        location, known = self.store.location, self.state.repositories.at(self.store.place)
+        if not known or self._id in known:
+            return
+        if self._id is None:
+            raise RefusedError(
+                f"there is no repository in {location}, where this host has stored snapshots before; mount "
+                "its disk or put it back, or give --create to begin another one there"
+            )
+        raise RefusedError(
+            f"{location} holds another repository than the one in which this host has stored snapshots "
+            "before; mount the right disk, or give --create to use this one, too"
+        )
+
+    def remember(self) -> None:
+        """Remember in local state that this repository is at its place."""
+        self.state.remember_repository(self.id, self.store.place)
+
     @classmethod
     def open(
         cls,
@@ -89,6 +112,7 @@ class RepositoryBase:
         *,
         state: LocalState | str | os.PathLike[str] | None = None,
         create: bool = False,
+        create_anew: bool = False,
         shared: bool = False,
         variables: str = "",
         workers: int | None = None,
@@ -97,14 +121,16 @@ class RepositoryBase:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
         With `create`, a repository that does not exist yet is made by the first snapshot, or the first copy
-        to it: in a new or empty directory, or at an empty prefix of a container. If that is a directory,
-        `shared` lets its group read it. `state` is the folder of this host's local state (default: that of
-        the command, see ISLAND_STATE). The credentials for Swift are in the usual environment variables
-        (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At most `workers` threads
-        work on blocks at a time (default: automatic). No configuration file is read. `meters` is internal:
-        the command limits its rates with it.
+        to it: in a new or empty directory, or at an empty prefix of a container. That is refused where this
+        host has used another repository before, whose disk may not be mounted, unless `create_anew` is given,
+        too. If it is a directory, `shared` lets its group read it. `state` is the folder of this host's local
+        state (default: that of the command, see ISLAND_STATE). The credentials for Swift are in the usual
+        environment variables (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At
+        most `workers` threads work on blocks at a time (default: automatic). No configuration file is read.
+        `meters` is internal: the command limits its rates with it.
 
-        NotFoundError if there is no repository, or no container; UsageError if `url` is not valid; StoreError
+        NotFoundError if there is no repository, or no container; RefusedError if it is not the one that this
+        host has used at that place; UsageError if `url` is not valid; StoreError
         if the store cannot be reached, or rejects the credentials; DamagedError if the object `repository` is
         missing or damaged; UnsupportedObjectError if a newer version made it.
         """
@@ -118,7 +144,7 @@ class RepositoryBase:
         try:
             if not isinstance(state, LocalState):
                 state = LocalState(Path(state) if state is not None else None)
-            return cls(store, state, create=create)
+            return cls(store, state, create=create, create_anew=create_anew)
         except BaseException:
             store.close()
             raise

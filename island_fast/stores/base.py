@@ -120,6 +120,14 @@ class Store(ABC):
     location: str
     """What the user calls this store, for messages. It contains no secret."""
 
+    @property
+    def place(self) -> str:
+        """Where the store is, in full and the same from everywhere, for local state. It contains no secret.
+
+        A store has one place as long as nothing is mounted elsewhere, and no other store has that one.
+        """
+        return self.location
+
     grace: float
     """The least age, in seconds, at which an unreferenced object can be treated as garbage."""
 
@@ -181,7 +189,10 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Iterate over objects below `prefix` ('' or 'a/b/') in the order of names; late or incomplete."""
+        """Iterate over objects below `prefix` ('' or 'a/b/') in any order; late or incomplete.
+
+        They are listed as they are asked for: memory does not grow with their number.
+        """
 
     @abstractmethod
     def folders(self, prefix: str) -> Iterator[str]:

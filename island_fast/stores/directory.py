@@ -109,6 +109,11 @@ class DirectoryStore(Store):
             os.chmod(self._root, 0o2750)
         self._shared = True
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return os.path.realpath(self._root)
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
         path = self._path(name)
@@ -234,7 +239,7 @@ class DirectoryStore(Store):
     def _clean_scratch(self) -> None:
         """Remove temporary files that dead processes left."""
         oldest = time.time() - _LEFTOVER_AGE
-        for entry in self._scan_folder(_SCRATCH):
+        for entry in list(self._scan_folder(_SCRATCH)):
             with contextlib.suppress(FileNotFoundError):
                 if entry.stat(follow_symlinks=False).st_mtime < oldest:
                     os.unlink(entry.path)
@@ -318,17 +323,24 @@ class DirectoryStore(Store):
         entries = self._scan_folder(check_prefix(prefix))
         return (e.name for e in entries if is_name(e.name) and e.is_dir(follow_symlinks=False))
 
-    def _scan_folder(self, prefix: str) -> Sequence[os.DirEntry[str]]:
-        """Return a folder's entries, in the order of whole object names; none if it does not exist."""
+    def _scan_folder(self, prefix: str) -> Iterator[os.DirEntry[str]]:
+        """Yield a folder's entries, as the file system lists them; none if it does not exist."""
         try:
-            with os.scandir(os.path.join(self._root, prefix)) as entries:
-                found = [*entries]
+            entries = os.scandir(os.path.join(self._root, prefix))
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()
-            return []
+            return
         except OSError as error:
             self._raise_translated(error)
-        return sorted(found, key=lambda e: e.name + "/" * e.is_dir(follow_symlinks=False))
+        with entries:
+            while True:
+                try:
+                    entry = next(entries, None)
+                except OSError as error:
+                    self._raise_translated(error)
+                if entry is None:
+                    return
+                yield entry
 
     def delete(self, name: str) -> None:
         """See Store.delete. Folders that become empty are removed."""

@@ -88,6 +88,11 @@ class RateLimitedStore(Store):
         self.downloads = store.downloads
         self.readers = store.readers
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return self._store.place
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
         self._up.wait(sum(view.nbytes for view in flat_views(parts)))

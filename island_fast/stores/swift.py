@@ -109,6 +109,11 @@ class SwiftStore(Store):
         """See Store.hurry."""
         return self._pool.hurry()
 
+    @property
+    def place(self) -> str:
+        """See Store.place. Other accounts, and other clouds, can have a container of the same name."""
+        return f"{self._pool.account_url()}/{self._container}/{self._prefix}".rstrip("/")
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()

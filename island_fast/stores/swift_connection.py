@@ -135,6 +135,10 @@ class SwiftConnectionPool:
         finally:
             self.policy = usual
 
+    def account_url(self) -> str:
+        """Return the address of the account, which the sign-in gave."""
+        return self._auth.get_token().url
+
     def close(self) -> None:
         """Close the idle connections."""
         with self._lock:

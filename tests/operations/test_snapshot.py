@@ -186,6 +186,7 @@ def test_a_restored_volume_goes_on_incrementally(repository: Repository, image: 
     repository.restore(first.snapshot, back)
     qemu.check(back)
     qemu.io(back, qemu.write(MIB, 65536, 5))
+    image.unlink()
     branch = repository.snapshot(back)
     assert (branch.volume, branch.parent, branch.rule) == ("vol", first.snapshot, "table-diff")
     assert branch.blocks_candidate == 1

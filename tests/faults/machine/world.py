@@ -28,6 +28,7 @@ from island_fast.api import Repository
 from island_fast.errors import DamagedError, IslandError, StoreError, StoreRefusedError
 from island_fast.images import open as source_module
 from island_fast.repository import local_state, pack_reader, pack_writer, workers
+from island_fast.repository.identity import Identity, Machine
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores import retry, swift_connection
@@ -174,6 +175,9 @@ class World:
         replaced(os, "urandom", draw.randbytes)
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
         replaced(local_state, "fcntl", SimpleNamespace(flock=_flock, **locks))
+        # Hosts are folders, and a crash puts one in the place of another.
+        replaced(Identity, "_machine", lambda identity: Machine(*[identity._root.name] * 3))
+        replaced(Identity, "_place", lambda identity: (1, 1))
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
         clock.time_ns = lambda: int(self.account.now * 1e9)
