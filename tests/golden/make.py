@@ -108,11 +108,14 @@ def on_the_first_host(repository: Repository, folder: Path) -> tuple[Lineage, Vo
     second = lineage.take(repository, volume, first, label="second: zeros and a discard")
 
     repository.restore(f"vol-1@{second}", folder / "branch.qcow2")
+    away = volume.path.rename(folder / "away.qcow2")  # a volume has one image at a time
     branch = Volume(folder / "branch.qcow2", bytes(volume.data))
     branch.text("branch", 10, 35, 46)
     branched = lineage.take(repository, branch, second, label="an abzweigung: ä branch ⑂")
     branch.text("branch, later", 11)
     lineage.take(repository, branch, branched)
+    branch.path.unlink()
+    away.rename(volume.path)
 
     volume.text("third", 7, 20, 21, 22)
     third = lineage.take(repository, volume, second, label="third")
