@@ -33,6 +33,7 @@ from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
     "CHECKPOINT_EVERY",
+    "MOST_SWEPT",
     "Event",
     "ObjectsSwept",
     "OwnerChanged",
@@ -48,6 +49,9 @@ __all__ = [
 
 
 CHECKPOINT_EVERY = 32
+MOST_SWEPT = 1024
+"""How many of the snapshots that sweeps removed a state remembers, the last ones."""
+
 _MAX_META = 64 << 20
 _MAX_ROWS = 1 << 28
 
@@ -227,13 +231,15 @@ class State:
 
     `live` is by snapshot id, in the order of their records; `dropped` are deleted snapshots whose manifests
     no sweep has removed yet; `dead` are the slot keys that no snapshot needs in packs that still exist,
-    int64[n, 2], sorted and disjoint.
+    int64[n, 2], sorted and disjoint. `swept` are the last MOST_SWEPT snapshots that sweeps removed, by id: a
+    copy of everything leaves them out. One that was copied here again is live all the same.
     """
 
     live: Mapping[str, SnapshotRow] = field(default_factory=dict)
     dropped: Mapping[str, SnapshotRow] = field(default_factory=dict)
     packs: Packs = field(default_factory=Packs)
     dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
+    swept: tuple[str, ...] = ()
 
     def after(self, event: Event) -> State:
         """Return the state after `event`; DamagedObjectError if it does not fit this one."""
@@ -266,19 +272,29 @@ class State:
                 live[child.id] = replace(child, parent=row.parent)
         return self._update_packs(event.packs, event.dead, live=live, dropped=dropped)
 
-    def _update_packs(self, packs: Packs, dead: Int64s, **changes: Mapping[str, SnapshotRow]) -> State:
+    def _update_packs(
+        self,
+        packs: Packs,
+        dead: Int64s,
+        live: Mapping[str, SnapshotRow] | None = None,
+        dropped: Mapping[str, SnapshotRow] | None = None,
+    ) -> State:
         """Return the state with `packs` added or replaced, and more dead slots."""
         return replace(
             self,
             packs=self.packs.update(packs) if len(packs) else self.packs,
             dead=merge_intervals(np.concatenate([self.dead, dead])),
-            **changes,
+            live=self.live if live is None else live,
+            dropped=self.dropped if dropped is None else dropped,
         )
 
     def _sweep(self, event: ObjectsSwept) -> State:
         """Return the state without the manifests and packs that were swept away, and their dead slots."""
         dropped = {snapshot: row for snapshot, row in self.dropped.items() if snapshot not in event.swept}
         state = self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)
+        if event.swept:
+            before = tuple(snapshot for snapshot in self.swept if snapshot not in event.swept)
+            state = replace(state, swept=(before + event.swept)[-MOST_SWEPT:])
         gone = event.gone
         if not gone.size:
             return state
@@ -358,6 +374,8 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
             "live": [row.as_json() for row in record.state.live.values()],
             "dropped": [row.as_json() for row in record.state.dropped.values()],
         }
+        if record.state.swept:
+            meta["checkpoint"]["swept"] = record.state.swept
         tables += [
             (_STATE_PACKS, _pack_columns(record.state.packs)),
             (_STATE_DEAD, _slot_columns(record.state.dead)),
@@ -428,6 +446,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
                 dropped=_rows(meta["checkpoint"]["dropped"]),
                 packs=_sorted_packs(table(_STATE_PACKS, 6)),
                 dead=merge_intervals(_slot_keys(*table(_STATE_DEAD, 3))),
+                swept=_ids(meta["checkpoint"].get("swept", [])),
             )
         record = _record(meta, event, state, frame.write_features)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -476,6 +495,13 @@ def _record(meta: Mapping[str, Any], event: Event, state: State | None, write_fe
 
 def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
     return {row.id: row for row in map(SnapshotRow.from_json, values)}
+
+
+def _ids(values: list[str]) -> tuple[str, ...]:
+    """Return snapshot ids from a list in JSON; ValueError or TypeError for anything else."""
+    if not all(SNAPSHOT_PATTERN.fullmatch(value) for value in values):
+        raise ValueError("swept")
+    return tuple(values)
 
 
 def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
