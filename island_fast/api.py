@@ -373,8 +373,9 @@ class Repository(RepositoryBase):
         """Copy snapshots to the repository `to`, opened with `create`: those named, or all (of `volume`).
 
         Copies keep their ids, and their parents as far as those are in `to`. What `to` holds already is not
-        sent again. This host must own the volumes in `to`. A snapshot that cannot be copied is skipped, and
-        if all volumes are meant, so is a volume: see `left_out`.
+        sent again. Of all snapshots, those stay away that were deleted in `to`, as retention does there; one
+        that is named is copied again. This host must own the volumes in `to`. A snapshot that cannot be
+        copied is skipped, and if all volumes are meant, so is a volume: see `left_out`.
 
         ConflictError if another host owns a volume in `to`; RefusedError if `to` is this repository, or holds
         a different volume of the same name.
@@ -395,7 +396,8 @@ class Repository(RepositoryBase):
             self._refuse_same(to)
             to.remember()
             with self._skip_if_unusable(every):
-                copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
+                named = wanted if references is not None else None
+                copied, errors = copy(lineage, to.lineage(lineage.name), named, progress)
                 answers += copied
                 self.left_out += errors
         return answers

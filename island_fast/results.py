@@ -185,6 +185,8 @@ class RestoredOnto(Answer):
 class Copied(Answer):
     """A snapshot that is now in the other repository, too: `copied` by this call, or there before.
 
+    Or, if all were to be copied, one that was `deleted` there and therefore stays away.
+
     `parent` is the snapshot there whose blocks it shares. `blocks_sent` were sent by this call, `blocks_kept`
     by an earlier attempt that was interrupted. `bytes_read` were read from the repository that it was copied
     from.
@@ -202,6 +204,7 @@ class Copied(Answer):
     bytes_stored: int
     objects_written: int
     seconds: float
+    deleted: bool = False
 
 
 @dataclass(frozen=True, slots=True)

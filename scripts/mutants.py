@@ -249,7 +249,7 @@ MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
         ("operations/copy.py", "if later is None and row.id not in state.dropped:", "if later is None:"),
     ],
     "what differs between two copies is not looked at": [
-        ("operations/copy.py", "np.concatenate([runs.differing(near_held), barred])", "barred"),
+        ("operations/copy.py", "[runs.differing(near_held), ", "["),
     ],
     "what a far parent has is believed without its digests": [
         (
@@ -267,6 +267,15 @@ MISTAKES_OF_COPIES: dict[str, list[Edit]] = {
     "copies stand by their times alone": [
         ("operations/copy.py", "        for one, place in zip(rows[first:], places[first:], strict=True):\n",
          "        for one, place in zip(rows, [None] * len(rows), strict=True):\n"),
+    ],
+    "what differs between the parent and the snapshot that both have is not looked at": [
+        ("operations/copy.py", "held.differing(far_held), barred]", "barred]"),
+    ],
+    "a copy of all brings back what was deleted there": [
+        ("operations/copy.py", "            if wanted is None:\n", "            if False:\n"),
+    ],
+    "a checkpoint forgets what sweeps removed": [
+        ("formats/catalog.py", "        if record.state.swept:\n", "        if False:\n"),
     ],
 }  # fmt: skip
 

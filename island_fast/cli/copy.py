@@ -49,6 +49,9 @@ def copy(
     had sent is not sent again. This host owns the copied volumes in that repository, which is created if
     WHERE is an empty or new directory, or an empty place in a container.
 
+    With --all or --volume, snapshots stay away that were deleted in the other repository, for example by
+    'island retain' there. Those that you name are copied again.
+
     If both are in Swift and need different credentials, set those for --to in the same variables with
     ISLAND_TO_ before their names, such as ISLAND_TO_OS_CLOUD or ISLAND_TO_ST_AUTH.
 
@@ -82,6 +85,11 @@ def _format_copied(copied: Sequence[Copied]) -> str:
         for one in copied
         if one.copied
     ]
-    if there := sum(not one.copied for one in copied):
+    if there := sum(not one.copied and not one.deleted for one in copied):
         lines.append(f"{count(there, 'snapshot')} {'was' if there == 1 else 'were'} there already.")
+    if gone := sum(one.deleted for one in copied):
+        was = "was" if gone == 1 else "were"
+        lines.append(
+            f"{count(gone, 'snapshot')} {was} deleted there, and not copied again; name one to copy it again."
+        )
     return "\n".join(lines)

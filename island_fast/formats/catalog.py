@@ -45,6 +45,7 @@ from island_fast.qcow2.snapshots import PinnedBase
 __all__ = [
     "CHECKPOINT_EVERY",
     "KNOWN_WRITE_FEATURES",
+    "MOST_SWEPT",
     "Event",
     "ObjectsSwept",
     "OwnerChanged",
@@ -63,6 +64,9 @@ __all__ = [
 CHECKPOINT_EVERY = 32
 _KEEPS = 1  # write feature: a live snapshot is marked to be kept, which an older writer would forget
 KNOWN_WRITE_FEATURES = _KEEPS
+MOST_SWEPT = 1024
+"""How many of the snapshots that sweeps removed a state remembers, the last ones."""
+
 _MAX_ROWS = 1 << 28
 # A table's rows are all different: no encoder stores hundreds of them in a byte. Ours stores 110 at most.
 _ROWS_FREE = 1 << 18  # whatever they are compressed to
@@ -260,13 +264,15 @@ class State:
 
     `live` is by snapshot id, in the order of their records; `dropped` are deleted snapshots whose manifests
     no sweep has removed yet; `dead` are the slot keys that no snapshot needs in packs that still exist,
-    int64[n, 2], sorted and disjoint.
+    int64[n, 2], sorted and disjoint. `swept` are the last MOST_SWEPT snapshots that sweeps removed, by id: a
+    copy of everything leaves them out. One that was copied here again is live all the same.
     """
 
     live: Mapping[str, SnapshotRow] = field(default_factory=dict)
     dropped: Mapping[str, SnapshotRow] = field(default_factory=dict)
     packs: Packs = field(default_factory=Packs)
     dead: Int64s = field(default_factory=lambda: NO_INTERVALS)
+    swept: tuple[str, ...] = ()
 
     def after(self, event: Event) -> State:
         """Return the state after `event`; DamagedObjectError if it does not fit this one."""
@@ -315,19 +321,29 @@ class State:
         """Bits that a writer must understand to append after a record that leads to this state."""
         return _KEEPS if any(row.keep for row in self.live.values()) else 0
 
-    def _update_packs(self, packs: Packs, dead: Int64s, **changes: Mapping[str, SnapshotRow]) -> State:
+    def _update_packs(
+        self,
+        packs: Packs,
+        dead: Int64s,
+        live: Mapping[str, SnapshotRow] | None = None,
+        dropped: Mapping[str, SnapshotRow] | None = None,
+    ) -> State:
         """Return the state with `packs` added or replaced, and more dead slots."""
         return replace(
             self,
             packs=self.packs.update(packs) if len(packs) else self.packs,
             dead=merge_intervals(np.concatenate([self.dead, dead])),
-            **changes,
+            live=self.live if live is None else live,
+            dropped=self.dropped if dropped is None else dropped,
         )
 
     def _sweep(self, event: ObjectsSwept) -> State:
         """Return the state without the manifests and packs that were swept away, and their dead slots."""
         dropped = {snapshot: row for snapshot, row in self.dropped.items() if snapshot not in event.swept}
         state = self._update_packs(event.packs, NO_INTERVALS, dropped=dropped)
+        if event.swept:
+            before = tuple(snapshot for snapshot in self.swept if snapshot not in event.swept)
+            state = replace(state, swept=(before + event.swept)[-MOST_SWEPT:])
         gone = event.gone
         if not gone.size:
             return state
@@ -409,6 +425,8 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
             "live": [row.as_json() for row in record.state.live.values()],
             "dropped": [row.as_json() for row in record.state.dropped.values()],
         }
+        if record.state.swept:
+            meta["checkpoint"]["swept"] = record.state.swept
         tables += [
             (_STATE_PACKS, _pack_columns(record.state.packs)),
             (_STATE_DEAD, _slot_columns(record.state.dead)),
@@ -491,6 +509,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
                 dropped=_rows(meta["checkpoint"]["dropped"]),
                 packs=_sorted_packs(table(_STATE_PACKS, 6)),
                 dead=merge_intervals(_slot_keys(*table(_STATE_DEAD, 3))),
+                swept=_ids(meta["checkpoint"].get("swept", [])),
             )
         record = _record(meta, event, state, frame.write_features)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -541,6 +560,13 @@ def _record(meta: Mapping[str, Any], event: Event, state: State | None, write_fe
 
 def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
     return {row.id: row for row in map(SnapshotRow.from_json, values)}
+
+
+def _ids(values: list[str]) -> tuple[str, ...]:
+    """Return snapshot ids from a list in JSON; ValueError or TypeError for anything else."""
+    if not all(SNAPSHOT_PATTERN.fullmatch(value) for value in values):
+        raise ValueError("swept")
+    return tuple(values)
 
 
 def _sorted_packs(table: list[Int64s]) -> Packs:

@@ -12,7 +12,7 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
@@ -20,17 +20,25 @@ import numpy as np
 
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, merge_intervals, subtract_intervals
-from island_fast.errors import ConflictError, DamagedError, IslandError, NotFoundError, RefusedError
+from island_fast.errors import (
+    UNREADABLE,
+    ConflictError,
+    DamagedError,
+    IslandError,
+    NotFoundError,
+    RefusedError,
+)
 from island_fast.formats.catalog import SnapshotAdded, SnapshotRow, State
 from island_fast.formats.keys import PACK_BITS
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.source import END
 from island_fast.progress import Progress
+from island_fast.repository.digests import KnownDigests
 from island_fast.repository.health import Health
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import ImageFile, Registration
-from island_fast.repository.pack_reader import PackReader
+from island_fast.repository.pack_reader import PackReader, group_by_pack
 from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted
 from island_fast.repository.streams import copy_blocks
 from island_fast.results import Copied, timestamp
@@ -43,14 +51,15 @@ _RECENT = 2  # snapshots whose runs are kept: the parent of a snapshot is often 
 
 
 def copy(
-    near: Lineage, far: Lineage, wanted: Collection[str], progress: Progress
+    near: Lineage, far: Lineage, wanted: Collection[str] | None, progress: Progress
 ) -> tuple[list[Copied], list[IslandError]]:
     """Copy live snapshots of `near`, which was refreshed, to `far`: parents first, otherwise in their order.
 
-    Snapshots that are in `far` already stay as they are. Return the copies, and the errors of snapshots that
-    could not be copied, because they are damaged or were deleted meanwhile. RefusedError, before anything is
-    sent, if `far` holds another volume or this host does not own it. Progress counts bytes of volumes, over
-    all of `wanted`.
+    `wanted` names them by id; None means all but those that the catalog of `far` says were deleted there.
+    Snapshots that are in `far` already stay as they are. Return an answer for each, and the errors of
+    snapshots that could not be copied, because they are damaged or were deleted meanwhile. RefusedError,
+    before anything is sent, if `far` holds another volume or this host does not own it. Progress counts bytes
+    of volumes, over all that are copied.
     """
     return _CopyRun(near, far, progress).run(wanted)
 
@@ -60,7 +69,8 @@ class _CopyPlan:
     """What is to be stored of a snapshot: `replaced` (int64[n, 2]) are the blocks that it does not inherit.
 
     `parent` are the far parent's runs, with pack keys. `compared` are those of them that a block is compared
-    with by its digest, so that it is not sent if it is equal. `data` are the near runs of the blocks to read.
+    with by its digest, so that it is not sent if it is equal. `data` are the near runs of the blocks to read
+    unless they are found equal.
     """
 
     parent: Runs
@@ -77,18 +87,25 @@ class _CopyRun:
         self._far = far
         self._progress = progress
         self._packs = PackReader(near)
+        self._far_packs = PackReader(far)
         self._order = {snapshot: place for place, snapshot in enumerate(near.state.live)}
         self._recent: OrderedDict[str, Runs] = OrderedDict()
         self._done = self._total = 0  # bytes
 
-    def run(self, wanted: Collection[str]) -> tuple[list[Copied], list[IslandError]]:
+    def run(self, wanted: Collection[str] | None) -> tuple[list[Copied], list[IslandError]]:
         """Copy the snapshots `wanted`; see `copy`."""
-        rows = [row for row in _sort_parents_first(self._near.state.live) if row.id in wanted]
+        every = _sort_parents_first(self._near.state.live)
+        rows = [row for row in every if wanted is None or row.id in wanted]
         with self._far.hold_lock():
             self._check_far()
-            answers = [_report_present(self._far, row) for row in rows if row.id in self._same()]
-            rows = [row for row in rows if row.id not in self._same()]
-            sizes = dict(self._estimate_sizes(rows, self._same()))
+            there, same = self._far.state, self._same()
+            answers = [_report_present(self._far, row) for row in rows if row.id in same]
+            rows = [row for row in rows if row.id not in same]
+            if wanted is None:
+                deleted = {*there.dropped, *there.swept}
+                answers += [_report_deleted(self._far, row) for row in rows if row.id in deleted]
+                rows = [row for row in rows if row.id not in deleted]
+            sizes = dict(self._estimate_sizes(rows, same))
         self._total = sum(sizes.values())
         errors: list[IslandError] = []
         for row in rows:
@@ -123,7 +140,7 @@ class _CopyRun:
         began, near, read = time.monotonic(), self._near, self._packs.fetched.bytes
         with ExitStack() as stack:
             stack.enter_context(near.deletion_explained(row, "copied"))
-            writer, registration = self._register(stack, row)
+            writer, registration = self._register(stack, row, self._choose_parent(row))
             if writer is None:
                 return _report_present(self._far, row)
             manifest = near.manifest(row)
@@ -153,10 +170,13 @@ class _CopyRun:
     def _report(self, phase: str, done: int, total: int) -> None:
         self._progress(phase, min(self._done + done, self._total), self._total)
 
-    def _register(self, stack: ExitStack, row: SnapshotRow) -> tuple[SnapshotWriter | None, Registration]:
-        """Create the far lineage if it is new, choose a parent, and register before the first object.
+    def _register(
+        self, stack: ExitStack, row: SnapshotRow, parent: str | None
+    ) -> tuple[SnapshotWriter | None, Registration]:
+        """Create the far lineage if it is new, and register before the first object.
 
-        The writer is None if the snapshot is there already.
+        Another parent is chosen if `parent` was deleted meanwhile. The writer is None if the snapshot is
+        there already.
         """
         near, far = self._near, self._far
         with far.hold_lock():
@@ -176,9 +196,8 @@ class _CopyRun:
                 far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
             # A copy of this id can have been here before and been deleted; names must be new nevertheless.
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
-            parent = self._find_relative(row, self._same())
-            if parent is None and (newest := far.state.newest()):
-                parent = newest.id
+            if parent not in far.state.live:
+                parent = self._choose_parent(row)
             registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
             if row.id in far.state.live:
                 return None, registration
@@ -206,7 +225,51 @@ class _CopyRun:
             )
         far.require_owner()
 
-    # What is stored.
+    # The parent.
+
+    def _choose_parent(self, row: SnapshotRow) -> str | None:
+        """Choose the far parent of `row`: the one that leaves the fewest blocks to send; None without any.
+
+        If the snapshot that `row` was compared with in the near lineage is there, it is that one. Else the
+        candidates are the closest snapshot that both lineages have, the one that `row` was compared with, if
+        only the far lineage still has it, and those between which `row` will stand. If the closest one is an
+        ancestor, those that the near lineage has, too, are none: so the far lineage gets the near tree.
+        """
+        near, far, same = self._near.state.live, self._far.state.live, self._same()
+        relative = self._find_relative(row, same)
+        base = self._near.manifest(row).parent
+        if relative is not None and relative == base:
+            return relative
+        rows = list(far.values())
+        after = self._find_next(row)
+        place = rows.index(after) if after else len(rows)
+        around = [one.id for one in rows[max(place - 1, 0) : place + 1]]
+        others = [
+            one
+            for one in [base, *around]
+            if one is not None and one in far and (one in same or one not in near)
+        ]
+        if relative is not None and relative in _iterate_ancestry(near, row):
+            others = [one for one in others if one not in near]
+        candidates = list(dict.fromkeys([relative, *others] if relative else others))
+        if len(candidates) <= 1:
+            return candidates[0] if candidates else None
+        return min(candidates, key=lambda parent: self._count_unsent(row, parent))
+
+    def _count_unsent(self, row: SnapshotRow, parent: str) -> int:
+        """Count the blocks to send of `row` if that is its far parent; END if either is found damaged."""
+        try:
+            plan = self._plan_copy(row, parent)
+        except (DamagedError, NotFoundError):
+            return END
+        there = KnownDigests(plan.compared, self._far_packs.read_index)
+        count = plan.data.blocks
+        for key, named in group_by_pack(plan.data.within(plan.compared.intervals())):
+            blocks, slots = named.expand()
+            with suppress(*UNREADABLE, IndexError):  # damage, which copying it reports
+                digests = self._packs.read_index(key).digests[slots]
+                count -= int(there.matches(blocks, digests).sum())
+        return count
 
     def _find_relative(self, row: SnapshotRow, present: Collection[str]) -> str | None:
         """Find which of the near snapshots that are `present` in the far lineage is closest to `row`.
@@ -222,6 +285,8 @@ class _CopyRun:
         after, before = ([p for p in places if p > mine], [p for p in places if p < mine])
         return places[min(after)] if after else places[max(before)] if before else None
 
+    # What is stored.
+
     def _runs(self, row: SnapshotRow) -> Runs:
         """Return the runs of a near snapshot, with pack keys."""
         runs = self._recent.pop(row.id, None)
@@ -235,27 +300,42 @@ class _CopyRun:
     def _plan_copy(self, row: SnapshotRow, parent: str | None) -> _CopyPlan:
         """Plan what is to be stored of `row`, given its far parent, if any.
 
-        If the near lineage has that parent, too, the two near manifests say what differs; otherwise all
-        blocks are compared by their digests. What an earlier, deleted copy of `row` left in packs is not
+        The near manifests of `row` and of a snapshot that both lineages have say what differs, and the far
+        manifests of that one and of the parent, if it is another one, what differs there; blocks that differ
+        neither here nor there are the parent's. The others are compared with the parent's by their digests.
+        Without such a snapshot all blocks are. What an earlier, deleted copy of `row` left in packs is not
         inherited: deletes rely on it that a snapshot shares packs of its own id only with its descendants.
         What the far lineage has lost is sent again.
         """
         near, far, runs = self._near, self._far, self._runs(row)
-        held = far.manifest(far.state.live[parent]).runs_by_key(far.numbers) if parent else Runs.empty()
+        held = self._far_runs(parent) if parent else Runs.empty()
         others = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
         barred = merge_intervals(np.concatenate([others, held.among(Health(far).lost()).intervals()]))
         usable = held.within(subtract_intervals(held.intervals(), barred))
-        theirs = near.state.live.get(parent or "") if parent in self._same() else None
-        if theirs is None:
+        same = self._same()
+        both = parent if parent in same else self._find_relative(row, same)
+        if parent is None or both is None:
             return _CopyPlan(usable, _WHOLE, usable, runs)
-        near_held = self._runs(theirs)
-        if not _same_blocks(near_held, held):
-            raise DamagedError(
-                f"snapshot {theirs.id} in {far.store.location} does not hold what it holds in "
-                f"{near.store.location}; delete it in {far.store.location} and copy it again"
-            )
-        replaced = merge_intervals(np.concatenate([runs.differing(near_held), barred]))
-        return _CopyPlan(usable, replaced, Runs.empty(), runs.within(replaced))
+        try:
+            near_held = self._runs(near.state.live[both])
+            far_held = held if both == parent else self._far_runs(both)
+            if not _same_blocks(near_held, far_held):
+                raise DamagedError(
+                    f"snapshot {both} in {far.store.location} does not hold what it holds in "
+                    f"{near.store.location}; delete it in {far.store.location} and copy it again by its id"
+                )
+        except (DamagedError, NotFoundError):
+            if both == parent:
+                raise
+            return _CopyPlan(usable, _WHOLE, usable, runs)
+        differing = [runs.differing(near_held), held.differing(far_held), barred]
+        replaced = merge_intervals(np.concatenate(differing))
+        compared = Runs.empty() if both == parent else usable.within(replaced)
+        return _CopyPlan(usable, replaced, compared, runs.within(replaced))
+
+    def _far_runs(self, snapshot: str) -> Runs:
+        """Return the runs of a far snapshot, with pack keys."""
+        return self._far.manifest(self._far.state.live[snapshot]).runs_by_key(self._far.numbers)
 
     def _far_manifest(self, manifest: Manifest, registration: Registration, runs: Runs) -> Manifest:
         """Make the far manifest: what the near one says, and where the blocks are in the far lineage."""
@@ -321,6 +401,15 @@ def _is_copy(far: SnapshotRow, near: SnapshotRow) -> bool:
     Local state that was put back has once used an id again for another content.
     """
     return (far.created, far.volume_size, far.pin) == (near.created, near.volume_size, near.pin)
+
+
+def _report_deleted(far: Lineage, row: SnapshotRow) -> Copied:
+    """Report a snapshot that was deleted in the far lineage, and therefore is not copied again."""
+    return Copied(
+        snapshot=row.id, volume=far.name, parent=None, label=row.label, volume_size=row.volume_size,
+        copied=False, blocks_sent=0, blocks_kept=0, bytes_read=0, bytes_stored=0, objects_written=0,
+        seconds=0.0, deleted=True,
+    )  # fmt: skip
 
 
 def _sort_parents_first(live: Mapping[str, SnapshotRow]) -> list[SnapshotRow]:

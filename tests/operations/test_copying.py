@@ -236,7 +236,7 @@ def test_a_copy_that_was_deleted_can_be_made_again(
         patch.setattr(
             MemoryStore, "put", lambda store, name, parts: [put.append(name), real(store, name, parts)]
         )
-        (answer, _) = repository.copy(far)
+        (answer,) = repository.copy(far, [first.snapshot])
     assert (answer.copied, answer.parent) == (True, second.snapshot)
     assert answer.blocks_sent == 32, "what it had left to others stays theirs"
     assert len(put) == answer.objects_written == 3

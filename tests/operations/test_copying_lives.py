@@ -24,6 +24,7 @@ from island_fast.repository import lineage, pack_reader, pack_writer, workers
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import PackReader
+from island_fast.results import Deleted
 from tests.faults.machine.books import accounted, is_content, volume_of
 from tests.faults.machine.memory_image import CONTENTS, Content, MemoryImage, MemorySource
 from tests.faults.machine.world import Inline
@@ -48,7 +49,7 @@ class Failing(MemoryStore):
 
 
 class Side:
-    """One repository, and which snapshots are live in it, in order of the life."""
+    """One repository, and which snapshots are live in it, and which were and are not any more."""
 
     def __init__(self, folder: Path, number: int) -> None:
         self.store = Failing(location=f"memory{number}")
@@ -56,6 +57,17 @@ class Side:
         self.strangers = folder / "strangers"
         self.repository = Repository(self.store, self.state, create=True)
         self.live: set[str] = set()
+        self.deleted: set[str] = set()
+
+    def delete(self, snapshot: str) -> Deleted:
+        (answer,) = self.repository.delete([f"vol@{snapshot}"])
+        self.live.discard(snapshot)
+        self.deleted.add(snapshot)
+        return answer
+
+    def add(self, snapshots: set[str]) -> None:
+        self.live |= snapshots
+        self.deleted -= snapshots
 
     def lineage(self) -> Lineage:
         return next(self.repository.lineages("vol"))
@@ -96,8 +108,8 @@ class Life:
 
     def step(self) -> None:
         verbs: list[tuple[int, Callable[[Side, Side], str]]] = [
-            (6, self.snapshot), (2, self.branch), (7, self.copy), (3, self.copy_all), (3, self.delete),
-            (2, self.frees_what_it_tells), (2, self.sweep), (2, self.interrupted),
+            (6, self.snapshot), (2, self.branch), (7, self.copy), (3, self.copy_all), (3, self.copy_again),
+            (3, self.delete), (2, self.frees_what_it_tells), (2, self.sweep), (2, self.interrupted),
         ]  # fmt: skip
         (verb,) = self.draw.choices([v for _, v in verbs], [weight for weight, _ in verbs])
         one, other = self.draw.sample(self.sides, 2)
@@ -148,13 +160,24 @@ class Life:
             self._copied(one, other, named)
         return "some" if missing else "none"
 
+    def copy_again(self, one: Side, other: Side) -> str:
+        """All that was deleted there, by its names; then some go, whose blocks the others may share."""
+        gone = sorted(one.live & other.deleted)
+        for snapshot in self.draw.sample(gone, len(gone)):
+            self._copied(one, other, [snapshot])
+        for _ in range(min(self.draw.choice([0, 2, 3]), len(other.live) if gone else 0)):
+            other.delete(self._any(other))
+        return "done" if gone else "nothing was deleted"
+
     def _copied(self, one: Side, other: Side, named: list[str] | None) -> None:
         meant = set(one.live if named is None else named)
         answers = one.repository.copy(other.repository, named)
         assert not one.repository.left_out
         assert {a.snapshot for a in answers} == meant
-        assert {a.snapshot for a in answers if a.copied} == meant - other.live
-        other.live |= meant
+        away = other.deleted if named is None else set()
+        assert {a.snapshot for a in answers if a.copied} == meant - other.live - away
+        assert {a.snapshot for a in answers if a.deleted} == meant & away
+        other.add(meant - away)
         orders = [list(side.lineage().state.live) for side in (one, other)]
         both = [[row for row in order if row in one.live & other.live] for order in orders]
         assert both[0] == both[1], "what both have is in the same order"
@@ -164,7 +187,7 @@ class Life:
             return "nothing there"
         into_nothing = not other.live
         self._copied(one, other, None)
-        if into_nothing and not self._was_used(other):
+        if into_nothing and not other.deleted:
             near, far = (
                 {row.id: row.parent for row in s.lineage().state.live.values()} for s in (one, other)
             )
@@ -176,16 +199,11 @@ class Life:
             return "whole tree" if list(near.values()).count(None) == 1 else "several roots"
         return "done"
 
-    def _was_used(self, side: Side) -> bool:
-        return bool(len(side.lineage().state.dropped))
-
     def delete(self, one: Side, other: Side) -> str:
         if not one.live:
             return "nothing there"
         for _ in range(min(len(one.live), self.draw.choice([1, 1, 2, 4]))):
-            gone = self._any(one)
-            one.repository.delete([f"vol@{gone}"])
-            one.live.discard(gone)
+            one.delete(self._any(one))
         return "done"
 
     def frees_what_it_tells(self, one: Side, other: Side) -> str:
@@ -193,9 +211,8 @@ class Life:
             return "nothing there"
         one.store.now += DAY
         one.repository.sweep()
-        before, gone = one.size(), self._any(one)
-        (told,) = one.repository.delete([f"vol@{gone}"])
-        one.live.discard(gone)
+        before = one.size()
+        told = one.delete(self._any(one))
         (swept,) = one.repository.sweep()
         assert before - one.size() == told.bytes_freed == swept.bytes_freed
         return "done"
@@ -210,20 +227,21 @@ class Life:
         if not one.live:
             return "nothing there"
         before = set(other.live)
+        named = self.draw.choice([None, sorted(one.live)])
         other.store.left = self.draw.randrange(12)
         try:
-            one.repository.copy(other.repository)
+            one.repository.copy(other.repository, named)
         except StoreError:
             other.store.left = 1 << 30
             if other.live or other.store.objects:
                 other.repository = Repository(other.store, other.state, create=True)
                 names = [name for name in other.store.folders("") if name == "vol"]
-                other.live = set(other.lineage().state.live) if names else set()
+                other.add(set(other.lineage().state.live) if names else set())
             assert before <= other.live <= before | one.live
             return "cut off"
         finally:
             other.store.left = 1 << 30
-        other.live |= one.live
+        other.add(one.live if named else one.live - other.deleted)
         return "done"
 
     def end(self) -> None:

@@ -239,7 +239,7 @@ def test_a_record_round_trips(number: int, checkpoint: bool) -> None:
     numbers = SnapshotNumbers()
     event, packs = events(numbers)[number], packs_of(numbers)
     dead = np.array([[packs.key[0] << 16, (packs.key[0] << 16) + 3]], np.int64)
-    state = State({A: ROW}, {B: replace(ROW, id=B)}, packs, dead)
+    state = State({A: ROW}, {B: replace(ROW, id=B)}, packs, dead, ("d" * 32, B))
     original = record(numbers, event, state if checkpoint else None)
     blob, checksum = encode_record("n", original, numbers)
     fresh = SnapshotNumbers(["c" * 32, B])  # another numbering: keys must be translated
@@ -258,6 +258,7 @@ def test_a_record_round_trips(number: int, checkpoint: bool) -> None:
     if back.state:
         assert list(back.state.live) == [A]
         assert list(back.state.dropped) == [B]
+        assert back.state.swept == ("d" * 32, B)
 
 
 def objects() -> list[tuple[str, bytes, object]]:
