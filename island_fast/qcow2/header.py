@@ -158,11 +158,12 @@ def header_span(data: bytes) -> int:
 
     data: at least the first 24 bytes of the file, or all of a shorter one.
 
-    Raises DamagedImageError: not a qcow2 file, or no possible cluster size.
+    Raises UnsupportedImageError: not a qcow2 file.
+    Raises DamagedImageError: no possible cluster size.
     """
     if data[:4] != MAGIC:
         what = "is empty" if not data else "does not begin with the qcow2 magic"
-        raise DamagedImageError(
+        raise UnsupportedImageError(
             f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is raw"
         )
     if len(data) < _V2_LENGTH:

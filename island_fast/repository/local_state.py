@@ -31,7 +31,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from island_fast.arrays import Buffer
-from island_fast.errors import IslandError
+from island_fast.errors import IslandError, UsageError
 from island_fast.files import sync_folder
 from island_fast.formats.names import manifest_name
 
@@ -60,8 +60,15 @@ def default_root() -> Path:
         return Path(named)
     if os.geteuid() == 0:
         return Path("/var/lib/island")
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "island"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "island"
+    try:
+        return Path.home() / ".local" / "state" / "island"
+    except RuntimeError:  # neither HOME nor an account
+        raise UsageError(
+            "this user has no home directory to keep local state in; set ISLAND_STATE to a folder that you "
+            "can write to"
+        ) from None
 
 
 def _write_durably(path: Path, data: Buffer) -> None:
