@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from island_fast.errors import AccessDeniedError, DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.images.backing import Backing
 from island_fast.images.open import open_source
+from island_fast.images.pins import pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.source import FULL_SCAN, TABLE_DIFF
-from island_fast.operations.parent import SnapshotRequest, choose_parent, lineage_for_image
+from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent, lineage_for_image
 from island_fast.operations.snapshot import take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.repository.health import has_known_damage
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Difference,
         DomainTaken,
         ImageInfo,
+        Marked,
         Restored,
         RestoredOnto,
         Retained,
@@ -182,9 +184,9 @@ class Repository(RepositoryBase):
         return replace(
             info,
             volume=lineage.name,
-            pinned_base=choice.parent.id if choice.parent and choice.base else None,
+            pinned_base=pinned_snapshot(choice.base.internal.name) if choice.base else None,
             next_rule=TABLE_DIFF if choice.base else FULL_SCAN,
-            next_reason=choice.why_not or "the pinned base is in the image",
+            next_reason=choice.why_not or _describe_base(choice),
         )
 
     def restore(
@@ -279,6 +281,17 @@ class Repository(RepositoryBase):
 
         refuse_one_text(references, _LIST)
         return delete(self, references, dry_run)
+
+    def keep(self, references: Sequence[str], *, release: bool = False) -> list[Marked]:
+        """Mark snapshots that must not be deleted, or with `release` remove their marks.
+
+        `delete` refuses a marked snapshot, and `retain` keeps it whatever its rules say. Nothing is marked
+        unless all references are found. ConflictError if another host owns a volume.
+        """
+        from island_fast.operations.keep import keep
+
+        refuse_one_text(references, _LIST)
+        return keep(self.find_all(references), release=release)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -466,3 +479,11 @@ def _is_compressed(compression: str) -> bool:
     if compression not in ("zstd", "none"):
         raise UsageError(f"{compression!r} is not a compression; use zstd or none")
     return compression == "zstd"
+
+
+def _describe_base(choice: ParentChoice) -> str:
+    """Return whose pin the image holds: the parent's, or that of a snapshot that was deleted since."""
+    pinned = pinned_snapshot(choice.base.internal.name) if choice.base else None
+    if choice.parent is not None and pinned != choice.parent.id:
+        return f"the pinned base is in the image; its snapshot was deleted, the parent is {choice.parent.id}"
+    return "the pinned base is in the image"

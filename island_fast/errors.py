@@ -17,6 +17,7 @@ __all__ = [
     "DamagedObjectError",
     "ImageInUseError",
     "IslandError",
+    "MemoryBudgetError",
     "NotFoundError",
     "ObjectMissingError",
     "RefusedError",
@@ -107,6 +108,13 @@ class DamagedObjectError(DamagedError):
 
 class DamagedImageError(DamagedError):
     """An image violates its format: an offset outside the file, an invalid entry, a truncated stream."""
+
+
+class MemoryBudgetError(DamagedError):
+    """Reading something would take more memory than this host has for it.
+
+    It need not be damaged: it is neither read again nor repaired.
+    """
 
 
 UNREADABLE = (DamagedObjectError, UnsupportedObjectError)

@@ -19,7 +19,7 @@ from island_fast.repository.open import Reference, RepositoryBase
 from island_fast.repository.pack_reader import PackReader
 from island_fast.results import Deleted
 
-__all__ = ["Deletion", "delete", "delete_snapshot", "plan_deletion"]
+__all__ = ["Deletion", "delete", "delete_snapshot", "plan_deletion", "refuse_kept"]
 
 
 def delete(repository: RepositoryBase, references: Sequence[str], dry_run: bool) -> list[Deleted]:
@@ -39,6 +39,7 @@ def delete(repository: RepositoryBase, references: Sequence[str], dry_run: bool)
             pass
     for snapshot, lineage in lineages.items():
         if dry_run:
+            refuse_kept(lineage, lineage.state.live[snapshot])
             deletion = plan_deletion(lineage, lineage.state.live[snapshot])
             lineage.state = lineage.state.after(deletion.event)
             answers[snapshot] = Deleted(snapshot, lineage.name, deletion.unreferenced, deletion.freed)
@@ -110,6 +111,7 @@ def delete_snapshot(lineage: Lineage, snapshot: str, *, note: bool = False, newe
     row = lineage.state.live.get(snapshot)
     if row is None:
         raise NotFoundError(f"snapshot {snapshot} was deleted meanwhile")
+    refuse_kept(lineage, row)
     for registration, alive in lineage.files.registrations.all():
         if alive and registration.parent == snapshot:
             raise RefusedError(
@@ -127,6 +129,15 @@ def delete_snapshot(lineage: Lineage, snapshot: str, *, note: bool = False, newe
         raise
     lineage.files.registrations.remove(snapshot)  # a crash may have left it: that id is used up
     return deletion
+
+
+def refuse_kept(lineage: Lineage, row: SnapshotRow) -> None:
+    """Raise a RefusedError if the snapshot is marked to be kept."""
+    if row.keep:
+        raise RefusedError(
+            f"snapshot {row.id} of volume {lineage.name} is marked to be kept; if it may go, run "
+            f"'island keep --release {lineage.name}@{row.id}' first"
+        )
 
 
 @dataclass(frozen=True, slots=True)

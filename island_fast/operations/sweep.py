@@ -260,7 +260,8 @@ class _SweepRun:
             suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
             target = self._lineage.pack_name(replace(packs, suffix=suffixes), row)
             try:
-                index, data = get_checked(self._lineage.store, name, _make_opener(name))
+                limit = int(packs.size[row])
+                index, data = get_checked(self._lineage.store, name, _make_opener(name), limit=limit)
             except (ObjectMissingError, *UNREADABLE) as error:
                 _LOG.warning("%s; it is not repacked", error)
                 readable[row] = False

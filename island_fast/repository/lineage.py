@@ -12,7 +12,6 @@ import contextlib
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -31,6 +30,7 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    KNOWN_WRITE_FEATURES,
     Event,
     ObjectsSwept,
     OwnerChanged,
@@ -43,11 +43,12 @@ from island_fast.formats.catalog import (
     decode_record,
     encode_record,
 )
-from island_fast.formats.frame import Kind, Section, json_bytes, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, seal
 from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
+from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
@@ -56,6 +57,7 @@ __all__ = ["Lineage"]
 
 
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
+_EPOCHS_BELIEVED = 16  # ends that are believed without being read
 _LOG = logging.getLogger(__name__)
 
 
@@ -210,13 +212,14 @@ class Lineage:
         name = self.manifest_name(row)
 
         def check(data: Buffer) -> tuple[Manifest, Buffer]:
-            manifest, checksum = decode(name, data)
+            most = len(self.state.packs) if row.id in self.state.live else None
+            manifest, checksum = decode(name, data, most)
             if checksum.hex() != row.checksum or manifest.snapshot != row.id:
                 raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
             return manifest, data
 
         try:
-            manifest, data = get_checked(self.store, name, check)
+            manifest, data = get_checked(self.store, name, check, limit=row.manifest_size)
         except ObjectMissingError as error:
             self.refresh()
             if row.id not in self.state.live:
@@ -283,6 +286,8 @@ class Lineage:
         listed = self._find_listed()
         epoch, seen = listed or (0, None)
         while self.store.head(stop_name(self.name, epoch)):
+            if epoch % _EPOCHS_BELIEVED == _EPOCHS_BELIEVED - 1:
+                self._require_ended(epoch)
             epoch, seen = epoch + 1, None
         last = self._find_last(epoch, seen)
         if last is None and epoch:  # stopped, and its adopter got no further
@@ -292,6 +297,18 @@ class Lineage:
             raise DamagedObjectError(
                 f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
             )
+
+    def _require_ended(self, epoch: int) -> None:
+        """Raise a StoreError if the end of an epoch is said to be there and cannot be read."""
+        signs = {stop_name(self.name, epoch): Kind.STOP, catalog_name(self.name, epoch + 1, 0): Kind.RECORD}
+        for name, kind in signs.items():
+            with contextlib.suppress(ObjectMissingError):
+                self.store.get(name, newest=True, limit=LIMITS[kind].size)
+                return
+        raise StoreError(
+            f"{self.store.location} shows the end of epoch {epoch} of volume {self.name} and cannot send it; "
+            "check the store, and the proxies between it and this host"
+        )
 
     def _find_listed(self) -> tuple[int, int | None] | None:
         """Return epoch and number of the newest record in a listing; it can be late, so more can exist."""
@@ -361,7 +378,8 @@ class Lineage:
             return decode_record(name, data, self.numbers), bytes(data)
 
         try:
-            found, fetched = get_checked(self.store, name, check, newest=True)
+            limit = LIMITS[Kind.RECORD].size
+            found, fetched = get_checked(self.store, name, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
         self.files.cache.write(name, fetched)
@@ -420,12 +438,13 @@ class Lineage:
             writer=self.writer,
             host=at.host,
             previous=at.checksum,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=at.seed,
             event=event,
             state=checkpoint,
         )
         after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
+        record = replace(record, write_features=after.write_features)
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -449,7 +468,7 @@ class Lineage:
 
     def _require_known_features(self) -> None:
         """Raise an UnsupportedObjectError if the newest record has write features that are not known here."""
-        if self._at.write_features:
+        if self._at.write_features & ~KNOWN_WRITE_FEATURES:
             raise UnsupportedObjectError(
                 f"volume {self.name} is written by a newer island; this version can only read it"
             )
@@ -464,7 +483,7 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
                 with (
                     contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
@@ -485,10 +504,11 @@ class Lineage:
             writer=self.writer,
             host=os.uname().nodename,
             previous=previous,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=seed,
             event=OwnerChanged(),
             state=state,
+            write_features=state.write_features,
         )
         self._append(record)
 

@@ -32,7 +32,7 @@ from pathlib import Path
 
 from island_fast.arrays import Buffer
 from island_fast.errors import IslandError, UsageError
-from island_fast.files import sync_folder
+from island_fast.files import make_folders, sync_folder
 from island_fast.formats.names import manifest_name
 
 __all__ = [
@@ -98,7 +98,7 @@ class LocalState:
         path = self.root / "writer"
         with _explain_errors(self.root):
             if not path.exists():
-                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folders(self.root)
                 mine = path.with_name(f".writer.{os.urandom(4).hex()}")
                 _write_durably(mine, os.urandom(16).hex().encode())
                 with contextlib.suppress(FileExistsError):  # of two first runs one wins
@@ -175,10 +175,13 @@ class LineageFiles:
         self.registrations = Registrations(folder / "running", self.notes)
 
     def make(self) -> None:
-        """Make the folders, private to their owner."""
+        """Make the folders, private to their owner, also what an earlier version left open."""
         with _explain_errors(self.folder):
             for name in ("pending", "deleting", "running", "cache"):
-                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folders(self.folder / name)
+            for folder in (self.folder.parent, self.folder):
+                if folder.stat().st_mode & 0o077:
+                    folder.chmod(0o700)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lineage's lock: to follow its catalog, to plan by it, and to append to it."""
@@ -451,7 +454,7 @@ class Notes:
         path = self._folder / name
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(path.parent)
             with open(temporary, "xb", opener=_private) as file:
                 file.write(data)
             os.replace(temporary, path)

@@ -2,7 +2,9 @@
 
 An object is written to a temporary file below `.tmp~` (no object can have that name), flushed, and then
 linked to its name, which fails if the name is taken. So a file with an object's name is always complete.
-What fails before the link has certainly not stored anything. Files are 0600 and directories 0700.
+What fails before the link has certainly not stored anything. Files are 0600 and directories 0700. If the
+store's directory has the setgid bit and its group may read it, the group may read everything: files are 0640
+and directories 2750.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
+import shlex
 import stat
 import threading
 import time
@@ -28,9 +31,12 @@ from island_fast.errors import (
     StoreError,
     StoreFullError,
     StoreRefusedError,
+    UsageError,
 )
 from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
+from island_fast.memory import require_memory
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -49,6 +55,7 @@ __all__ = ["DirectoryStore"]
 _SCRATCH = ".tmp~"
 _LEFTOVER_AGE = 86400.0  # seconds; no put takes this long
 _TRIES = 5  # at a put whose folder is removed again and again
+_SHARED = stat.S_ISGID | stat.S_IRGRP | stat.S_IXGRP
 _COMPARED_AT_ONCE = 1 << 20  # bytes
 _MAPPED = 1 << 20  # bytes; buffers from here on are mapped, not allocated
 # Errors of link(2) after which the name is not there, on whatever file system; others may come of a network.
@@ -63,7 +70,7 @@ class DirectoryStore(Store):
     A missing directory is a NotFoundError; with `create_ok` the first `put` creates it, and until then the
     store is empty. Ages are by this host's clock. A deletion is not flushed: after a crash of the host the
     object can be back. A name cannot be both an object and a folder. A symbolic link in place of an object is
-    refused.
+    refused. `shared` makes a new store that its group may read, see above.
     """
 
     grace = 0.0
@@ -71,7 +78,7 @@ class DirectoryStore(Store):
     uploads = 3  # each waits for two fsyncs
     downloads = min(os.cpu_count() or 1, 4)  # these wait for nothing; more would only get in each other's way
 
-    def __init__(self, path: str, *, create_ok: bool = False) -> None:
+    def __init__(self, path: str, *, create_ok: bool = False, shared: bool = False) -> None:
         self.location = path
         place = os.path.expanduser(path)
         if place.startswith("~") and place == path:  # no such user, or no home directory
@@ -86,6 +93,25 @@ class DirectoryStore(Store):
             raise NotFoundError(
                 f"directory {path} does not exist; check the path and whether its disk is mounted"
             )
+        self._shared = self._is_shared()
+        if shared and not self._shared:
+            self._share()
+
+    def _is_shared(self) -> bool:
+        """Return whether the directory exists, and its group may read it and what is made in it."""
+        return self._identity is not None and os.stat(self._root).st_mode & _SHARED == _SHARED
+
+    def _share(self) -> None:
+        """Have the group of a store without objects read what will be in it."""
+        if self._identity is not None:
+            if any(is_name(entry.name) for entry in self._scan_folder("")):
+                where = shlex.quote(self._root)
+                raise UsageError(
+                    f"{self.location} exists and is not shared; run chmod -R g+rX {where} and "
+                    f"find {where} -type d -exec chmod g+s {{}} + instead"
+                )
+            os.chmod(self._root, 0o2750)
+        self._shared = True
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
@@ -120,7 +146,9 @@ class DirectoryStore(Store):
 
     def _publish_once(self, path: str, content: Views) -> bool:
         # The object's folder comes after the scratch file: a full disk must not leave even an empty folder.
-        scratch = write_scratch(self._ensure_folder(os.path.join(self._root, _SCRATCH)), content)
+        scratch = write_scratch(
+            self._ensure_folder(os.path.join(self._root, _SCRATCH)), content, group_readable=self._shared
+        )
         try:
             with open_fd(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
                 try:
@@ -169,10 +197,10 @@ class DirectoryStore(Store):
         else:
             self._make_with_parents(os.path.dirname(path))
             if path == os.path.join(self._root, _SCRATCH):
-                _make_first_folder(path)
+                _make_first_folder(path, self._shared)
                 self._reserve.make()
             else:
-                make_folder(path)
+                make_folder(path, group_readable=self._shared)
         self._known_folders.add(path)
 
     def _make_root(self) -> None:
@@ -182,7 +210,7 @@ class DirectoryStore(Store):
             while not os.path.isdir(os.path.dirname(missing[-1])):
                 missing.append(os.path.dirname(missing[-1]))
             for folder in reversed(missing):
-                _make_first_folder(folder)
+                _make_first_folder(folder, self._shared and folder == self._root)
             self._identity = self._identify()
 
     def _identify(self) -> tuple[int, int] | None:
@@ -229,10 +257,11 @@ class DirectoryStore(Store):
                     offset += piece.nbytes
         return True
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get. There is one replica."""
         with self._open_object(name) as (fd, size):
-            return _read_ranges(fd, name, [(0, check_size(name, size))])[0]
+            require_memory(f"object {name}", check_size(name, size, limit=limit))
+            return _read_ranges(fd, name, [(0, size)])[0]
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. Exactly the ranges are read."""
@@ -352,10 +381,10 @@ class DirectoryStore(Store):
         raise kind(text) from error
 
 
-def _make_first_folder(folder: str) -> None:
+def _make_first_folder(folder: str, group_readable: bool) -> None:
     """Create a folder of a new repository; if that is forbidden, the user chose the wrong directory."""
     try:
-        make_folder(folder)
+        make_folder(folder, group_readable=group_readable)
     except PermissionError as error:
         raise StoreRefusedError(
             f"{os.path.dirname(folder)} cannot be written; use -r to name a directory that you can write to"

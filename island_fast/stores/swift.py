@@ -22,8 +22,10 @@ from island_fast.errors import (
     StoreFullError,
     UsageError,
 )
+from island_fast.memory import require_memory
 from island_fast.stores import swift_ranges
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -252,9 +254,9 @@ class SwiftStore(Store):
 
     # -- reading
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get. The length is compared with what Swift announced."""
-        return self._fetch(name, None, 0, newest=newest).body
+        return self._fetch(name, None, limit, newest=newest).body
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. One request asks for up to 49 ranges that do not touch each other."""
@@ -306,9 +308,10 @@ class SwiftStore(Store):
         return found
 
     def _fetch(self, name: str, wanted: str | None, limit: int, newest: bool = False) -> _Answer:
-        """GET an object until the answer is 200, 206 with at most `limit` bytes, or 416.
+        """GET an object until the answer is 200, 206 or 416, with at most `limit` bytes.
 
-        ObjectMissingError once its absence is confirmed. `wanted` is the Range header.
+        ObjectMissingError once its absence is confirmed. `wanted` is the Range header; if Swift sends the
+        whole object all the same, `limit` does not hold for it.
         """
         full = self._full_name(name)
         misses = 0
@@ -346,13 +349,14 @@ class SwiftStore(Store):
         size = _parse_number(got, "content-length")
         if size is None or status not in (200, 206 if "Range" in headers else 200):
             raise RetryableError(f"{status} with {size} bytes")
-        check_size(name, size)
+        check_size(name, size, limit=MAX_OBJECT if "Range" in headers else limit)
+        require_memory(f"object {name}", size)
         if status == 206 and size > limit:
             raise StoreError(
                 f"get {name}: Swift sends {size} bytes although at most {limit} were asked for; check the "
                 "proxies between it and this host"
             )
-        data = body.read()
+        data = body.read(size + 1)  # not more, whatever the server sends
         if len(data) != size:
             raise RetryableError(f"{len(data)} of {size} bytes")
         return _Answer(status, got, memoryview(data))

@@ -194,8 +194,11 @@ def _auth_from_variables(environ: Mapping[str, str]) -> SwiftAuth:
     OS_AUTH_TYPE). StoreError that says what to set if credentials are missing or incomplete.
     """
     silence_logger("keystoneauth", logging.ERROR)
+    for name in ("OS_STORAGE_URL", "OS_AUTH_URL", "ST_AUTH"):
+        _check_url(name, environ.get(name) or "")
     url, token = environ.get("OS_STORAGE_URL"), environ.get("OS_AUTH_TOKEN")
     if url and token:
+        _check_printable("OS_AUTH_TOKEN", token)
         auth: plugin.BaseAuthPlugin = token_endpoint.Token(url, token)
         return SwiftAuth(_session(auth, environ), Service(url=url), "OS_STORAGE_URL and OS_AUTH_TOKEN")
     if environ.get("ST_AUTH"):
@@ -205,6 +208,20 @@ def _auth_from_variables(environ: Mapping[str, str]) -> SwiftAuth:
     if environ.get("OS_AUTH_URL"):
         return _auth_from_keystone(environ)
     raise StoreError(f"there are no credentials for Swift; {_HOW}")
+
+
+def _check_url(name: str, url: str) -> None:
+    """Raise StoreError, which does not quote it, if a variable's value cannot be a URL."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise StoreError(f"{name} is not a valid URL; correct it") from None
+
+
+def _check_printable(name: str, value: str) -> None:
+    """Raise StoreError, which does not quote it, if no HTTP header can hold a variable's value."""
+    if not (value.isascii() and value.isprintable()):
+        raise StoreError(f"{name} has a line break or another character that no header can hold; correct it")
 
 
 def _auth_from_tempauth(environ: Mapping[str, str]) -> SwiftAuth:
@@ -258,6 +275,10 @@ def _auth_from_cloud(name: str) -> SwiftAuth:
     try:
         cloud = OpenStackConfig().get_one(cloud=name)
         session = cloud.get_session()
+    except (TypeError, ValueError, AttributeError) as error:  # a part of the file has another type
+        raise StoreError(
+            f"OS_CLOUD {name} cannot be used ({_short_name(error)}); correct clouds.yaml"
+        ) from None
     except (ConfigException, exceptions.AuthPluginException) as error:
         raise StoreError(f"OS_CLOUD {name} cannot be used ({error}); correct clouds.yaml") from None
     session.timeout = session.timeout or TIMEOUT

@@ -35,11 +35,16 @@ T = TypeVar("T")
 Connection = Any
 """swiftclient's Connection; it has no types. Its methods raise HttpError for any answer but 2xx."""
 
+Response = Any
+"""An answer in swiftclient; it has no types, either."""
+
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, HTTPException, OSError)
 """What a connection raises if no answer comes."""
 
 _UNKNOWN = (408, 409, 425, 429, 498, 499)
 _UNFRAMED = (None, 408, 499)  # the connection can be in the middle of a message
+_MAX_LISTING = 16 << 20  # bytes of a whole answer: 10 000 rows of a listing, with names of a kilobyte
+_MAX_ERROR = 64 << 10  # bytes that are read of an answer that is no success
 _OPENING = 20.0  # seconds; nobody should wait minutes to learn that a host name is wrong
 _HURRY = 5.0  # seconds
 _UNSENT = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
@@ -164,6 +169,11 @@ class SwiftConnectionPool:
         except HttpError as error:
             clean = error.http_status not in _UNFRAMED
             raise _error_for_answer(what, error) from error
+        except _TooLong:
+            raise StoreError(
+                f"{what}: Swift's answer has more than {_MAX_LISTING >> 20} MiB; check its address, and the "
+                "proxies between it and this host"
+            ) from None
         except BROKEN as error:
             raise _error_for_failure(what, error) from error
         finally:
@@ -202,6 +212,7 @@ def _make_http(connection: Connection, policy: RetryPolicy) -> tuple[Any, Any]:
     """Make what swiftclient would make, but with paced answers, and read the environment only once, here."""
     parsed, http = connection.http_connection()
     http.default_user_agent = f"island-fast/{__version__}"
+    http.getresponse = _bound_bodies(http.getresponse)
     session = http.request_session
     session.trust_env = False
     session.max_redirects = 0  # the token is for this server only
@@ -210,6 +221,38 @@ def _make_http(connection: Connection, policy: RetryPolicy) -> tuple[Any, Any]:
     for scheme in ("http://", "https://"):
         session.mount(scheme, adapter)
     return parsed, http
+
+
+class _TooLong(Exception):
+    """An answer that is read whole has more bytes than any has."""
+
+
+def _bound_bodies(get_response: Callable[[], Response]) -> Callable[[], Response]:
+    """Return `get_response`, swiftclient's, with a limit for what it reads whole: listings, and errors.
+
+    Of an error, the rest is left, and its connection closed.
+    """
+
+    def bounded() -> Response:
+        response = get_response()
+        read = response.read
+        success = 200 <= response.status < 300
+        most = _MAX_LISTING if success else _MAX_ERROR
+
+        def read_bounded(size: int | None = None) -> bytes:
+            if size is not None:
+                return bytes(read(size))
+            body = bytes(read(most))
+            if len(body) == most:
+                response.close()
+                if success:
+                    raise _TooLong
+            return body
+
+        response.read = read_bounded
+        return response
+
+    return bounded
 
 
 class _TokenExpired(Exception):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.text import printable
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
@@ -158,7 +159,7 @@ def test_an_image_that_may_not_be_read(island: Island, monkeypatch: pytest.Monke
 
 def test_an_ambiguous_beginning(island: Island, disk: Path) -> None:
     seen: set[str] = set()
-    while (first := island.text("snapshot", disk, "-q")[0]) not in seen:
+    while (first := island.json("snapshot", disk)["snapshot"][0]) not in seen:
         seen.add(first)
     assert "give more of the id" in island.fails(2, "show", first)
     assert "give more of the id" in island.fails(2, "delete", f"disk@{first}")
@@ -456,6 +457,8 @@ def test_error_names_are_those_of_the_errors(island: Island, disk: Path) -> None
     assert name("snapshot") == name("snapshot", disk, "--volume", "a/b") == "usage"
     assert name("-r", "swift://box/x", "list") == "store"
     disk.write_bytes(b"")
+    assert name("snapshot", disk) == "unsupported-image"
+    disk.write_bytes(b"QFI\xfb")
     assert name("snapshot", disk) == "damaged-image"
 
 
@@ -496,3 +499,28 @@ def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> No
 def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:
     island.json("snapshot", disk)
     assert "--to names no repository" in island.fails(2, "copy", "--all", "--to", "")
+
+
+@pytest.mark.parametrize(
+    "value", ["hunter2secret", "hunter2secret\nsecond line"], ids=["plain", "with a break"]
+)
+def test_a_traceback_that_is_asked_for_shows_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """Libraries quote what they were given, as it is or as Python writes it; URLs hold passwords too."""
+    monkeypatch.setenv("ISLAND_DEBUG", "1")
+    for name in ("OS_PASSWORD", "ISLAND_TO_ST_KEY"):
+        monkeypatch.setenv(name, value)
+        capsys.readouterr()
+
+        def fail(_: Run) -> None:
+            raise ValueError(
+                f"Invalid header {value.encode()!r} for {value}, http://u:{'p4ss' + 'w0rd'}@swift/"
+            )
+
+        run_to_exit_code(fail)
+        said = capsys.readouterr().err
+        assert "Traceback" in said
+        assert "hunter2secret" not in said
+        assert "p4ssw0rd" not in said
+        monkeypatch.delenv(name)

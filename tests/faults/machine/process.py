@@ -279,8 +279,8 @@ class _Body:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
-    def read(self) -> bytes:
-        return self._data
+    def read(self, size: int) -> bytes:
+        return self._data[:size]
 
 
 def _ranged(data: bytes, wanted: str) -> tuple[int, dict[str, str], bytes]:

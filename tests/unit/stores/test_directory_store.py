@@ -354,8 +354,12 @@ def test_reading_in_pieces(store: DirectoryStore, root: Path, monkeypatch: pytes
 def test_an_object_of_impossible_size_is_not_read(store: DirectoryStore, root: Path):
     store.put("one", [b"1"])
     os.truncate(root / "one", 1 << 42)
-    with pytest.raises(DamagedObjectError, match="more than any object"):
+    with pytest.raises(DamagedObjectError, match="more than the 1073741824 that it can have"):
         store.get("one")
+    os.truncate(root / "one", 10)
+    with pytest.raises(DamagedObjectError, match="has 10 bytes, more than the 9 that"):
+        store.get("one", limit=9)
+    assert len(store.get("one", limit=10)) == 10
 
 
 def test_errors_are_of_the_tree(store: DirectoryStore):
