@@ -15,7 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from island_fast.errors import ConflictError, DamagedError, RefusedError, UsageError, refuse_one_text
+from island_fast.errors import (
+    AccessDeniedError,
+    ConflictError,
+    DamagedError,
+    RefusedError,
+    UsageError,
+    refuse_one_text,
+)
 from island_fast.images.backing import Backing
 from island_fast.images.open import open_source
 from island_fast.images.pins import pinned_snapshot
@@ -490,10 +497,10 @@ class Repository(RepositoryBase):
 
     @contextmanager
     def _skip_if_unusable(self, skip: bool = True) -> Iterator[None]:
-        """Run the body for one of several volumes; with `skip`, add damage and refusals to `left_out`."""
+        """Run the body for one of several volumes; with `skip`, add what concerns it alone to `left_out`."""
         try:
             yield
-        except (DamagedError, RefusedError) as error:
+        except (DamagedError, RefusedError, AccessDeniedError) as error:
             if not skip:
                 raise
             self.left_out.append(error)

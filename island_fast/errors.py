@@ -10,6 +10,7 @@ from typing import ClassVar
 
 __all__ = [
     "UNREADABLE",
+    "AccessDeniedError",
     "ConflictError",
     "DamagedError",
     "DamagedImageError",
@@ -78,6 +79,10 @@ class StoreError(IslandError):
     """The store did not answer, denied access, or left the outcome unknown. Exit code 5."""
 
     exit_code = 5
+
+
+class AccessDeniedError(StoreError):
+    """The permissions of an object, or of a folder of objects, forbid to read it; others may be readable."""
 
 
 class StoreRefusedError(StoreError):

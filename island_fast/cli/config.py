@@ -56,6 +56,8 @@ def read_config() -> dict[str, Any]:
     """
     named = os.environ.get("ISLAND_CONFIG")
     path = Path(named) if named else _default_path()
+    if path is None:
+        return {}
     try:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
@@ -75,9 +77,11 @@ def read_config() -> dict[str, Any]:
     return _parse(path, text)
 
 
-def _default_path() -> Path:
+def _default_path() -> Path | None:
+    """Return the file's default place; None for a user without a home directory."""
     base = os.environ.get("XDG_CONFIG_HOME", "")
-    return Path(base if os.path.isabs(base) else os.path.expanduser("~/.config"), "island/config.toml")
+    place = base if os.path.isabs(base) else os.path.expanduser("~/.config")
+    return Path(place, "island/config.toml") if os.path.isabs(place) else None
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:

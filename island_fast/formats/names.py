@@ -6,10 +6,28 @@ import re
 
 from island_fast.errors import DamagedObjectError
 
-__all__ = ["LINEAGE_PATTERN", "SNAPSHOT_PATTERN", "catalog_name", "manifest_name", "pack_name", "stop_name"]
+__all__ = [
+    "LINEAGE_PATTERN",
+    "SNAPSHOT_PATTERN",
+    "catalog_name",
+    "is_object_name",
+    "manifest_name",
+    "pack_name",
+    "stop_name",
+]
 
 LINEAGE_PATTERN = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,128}")
 SNAPSHOT_PATTERN = re.compile(r"[0-9a-f]{32}")
+_BELOW_LINEAGE = re.compile(
+    r"catalog/[0-9]{6}-(?:[0-9]{8}|stop)|manifests/[0-9a-f]{32}-[0-9]+"
+    r"|packs/[0-9a-f]{32}/[0-9]+-[0-9]{8}(?:\.[0-9a-f]{16})?"
+)
+
+
+def is_object_name(lineage: str, name: str) -> bool:
+    """Return whether `name` is that of a record, a stop object, a manifest or a pack of `lineage`."""
+    folder, _, below = name.partition("/")
+    return folder == lineage and _BELOW_LINEAGE.fullmatch(below) is not None
 
 
 def catalog_name(lineage: str, epoch: int, number: int) -> str:

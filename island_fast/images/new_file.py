@@ -22,9 +22,16 @@ def create_file(target: Path) -> Iterator[int]:
     """Create a file, yield its descriptor (read and write), and name it `target` if the body succeeds.
 
     If the body fails, the file is removed. The descriptor is closed here. The file is flushed to disk before
-    it gets its name, and its directory after. RefusedError if `target` exists, at the start or at the end;
-    NotFoundError if its directory does not exist; IslandError if the file system fails.
+    it gets its name, and its directory after. RefusedError if `target` exists, at the start or at the end, or
+    if its directory holds device nodes; NotFoundError if its directory does not exist; IslandError if the
+    file system fails.
     """
+    if target.is_block_device():
+        raise RefusedError(f"{target} is a block device; write onto it with --onto {target} --format raw")
+    if _is_among_devices(target.parent):
+        raise RefusedError(
+            f"{target} would be a file in memory, since there is no such device; check the path"
+        )
     if os.path.lexists(target):
         raise RefusedError(f"{target} already exists; name another target or remove it first")
     temporary = target.with_name(f".{target.name[:200]}.island-{os.urandom(8).hex()}")
@@ -53,6 +60,15 @@ def create_file(target: Path) -> Iterator[int]:
     finally:
         with contextlib.suppress(OSError):
             os.unlink(temporary)
+
+
+def _is_among_devices(folder: Path) -> bool:
+    """Return whether `folder` is one of device nodes: /dev or below it, on the same file system."""
+    try:
+        below = os.path.commonpath((os.path.realpath(folder), "/dev")) == "/dev"
+        return below and folder.stat().st_dev == os.stat("/dev").st_dev
+    except OSError:
+        return False
 
 
 @contextlib.contextmanager

@@ -23,7 +23,7 @@ import numpy as np
 
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.errors import ImageInUseError, IslandError, RefusedError
+from island_fast.errors import ImageInUseError, IslandError, RefusedError, UnsupportedImageError
 from island_fast.files import punch_hole
 from island_fast.images.qcow2_source import PointView
 from island_fast.images.raw_source import RawView, find_raw_data
@@ -141,7 +141,7 @@ class _Qcow2(ExistingImage):
                 f"{path} is a block device; to write the volume itself to it, give --format raw"
             )
         with ExitStack() as stack:
-            self._image = stack.enter_context(Image.open(path))
+            self._image = stack.enter_context(Image.open(path, backed=True))  # to refuse it below
             lock = stack.enter_context(ImageLock(path))
             if writer_present(lock.fd):
                 raise ImageInUseError(f"{path} is open in another process; stop that process first")
@@ -165,6 +165,11 @@ class _Qcow2(ExistingImage):
         self._image.reload()
         self.size = self._image.header.size
         _refuse_smaller(self.path, self.size, volume_size)
+        if self._image.header.backing_name is not None:
+            raise UnsupportedImageError(
+                f"{self.path} has a backing file, whose data it would show; restore to a new file, or merge "
+                "the two first with qemu-img rebase -b ''"
+            )
         if self._image.header.corrupt:
             raise RefusedError(f"{self.path} is marked corrupt; repair it with 'qemu-img check -r all' first")
 

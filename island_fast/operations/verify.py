@@ -23,7 +23,7 @@ from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE, NO_INTERVALS, merge_intervals
 from island_fast.errors import UNREADABLE, DamagedError, NotFoundError, UsageError
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.names import catalog_name
+from island_fast.formats.names import catalog_name, is_object_name
 from island_fast.formats.pack import Index
 from island_fast.images.backing import Backing
 from island_fast.operations.compare import compare_with_pin
@@ -111,6 +111,12 @@ def verify(
     )
 
 
+def _has_objects(lineage: Lineage) -> bool:
+    """Return whether a listing shows an object of the lineage; a folder can be somebody else's."""
+    listings = (lineage.store.list(f"{lineage.name}/{kind}/") for kind in ("catalog", "manifests", "packs"))
+    return any(is_object_name(lineage.name, info.name) for listing in listings for info in listing)
+
+
 class _VerifyRun:
     """One run: `checks` are those of the lineages that can be read."""
 
@@ -138,7 +144,7 @@ class _VerifyRun:
                 self._repository.left_out.append(error)
             elif lineage.exists:
                 self.checks.append(LineageCheck(lineage, list(lineage.state.live.values()), whole=True))
-            elif next(lineage.store.list(f"{lineage.name}/"), None) is not None:
+            elif _has_objects(lineage):
                 message = f"volume {lineage.name} has objects, but the first record of its catalog is missing"
                 name = catalog_name(lineage.name, 0, 0)
                 self._add_unreadable(lineage, [Finding(name, MISSING, message)])

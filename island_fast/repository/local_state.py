@@ -33,7 +33,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from island_fast.arrays import Buffer
-from island_fast.errors import IslandError
+from island_fast.errors import IslandError, UsageError
 from island_fast.files import make_folders, open_private, sync_folder, write_durably
 from island_fast.formats.names import manifest_name
 from island_fast.repository.identity import Identity
@@ -66,8 +66,15 @@ def default_root() -> Path:
         return Path(named)
     if os.geteuid() == 0:
         return Path("/var/lib/island")
-    base = os.environ.get("XDG_STATE_HOME")
-    return (Path(base) if base else Path.home() / ".local" / "state") / "island"
+    if base := os.environ.get("XDG_STATE_HOME"):
+        return Path(base) / "island"
+    try:
+        return Path.home() / ".local" / "state" / "island"
+    except RuntimeError:  # neither HOME nor an account
+        raise UsageError(
+            "this user has no home directory to keep local state in; set ISLAND_STATE to a folder that you "
+            "can write to"
+        ) from None
 
 
 class LocalState:
@@ -269,9 +276,11 @@ class LineageFiles:
                 os.replace(temporary, self.folder / "newest")
 
     def forget_progress(self) -> None:
-        """Forget every registration, also of running processes, which then fail, and every pending record."""
+        """Forget all registrations, also of running processes, which then fail; pending records and deletes."""
         for name, _ in self.pending.all():
             self.pending.remove(name)
+        for started in self.started_deletes.all():
+            self.started_deletes.remove(started.snapshot)
         self.registrations.remove_all()
 
     def remove_leftovers(self) -> None:

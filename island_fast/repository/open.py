@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from island_fast.errors import (
+    AccessDeniedError,
     ConflictError,
     DamagedError,
     DamagedObjectError,
@@ -221,8 +222,8 @@ class RepositoryBase:
     def lineages(self, volume: str | None = None) -> Iterator[Lineage]:
         """Yield lineages that exist, refreshed: that of `volume`, or all that a listing shows.
 
-        If all are meant, those whose catalog is damaged or cannot be read by this version are skipped: see
-        `left_out`.
+        If all are meant, those whose catalog is damaged, or cannot be read by this version or this user, are
+        skipped: see `left_out`.
         """
         self.left_out = []
         if volume is not None:
@@ -234,13 +235,13 @@ class RepositoryBase:
             elif lineage.exists:
                 yield lineage
 
-    def every_lineage(self) -> Iterator[tuple[Lineage, DamagedError | RefusedError | None]]:
+    def every_lineage(self) -> Iterator[tuple[Lineage, IslandError | None]]:
         """Yield each folder that can be a lineage, refreshed, and the error if it cannot be read."""
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
                 lineage.refresh_to_read()
-            except (DamagedError, RefusedError) as error:
+            except (DamagedError, RefusedError, AccessDeniedError) as error:
                 yield lineage, error
             else:
                 yield lineage, None

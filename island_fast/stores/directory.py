@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from island_fast.arrays import Buffer
 from island_fast.errors import (
+    AccessDeniedError,
     ConflictError,
     DamagedObjectError,
     NotFoundError,
@@ -79,7 +80,10 @@ class DirectoryStore(Store):
 
     def __init__(self, path: str, *, create_ok: bool = False, shared: bool = False) -> None:
         self.location = path
-        self._root = os.path.abspath(os.path.expanduser(path))
+        place = os.path.expanduser(path)
+        if place.startswith("~") and place == path:  # no such user, or no home directory
+            raise NotFoundError(f"there is no home directory for {path}; give an absolute path, or ./{path}")
+        self._root = os.path.abspath(place)
         self._folders_lock = threading.Lock()
         self._known_folders: set[str] = set()  # folders that exist and are flushed
         self._reserve = Reserve(self._root, os.path.join(self._root, _SCRATCH))
@@ -377,6 +381,7 @@ class DirectoryStore(Store):
             case errno.EROFS:
                 text = f"{location} is on a read-only file system; remount it for writing"
             case errno.EACCES | errno.EPERM:
+                kind = AccessDeniedError if kind is StoreError else kind
                 text = f"permission denied at {what}; run as the owner of the repository"
             case errno.EOPNOTSUPP:
                 text = (

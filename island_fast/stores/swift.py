@@ -95,6 +95,11 @@ class SwiftStore(Store):
         container, _, prefix = path.partition("/")
         if not _CONTAINER.fullmatch(container):
             raise UsageError(f"swift://{path} does not name a container; write swift://CONTAINER/PREFIX")
+        if prefix.strip("/") and not is_name(prefix.strip("/")):
+            raise UsageError(
+                f"swift://{path} has a prefix that cannot be used; use letters, digits, '.', '_' and '-', in "
+                "parts joined by '/'"
+            )
         auth = auth_from_environment(prefix=variables)
         store = cls(container, prefix.strip("/"), auth, policy or RetryPolicy())
         try:

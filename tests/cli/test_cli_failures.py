@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pwd
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -272,6 +273,47 @@ def fill(place: Path) -> None:
     with open(place / "filler", "wb", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(b"x" * 4096):
             pass
+
+
+def test_advice_about_targets_can_be_followed(island: Island, disk: Path, tmp_path: Path) -> None:
+    island("snapshot", disk)
+    top = tmp_path / "top.qcow2"
+    qemu.run("qemu-img", "create", "-q", "-f", "qcow2", "-b", disk, "-F", "qcow2", top)
+    sentence = island.fails(4, "restore", "disk@latest", "--onto", top)
+    assert "has a backing file" in sentence
+    assert "--backing" not in sentence, "restore has no such option"
+    for place in ("/dev/no-such-disk", "/dev/../dev/no-such-disk"):
+        assert "no such device" in island.fails(4, "restore", "disk@latest", place, "--format", "raw")
+        assert not os.path.lexists("/dev/no-such-disk")
+
+
+def test_a_device_is_no_file_to_remove(island: Island, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    island("snapshot", disk)
+    monkeypatch.setattr(Path, "is_block_device", lambda self: self.name == "sdz")
+    sentence = island.fails(4, "restore", "disk@latest", "/dev/sdz", "--format", "raw")
+    assert "--onto /dev/sdz" in sentence
+    assert "remove" not in sentence
+
+
+def test_a_user_without_a_home(island: Island, disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a container: neither HOME nor an account, and a folder called ~ where it is run."""
+
+    def nobody(_uid: int) -> None:
+        raise KeyError
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)
+    for name in ("HOME", "ISLAND_STATE", "XDG_CONFIG_HOME", "XDG_STATE_HOME", "ISLAND_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    folder = disk.parent / "here"
+    (folder / "~/.config/island").mkdir(parents=True)
+    (folder / "~/.config/island/config.toml").write_text('repository = "/nowhere/at/all"')
+    monkeypatch.chdir(folder)
+    assert "set ISLAND_STATE" in island.fails(2, "snapshot", disk)
+    assert "no home directory" in island.fails(3, "-r", "~/repository", "list")
+    monkeypatch.setenv("ISLAND_STATE", str(disk.parent / "state"))
+    monkeypatch.delenv("ISLAND_REPOSITORY")
+    assert "no repository is named" in island.fails(2, "list")
 
 
 def test_a_full_repository(island: Island, disk: Path, tmp_path: Path, small_disk: SmallDisk) -> None:

@@ -97,7 +97,7 @@ def refusals() -> None:
     """A record is refused: at once, after a try whose outcome is unknown, or when it is sent again."""
     at_once = (Fault(process.REFUSED, "record"),)
     after_a_try = (Fault(process.LATE, "record"), Fault(process.REFUSED, "record"))
-    unknown = (Fault(process.LATE_OUTAGE, "record"),)
+    unknown = (Fault(process.LATE, "record"), Fault(process.CRASH_BEFORE, "record"))
     for verb in ("snapshot", "delete", "sweep", "adopt"):
         for luck in (1, 2, 3):
             for faults, again in ((at_once, ()), (after_a_try, ()), (unknown, at_once)):
@@ -122,6 +122,7 @@ def refusals() -> None:
                             host, "list", life.volumes[0], lambda r: r.snapshots(), _fresh(again)
                         )
                         assert listed.done, f"reading wants to write: {listed.error!r}"
+                        life.everything = True
                         life.look_again()
                     life.everyone_looks(0)
                     life.account.land(9)
