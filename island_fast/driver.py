@@ -185,7 +185,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         """
         with translate_errors(volume):
             if volume.status == _FAILED_TO_MANAGE:
-                self._volumes.stop(volume.name_id)
+                self._volumes.give_back(volume.name_id)
                 return
             self._volumes.delete(volume.name_id)
 

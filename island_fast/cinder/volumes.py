@@ -215,6 +215,14 @@ class Volumes:
             self.ensure_image(volume)
         self.stop(volume)
 
+    def give_back(self, volume: str) -> None:
+        """Leave on this host's disk what was to be managed and was not; without an image nothing stays."""
+        known = self._find_record(volume)
+        if known is not None and known.made:
+            self.stop(volume)
+        else:
+            self.delete(volume)
+
     def stop(self, volume: str) -> None:
         """Remove the block device and end the daemon, whoever uses it."""
         with self._lock(volume):

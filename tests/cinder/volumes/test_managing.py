@@ -161,3 +161,16 @@ def test_a_folder_of_volumes_belongs_to_one_service(host: Host, tmp_path: Path) 
     (records.folder / "owner.json").write_text("{")
     with pytest.raises(DamagedError, match="delete it if only compute17@ssd uses this folder"):
         records.claim("compute17@ssd")
+
+
+def test_what_was_to_be_managed_stays_and_what_has_no_image_goes(host: Host) -> None:
+    """Else a record without an image would keep its snapshot from being deleted."""
+    source = made(host, b"content")
+    origin = host.volumes.snapshot(source, "kept")
+    unmade = new_id()
+    host.volumes.create(unmade, VolumeRecord(GIB, origin=origin))
+    for volume in (source, unmade, new_id()):
+        host.volumes.give_back(volume)
+    assert host.volumes.records.volumes() == [source]
+    assert content(host, source, 7) == b"content"
+    host.volumes.delete_snapshot(source, origin)
