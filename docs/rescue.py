@@ -176,7 +176,7 @@ class Volume:
             record = frame.meta()
             if not frame.is_whole() or previous not in (None, record["previous"]):
                 raise Damaged(f"{frame.name} is damaged, or does not follow the record before it")
-            if record["event"] not in ("owner", "snapshot", "delete", "sweep") or record["key"]:
+            if record["event"] not in ("owner", "snapshot", "delete", "keep", "sweep") or record["key"]:
                 raise Damaged(f"{frame.name}: a newer version wrote it")
             previous = frame.checksum.hex()
             if record["checkpoint"]:
@@ -354,7 +354,8 @@ def list_snapshots(root: Path, use_catalog: bool) -> int:
             print(f"{name}: no catalog ({volume.lost_catalog}); these are manifests", file=sys.stderr)
             code = 6
         for key, row in volume.live.items():
-            taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(row["created"] // 10**9))
+            seconds = min(row["created"] // 10**9, 253402300799)  # of the year 9999
+            taken = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(seconds))
             print(name, key, taken, row["volume_size"], json.dumps(row["label"]))
         others = len(set(volume.manifests) - {row["id"] for row in volume.live.values()})
         if others:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
+from island_fast.errors import ConflictError, DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.images.backing import Backing
 from island_fast.images.open import open_source
 from island_fast.images.pins import pinned_snapshot
@@ -120,6 +120,7 @@ class Repository(RepositoryBase):
             if at is not None:
                 source.find_named(at)  # before anything is made
             lineage = lineage_for_image(self, source, volume)
+            self.remember()
             facts = dict(properties or {})
             request = SnapshotRequest(self.id, label, pin, at, full, compress, facts)
             if has_known_damage(lineage):
@@ -196,6 +197,7 @@ class Repository(RepositoryBase):
         *,
         image_format: str = "qcow2",
         pin: bool = True,
+        salvage: bool = False,
         progress: Progress = silent,
     ) -> Restored:
         """Write a snapshot's volume to a new file `target`, as "qcow2" or "raw".
@@ -204,13 +206,18 @@ class Repository(RepositoryBase):
         the snapshot's pin, so that its next snapshot is incremental. Without `pin` it has no history: use
         that for a copy that becomes a volume of another name. Every block is checked against its digest.
 
+        With `salvage`, a block that is lost is no error: it is zero in the file, and listed in the answer,
+        which is a `Salvaged`. Such a file never holds a pin, because it need not be the volume.
+
         RefusedError if `target` exists; IslandError if it cannot be created; DamagedObjectError, which names
-        the object, if a block is lost.
+        the object, if a block is lost, or with `salvage` if the manifest says no more where blocks are.
         """
-        from island_fast.operations.restore import RestoreTarget, restore
+        from island_fast.operations.restore import RestoreTarget, restore, restore_salvaged
 
         found = self.find(reference)
         with found.lineage.deletion_explained(found.row, "restored"):
+            if salvage:
+                return restore_salvaged(found, Path(target), image_format, progress)
             manifest = found.lineage.manifest(found.row)
             return restore(found, manifest, RestoreTarget(Path(target), image_format, pin), progress)
 
@@ -270,13 +277,17 @@ class Repository(RepositoryBase):
         """Delete snapshots from the catalog, in the order given.
 
         Nothing is deleted unless all references are found. All other snapshots stay complete. The next
-        `sweep` frees the space. With `dry_run` nothing is changed. ConflictError if another host owns the
-        volume; RefusedError if a snapshot or copy in progress is based on one of them.
+        `sweep` frees the space. With `dry_run` nothing is changed.
+
+        After a StoreRefusedError, the snapshot at which it ended was not deleted; after another StoreError
+        that is unknown. The same call can be repeated within a day: it reports what was deleted before, and
+        VOLUME@latest does not come to mean the next snapshot. ConflictError if another host owns the volume;
+        RefusedError if a snapshot or copy in progress is based on one of them.
         """
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete(self.find_all(references), dry_run)
+        return delete(self, references, dry_run)
 
     def keep(self, references: Sequence[str], *, release: bool = False) -> list[Marked]:
         """Mark snapshots that must not be deleted, or with `release` remove their marks.
@@ -296,7 +307,8 @@ class Repository(RepositoryBase):
 
         The rules apply to each volume separately. With `dry_run` nothing is changed. A snapshot that could
         not be deleted counts as kept, and `left_out` holds the reason; so it does for a volume that cannot be
-        read. UsageError if `keep` has no rules; ConflictError if another host owns `volume`.
+        read. UsageError if `keep` has no rules; ConflictError if another host owns `volume`, or other hosts
+        own all volumes.
         """
         from island_fast.operations.retain import retain
 
@@ -311,6 +323,7 @@ class Repository(RepositoryBase):
                 retained, errors = retain(lineage, keep, dry_run, progress)
                 answers.append(retained)
                 self.left_out += errors
+        self._refuse_if_all_are_others(others, bool(answers))
         if others:
             _LOG.warning("skipped, because another host owns them: %s", ", ".join(others))
         return answers
@@ -322,17 +335,32 @@ class Repository(RepositoryBase):
 
         Objects younger than `grace` seconds, by the store's clock, stay (default: 24 hours in Swift, 0 in a
         directory). A shorter grace is safe only if nothing else uses the repository meanwhile. With `dry_run`
-        nothing is changed. A volume that cannot be swept is skipped: see `left_out`.
+        nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also holds an
+        error for a volume with packs that could not be rewritten for want of room. ConflictError if other
+        hosts own all volumes.
         """
         from island_fast.operations.sweep import sweep
 
         grace = self.store.grace if grace is None else grace
-        answers = []
+        answers, others = [], []
         for lineage in self.lineages():
+            if not lineage.owned_here:
+                others.append(lineage.name)
+                continue
             with self._skip_if_unusable():
-                if lineage.owned_here:
-                    answers.append(sweep(lineage, grace, dry_run, progress))
+                swept, errors = sweep(lineage, grace, dry_run, progress)
+                answers.append(swept)
+                self.left_out += errors
+        self._refuse_if_all_are_others(others, bool(answers))
         return answers
+
+    def _refuse_if_all_are_others(self, others: Sequence[str], worked: bool) -> None:
+        """Raise ConflictError if other hosts own all volumes: a timer may run on the wrong host."""
+        if others and not worked and not self.left_out:
+            raise ConflictError(
+                f"nothing was done in {self.store.location}, because other hosts or users own its volumes "
+                f"({', '.join(others)}); run it where they are owned, or if that is gone, 'island adopt' them"
+            )
 
     def copy(
         self,
@@ -365,6 +393,7 @@ class Repository(RepositoryBase):
         answers: list[Copied] = []
         for lineage, wanted in (one for one in chosen.values() if one[1]):
             self._refuse_same(to)
+            to.remember()
             with self._skip_if_unusable(every):
                 copied, errors = copy(lineage, to.lineage(lineage.name), wanted, progress)
                 answers += copied
@@ -454,6 +483,7 @@ class Repository(RepositoryBase):
         with lineage.hold_lock():
             lineage.adopt()
             lineage.files.set_image(None)
+            self.remember()
             return Adopted(volume, len(lineage.state.live), lineage.epoch)
 
     @contextmanager

@@ -21,6 +21,8 @@ __all__ = [
     "ObjectMissingError",
     "RefusedError",
     "StoreError",
+    "StoreFullError",
+    "StoreRefusedError",
     "UnsupportedImageError",
     "UnsupportedObjectError",
     "UsageError",
@@ -76,6 +78,17 @@ class StoreError(IslandError):
     """The store did not answer, denied access, or left the outcome unknown. Exit code 5."""
 
     exit_code = 5
+
+
+class StoreRefusedError(StoreError):
+    """The store refused to write or delete an object, so that is certain: it was not done, and never will be.
+
+    Any other StoreError of a write leaves its outcome unknown.
+    """
+
+
+class StoreFullError(StoreRefusedError):
+    """The store has no room for an object: its disk is full, or its quota is used up."""
 
 
 class DamagedError(IslandError):

@@ -8,6 +8,7 @@ import errno
 import os
 import stat
 from collections.abc import Iterator
+from pathlib import Path
 
 __all__ = [
     "FOLDER_FLAGS",
@@ -16,9 +17,11 @@ __all__ = [
     "make_folder",
     "make_folders",
     "open_fd",
+    "open_private",
     "punch_hole",
     "reserve_space",
     "sync_folder",
+    "write_durably",
     "write_scratch",
 ]
 
@@ -40,6 +43,22 @@ def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         yield fd
     finally:
         os.close(fd)
+
+
+def open_private(path: str, flags: int) -> int:
+    """Open a file that, if it is new, only its owner can read; an opener for `open`."""
+    return os.open(path, flags | os.O_CLOEXEC, 0o600)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write `path` so that it is either as before, or whole and on disk."""
+    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
+    with open(temporary, "xb", opener=open_private) as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def write_scratch(folder: str, content: list[memoryview], *, group_readable: bool = False) -> str:

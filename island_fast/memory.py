@@ -1,18 +1,20 @@
 """How much memory this process can still take, and refusing what would take more.
 
 What others wrote, such as an object of a repository, can claim any size. Whatever would take much memory asks
-`require_memory` first, so that a claim ends with a sentence, not with a host that runs out of memory.
+`require_memory` first, so that a claim ends with a sentence, not with a host that runs out of memory. Whoever
+trusts the one who wrote it sets ISLAND_TRUST_SIZES=1, and then nothing is refused here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 from pathlib import Path
 
 from island_fast.errors import MemoryBudgetError
 
-__all__ = ["available_memory", "require_memory"]
+__all__ = ["available_memory", "require_memory", "require_plausible"]
 
 _SMALL = 32 << 20  # bytes; what takes less is not asked for
 _SHARE = 2  # one thing may take half of what is available: others are in memory at the same time
@@ -21,14 +23,30 @@ _MIB = 1 << 20
 
 def require_memory(what: str, size: int) -> None:
     """Raise MemoryBudgetError if `what`, which takes `size` bytes, is more than half of what is available."""
-    if size <= _SMALL:
+    if size <= _SMALL or _trusts_sizes():
         return
     budget = available_memory() // _SHARE
     if size > budget:
         raise MemoryBudgetError(
             f"{what} would take {-(-size // _MIB)} MiB of memory, and this host has {budget // _MIB} MiB for "
-            "it; if you trust who wrote it, use a host with more memory"
+            "it; use a host with more memory, or if you trust who wrote it, set ISLAND_TRUST_SIZES=1"
         )
+
+
+def require_plausible(what: str, claimed: int, most: int) -> None:
+    """Raise MemoryBudgetError if `what`, a table, claims more rows than its bytes make plausible.
+
+    They need not be wrong, but cost nearly nothing to claim, and memory to look at.
+    """
+    if claimed > most and not _trusts_sizes():
+        raise MemoryBudgetError(
+            f"{what} claims {claimed} rows in so few bytes that at most {most} are plausible; if you trust "
+            "who wrote it, set ISLAND_TRUST_SIZES=1"
+        )
+
+
+def _trusts_sizes() -> bool:
+    return os.environ.get("ISLAND_TRUST_SIZES", "") not in ("", "0")
 
 
 def available_memory() -> int:

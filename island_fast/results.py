@@ -33,6 +33,7 @@ __all__ = [
     "Restored",
     "RestoredOnto",
     "Retained",
+    "Salvaged",
     "Snapshot",
     "SnapshotShown",
     "SnapshotTaken",
@@ -46,6 +47,9 @@ __all__ = [
     "command_to_resume",
     "timestamp",
 ]
+
+
+_WINDOW = 1 << 16  # extents that are made Python's at a time
 
 
 def command_to_resume(snapshot: str, target: object, image_format: str) -> str:
@@ -139,6 +143,20 @@ class Restored(Answer):
     bytes_written: int
     objects_read: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Salvaged(Restored):
+    """What could be proved intact of a snapshot, restored into a new file; the rest is zero in it.
+
+    `bytes_lost` is what is zero because it is lost, and `extents_lost` says where, as (start, length) in
+    bytes, ascending. If it is 0, the file holds the whole volume. `objects_damaged` are the names of the
+    objects that could not be read as usual, because they are missing or damaged.
+    """
+
+    bytes_lost: int
+    extents_lost: tuple[tuple[int, int], ...]
+    objects_damaged: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,9 +272,13 @@ class Difference(Answer):
     data: NDArray[np.bool_]
 
     def extents(self) -> Iterator[tuple[int, int, str]]:
-        """Return start, length and kind ("data" or "zero") of each extent."""
-        columns = zip(self.start.tolist(), self.length.tolist(), self.data.tolist(), strict=True)
-        return ((start, length, "data" if data else "zero") for start, length, data in columns)
+        """Yield start, length and kind ("data" or "zero") of each extent."""
+        for first in range(0, len(self.start), _WINDOW):
+            part = slice(first, first + _WINDOW)
+            rows = zip(
+                self.start[part].tolist(), self.length[part].tolist(), self.data[part].tolist(), strict=True
+            )
+            yield from ((start, length, "data" if data else "zero") for start, length, data in rows)
 
     def as_json(self) -> dict[str, Any]:
         """Return the answer as one JSON object, with one object for each extent."""

@@ -22,7 +22,7 @@ from typing import Any
 from island_fast import errors
 from island_fast.cinder.child_process import run_child
 from island_fast.cinder.records import SnapshotRef
-from island_fast.errors import IslandError, NotFoundError
+from island_fast.errors import ConflictError, IslandError, NotFoundError
 
 __all__ = ["IslandCommand"]
 
@@ -119,8 +119,13 @@ class IslandCommand:
         return len(self._run("unpin", image, "--qmp", qmp, *(["--orphans"] if orphans else []))["pins"])
 
     def sweep(self) -> None:
-        """Remove what no snapshot needs any more from every lineage that this host owns."""
-        for one in self._run("sweep"):
+        """Remove what no snapshot needs any more from every lineage that this host owns; it can be none."""
+        try:
+            swept = self._run("sweep")
+        except ConflictError as error:
+            _LOG.info("nothing to sweep: %s", error)
+            return
+        for one in swept:
             if one["steps"]:
                 _LOG.info(
                     "swept volume %s: %d objects removed, %d B freed",

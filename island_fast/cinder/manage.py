@@ -28,6 +28,7 @@ from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageEr
 from island_fast.files import link_new, sync_folder
 from island_fast.qcow2.image import Image
 from island_fast.qemu.image_lock import writer_present
+from island_fast.qemu.open_files import refuse_held
 
 __all__ = ["ManageableVolumes"]
 
@@ -111,6 +112,7 @@ class ManageableVolumes:
                 raise RefusedError(f"{path} has qcow2 version 2; run 'qemu-img amend -o compat=1.1' on it")
             if writer_present(image.fd):
                 raise RefusedError(f"{path} is open for writing in another process; end that process first")
+            refuse_held(path, image.fd, to_write=True)
         return path
 
     def _find_import(self, file: os.stat_result) -> str | None:

@@ -14,6 +14,7 @@ from island_fast.cli.options import (
     add_limit_options,
     complete_directory,
     complete_snapshot,
+    create_option,
     open_repository,
     open_second_repository,
     volume_option,
@@ -34,10 +35,13 @@ __all__ = ["copy"]
 @option(WHAT, "--all", "every", is_flag=True, help="Copy all snapshots of all volumes.")
 @option(REPOSITORY, "--to", metavar="WHERE", required=True, shell_complete=complete_directory,
         help="The repository to copy to: a directory, or swift://CONTAINER/PREFIX.")  # fmt: skip
+@create_option()
 @add_limit_options
 @add_common_options
 @click.pass_obj
-def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, to: str) -> None:
+def copy(
+    run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, to: str, create_anew: bool
+) -> None:
     """Copy snapshots to another repository, such as one in another region.
 
     A copy keeps the id, label and time of its snapshot, and needs nothing from the first repository. Only
@@ -60,7 +64,7 @@ def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, 
     run.if_interrupted = lambda: "snapshots that were copied are complete there; run it again to resume"
     with (
         open_repository(run) as repository,
-        open_second_repository(run, to) as other,
+        open_second_repository(run, to, create_anew=create_anew) as other,
         run.progress() as progress,
     ):
         copied = repository.copy(other, snapshots or None, volume=volume, progress=progress)

@@ -41,7 +41,7 @@ def list_(run: Run, volume: str | None) -> None:
         found = repository.snapshots(volume)
         run.note_if_empty(found, repository, "there are no snapshots")
     text = _format_list(found, parents=(terminal_width() or _WIDE) >= _WIDE) if found else ""
-    run.answer([one.as_json() for one in found], text, "\n".join(one.snapshot for one in found))
+    run.answer((one.as_json() for one in found), text, "\n".join(one.snapshot for one in found))
     run.finish_with(repository.left_out)
 
 

@@ -30,6 +30,7 @@ __all__ = [
     "add_limit_options",
     "complete_directory",
     "complete_snapshot",
+    "create_option",
     "dry_run_option",
     "image_format_option",
     "open_repository",
@@ -118,6 +119,15 @@ def image_format_option(text: str) -> _Decorator:
 def dry_run_option(text: str = "Change nothing; show what would be freed.") -> _Decorator:
     """Return the option --dry-run of a verb."""
     return option(HOW, "--dry-run", is_flag=True, help=text)
+
+
+def create_option() -> _Decorator:
+    """Return the option --create of a verb that makes a repository."""
+    return option(
+        REPOSITORY, "--create", "create_anew", is_flag=True,
+        help="Create the repository even if this host has used another one at that place, whose disk may not "
+        "be mounted.",
+    )  # fmt: skip
 
 
 def add_limit_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -222,8 +232,10 @@ def complete_directory(
 # Repositories.
 
 
-def open_repository(run: Run, *, create: bool = False, shared: bool = False) -> Repository:
-    """Open the repository of this run; with `create` it need not exist yet, and is made `shared`."""
+def open_repository(
+    run: Run, *, create: bool = False, create_anew: bool = False, shared: bool = False
+) -> Repository:
+    """Open the repository of this run; with `create` it need not exist yet, see `Repository.open`."""
     from island_fast.api import Repository  # here: it takes a good part of a second
 
     if not run.location:
@@ -231,11 +243,12 @@ def open_repository(run: Run, *, create: bool = False, shared: bool = False) -> 
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
     return Repository.open(
-        run.location, create=create, shared=shared, workers=run.workers, meters=_meters(run)
-    )
+        run.location, create=create, create_anew=create_anew, shared=shared, workers=run.workers,
+        meters=_meters(run),
+    )  # fmt: skip
 
 
-def open_second_repository(run: Run, location: str) -> Repository:
+def open_second_repository(run: Run, location: str, *, create_anew: bool) -> Repository:
     """Open the repository that snapshots are copied to, or create it. It shares the limits of the first.
 
     Its credentials are in variables that begin with ISLAND_TO_, if there are any, else in the usual ones.
@@ -244,8 +257,9 @@ def open_second_repository(run: Run, location: str) -> Repository:
 
     own = any(key.startswith((f"{_OTHER}OS_", f"{_OTHER}ST_")) for key in os.environ)
     return Repository.open(
-        location, create=True, variables=_OTHER if own else "", workers=run.workers, meters=_meters(run)
-    )
+        location, create=True, create_anew=create_anew, variables=_OTHER if own else "", workers=run.workers,
+        meters=_meters(run),
+    )  # fmt: skip
 
 
 def _meters(run: Run) -> RateLimiters | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,12 +22,14 @@ from island_fast.cli.options import (
 )
 from island_fast.cli.run import Run
 from island_fast.cli.text import count, duration, printable, sheet, size
-from island_fast.errors import UsageError
+from island_fast.errors import DamagedError, UsageError
 
 if TYPE_CHECKING:
     from island_fast.results import Restored, RestoredOnto
 
 __all__ = ["restore"]
+
+_LISTED_EXTENTS = 1000
 
 
 @verb("Write a snapshot to a new file, or onto an image", epilog=NAMING)
@@ -36,6 +39,8 @@ __all__ = ["restore"]
         help="Write only the blocks that differ, to this existing file or block device.")  # fmt: skip
 @image_format_option("Format of TARGET or IMAGE.")
 @option(HOW, "--no-pin", is_flag=True, help="Leave no pin in TARGET, which is to become another volume.")
+@option(HOW, "--salvage", is_flag=True,
+        help="Write what is intact of a damaged snapshot; the rest is zero, and listed.")  # fmt: skip
 @dry_run_option("With --onto: write nothing; show what would be written.")
 @add_limit_options
 @add_common_options
@@ -47,6 +52,7 @@ def restore(
     onto: Path | None,
     image_format: str,
     no_pin: bool,
+    salvage: bool,
     dry_run: bool,
 ) -> None:
     """Write the volume as of SNAPSHOT to the new file TARGET, or onto IMAGE.
@@ -59,6 +65,10 @@ def restore(
     smaller than the volume is refused. Internal snapshots and pins in IMAGE stay. If interrupted, IMAGE is a
     mix of old and new: run the same command again with the snapshot's id (which is printed), not "latest".
 
+    --salvage is for a damaged SNAPSHOT that 'island verify --heal' cannot repair. Every block that can be
+    proved intact is written. What is lost is zero in TARGET and listed, and the exit code is 6: TARGET is not
+    the volume then, so it gets no pin.
+
     \b
     Example:
       island -r /srv/snapshots restore disk@latest restored.qcow2
@@ -69,14 +79,16 @@ def restore(
     if (target is None) == (onto is None):
         raise UsageError("name either a new file TARGET, or an existing image with --onto")
     if onto is not None:
+        if salvage:
+            raise UsageError("--salvage writes a new TARGET only; zeros in IMAGE could replace what it holds")
         _restore_onto(run, snapshot, onto, image_format, no_pin, dry_run)
     elif target is not None:
         if dry_run:
             raise UsageError("--dry-run goes with --onto; a new TARGET is written in full")
-        _restore(run, snapshot, target, image_format, no_pin)
+        _restore(run, snapshot, target, image_format, no_pin, salvage)
 
 
-def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool) -> None:
+def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: bool, salvage: bool) -> None:
     """Write a new file, and print the answer."""
 
     def if_interrupted() -> str:
@@ -87,9 +99,24 @@ def _restore(run: Run, snapshot: str, target: Path, image_format: str, no_pin: b
     run.if_interrupted = if_interrupted
     with open_repository(run) as repository, run.progress() as progress:
         restored = repository.restore(
-            snapshot, target, image_format=image_format, pin=not no_pin, progress=progress
+            snapshot, target, image_format=image_format, pin=not no_pin, salvage=salvage, progress=progress
         )
-    run.answer(restored.as_json(), _format_restored(restored))
+    text = _format_restored(restored)
+    lost: Sequence[tuple[int, int]] = getattr(restored, "extents_lost", ())
+    run.answer(restored.as_json(), "\n".join([*_format_lost(lost), text]))
+    if lost:
+        raise DamagedError(
+            f"{target} is not the volume: {sum(length for _, length in lost)} bytes of it are lost and zero; "
+            f"see 'island verify {restored.snapshot} --sample 100%' for the damaged objects"
+        )
+
+
+def _format_lost(lost: Sequence[tuple[int, int]]) -> Iterator[str]:
+    """Yield a line for each extent that is lost."""
+    for start, length in lost[:_LISTED_EXTENTS]:
+        yield f"lost: {length} bytes at byte {start}"
+    if len(lost) > _LISTED_EXTENTS:
+        yield f"and {len(lost) - _LISTED_EXTENTS} more, which --json lists"
 
 
 def _restore_onto(

@@ -16,7 +16,7 @@ import re
 import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from island_fast.progress import Progress
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["FullUsageError", "Run", "run_to_exit_code"]
+__all__ = ["FullUsageError", "Run", "enclose", "run_to_exit_code"]
+
+
+_PRINTED_AT_ONCE = 64 << 10  # characters
 
 
 _CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", re.IGNORECASE)
@@ -80,17 +83,35 @@ class Run:
             yield report
 
     def answer(self, value: object, text: str, brief: str = "") -> None:
-        """Print the answer: `value` with --json, `brief` with --quiet, else `text`; "" prints nothing."""
+        """Print the answer: `value` with --json, `brief` with --quiet, else `text`; "" prints nothing.
+
+        A `value` that is an iterator is a list, whose items are encoded and printed one after the other.
+        """
         self.answered = True
-        if self.json:
+        if self.json and isinstance(value, Iterator):
+            self.answer_parts(enclose("[", ", ", "]", map(json.dumps, value)))
+        elif self.json:
             _write_stdout(json.dumps(value))
         elif line := (brief if self.quiet else self.complete(text)):
             _write_stdout(line)
 
-    def answer_encoded(self, value: str) -> None:
-        """Print an answer that is JSON already; call it with --json only."""
+    def answer_parts(self, parts: Iterable[str]) -> None:
+        """Print an answer of any length, part by part as they come, so that little of it is in memory.
+
+        The parts are those of its JSON with --json, else of its text. An error that comes after the first
+        part ends the answer where it is.
+        """
+        waiting: list[str] = []
+        size = 0
+        for part in parts:
+            waiting.append(part)
+            size += len(part)
+            if size >= _PRINTED_AT_ONCE:
+                self.answered = True
+                _write_stdout("".join(waiting), end="")
+                waiting, size = [], 0
         self.answered = True
-        _write_stdout(value)
+        _write_stdout("".join(waiting))
 
     def finish_with(self, errors: Sequence[IslandError]) -> None:
         """Raise the last of the errors that left the answer incomplete, if any, and print the others."""
@@ -124,6 +145,15 @@ _QUOTED_COMMAND = re.compile(
     r"(?! --help)[^'\n]*)'"
 )
 """Verbs on a repository, quoted as a command to run."""
+
+
+def enclose(begin: str, between: str, end: str, parts: Iterable[str]) -> Iterator[str]:
+    """Yield `begin`, the `parts` with `between` each two of them, and `end`."""
+    before = begin
+    for part in parts:
+        yield before + part
+        before = between
+    yield end if before is between else begin + end
 
 
 class FullUsageError(click.UsageError):
@@ -290,10 +320,10 @@ def _explain_output_error(error: BaseException | None) -> str:
 # The two streams.
 
 
-def _write_stdout(text: str) -> None:
-    """Write to standard output, if there is one."""
+def _write_stdout(text: str, end: str = "\n") -> None:
+    """Write `text` and `end` to standard output, if there is one."""
     try:
-        _write(sys.stdout, text)
+        _write(sys.stdout, text, end)
     except (OSError, ValueError) as error:
         _discard_output(sys.stdout)
         raise _OutputError from error
@@ -305,14 +335,14 @@ def _write_stderr(text: str) -> None:
         _write(sys.stderr, f"island: {printable(text)}")
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """Write one or more lines; what the stream's encoding lacks is escaped."""
+def _write(stream: TextIO | None, text: str, end: str = "\n") -> None:
+    """Write `text` and `end`; what the stream's encoding lacks is escaped."""
     if stream is not None:
         if not text.isascii():
             encoding = stream.encoding or "utf-8"
             text = text.encode(encoding, "backslashreplace").decode(encoding)
         stream.write(text)
-        stream.write("\n")
+        stream.write(end)
         stream.flush()
 
 

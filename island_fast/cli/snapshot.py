@@ -13,6 +13,7 @@ from island_fast.cli.options import (
     FileName,
     add_common_options,
     add_limit_options,
+    create_option,
     image_format_option,
     open_repository,
     require_utf8,
@@ -54,6 +55,7 @@ __all__ = ["snapshot"]
         help="A backing file of IMAGE, such as qcow2:base.qcow2; repeatable, the nearest first.")  # fmt: skip
 @option(HOW, "--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
         envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@create_option()
 @option(REPOSITORY, "--shared", is_flag=True,
         help="If this creates the repository, a directory: let its group restore from it.")  # fmt: skip
 @add_limit_options
@@ -75,6 +77,7 @@ def snapshot(
     image_format: str,
     backing: tuple[str, ...],
     compression: str,
+    create_anew: bool,
     shared: bool,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
@@ -100,7 +103,17 @@ def snapshot(
         if image is not None or given:
             raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
         _snapshot_domain(
-            run, domain, disks, freeze or "auto", connect, volume, label, full, compression, shared
+            run,
+            domain,
+            disks,
+            freeze or "auto",
+            connect,
+            volume,
+            label,
+            full,
+            compression,
+            create_anew,
+            shared,
         )
         return
     if disks or freeze or connect:
@@ -108,7 +121,8 @@ def snapshot(
     if image is None:
         raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
     run.if_interrupted = lambda: _left_by_interruption(run.phase)
-    with open_repository(run, create=True, shared=shared) as repository, run.progress() as progress:
+    opened = open_repository(run, create=True, create_anew=create_anew, shared=shared)
+    with opened as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
             volume=volume,
@@ -137,13 +151,15 @@ def _snapshot_domain(
     label: str,
     full: bool,
     compression: str,
+    create_anew: bool,
     shared: bool,
 ) -> None:
     """Take snapshots of a running guest's disks, and print the answer."""
     run.if_interrupted = lambda: (
         "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
     )
-    with open_repository(run, create=True, shared=shared) as repository, run.progress() as progress:
+    opened = open_repository(run, create=True, create_anew=create_anew, shared=shared)
+    with opened as repository, run.progress() as progress:
         taken = repository.snapshot_domain(
             domain,
             disks=disks,
@@ -189,7 +205,15 @@ def _format_taken(taken: SnapshotTaken) -> str:
                 if taken.attempt
                 else "",
             ),
-            ("read", size(taken.bytes_read)),
+            (
+                "read",
+                f"{size(taken.bytes_read)}"
+                + (
+                    f"; {count(taken.blocks_sampled, 'unchanged block')} compared"
+                    if taken.blocks_sampled
+                    else ""
+                ),
+            ),
             ("stored", f"{size(taken.bytes_stored)}; {count(taken.objects_written, 'object')} written"),
             ("time", duration(taken.seconds)),
         ]

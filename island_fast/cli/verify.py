@@ -93,6 +93,8 @@ def verify(
             snapshot, sample=sample, since=since, against=against, backing=backing, heal=heal,
             progress=progress,
         )  # fmt: skip
+        if not found.damages:
+            run.note_if_empty(range(found.snapshots), repository, "there are no snapshots")
     left = [one.object for one in found.damages if not one.mended]
     run.answer(found.as_json(), "\n".join(_format_verified(found)), "\n".join(left))
     errors = list(repository.left_out) if every else []

@@ -19,7 +19,16 @@ from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
-from island_fast.formats.frame import LIMITS, Kind, Section, integer, json_bytes, open_frame, seal
+from island_fast.formats.frame import (
+    LIMITS,
+    Kind,
+    Section,
+    bounded_time,
+    integer,
+    json_bytes,
+    open_frame,
+    seal,
+)
 from island_fast.formats.keys import (
     MAX_PACK_NUMBER,
     PACK_BITS,
@@ -106,7 +115,7 @@ class SnapshotRow:
             attempt=integer(value["attempt"]),
             checksum=value["checksum"],
             manifest_size=integer(value["manifest_size"]),
-            created=integer(value["created"]),
+            created=bounded_time(value["created"]),
             label=str(value["label"]),
             volume_size=integer(value["volume_size"]),
             stored=integer(value["stored"]),
@@ -519,7 +528,7 @@ def _record(meta: Mapping[str, Any], event: Event, state: State | None, write_fe
         writer=str(meta["writer"]),
         host=str(meta["host"]),
         previous=meta["previous"],
-        time=integer(meta["time"]),
+        time=bounded_time(meta["time"]),
         seed=integer(meta["seed"]),
         event=event,
         state=state,

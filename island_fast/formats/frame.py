@@ -33,8 +33,10 @@ __all__ = [
     "Limit",
     "Section",
     "SectionEntry",
+    "bounded_time",
     "integer",
     "json_bytes",
+    "open_damaged",
     "open_frame",
     "parse_front",
     "seal",
@@ -236,6 +238,14 @@ def integer(value: object, top: int = 1 << 63) -> int:
     return value
 
 
+def bounded_time(value: object) -> int:
+    """Return `value`, a time from JSON in nanoseconds, at most the last one that fits into 63 bits.
+
+    A host whose clock was far in the future may have written a later one. Else ValueError, as `integer`.
+    """
+    return min(integer(value, 1 << 64), (1 << 63) - 1)
+
+
 def seal(
     kind: Kind, name: str, sections: Sequence[Section], *, write_features: int = 0
 ) -> tuple[list[Buffer], bytes]:
@@ -344,6 +354,27 @@ def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:
     if whole.digest() != frame.checksum:
         raise DamagedObjectError(f"object {name} is damaged (checksum differs)")
     return frame
+
+
+def open_damaged(kind: Kind, name: str, data: Buffer, sections: int) -> tuple[Frame, bool, bool]:
+    """Open object `name`, which is damaged, so that each section can be read that is not; return its frame.
+
+    Second is whether header and table are intact; then they are checked as by `parse_front`. Otherwise
+    nothing of them is, and the table has `sections` rows, as every object of this kind has. Each section is
+    still checked when it is read. Third is whether the object's id is that of `name`: if it is not, only the
+    object's content can say that it is this object.
+    """
+    view = memoryview(data).cast("B").toreadonly()
+    if view.nbytes < HEADER_SIZE + sections * _ENTRY.size:
+        raise DamagedObjectError(f"object {name} is truncated; restore it or delete its snapshots")
+    _, _, count, _, _, _, oid, front_sum, checksum = _HEADER.unpack_from(view)
+    head = bytearray(view[: HEADER_SIZE + count * _ENTRY.size])
+    head[_FRONT_SUM_AT:HEADER_SIZE] = bytes(HEADER_SIZE - _FRONT_SUM_AT)
+    if xxhash.xxh3_64_intdigest(head) == front_sum:
+        return parse_front(kind, name, view), True, True
+    rows = view[HEADER_SIZE : HEADER_SIZE + sections * _ENTRY.size]
+    entries = {row[0]: SectionEntry(*row) for row in _ENTRY.iter_unpack(rows)}
+    return Frame(kind, name, view.nbytes, checksum, 0, entries, view), False, oid == _object_id(name)
 
 
 def _inflate(name: str, stored: memoryview, size: int) -> bytes:

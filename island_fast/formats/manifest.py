@@ -12,17 +12,29 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+import xxhash
 
 from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
+from island_fast.errors import UNREADABLE, DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.frame import Frame, Kind, Section, integer, json_bytes, open_frame, seal
+from island_fast.formats.frame import (
+    Frame,
+    Kind,
+    Section,
+    SectionEntry,
+    bounded_time,
+    integer,
+    json_bytes,
+    open_damaged,
+    open_frame,
+    seal,
+)
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.formats.runs import Runs
-from island_fast.memory import require_memory
+from island_fast.memory import require_memory, require_plausible
 from island_fast.qcow2.names import unescape
 from island_fast.qcow2.snapshots import PinnedBase
 
@@ -32,6 +44,7 @@ __all__ = [
     "build_pack_table",
     "check_properties",
     "decode",
+    "decode_damaged",
     "encode",
     "pin_from_json",
 ]
@@ -41,10 +54,14 @@ MAX_PROPERTIES = 256
 MAX_PROPERTIES_BYTES = 64 << 10
 _MAX_BLOCKS = 1 << 38  # 16 PiB
 _ROW_MEMORY = 48  # bytes for each run while a manifest is decoded
+# Runs that come from what guests do take bytes each. Only a perfect pattern would be compressed to less.
+_ROWS_FREE = 1 << 21  # whatever they are compressed to
+_ROWS_PER_BYTE = 512  # more of them for each stored byte of the table
 
 _META = 1
 _PACK_LINEAGE, _PACK_SNAPSHOT, _PACK_NUMBER = 16, 17, 18
 _RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT = 32, 33, 34, 35
+_SECTIONS = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +149,12 @@ def build_pack_table(runs: Runs, lineage: str, numbers: SnapshotNumbers) -> tupl
 def encode(name: str, manifest: Manifest) -> tuple[bytes, bytes]:
     """Return the manifest as object `name`: its bytes and its checksum."""
     sections = [Section(_META, [json_bytes(_to_json(manifest))])]
-    sections += [Section(kind, [columns.encode(column)]) for kind, column in _stored_columns(manifest)]
+    # One column of a large table is not compressed: so a reader finds bytes for its rows.
+    fits = len(manifest.runs) <= _ROWS_FREE
+    sections += [
+        Section(kind, [columns.encode(column)], compress=fits or kind != _RUN_PACK)
+        for kind, column in _stored_columns(manifest)
+    ]
     parts, checksum = seal(Kind.MANIFEST, name, sections)
     return b"".join(parts), checksum
 
@@ -203,6 +225,32 @@ def decode(name: str, data: Buffer, most_packs: int | None = None) -> tuple[Mani
     than this host has memory for.
     """
     frame = open_frame(Kind.MANIFEST, name, data)
+    return _decode_sections(frame, most_packs), frame.checksum
+
+
+def decode_damaged(name: str, data: Buffer, most_packs: int) -> Manifest:
+    """Return the manifest in object `name`, which is damaged, if all that it says about blocks is intact.
+
+    DamagedObjectError if a section that is needed is damaged, or as in `decode`. The caller compares what the
+    manifest says it is with what it should be.
+    """
+    frame, _, _ = open_damaged(Kind.MANIFEST, name, data, _SECTIONS)
+    try:
+        frame.section(_PACK_LINEAGE)
+    except UNREADABLE:  # there is one lineage, so its column is zeros
+        packs = frame.json().get("packs")
+        zeros = bytes(packs) if type(packs) is int and 0 <= packs <= most_packs else b""
+        row = SectionEntry(
+            _PACK_LINEAGE, 0, frame.data.nbytes, len(zeros), len(zeros), xxhash.xxh3_64_intdigest(zeros)
+        )
+        whole = memoryview(bytes(frame.data) + zeros)
+        frame = replace(frame, data=whole, entries={**frame.entries, _PACK_LINEAGE: row})
+    return _decode_sections(frame, most_packs)
+
+
+def _decode_sections(frame: Frame, most_packs: int | None) -> Manifest:
+    """Return the manifest whose sections are in `frame`; see `decode`."""
+    name = frame.name
     meta = frame.json()
     try:
         header, packs, rows = _decode_header(meta)
@@ -223,9 +271,11 @@ def decode(name: str, data: Buffer, most_packs: int | None = None) -> tuple[Mani
         raise DamagedObjectError(f"manifest {name} claims more runs than its volume and its packs can have")
     if most_packs is not None and packs > most_packs:
         raise DamagedObjectError(f"manifest {name} names more packs than its catalog has")
+    stored = frame.stored((_RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT))
+    require_plausible(f"the table of runs of manifest {name}", rows, _ROWS_FREE + _ROWS_PER_BYTE * stored)
     require_memory(f"manifest {name}", rows * _ROW_MEMORY)
     table = _decode_packs(frame, header.packs, packs)
-    return replace(header, packs=table, runs=_decode_runs(frame, table, rows, header.blocks)), frame.checksum
+    return replace(header, packs=table, runs=_decode_runs(frame, table, rows, header.blocks))
 
 
 def _column(frame: Frame, kind: int, rows: int) -> columns.Column:
@@ -297,7 +347,7 @@ def _decode_header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
         parent=meta["parent"] and _check_pattern(SNAPSHOT_PATTERN, meta["parent"]),
         group=meta["group"] and str(meta["group"]),
         volume_size=integer(meta["volume_size"]),
-        created=integer(meta["created"]),
+        created=bounded_time(meta["created"]),
         label=str(meta["label"]),
         rule=str(meta["rule"]),
         reason=str(meta["reason"]),
@@ -322,7 +372,7 @@ def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
     return PinnedBase(
         _check_pin_text(value["name"]),
         _check_pin_text(value["id"]),
-        integer(value["seconds"], 1 << 32),
+        integer(value["seconds"]),  # more than 32 bits if a clock was wrong; no image has such a pin
         integer(value["nanoseconds"], 1 << 32),
         integer(value["disk_size"]),
     )

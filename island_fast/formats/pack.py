@@ -11,13 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import xxhash
 import zstandard
 from numpy.typing import NDArray
 
 from island_fast import _diff
-from island_fast.arrays import Buffer, Bytes2D, Int64s
+from island_fast.arrays import Bools, Buffer, Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+from island_fast.errors import UNREADABLE, DamagedObjectError, UnsupportedObjectError
 from island_fast.formats.frame import (
     Codec,
     Frame,
@@ -25,6 +26,7 @@ from island_fast.formats.frame import (
     Section,
     integer,
     json_bytes,
+    open_damaged,
     open_frame,
     parse_front,
     seal,
@@ -40,9 +42,11 @@ __all__ = [
     "PackHeader",
     "compress_blocks",
     "digest_blocks",
+    "find_in_place",
     "front_size",
     "open_pack",
     "plain_blocks",
+    "read_damaged_front",
     "read_front",
     "seal_pack",
     "stored_ranges",
@@ -55,6 +59,7 @@ MAX_SLOTS = 4096
 DIGEST_XXH3_128 = 1
 ABSENT = 255  # codec of a slot that a repack left out or that was lost before a repair
 _META, _INDEX, _DATA = 1, 2, 3
+_SECTIONS = 3
 _FRONT = 192 + 1024  # frame header, section table and metadata: an upper limit of their size
 
 INDEX_ROW = np.dtype(
@@ -188,6 +193,63 @@ def open_pack(name: str, data: Buffer) -> tuple[Index, memoryview]:
 def read_front(name: str, front: Buffer) -> Index:
     """Return the index in a pack's first bytes: `front_size(slots)` of them, or all if there are fewer."""
     return _decode_index(parse_front(Kind.PACK, name, front))
+
+
+def read_damaged_front(name: str, data: Buffer, header: PackHeader, slots: int) -> tuple[Index, bool]:
+    """Return what is left of the index of pack `name`, whose bytes are `data`, and whether it is intact.
+
+    The pack should have `header` and `slots`; DamagedObjectError if these are not its bytes, or if that
+    cannot be known. In an index that is not intact any row can be wrong, or in the place of another: only
+    those count that `find_in_place` finds. A row that points outside the object is given as absent.
+    """
+    frame, front_intact, named = open_damaged(Kind.PACK, name, data, _SECTIONS)
+    index, blocks = frame.entries.get(_INDEX), frame.entries.get(_DATA)
+    start, first = (entry.offset if entry else 0 for entry in (index, blocks))
+    try:
+        found = _decode_header(frame)
+    except UNREADABLE as error:
+        if not named or (front_intact and isinstance(error, UnsupportedObjectError)):
+            raise
+    else:
+        if found != (header, slots):
+            raise DamagedObjectError(f"pack {name} is not the one that its catalog record names")
+        if not front_intact:  # the table can be wrong, but the writer places sections back to back
+            start = frame.entries[_META].offset + frame.entries[_META].stored
+            first = start + slots * INDEX_ROW.itemsize
+    if max(start, first) > frame.data.nbytes:
+        raise DamagedObjectError(f"pack {name} has no bytes of its blocks")
+    raw = frame.data[start : start + slots * INDEX_ROW.itemsize]
+    intact = index is not None and raw.nbytes == slots * INDEX_ROW.itemsize
+    if index is None or xxhash.xxh3_64_intdigest(raw) != index.checksum:
+        intact = False
+    rows = np.frombuffer(raw[: raw.nbytes - raw.nbytes % INDEX_ROW.itemsize], INDEX_ROW).copy()
+    ends = rows["offset"].astype(np.int64) + rows["length"]
+    rows["codec"][(ends > frame.data.nbytes - first) | (rows["length"] > BLOCK_SIZE)] = ABSENT
+    return Index(name, header, rows, first, frame.data.nbytes), intact
+
+
+def find_in_place(index: Index, data: memoryview, good: Bools) -> Bools:
+    """Return which slots of a damaged index are certainly in their places, of those that are `good`.
+
+    `good` are those whose blocks have their digests. Blocks are stored back to back in the order of their
+    slots. So nothing is between two of them if their slots follow each other, and otherwise at most one block
+    for each slot between theirs. If that is not so, no place is certain.
+    """
+    zstd = zstandard.ZstdDecompressor()
+    good = good.copy()
+    starts = index.rows["offset"].astype(np.int64) + index.data_start
+    ends = starts + index.rows["length"]
+    for slot in np.flatnonzero(good & (index.rows["codec"] == Codec.ZSTD)).tolist():
+        try:  # a length that is too large shows only here
+            zstd.decompress(data[starts[slot] : ends[slot]], allow_extra_data=False)
+        except zstandard.ZstdError:
+            good[slot] = False
+    slots = np.flatnonzero(good)
+    gaps = starts[slots] - np.append(index.data_start, ends[slots][:-1])
+    between = slots - np.append(0, slots[:-1] + 1)
+    if not ((gaps >= 0) & (gaps <= between * BLOCK_SIZE)).all():
+        good[:] = False
+    return good
 
 
 def _decode_index(frame: Frame) -> Index:

@@ -15,7 +15,6 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from pathlib import Path
 
 import numpy as np
 
@@ -30,11 +29,11 @@ from island_fast.images.source import END
 from island_fast.progress import Progress
 from island_fast.repository.health import Health
 from island_fast.repository.lineage import Lineage
-from island_fast.repository.local_state import Registration
+from island_fast.repository.local_state import ImageFile, Registration
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted
 from island_fast.repository.streams import copy_blocks
-from island_fast.results import Copied
+from island_fast.results import Copied, timestamp
 
 __all__ = ["copy"]
 
@@ -87,9 +86,9 @@ class _CopyRun:
         rows = [row for row in _sort_parents_first(self._near.state.live) if row.id in wanted]
         with self._far.hold_lock():
             self._check_far()
-            answers = [_report_present(self._far, row) for row in rows if row.id in self._far.state.live]
-            rows = [row for row in rows if row.id not in self._far.state.live]
-            sizes = dict(self._estimate_sizes(rows, set(self._far.state.live)))
+            answers = [_report_present(self._far, row) for row in rows if row.id in self._same()]
+            rows = [row for row in rows if row.id not in self._same()]
+            sizes = dict(self._estimate_sizes(rows, self._same()))
         self._total = sum(sizes.values())
         errors: list[IslandError] = []
         for row in rows:
@@ -99,6 +98,11 @@ class _CopyRun:
                 errors.append(error)
             self._done += sizes.get(row.id, 0)
         return sorted(answers, key=lambda one: self._order[one.snapshot]), errors
+
+    def _same(self) -> set[str]:
+        """Return the ids of the far snapshots that are copies of near ones; see `_is_copy`."""
+        near, far = self._near.state.live, self._far.state.live
+        return {one.id for one in far.values() if one.id in near and _is_copy(one, near[one.id])}
 
     def _estimate_sizes(self, rows: list[SnapshotRow], present: set[str]) -> Iterator[tuple[str, int]]:
         """Yield how many bytes there will be to read for each snapshot; not for one that cannot be read."""
@@ -159,7 +163,8 @@ class _CopyRun:
             made = not far.exists
             if made:
                 far.create(near.seed)
-                far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
+                nearby = f"{near.store.location}/{near.name}"
+                far.files.set_image(ImageFile(nearby))  # so only its pins let images in
             self._check_far()
             running = [one.snapshot for one, alive in far.files.registrations.all() if alive]
             if row.id in running:
@@ -171,7 +176,7 @@ class _CopyRun:
                 far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
             # A copy of this id can have been here before and been deleted; names must be new nevertheless.
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
-            parent = self._find_relative(row, far.state.live)
+            parent = self._find_relative(row, self._same())
             if parent is None and (newest := far.state.newest()):
                 parent = newest.id
             registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
@@ -195,8 +200,8 @@ class _CopyRun:
             )
         if not far.owned_here:
             raise ConflictError(
-                f"volume {far.name} in {far.store.location} belongs to host {far.owner_hostname}; "
-                f"{elsewhere}, or if that host is gone, run "
+                f"volume {far.name} in {far.store.location} belongs to {far.owner_described}; "
+                f"{elsewhere}, or if that is gone, run "
                 f"'island -r {far.store.location} adopt {far.name}' here"
             )
         far.require_owner()
@@ -240,7 +245,7 @@ class _CopyRun:
         others = held.intervals()[held.pack >> PACK_BITS == far.numbers.number(row.id)]
         barred = merge_intervals(np.concatenate([others, held.among(Health(far).lost()).intervals()]))
         usable = held.within(subtract_intervals(held.intervals(), barred))
-        theirs = near.state.live.get(parent or "")
+        theirs = near.state.live.get(parent or "") if parent in self._same() else None
         if theirs is None:
             return _CopyPlan(usable, _WHOLE, usable, runs)
         near_held = self._runs(theirs)
@@ -295,13 +300,27 @@ class _CopyRun:
 
 
 def _report_present(far: Lineage, row: SnapshotRow) -> Copied:
-    """Report a snapshot that was in the far lineage already."""
+    """Report a snapshot that was in the far lineage already; DamagedError if it is not a copy of `row`."""
     copied = far.state.live[row.id]
+    if not _is_copy(copied, row):
+        raise DamagedError(
+            f"snapshot {row.id} of volume {far.name} in {far.store.location} is not a copy, but another one "
+            f"that has its id, taken at {timestamp(copied.created)} and not at {timestamp(row.created)}; "
+            f"copy to another place, such as {far.store.location}/PREFIX, or delete that one there first"
+        )
     return Copied(
         snapshot=row.id, volume=far.name, parent=copied.parent, label=copied.label,
         volume_size=copied.volume_size, copied=False, blocks_sent=0, blocks_kept=0, bytes_read=0,
         bytes_stored=copied.stored + copied.manifest_size, objects_written=0, seconds=0.0,
     )  # fmt: skip
+
+
+def _is_copy(far: SnapshotRow, near: SnapshotRow) -> bool:
+    """Return whether two snapshots of one id are the same: a copy keeps time, size and pin.
+
+    Local state that was put back has once used an id again for another content.
+    """
+    return (far.created, far.volume_size, far.pin) == (near.created, near.volume_size, near.pin)
 
 
 def _sort_parents_first(live: Mapping[str, SnapshotRow]) -> list[SnapshotRow]:

@@ -416,8 +416,8 @@ def _open_views(
     """Open `image`, if given, and the volume's own image; log which of them cannot be used."""
     own = lineage.files.image()
     paths = [image] if image else []
-    if own and all(os.path.realpath(path) != own for path in paths):
-        paths.append(Path(own))
+    if own and all(os.path.realpath(path) != own.path for path in paths):
+        paths.append(Path(own.path))
     views: list[View] = []
     for path in paths:
         try:

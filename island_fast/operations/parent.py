@@ -1,9 +1,10 @@
 """Which lineage and parent a new snapshot gets, and whether the two can be compared by their tables.
 
 The lineage is the one that is named, else the one whose pin the image holds, else the one that this host
-remembers for the image. The parent is the newest live snapshot whose pin is in the image; the new snapshot
-inherits what the parent's manifest says. The rule is a table diff where that is sound (docs/format.md,
-"Pinned base"); otherwise it is a full scan, with the reason.
+remembers for the image; and the image must be that lineage's (image_of_volume.py). The parent is the newest
+live snapshot whose pin is in the image; the new snapshot inherits what the parent's manifest says. The rule
+is a table diff where that is sound (docs/format.md, "Pinned base"); otherwise it is a full scan, with the
+reason.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from island_fast.dirtymap import NO_INTERVALS
-from island_fast.errors import RefusedError
+from island_fast.errors import ConflictError, RefusedError
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.images.pins import pinned_lineage
 from island_fast.images.source import Base, Source
+from island_fast.operations.image_of_volume import accept_image, find_image_file, holds_pin, is_renamed
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.open import RepositoryBase
@@ -42,45 +44,55 @@ def lineage_for_image(repository: RepositoryBase, source: Source, volume: str | 
 
     It is that of `volume` if that is given, else the one whose pin the image holds, else the one that this
     host remembers for the image, else one named after the file. ConflictError if another host owns the
-    lineage; RefusedError if it belongs to another image.
+    lineage, or the one whose pin an image holds that is not known here: it was moved, or copied. RefusedError
+    if the lineage belongs to another image.
     """
     name = volume
     if name is None and repository.exists:
-        if pinned := _pinned_lineage(repository, source):
+        pinned, refusal = _pinned_lineage(repository, source)
+        if pinned:
             return pinned
-        name = repository.state.lineage_of(repository.id, source.path)
+        name = _remembered_lineage(repository, source)
+        if name is None and refusal:
+            raise refusal
     lineage = repository.refreshed_lineage(name or source.path.stem)
     if lineage.exists:
         lineage.require_owner()
-        known = lineage.files.image() in (None, str(source.path))
-        if not known and not _holds_pin(source, lineage):
-            raise RefusedError(
-                f"{repository.store.location} already has a volume {lineage.name}, and {source.path} is not "
-                f"known as its image and does not hold its pin; give another name with --volume, or if it is "
-                f"that volume, run 'island adopt {lineage.name}'"
-            )
+        accept_image(lineage, source)
     return lineage
 
 
-def _pinned_lineage(repository: RepositoryBase, source: Source) -> Lineage | None:
-    """Return the lineage that this host owns and whose valid pin the image holds, refreshed."""
-    pinned = [
-        pinned_lineage(repository.id, internal.name) for internal in reversed(source.internal_snapshots)
-    ]
-    for name in dict.fromkeys(filter(None, pinned)):
+def _pinned_lineage(repository: RepositoryBase, source: Source) -> tuple[Lineage | None, RefusedError | None]:
+    """Return the lineage that this host owns, whose valid pin the image holds and whose image it is.
+
+    It is refreshed. If there is none, second is why the image cannot continue a lineage that a pin names.
+    """
+    refusal: RefusedError | None = None
+    names = [pinned_lineage(repository.id, internal.name) for internal in reversed(source.internal_snapshots)]
+    for name in dict.fromkeys(filter(None, names)):
         lineage = repository.refreshed_lineage(name)
-        if lineage.exists and lineage.owned_here and _holds_pin(source, lineage):
-            return lineage
-    return None
+        if lineage.exists and not lineage.owned_here:
+            refusal = refusal or ConflictError(
+                f"{source.path} holds a pin of volume {name}, which belongs to {lineage.owner_described}; "
+                f"if the image was moved here, run 'island adopt {name}', or if it is a copy, give it a "
+                "volume of its own with --volume"
+            )
+        elif lineage.exists and holds_pin(source, lineage):
+            try:
+                accept_image(lineage, source)
+                return lineage, None
+            except RefusedError as error:
+                refusal = refusal or error
+    return None, refusal
 
 
-def _holds_pin(source: Source, lineage: Lineage) -> bool:
-    """Return whether the image holds a pin of the lineage, by its whole identity."""
-    pins = [row.pin for row in lineage.state.live.values()]
-    for deleted in lineage.files.deleted_snapshots():
-        manifest = lineage.read_cached_manifest(deleted.snapshot, deleted.attempt)
-        pins += [manifest.pin] if manifest else []
-    return any(source.find_pinned(pin) for pin in pins)
+def _remembered_lineage(repository: RepositoryBase, source: Source) -> str | None:
+    """Return the lineage that this host remembers for the image, if there is exactly one."""
+    here = find_image_file(source.path)
+    images = repository.state.images(repository.id)
+    mine = [name for name, known in images.items() if known.path == here.path]
+    mine = mine or [name for name, known in images.items() if is_renamed(known, here)]
+    return mine[0] if len(mine) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +119,14 @@ def _find_parent_and_base(
     """Find the newest live snapshot whose pin is in the image; else a deleted one's pin and its ancestor.
 
     Without either, the parent is the newest snapshot, if there is any, and the reason says why it has no
-    base.
+    base. So it is if the image cannot hold a new pin: a full scan gains nothing by an older parent.
     """
     live = lineage.state.live
-    for row in reversed(live.values()):  # type: ignore[call-overload]
+    usable = source.reason_not_pinnable is None
+    for row in reversed(live.values()) if usable else ():  # type: ignore[call-overload]
         if internal := source.find_pinned(row.pin):
             return row, Base(internal, NO_INTERVALS), ""
-    for deleted in lineage.files.deleted_snapshots():
+    for deleted in lineage.files.deleted_snapshots() if usable else ():
         row = live.get(deleted.parent or "")
         if row and (base := _base_of_deleted(lineage, source, deleted, row)):
             return row, base, ""

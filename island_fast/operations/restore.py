@@ -2,7 +2,8 @@
 
 A new file: one manifest is read and each pack once, straight into the file. Its layout is known before the
 first block arrives, so workers write blocks to their final place. The file has a temporary name in the
-target's folder, and gets its own name only when it is complete and on disk.
+target's folder, and gets its own name only when it is complete and on disk. If blocks of it are lost, that is
+an error; `restore_salvaged` writes the others.
 
 Onto an existing image: all of it is compared first, then what differs is written. The digests of the target's
 blocks are compared with those in the pack indexes. So the next attempt resumes a half-written target, and
@@ -19,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.errors import DamagedObjectError, IslandError, UsageError
+from island_fast.errors import DamagedObjectError, IslandError, NotFoundError, UsageError
 from island_fast.files import reserve_space
 from island_fast.formats.manifest import Manifest
 from island_fast.formats.runs import Runs
@@ -30,10 +31,11 @@ from island_fast.qcow2.writer import Qcow2Writer, RawWriter
 from island_fast.repository.digests import ExpectedDigests
 from island_fast.repository.open import FoundSnapshot
 from island_fast.repository.pack_reader import PackReader
+from island_fast.repository.salvage import Salvage
 from island_fast.repository.streams import compare_blocks, restore_blocks
-from island_fast.results import Restored, RestoredOnto, command_to_resume
+from island_fast.results import Restored, RestoredOnto, Salvaged, command_to_resume
 
-__all__ = ["RestoreTarget", "restore", "restore_onto"]
+__all__ = ["RestoreTarget", "restore", "restore_onto", "restore_salvaged"]
 
 _WINDOW = 1 << 13  # words of a map, 64 blocks each
 _LOG = logging.getLogger(__name__)
@@ -55,23 +57,36 @@ class RestoreTarget:
             raise UsageError(f"{self.image_format!r} is not a known format; use qcow2 or raw")
 
 
-def restore(found: FoundSnapshot, manifest: Manifest, target: RestoreTarget, progress: Progress) -> Restored:
-    """Write the volume of a snapshot to the new file `target`; see `Repository.restore`."""
+def restore(
+    found: FoundSnapshot,
+    manifest: Manifest,
+    target: RestoreTarget,
+    progress: Progress,
+    salvage: Salvage | None = None,
+) -> Restored:
+    """Write the volume of a snapshot to the new file `target`; see `Repository.restore`.
+
+    With `salvage`, blocks that are lost are not written, so they are zero; it knows which these are.
+    """
     began = time.monotonic()
     lineage = found.lineage
-    packs = PackReader(lineage)
+    packs = salvage.packs if salvage else PackReader(lineage)
     runs = manifest.runs_by_key(lineage.numbers)
     with create_file(target.path) as fd:
         writer: Qcow2Writer | RawWriter
         if target.image_format == "qcow2":
-            # A pin of another size cannot hold what the volume holds; the next snapshot is then a full scan.
-            fits = manifest.pin.disk_size == manifest.volume_size
+            # A pin of another size cannot hold what the volume holds, and one of a wrong clock does not fit
+            # into an image; the next snapshot is then a full scan.
+            fits = manifest.pin.disk_size == manifest.volume_size and manifest.pin.seconds < 1 << 32
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
             reserve_space(fd)  # all of it is about to be written, in the order in which packs arrive
         else:
             writer = RawWriter(fd, manifest.volume_size)
-        restore_blocks(runs, packs, writer.write, lineage.store.range_gap, progress)
+        unpack = salvage.unpack if salvage else None
+        restore_blocks(runs, packs, writer.write, lineage.store.range_gap, progress, unpack=unpack)
+        if salvage and salvage.lost:
+            _require_live(found)
         writer.finish()
     return Restored(
         snapshot=found.row.id,
@@ -82,6 +97,40 @@ def restore(found: FoundSnapshot, manifest: Manifest, target: RestoreTarget, pro
         bytes_written=runs.blocks * BLOCK_SIZE,
         objects_read=packs.fetched.objects + 1,
         seconds=time.monotonic() - began,
+    )
+
+
+def _require_live(found: FoundSnapshot) -> None:
+    """Raise NotFoundError if the snapshot was deleted meanwhile: then what is missing was not lost."""
+    found.lineage.refresh()
+    if found.row.id not in found.lineage.state.live:
+        raise NotFoundError(f"snapshot {found.row.id} was deleted while it was restored")
+
+
+def restore_salvaged(found: FoundSnapshot, path: Path, image_format: str, progress: Progress) -> Salvaged:
+    """Write what is left of a snapshot to the new file `path`; see `Repository.restore`.
+
+    The file holds no pin: with one, the next snapshot would inherit lost blocks as if the file had them.
+    """
+    salvage = Salvage(found.lineage)
+    manifest = salvage.read_manifest(found.row)
+    restored = restore(found, manifest, RestoreTarget(path, image_format, pin=False), progress, salvage)
+    lost = DirtyMap(manifest.blocks)
+    for blocks in salvage.lost:
+        lost.set_indices(blocks)
+    extents = [
+        (start * BLOCK_SIZE, min(stop * BLOCK_SIZE, manifest.volume_size) - start * BLOCK_SIZE)
+        for start, stop in lost.runs().tolist()
+    ]
+    for message in salvage.damaged.values():
+        _LOG.warning("%s", message)
+    common = {name: getattr(restored, name) for name in Restored.__slots__}
+    common["bytes_written"] -= lost.count() * BLOCK_SIZE
+    return Salvaged(
+        **common,
+        bytes_lost=sum(length for _, length in extents),
+        extents_lost=tuple(extents),
+        objects_damaged=tuple(sorted(salvage.damaged)),
     )
 
 
@@ -109,7 +158,7 @@ def restore_onto(
     todo = _compare_target(found, runs, packs, target, progress)
     compared = target.view.bytes_read
     if not dry_run:
-        target.refuse_if_open()  # comparing can have taken hours
+        target.begin_writing()
         with _warn_if_half_written(target, found.row.id):
             _overwrite(todo, runs, packs, target, progress)
     return RestoredOnto(

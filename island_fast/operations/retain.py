@@ -87,7 +87,7 @@ class _Retention:
         try:
             if self._dry_run:
                 return _deleted(row, self._plan(row))
-            with self._lineage.hold_lock():
+            with self._lineage.hold_lock(), self._lineage.store.use_reserve():
                 reasons = self.decide().get(row.id)  # others may have been deleted since the first look
                 if reasons is None:
                     return None

@@ -80,6 +80,7 @@ def snapshot_domain(repository: RepositoryBase, request: DomainRequest, progress
                 opened.append(_OpenDisk(disk, source, lineage))
         _refuse_shared_volume(opened)
         failures.raise_if_all()
+        repository.remember()
         ready: list[_OpenDisk] = []
         for one in opened:
             with failures.of(one.disk):

@@ -8,6 +8,9 @@ Repacked packs are durable before the record that switches their names, and the 
 first object is deleted. A sweep that was interrupted anywhere is simply run again. The lineage's lock is held
 only while planning and while appending the record, so snapshots continue meanwhile; sweeps run one at a time,
 under a lock of their own. docs/reliability.md says what a crash leaves at each step.
+
+Where room is short, packs that find none are repacked after everything else was deleted. If even the record
+finds none, what the sweep has just written, and garbage, go first: no record names them.
 """
 
 from __future__ import annotations
@@ -21,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
-from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
+from island_fast.errors import UNREADABLE, ConflictError, IslandError, ObjectMissingError, StoreFullError
 from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
 from island_fast.formats.names import manifest_name
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
@@ -41,12 +44,17 @@ GARBAGE_AGE = 24 * 3600.0
 _LOG = logging.getLogger(__name__)
 
 
-def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> Swept:
+def sweep(
+    lineage: Lineage, grace: float, dry_run: bool, progress: Progress
+) -> tuple[Swept, list[IslandError]]:
     """Sweep `lineage` as its owner, and return what was done; with `dry_run` only what would be done.
 
     Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if another host adopted
-    the lineage meanwhile. A pack that cannot be read is not repacked, with a warning.
+    the lineage meanwhile. A pack that cannot be read is not repacked, with a warning. Return also the error
+    if some could not be repacked for want of room.
     """
+    done: list[SweepPlan] = []
+    errors: list[IslandError] = []
     with lineage.files.lock_sweeps():
         if not dry_run:
             lineage.files.remove_leftovers()
@@ -58,17 +66,28 @@ def sweep(lineage: Lineage, grace: float, dry_run: bool, progress: Progress) -> 
                 for snapshot in given_up:
                     lineage.files.registrations.remove(snapshot)
             plan = plan_sweep(lineage, grace, given_up)
-        if not dry_run and plan.objects:
-            plan = _SweepRun(lineage, plan, progress).run()
-    return Swept(
+        while not dry_run and plan.objects:
+            run = _SweepRun(lineage, plan, progress)
+            plan = run.run()
+            done.append(plan)
+            if run.lacking is not None and plan.objects:  # what was deleted has made room
+                with lineage.hold_lock():
+                    plan = plan_sweep(lineage, grace, given_up)
+            else:
+                errors += [run.lacking] if run.lacking is not None else []
+                break
+    done = done or [plan]
+    removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
+    answer = Swept(
         volume=lineage.name,
-        objects_removed=plan.objects,
-        packs_repacked=len(plan.repacked),
-        bytes_removed=plan.removed,
-        bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.removed - plan.rewritten,
-        steps=tuple(_list_steps(lineage, plan)),
+        objects_removed=sum(one.objects for one in done),
+        packs_repacked=sum(len(one.repacked) for one in done),
+        bytes_removed=removed,
+        bytes_rewritten=rewritten,
+        bytes_freed=removed - rewritten,
+        steps=tuple(step for one in done for step in _list_steps(lineage, one)),
     )
+    return answer, errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +134,9 @@ def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -
         gone=gone.rows(ages.mask(lineage.pack_names(gone))),
         repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
         manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
-        garbage=tuple(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up)),
+        garbage=tuple(
+            sorted(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up), key=lambda one: one.name)
+        ),
     )
 
 
@@ -164,27 +185,32 @@ def _find_garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> It
 
 
 class _SweepRun:
-    """A plan being carried out."""
+    """A plan being carried out. `lacking` is the error if a pack found no room."""
 
     def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
         self._lineage = lineage
         self._plan = plan
         self._progress = progress
         self._done, self._total = 0, plan.removed + plan.rewritten
+        self.lacking: StoreFullError | None = None
 
     def run(self) -> SweepPlan:
         """Rewrite, record, delete; return the plan without the packs that could not be rewritten."""
         epoch = self._lineage.epoch
         readable, renamed = self._repack()
         self._plan = replace(self._plan, repacked=readable)
+        try:
+            self._record(epoch, renamed)
+        except StoreFullError as error:  # so it is certain that no record names what was just written
+            unnamed = [*self._lineage.pack_names(renamed), *(info.name for info in self._plan.garbage)]
+            if not unnamed:
+                raise
+            for name in unnamed:
+                self._lineage.store.delete(name)
+            self.lacking = error if len(renamed) else self.lacking
+            self._plan = replace(self._plan, repacked=readable.rows(np.zeros(len(readable), np.bool_)))
+            self._record(epoch, renamed.rows(np.zeros(len(renamed), np.bool_)))
         doomed = list(self._list_doomed())
-        with self._lineage.hold_lock():
-            if self._lineage.epoch != epoch:
-                raise ConflictError(
-                    f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "
-                    "run it again"
-                )
-            self._append_record(renamed)
         retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
         for name, size in doomed:
@@ -193,6 +219,16 @@ class _SweepRun:
             if name not in kept:  # the base of a table diff may need it
                 self._lineage.files.cache.remove(name)
         return self._plan
+
+    def _record(self, epoch: int, renamed: Packs) -> None:
+        """Append the sweep's record, if the lineage is still in `epoch`."""
+        with self._lineage.hold_lock():
+            if self._lineage.epoch != epoch:
+                raise ConflictError(
+                    f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "
+                    "run it again"
+                )
+            self._append_record(renamed)
 
     def _report(self, size: int) -> None:
         self._done += size
@@ -233,7 +269,12 @@ class _SweepRun:
                 readable[row] = False
                 continue
             keep = self._lineage.state.live_slots(int(packs.key[row]), len(index.rows))
-            sizes[row] = self._write_kept(target, index, data, keep)
+            try:
+                sizes[row] = self._write_kept(target, index, data, keep)
+            except StoreFullError as error:
+                self.lacking = error
+                readable[row:] = False
+                break
             self._report(int(packs.size[row] - packs.dead[row]))
         return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
 

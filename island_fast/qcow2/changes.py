@@ -25,7 +25,7 @@ from island_fast.qcow2.holes import FileData
 from island_fast.qcow2.image import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.overlap import Claims
 
-__all__ = ["Progress", "TableDiff", "count_shared_copied", "find_allocated", "find_changed"]
+__all__ = ["Progress", "TableDiff", "count_shared_copied", "find_allocated", "find_changed", "has_compressed"]
 
 Progress = Callable[[int, int], None]
 """Called with (L1 entries done, L1 entries to do)."""
@@ -105,6 +105,20 @@ def find_allocated(
     if within is not None:
         found &= within
     return found
+
+
+def has_compressed(image: Image, point: Point) -> bool:
+    """Return whether any cluster of the point is compressed.
+
+    Raises DamagedImageError: a table is not completely inside the file.
+    """
+    offsets = image.read_l1(point)
+    offsets &= _OFFSET
+    tables = _Tables(image)
+    return any(
+        _count_compressed(tables.read(0, int(offsets[first]), stop - first)[:: image.header.entry_words])
+        for first, stop in _spans(offsets, np.flatnonzero(offsets), image.header.cluster_size, tables.batch)
+    )
 
 
 def find_changed(image: Image, old: Point, new: Point, progress: Progress | None = None) -> TableDiff:

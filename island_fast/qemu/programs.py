@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import re
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 from island_fast.errors import IslandError
+from island_fast.qemu.interrupts import hold_interrupts
 
 __all__ = [
     "TIMEOUT",
     "ProgramResult",
     "RunProgram",
     "check_run",
+    "copy_for_program",
+    "descriptor_path",
     "error_text",
     "make_environment",
     "run_program",
@@ -61,29 +66,39 @@ def run_program(
     root: bool = False,
     env: Mapping[str, str] | None = None,
     timeout: float = TIMEOUT,
+    files: Sequence[int] = (),
 ) -> subprocess.CompletedProcess[str]:
     """Run a program that must not be stopped half-way; the default `RunProgram`.
 
     The program runs in a new session, so that Ctrl-C in the terminal reaches this process but not the
     program: half an internal snapshot leaks clusters, which is worse than a second of waiting. A
-    KeyboardInterrupt, or a signal handler's SystemExit, is raised again after the program has ended. After
-    `timeout` seconds the program is killed, and `subprocess.TimeoutExpired` raised. This function gives no
-    rights: with `root` it is a PermissionError unless this process is already root's.
+    KeyboardInterrupt, or a signal handler's SystemExit, is raised again after the program has ended, also if
+    it came while the program was being started. After `timeout` seconds the program is killed, and
+    `subprocess.TimeoutExpired` raised. The program gets the descriptors `files`, under the same numbers. This
+    function gives no rights: with `root` it is a PermissionError unless this process is already root's.
     """
     if root and os.geteuid() != 0:
         raise PermissionError(errno.EPERM, "only root may do this", command[0])
     deadline = time.monotonic() + timeout
-    process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        encoding="utf-8",
-        errors="backslashreplace",
-        env=make_environment(env),
-        start_new_session=True,
-    )
+    process: subprocess.Popen[str] | None = None
     interrupt: BaseException | None = None
+    try:
+        with hold_interrupts():
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                encoding="utf-8",
+                errors="backslashreplace",
+                env=make_environment(env),
+                start_new_session=True,
+                pass_fds=files,
+            )
+    except (KeyboardInterrupt, SystemExit) as error:
+        if process is None:
+            raise
+        interrupt = error
     while True:
         try:
             output, error_output = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
@@ -136,3 +151,22 @@ def error_text(text: str) -> str:
     line = "; ".join(part.strip() for part in text.splitlines() if part.strip())
     shown = "".join(c if c.isprintable() else "?" for c in line).rstrip(".")
     return shown[-_MAX_ERROR:] or "it gave no reason"
+
+
+@contextmanager
+def copy_for_program(fd: int) -> Iterator[int]:
+    """Yield a copy of descriptor `fd` that a program can inherit.
+
+    If this process was started with a closed stream, `fd` itself can have a number that is a standard stream
+    of the program, which then would find something else there.
+    """
+    copy = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    try:
+        yield copy
+    finally:
+        os.close(copy)
+
+
+def descriptor_path(fd: int) -> str:
+    """Return the name by which a program that has inherited descriptor `fd` opens that very file again."""
+    return f"/proc/self/fd/{fd}"

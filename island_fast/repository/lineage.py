@@ -9,9 +9,9 @@ epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -21,18 +21,22 @@ from island_fast.errors import (
     ConflictError,
     DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreRefusedError,
     UnsupportedObjectError,
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
     KNOWN_WRITE_FEATURES,
     Event,
+    ObjectsSwept,
     OwnerChanged,
     Packs,
     Record,
+    SnapshotAdded,
     SnapshotRow,
     SnapshotsDeleted,
     State,
@@ -44,13 +48,15 @@ from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
-from island_fast.repository.local_state import LocalState
+from island_fast.repository.clock import read_clock
+from island_fast.repository.local_state import LocalState, StandingOn
 from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Lineage"]
 
 
+_LOG = logging.getLogger(__name__)
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 _EPOCHS_BELIEVED = 16  # ends that are believed without being read
 
@@ -111,6 +117,13 @@ class Lineage:
         return self._at.host
 
     @property
+    def owner_described(self) -> str:
+        """The owner, which is not this host, for messages."""
+        if self.owner_hostname != os.uname().nodename:
+            return f"host {self.owner_hostname}"
+        return f"host {self.owner_hostname} (another user, or another ISLAND_STATE)"
+
+    @property
     def epoch(self) -> int:
         """How often the lineage was adopted."""
         return self._at.epoch
@@ -144,7 +157,39 @@ class Lineage:
         with self.files.lock():
             self._settle()
             self.refresh()
+            self._check_local_state()
             yield
+
+    def refresh_to_read(self) -> None:
+        """Refresh; first settle a record of unknown outcome, if that can be done now.
+
+        Reading needs no writing: if the store does not take the record within seconds, or local state cannot
+        be written, a warning says which change it is.
+        """
+        if not self.files.pending.all():
+            self.refresh()
+            return
+        try:
+            with self.files.lock(), self.store.hurry():
+                self._settle()
+        except (IslandError, OSError):
+            self.refresh()
+            self._warn_of_pending()
+        else:
+            self.refresh()
+
+    def _warn_of_pending(self) -> None:
+        """Log the changes that the catalog does not show, and that may be made yet."""
+        at = (self._position.epoch, self._position.number) if self._position else (0, -1)
+        for last, data in self.files.pending.all():
+            with contextlib.suppress(DamagedObjectError):
+                record, _ = decode_record(f"{self.name}/catalog/{last}", data, SnapshotNumbers())
+                if record.epoch == at[0] and record.number > at[1]:
+                    _LOG.warning(
+                        "volume %s: the outcome of %s is unknown; it is not shown, and may be done by the "
+                        "next command of this host that can write to %s",
+                        self.name, _describe(record.event), self.store.location,
+                    )  # fmt: skip
 
     # Names of objects.
 
@@ -381,6 +426,11 @@ class Lineage:
 
         `seed` is given if the lineage is to hold copies: that of the lineage in the other repository.
         """
+        if self.files.newest_record() is not None:
+            raise DamagedObjectError(
+                f"volume {self.name} is gone from {self.store.location}, where this host stored snapshots of "
+                "it; put the repository back as it was, or use another --volume"
+            )
         self.files.make()
         self._position = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
@@ -401,7 +451,7 @@ class Lineage:
             writer=self.writer,
             host=at.host,
             previous=at.checksum,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=at.seed,
             event=event,
             state=checkpoint,
@@ -421,12 +471,9 @@ class Lineage:
             )
         self._require_known_features()
         if not self.owned_here:
-            who = f"host {self.owner_hostname}"
-            if self.owner_hostname == os.uname().nodename:
-                who += " (another user, or another ISLAND_STATE)"
             raise ConflictError(
-                f"volume {self.name} belongs to {who}; if that host is gone, or its local state is lost, run "
-                f"'island adopt {self.name}' here, otherwise use another --volume"
+                f"volume {self.name} belongs to {self.owner_described}; if that is gone, or its state is "
+                f"lost, run 'island adopt {self.name}' here, otherwise use another --volume"
             )
 
     def _require_known_features(self) -> None:
@@ -435,6 +482,34 @@ class Lineage:
             raise UnsupportedObjectError(
                 f"volume {self.name} is written by a newer island; this version can only read it"
             )
+
+    def _check_local_state(self) -> None:
+        """Find out whether somebody else wrote here with this host's writer id. Under the lock, refreshed.
+
+        Local state remembers the newest record that it appended itself. If the catalog goes on after that,
+        local state is older than what this host did: it was put back from a copy. What it holds as being in
+        progress is over then, and the ids of that can be used up. Or another host has a copy of local state:
+        then this one takes a new writer id, and owns the volume no more.
+        """
+        at, known = self._position, self.files.newest_record()
+        if at is None or not self.owned_here:
+            return
+        here = StandingOn(at.epoch, at.number, at.checksum)
+        if known is not None and here != known and (at.epoch, at.number) >= (known.epoch, known.number):
+            if not self._local_state.made_by_this_host:
+                _LOG.warning(
+                    "another host writes volume %s as this one, from a copy of local state; this host gets "
+                    "an identity of its own, and owns no volume until 'island adopt' gives it one", self.name,
+                )  # fmt: skip
+                self._local_state.renew_writer()
+                return
+            _LOG.warning(
+                "local state is older than what this host stored of volume %s, as it is after it was put "
+                "back from a copy; what was in progress then is forgotten", self.name,
+            )  # fmt: skip
+            self.files.forget_progress()
+        if known is None or (at.epoch, at.number) >= (known.epoch, known.number):
+            self.files.set_newest_record(here)
 
     def adopt(self) -> None:
         """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
@@ -446,9 +521,12 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.head(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
-                with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                with (
+                    contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
+                    self.store.use_reserve(),
+                ):
                     self.store.put(ended, parts)
         self._follow()
         at = self._at
@@ -464,7 +542,7 @@ class Lineage:
             writer=self.writer,
             host=os.uname().nodename,
             previous=previous,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=seed,
             event=OwnerChanged(),
             state=state,
@@ -475,8 +553,10 @@ class Lineage:
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
-        self.files.pending.add(name.rpartition("/")[2], data)
-        self._send(name, data)
+        frees = isinstance(record.event, ObjectsSwept) or (record.epoch > 0 and record.number == 0)
+        with self.store.use_reserve() if frees else contextlib.nullcontext():
+            self.files.pending.add(name.rpartition("/")[2], data)
+            self._send(name, data, sent_before=False)
         if self.store.head(stop_name(self.name, record.epoch)):
             self.files.pending.remove(name.rpartition("/")[2])
             self._position = None
@@ -484,12 +564,18 @@ class Lineage:
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
-        self._apply(record.epoch, record.number, *decode_record(name, data, self.numbers))
+        applied, checksum = decode_record(name, data, self.numbers)
+        self._apply(record.epoch, record.number, applied, checksum)
         self.files.cache.write(name, data)
+        self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
         self.files.pending.remove(name.rpartition("/")[2])
 
-    def _send(self, name: str, data: bytes) -> None:
-        """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+    def _send(self, name: str, data: bytes, *, sent_before: bool) -> None:
+        """PUT a record and read it back; ConflictError if the name holds another writer's bytes.
+
+        A record that the store refuses for certain is forgotten, unless it may have been `sent_before`: what
+        was refused now can have been stored then.
+        """
 
         def check(found: Buffer) -> bool:
             if found == data:
@@ -498,7 +584,7 @@ class Lineage:
             return False
 
         try:
-            self.store.put(name, [data])
+            self._put(name, data, sent_before)
             same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
@@ -514,18 +600,46 @@ class Lineage:
                 f"again, and see 'island list --volume {self.name}'"
             )
 
+    def _put(self, name: str, data: bytes, sent_before: bool) -> None:
+        """PUT a record; see `_send`."""
+        try:
+            self.store.put(name, [data])
+        except ConflictError:
+            raise
+        except IslandError as error:
+            unknown = isinstance(error, StoreError) and not isinstance(error, StoreRefusedError)
+            if not unknown and not sent_before:
+                self.files.pending.withdraw(name.rpartition("/")[2])
+            raise
+
     def _settle(self) -> None:
         """Send records of unknown outcome again, the same bytes under the same names."""
         for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
-                decode_record(name, data, SnapshotNumbers())
+                record, checksum = decode_record(name, data, SnapshotNumbers())
             except DamagedObjectError:  # cut short before it was ever sent
                 self.files.pending.remove(last)
                 continue
-            with contextlib.suppress(ConflictError):
-                self._send(name, data)
+            with (
+                contextlib.suppress(ConflictError),
+                self.store.use_reserve(),
+            ):  # without it nothing can follow
+                self._send(name, data, sent_before=True)
+                self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
             self.files.pending.remove(last)
+
+
+def _describe(event: Event) -> str:
+    """Return what a record does, in words."""
+    match event:
+        case SnapshotAdded():
+            return f"snapshot {event.snapshot.id}"
+        case SnapshotsDeleted():
+            return f"the delete of snapshot {' '.join(event.deleted)}"
+        case OwnerChanged():
+            return "an adoption"
+    return "a sweep"
 
 
 def _parse_name(name: str) -> tuple[int, int]:

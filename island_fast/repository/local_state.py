@@ -4,11 +4,14 @@ Losing all of it costs time and never data. The cache holds whole objects, or th
 names they have in the repository; each carries its own checksum, so a damaged one reads as absent.
 Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/island):
 
-    writer                                  this host's random writer id
+    writer, hosts/                          this host's random writer id: see identity.py
+    <repository id>/repository              where the repository is: see known_repositories.py
     <repository id>/<lineage>/lock          held while the catalog is followed or appended to
     <repository id>/<lineage>/sweep         held while the lineage is swept
-    <repository id>/<lineage>/image         the image that the lineage belongs to
+    <repository id>/<lineage>/image         the image that the lineage belongs to: path, device, inode
+    <repository id>/<lineage>/newest        the newest record that this host appended
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
+    <repository id>/<lineage>/deleting/<id> a snapshot that a delete took out and has not reported yet
     <repository id>/<lineage>/running/<id>  a snapshot in progress, locked by its process
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
@@ -26,14 +29,18 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from island_fast.arrays import Buffer
 from island_fast.errors import IslandError
-from island_fast.files import make_folders, sync_folder
+from island_fast.files import make_folders, open_private, sync_folder, write_durably
 from island_fast.formats.names import manifest_name
+from island_fast.repository.identity import Identity
+from island_fast.repository.known_repositories import KnownRepositories
 
 __all__ = [
+    "ImageFile",
     "LineageFiles",
     "LocalState",
     "Notes",
@@ -42,10 +49,14 @@ __all__ = [
     "Registration",
     "Registrations",
     "SentPack",
+    "StandingOn",
+    "StartedDelete",
+    "StartedDeletes",
     "default_root",
 ]
 
 _LEFTOVER_AGE = 86400.0  # seconds; nothing here takes this long to write
+_RETRIED_WITHIN = 86400.0  # seconds; a delete that comes later is not meant to repeat one that failed
 _LOG = logging.getLogger(__name__)
 
 
@@ -59,53 +70,55 @@ def default_root() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "island"
 
 
-def _write_durably(path: Path, data: Buffer) -> None:
-    """Write `path` so that it is either as before, or whole and on disk."""
-    temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
-    with open(temporary, "xb", opener=_private) as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    sync_folder(path.parent)
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_CLOEXEC, 0o600)
-
-
 class LocalState:
     """The folder of local state of one user on one host. It is made when first written to."""
 
     def __init__(self, root: Path | None = None) -> None:
         self.root = root or default_root()
+        self.repositories = KnownRepositories(self.root)
+        self._identity = Identity(self.root, self._forget_progress)
 
     @property
     def writer(self) -> str:
-        """The host's writer id, 32 hex digits; made, as a file, when first asked for."""
-        path = self.root / "writer"
+        """The host's writer id, 32 hex digits; made, as a file, when first asked for. See identity.py."""
         with _explain_errors(self.root):
-            if not path.exists():
-                make_folders(self.root)
-                mine = path.with_name(f".writer.{os.urandom(4).hex()}")
-                _write_durably(mine, os.urandom(16).hex().encode())
-                with contextlib.suppress(FileExistsError):  # of two first runs one wins
-                    os.link(mine, path)
-                mine.unlink()
-            return path.read_text().strip()
+            return self._identity.writer
+
+    @property
+    def made_by_this_host(self) -> bool:
+        """Whether the writer id was made by a host of this name: then no other should have used it."""
+        with _explain_errors(self.root):
+            return self._identity.made_here
+
+    def renew_writer(self) -> None:
+        """Take a new writer id: this host then owns no volume, and nothing of it is in progress."""
+        with _explain_errors(self.root):
+            self._identity.renew()
+
+    def _forget_progress(self) -> None:
+        """Forget what is in progress in all lineages: it is another host's, or from another time."""
+        for folder in sorted(self.root.glob("*/*/running")):
+            LineageFiles(folder.parent).forget_progress()
+
+    def remember_repository(self, repository: str, place: str) -> None:
+        """Remember that the repository with the id `repository` is at `place`."""
+        with _explain_errors(self.root):
+            self.repositories.remember(repository, place)
 
     def lineage(self, repository: str, lineage: str) -> LineageFiles:
         """Return the files kept for `lineage` of the repository with id `repository`."""
         return LineageFiles(self.root / repository / lineage)
 
-    def lineage_of(self, repository: str, image: Path) -> str | None:
-        """Return the lineage of `repository` that `image` belongs to, if this host remembers exactly one."""
+    def lineage_names(self, repository: str) -> list[str]:
+        """Return the lineages of `repository` that this host keeps files for."""
         folder = self.root / repository
-        if not folder.is_dir():
-            return None
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        mine = [n for n in names if LineageFiles(folder / n).image() == str(image)]
-        return mine[0] if len(mine) == 1 else None
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+
+    def images(self, repository: str) -> dict[str, ImageFile]:
+        """Return the images that this host remembers for the lineages of `repository`."""
+        names = self.lineage_names(repository)
+        found = ((name, self.lineage(repository, name).image()) for name in names)
+        return {name: image for name, image in found if image}
 
 
 @contextlib.contextmanager
@@ -149,12 +162,34 @@ class SentPack:
     runs: tuple[tuple[int, int], ...]
 
 
+@dataclass(frozen=True, slots=True)
+class StandingOn:
+    """A catalog record by epoch and number, and its checksum in hex."""
+
+    epoch: int
+    number: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """The image of a lineage: its path, without symbolic links, and the device and inode of the file there.
+
+    Both are 0 if they are not known: of an image that an older version noted, or that is no file.
+    """
+
+    path: str
+    device: int = 0
+    inode: int = 0
+
+
 class LineageFiles:
     """The files that this host keeps for one lineage: its locks, its image, and what the attributes hold."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pending = PendingRecords(folder / "pending")
+        self.started_deletes = StartedDeletes(folder / "deleting")
         self.cache = ObjectCache(folder / "cache")
         self.notes = Notes(folder / "cache")
         self.registrations = Registrations(folder / "running", self.notes)
@@ -162,7 +197,7 @@ class LineageFiles:
     def make(self) -> None:
         """Make the folders, private to their owner, also what an earlier version left open."""
         with _explain_errors(self.folder):
-            for name in ("pending", "running", "cache"):
+            for name in ("pending", "deleting", "running", "cache"):
                 make_folders(self.folder / name)
             for folder in (self.folder.parent, self.folder):
                 if folder.stat().st_mode & 0o077:
@@ -181,7 +216,7 @@ class LineageFiles:
         """Hold a lock of the lineage; wait for it, and log for which process. The kernel drops it at exit."""
         self.make()
         with _explain_errors(self.folder):
-            file = open(self.folder / name, "a+b", opener=_private)  # noqa: SIM115 (held across the yield)
+            file = open(self.folder / name, "a+b", opener=open_private)  # noqa: SIM115 (held across the yield)
         with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -196,21 +231,48 @@ class LineageFiles:
                 file.flush()
             yield
 
-    def image(self) -> str | None:
-        """Return the path of the image that the lineage belongs to; None if any image can claim it."""
+    def image(self) -> ImageFile | None:
+        """Return the image that the lineage belongs to; None if any image can claim it."""
         try:
-            return str(json.loads((self.folder / "image").read_bytes())["path"])
+            value = json.loads((self.folder / "image").read_bytes())
+            return ImageFile(str(value["path"]), int(value.get("device", 0)), int(value.get("inode", 0)))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def set_image(self, image: ImageFile | None) -> None:
+        """Remember `image` as the lineage's; None lets the next snapshot claim it."""
+        self.make()
+        with _explain_errors(self.folder):
+            if image is None:
+                (self.folder / "image").unlink(missing_ok=True)
+            elif self.image() != image:
+                write_durably(self.folder / "image", json.dumps(asdict(image)).encode())
+
+    def newest_record(self) -> StandingOn | None:
+        """Return the newest record that this host appended, as far as it remembers."""
+        try:
+            value = json.loads((self.folder / "newest").read_bytes())
+            return StandingOn(int(value["epoch"]), int(value["number"]), str(value["checksum"]))
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def set_image(self, path: Path | None) -> None:
-        """Remember `path` as the lineage's image; None lets the next snapshot claim it."""
-        self.make()
-        with _explain_errors(self.folder):
-            if path is None:
-                (self.folder / "image").unlink(missing_ok=True)
-            elif self.image() != str(path):
-                _write_durably(self.folder / "image", json.dumps({"path": str(path)}).encode())
+    def set_newest_record(self, record: StandingOn) -> None:
+        """Remember `record` as the newest that this host appended. Under the lineage's lock.
+
+        Not flushed: what a crash of the host makes older counts as put back.
+        """
+        if self.newest_record() != record:
+            with _explain_errors(self.folder):
+                temporary = self.folder / f".newest.{os.urandom(4).hex()}"
+                with open(temporary, "xb", opener=open_private) as file:
+                    file.write(json.dumps(asdict(record)).encode())
+                os.replace(temporary, self.folder / "newest")
+
+    def forget_progress(self) -> None:
+        """Forget every registration, also of running processes, which then fail, and every pending record."""
+        for name, _ in self.pending.all():
+            self.pending.remove(name)
+        self.registrations.remove_all()
 
     def remove_leftovers(self) -> None:
         """Remove the temporary files of processes that died while they wrote one."""
@@ -268,12 +330,62 @@ class PendingRecords:
     def add(self, name: str, data: bytes) -> None:
         """Keep a record's bytes on disk, before they are sent for the first time."""
         with _explain_errors(self._folder.parent):
-            _write_durably(self._folder / name, data)
+            write_durably(self._folder / name, data)
 
     def remove(self, name: str) -> None:
         """Forget a record whose outcome is known."""
         with contextlib.suppress(FileNotFoundError):
             (self._folder / name).unlink()
+
+    def withdraw(self, name: str) -> None:
+        """Forget a record that was refused. On disk, too: nobody may send it after the host has crashed."""
+        with _explain_errors(self._folder.parent):
+            self.remove(name)
+            sync_folder(self._folder)
+
+
+@dataclass(frozen=True, slots=True)
+class StartedDelete:
+    """A snapshot that a delete is about to take out of the catalog, and the figures that it reports (bytes).
+
+    `newest`: it was the newest of its volume then, so VOLUME@latest meant it.
+    """
+
+    snapshot: str
+    newest: bool
+    unreferenced: int
+    freed: int
+
+
+class StartedDeletes:
+    """Deletes that no command has reported as done: where the outcome was unknown, or one after it failed.
+
+    Whoever runs such a command again means the same snapshots. One that is lost, or older than a day, is no
+    more than a delete that is not recognized.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> list[StartedDelete]:
+        """Return those of the last day, in their order."""
+        found = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else []:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                at = path.stat().st_mtime
+                if not path.name.startswith(".") and time.time() - at < _RETRIED_WITHIN:
+                    found.append((at, StartedDelete(**json.loads(path.read_bytes()))))
+        return [started for _, started in sorted(found, key=itemgetter(0))]
+
+    def add(self, started: StartedDelete) -> None:
+        """Keep `started` on disk, before its record is sent."""
+        with _explain_errors(self._folder.parent):
+            write_durably(self._folder / started.snapshot, json.dumps(asdict(started)).encode())
+
+    def remove(self, snapshot: str) -> None:
+        """Forget a delete: its command reports it, or it was refused."""
+        with contextlib.suppress(OSError):
+            (self._folder / snapshot).unlink()
 
 
 class Registrations:
@@ -292,8 +404,8 @@ class Registrations:
         snapshot = registration.snapshot
         path = self._folder / snapshot
         with _explain_errors(self._folder.parent):
-            _write_durably(path, json.dumps(asdict(registration)).encode())
-            file = open(path, opener=_private)  # noqa: SIM115 (held across the yield)
+            write_durably(path, json.dumps(asdict(registration)).encode())
+            file = open(path, opener=open_private)  # noqa: SIM115 (held across the yield)
         with file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -317,6 +429,11 @@ class Registrations:
     def __contains__(self, registration: Registration) -> bool:
         """Return whether `registration` stands unchanged."""
         return any(found == registration for found, _ in self.all())
+
+    def remove_all(self) -> None:
+        """Give up all registrations, and all that was sent."""
+        for registration, _ in self.all():
+            self.remove(registration.snapshot)
 
     def remove(self, snapshot: str) -> None:
         """Give up a registration, if there is one: unless registered again, that id never commits."""
@@ -390,7 +507,7 @@ class Notes:
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
             make_folders(path.parent)
-            with open(temporary, "xb", opener=_private) as file:
+            with open(temporary, "xb", opener=open_private) as file:
                 file.write(data)
             os.replace(temporary, path)
 

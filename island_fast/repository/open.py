@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +28,7 @@ from island_fast.errors import (
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.repository.clock import read_clock
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -38,7 +38,7 @@ from island_fast.stores.open import open_store
 if TYPE_CHECKING:
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["FoundSnapshot", "RepositoryBase"]
+__all__ = ["FoundSnapshot", "Reference", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
@@ -61,7 +61,9 @@ class RepositoryBase:
     the last verb on all of them skipped; it is empty if none was skipped.
     """
 
-    def __init__(self, store: Store, state: LocalState, *, create: bool = False) -> None:
+    def __init__(
+        self, store: Store, state: LocalState, *, create: bool = False, create_anew: bool = False
+    ) -> None:
         self.store = store
         self.state = state
         self.left_out: list[IslandError] = []
@@ -71,6 +73,8 @@ class RepositoryBase:
                 f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
                 "nothing is read; put it back from a copy of the repository, and only that object"
             )
+        if create and not create_anew:
+            self._refuse_other_repository()
         if self._id is None and not create:
             raise NotFoundError(
                 f"{store.location} is not an island repository; check the path, or take a first snapshot "
@@ -82,6 +86,25 @@ class RepositoryBase:
                 f"such as {store.location}/PREFIX"
             )
 
+    def _refuse_other_repository(self) -> None:
+        """Raise RefusedError if this host knows a repository at this place, and it is not this one."""
+        location, known = self.store.location, self.state.repositories.at(self.store.place)
+        if not known or self._id in known:
+            return
+        if self._id is None:
+            raise RefusedError(
+                f"there is no repository in {location}, where this host has stored snapshots before; mount "
+                "its disk or put it back, or give --create to begin another one there"
+            )
+        raise RefusedError(
+            f"{location} holds another repository than the one in which this host has stored snapshots "
+            "before; mount the right disk, or give --create to use this one, too"
+        )
+
+    def remember(self) -> None:
+        """Remember in local state that this repository is at its place."""
+        self.state.remember_repository(self.id, self.store.place)
+
     @classmethod
     def open(
         cls,
@@ -89,6 +112,7 @@ class RepositoryBase:
         *,
         state: LocalState | str | os.PathLike[str] | None = None,
         create: bool = False,
+        create_anew: bool = False,
         shared: bool = False,
         variables: str = "",
         workers: int | None = None,
@@ -97,14 +121,16 @@ class RepositoryBase:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
         With `create`, a repository that does not exist yet is made by the first snapshot, or the first copy
-        to it: in a new or empty directory, or at an empty prefix of a container. If that is a directory,
-        `shared` lets its group read it. `state` is the folder of this host's local state (default: that of
-        the command, see ISLAND_STATE). The credentials for Swift are in the usual environment variables
-        (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At most `workers` threads
-        work on blocks at a time (default: automatic). No configuration file is read. `meters` is internal:
-        the command limits its rates with it.
+        to it: in a new or empty directory, or at an empty prefix of a container. That is refused where this
+        host has used another repository before, whose disk may not be mounted, unless `create_anew` is given,
+        too. If it is a directory, `shared` lets its group read it. `state` is the folder of this host's local
+        state (default: that of the command, see ISLAND_STATE). The credentials for Swift are in the usual
+        environment variables (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At
+        most `workers` threads work on blocks at a time (default: automatic). No configuration file is read.
+        `meters` is internal: the command limits its rates with it.
 
-        NotFoundError if there is no repository, or no container; UsageError if `url` is not valid; StoreError
+        NotFoundError if there is no repository, or no container; RefusedError if it is not the one that this
+        host has used at that place; UsageError if `url` is not valid; StoreError
         if the store cannot be reached, or rejects the credentials; DamagedError if the object `repository` is
         missing or damaged; UnsupportedObjectError if a newer version made it.
         """
@@ -118,7 +144,7 @@ class RepositoryBase:
         try:
             if not isinstance(state, LocalState):
                 state = LocalState(Path(state) if state is not None else None)
-            return cls(store, state, create=create)
+            return cls(store, state, create=create, create_anew=create_anew)
         except BaseException:
             store.close()
             raise
@@ -173,7 +199,7 @@ class RepositoryBase:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": read_clock(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
@@ -213,7 +239,7 @@ class RepositoryBase:
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
-                self._refresh(lineage)
+                lineage.refresh_to_read()
             except (DamagedError, RefusedError) as error:
                 yield lineage, error
             else:
@@ -222,7 +248,7 @@ class RepositoryBase:
     def refreshed_lineage(self, name: str) -> Lineage:
         """Return the lineage `name`, refreshed; it need not exist."""
         lineage = self.lineage(name)
-        self._refresh(lineage)
+        lineage.refresh_to_read()
         return lineage
 
     def existing_lineage(self, volume: str) -> Lineage:
@@ -233,13 +259,6 @@ class RepositoryBase:
                 f"volume {volume} has no snapshots in {self.store.location}; see 'island list'"
             )
         return lineage
-
-    def _refresh(self, lineage: Lineage) -> None:
-        """Read the catalog; first settle a record of this host whose outcome is unknown."""
-        if lineage.files.pending.all():
-            with lineage.hold_lock():
-                return
-        lineage.refresh()
 
     def find(self, reference: str) -> FoundSnapshot:
         """Return the snapshot that `reference` names.
@@ -255,8 +274,8 @@ class RepositoryBase:
         The catalog of a volume is read once, however many references name it, and volumes are listed once.
         Snapshots of one volume share its lineage.
         """
-        asked = [_Reference.parse(text) for text in references]
-        found: dict[_Reference, list[FoundSnapshot]] = {one: [] for one in asked}
+        asked = [Reference.parse(text) for text in references]
+        found: dict[Reference, list[FoundSnapshot]] = {one: [] for one in asked}
         self.left_out = []
         volumes = dict.fromkeys(one.volume for one in asked if one.volume)
         named = {name: self.existing_lineage(name) for name in volumes}
@@ -273,7 +292,7 @@ class RepositoryBase:
         return [self._require_one(one, found[one], listed) for one in asked]
 
     def _require_one(
-        self, reference: _Reference, found: list[FoundSnapshot], listed: set[str]
+        self, reference: Reference, found: list[FoundSnapshot], listed: set[str]
     ) -> FoundSnapshot:
         """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
         text, wanted = reference.text, reference.wanted
@@ -300,7 +319,7 @@ _SHOWN = 3  # of several snapshots that a label could mean, the newest
 
 
 @dataclass(frozen=True, slots=True)
-class _Reference:
+class Reference:
     """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
 
     text: str
@@ -309,7 +328,7 @@ class _Reference:
     wanted: str  # an id, the beginning of one, "latest", or "label:" and a label
 
     @classmethod
-    def parse(cls, text: str) -> _Reference:
+    def parse(cls, text: str) -> Reference:
         """Parse a reference; UsageError for an empty one."""
         volume, at, wanted = text.rpartition("@")
         if text.startswith(_LABEL):

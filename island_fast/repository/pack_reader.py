@@ -24,6 +24,7 @@ from island_fast.errors import (
     IslandError,
     ObjectMissingError,
 )
+from island_fast.formats.frame import LIMITS, Kind
 from island_fast.formats.pack import Index, front_size, open_pack, read_front, stored_ranges, unpack_blocks
 from island_fast.formats.runs import Runs
 from island_fast.repository.lineage import Lineage
@@ -145,6 +146,15 @@ class PackReader:
         spans = zip(offsets.tolist(), (offsets + lengths).tolist(), strict=True)
         return index, [data[a:b] for a, b in spans]
 
+    def read_unchecked(self, location: PackLocation) -> memoryview:
+        """Return the bytes of a pack as the store has them, of whatever size.
+
+        ObjectMissingError if there is no such object.
+        """
+        data = self._lineage.store.get(location.name, limit=LIMITS[Kind.PACK].size)
+        self.count(data.nbytes)
+        return data
+
     def log_damage(self, key: int) -> None:
         """Warn, once, that a pack was found damaged although the blocks that were wanted are whole."""
         with self._lock:
@@ -179,7 +189,7 @@ class PackReader:
         except DamagedObjectError:
             _, data = self._read_object(location, failed_reads=1)
             return [data[offset : offset + length] for offset, length in ranges]
-        self._count(sum(part.nbytes for part in parts))
+        self.count(sum(part.nbytes for part in parts))
         return parts
 
     # Indexes.
@@ -187,6 +197,15 @@ class PackReader:
     def read_index(self, key: int) -> Index:
         """Return the index of the pack with this key."""
         return self.with_current_location(key, self.read_index_at)
+
+    def cached_index(self, key: int) -> Index | None:
+        """Return the index of the pack with this key if it is on this host; this makes no request."""
+        with contextlib.suppress(*UNREADABLE):
+            name = self.locate(key).name
+            with self._lock:
+                known = self._indexes.get(name)
+            return known or self._read_cached_index(name)
+        return None
 
     def read_index_at(self, location: PackLocation) -> Index:
         """Return the index of the pack at `location`, which the catalog need not name.
@@ -219,7 +238,7 @@ class PackReader:
         length = min(front_size(location.slots), location.size)
         try:
             (front,) = self._lineage.store.get_ranges(location.name, [(0, length)])
-            self._count(front.nbytes)
+            self.count(front.nbytes)
             index = read_front(location.name, front)
         except UNREADABLE:
             index, front = self._read_object(location, failed_reads=1)
@@ -232,14 +251,15 @@ class PackReader:
         """Read the whole pack and verify its checksum; return its index and the object's bytes."""
 
         def check(data: memoryview) -> tuple[Index, memoryview]:
-            self._count(data.nbytes)
+            self.count(data.nbytes)
             return open_pack(location.name, data)
 
         return get_checked(
             self._lineage.store, location.name, check, limit=location.size, failed_reads=failed_reads
         )
 
-    def _count(self, size: int) -> None:
+    def count(self, size: int) -> None:
+        """Count a request that fetched `size` bytes."""
         with self._lock:
             self.fetched.objects += 1
             self.fetched.bytes += size

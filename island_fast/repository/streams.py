@@ -39,7 +39,15 @@ from island_fast.repository.pack_reader import PackReader, group_by_pack, unpack
 from island_fast.repository.pack_writer import BlockBatch, PackWriter, WrittenPack
 from island_fast.repository.workers import in_order, workers
 
-__all__ = ["SendResult", "compare_blocks", "copy_blocks", "restore_blocks", "send_blocks"]
+__all__ = [
+    "SendResult",
+    "Unpack",
+    "compare_blocks",
+    "copy_blocks",
+    "find_differing",
+    "restore_blocks",
+    "send_blocks",
+]
 
 _BATCHES = 6  # that are read, or have been and wait: each is in memory
 _PACKS_FETCHED = 2  # that are fetched, or have been and wait: each is in memory
@@ -51,6 +59,11 @@ Read = Callable[[Int64s, Bytes2D], None]
 
 Write = Callable[[Int64s, Bytes2D], None]
 """`write(blocks, rows)` stores `rows`, uint8[n, BLOCK_SIZE]; several threads call it at once."""
+
+
+Unpack = Callable[[int, Int64s, Int64s, Bytes2D], Iterator[tuple[slice | Int64s, Bytes2D]]]
+"""`unpack(key, blocks, slots, buffer)` yields blocks of a pack, decoded into `buffer`, and which of `slots`
+(ascending) they are; `blocks` says which blocks of the volume the slots hold. Several threads call it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,12 +174,14 @@ def restore_blocks(
     gap: int,
     progress: Progress,
     wanted: DirtyMap | None = None,
+    unpack: Unpack | None = None,
 ) -> None:
     """Fetch and check every block that `runs` (with pack keys) name, and `write` it.
 
     With `wanted`, only the blocks in it. Each pack is fetched once: whole if nearly all of its slots are
     wanted, else by ranges merged over gaps of at most `gap` bytes. Blocks come in no particular order, and
-    `progress` is called in several threads, one at a time.
+    `progress` is called in several threads, one at a time. Only with an `unpack` of the caller's can there be
+    blocks that are not written.
     """
     lock, done = threading.Lock(), 0
     total = (runs.blocks if wanted is None else wanted.count()) * BLOCK_SIZE
@@ -188,9 +203,15 @@ def restore_blocks(
             blocks, slots = blocks[mine], slots[mine]
         buffer = buffers.get()
         try:
-            for batch in unpack_slots(packs, key, slots, gap, buffer):
-                write(blocks[batch.part], batch.rows)
-                report(len(batch.rows))
+            if unpack is None:
+                parts: Iterator[tuple[slice | Int64s, Bytes2D]] = (
+                    (one.part, one.rows) for one in unpack_slots(packs, key, slots, gap, buffer)
+                )
+            else:
+                parts = unpack(key, blocks, slots, buffer)
+            for part, rows in parts:
+                write(blocks[part], rows)
+                report(len(rows))
         finally:
             buffers.put(buffer)
 
@@ -288,11 +309,7 @@ def compare_blocks(
     done, total = 0, data.count()
 
     def compare_batch(blocks: Int64s, rows: Bytes2D) -> tuple[Int64s, Int64s, int]:
-        read(blocks, rows)
-        digests, known, unread = expected.digests_of(blocks)
-        equal = (digest_blocks(rows, lineage.seed) == digests).all(axis=1)
-        differs = np.where(known, ~equal, ~_find_zeros(rows)) & ~unread
-        return blocks[differs], blocks[unread], blocks.size
+        return *find_differing(read, blocks, rows, expected, lineage.seed), blocks.size
 
     jobs = (partial(compare_batch, blocks, rows) for blocks, rows in _with_buffers(data))
     with workers(min(lineage.store.readers, _BATCHES), "compare") as pool:
@@ -302,3 +319,17 @@ def compare_blocks(
             done += size
             progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
     return differing, unknown
+
+
+def find_differing(
+    read: Read, blocks: Int64s, rows: Bytes2D, expected: ExpectedDigests, seed: int
+) -> tuple[Int64s, Int64s]:
+    """Read `blocks` into `rows`; return those that differ from `expected`, and those without a known digest.
+
+    A block of which nothing is expected should be zero.
+    """
+    read(blocks, rows)
+    digests, known, unread = expected.digests_of(blocks)
+    equal = (digest_blocks(rows, seed) == digests).all(axis=1)
+    differs = np.where(known, ~equal, ~_find_zeros(rows)) & ~unread
+    return blocks[differs], blocks[unread]

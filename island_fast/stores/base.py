@@ -10,6 +10,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -119,6 +120,14 @@ class Store(ABC):
     location: str
     """What the user calls this store, for messages. It contains no secret."""
 
+    @property
+    def place(self) -> str:
+        """Where the store is, in full and the same from everywhere, for local state. It contains no secret.
+
+        A store has one place as long as nothing is mounted elsewhere, and no other store has that one.
+        """
+        return self.location
+
     grace: float
     """The least age, in seconds, at which an unreferenced object can be treated as garbage."""
 
@@ -152,7 +161,9 @@ class Store(ABC):
 
         The buffers must not change during the call and are not kept after it. If the name already has the
         same bytes the call succeeds; if it has others, it is a ConflictError. After a StoreError the object
-        may exist, or appear later: only the same bytes may be sent to that name again.
+        may exist, or appear later: only the same bytes may be sent to that name again. After a
+        StoreRefusedError (StoreFullError for want of room), and any other error of `put`, this call has
+        stored nothing, and nothing of it appears later.
         """
 
     @abstractmethod
@@ -178,7 +189,10 @@ class Store(ABC):
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
-        """Iterate over objects below `prefix` ('' or 'a/b/') in the order of names; late or incomplete."""
+        """Iterate over objects below `prefix` ('' or 'a/b/') in any order; late or incomplete.
+
+        They are listed as they are asked for: memory does not grow with their number.
+        """
 
     @abstractmethod
     def folders(self, prefix: str) -> Iterator[str]:
@@ -187,6 +201,18 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; succeed if it is absent."""
+
+    def use_reserve(self) -> AbstractContextManager[None]:
+        """Let puts of the body use the room that the store keeps for what frees room, if it keeps any."""
+        return nullcontext()
+
+    def release_reserve(self) -> bool:
+        """Give up the room that the store keeps for what frees room; return whether there was any."""
+        return False
+
+    def hurry(self) -> AbstractContextManager[None]:
+        """Give up requests of the body within seconds: they may as well be made later. Not thread-safe."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do here
         """Close connections. No other call may be running, or follow."""

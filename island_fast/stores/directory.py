@@ -2,8 +2,9 @@
 
 An object is written to a temporary file below `.tmp~` (no object can have that name), flushed, and then
 linked to its name, which fails if the name is taken. So a file with an object's name is always complete.
-Files are 0600 and directories 0700. If the store's directory has the setgid bit and its group may read it,
-the group may read everything: files are 0640 and directories 2750.
+What fails before the link has certainly not stored anything. Files are 0600 and directories 0700. If the
+store's directory has the setgid bit and its group may read it, the group may read everything: files are 0640
+and directories 2750.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from island_fast.errors import (
     ObjectMissingError,
     RefusedError,
     StoreError,
+    StoreFullError,
+    StoreRefusedError,
     UsageError,
 )
 from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
@@ -44,6 +47,7 @@ from island_fast.stores.base import (
     flat_views,
     is_name,
 )
+from island_fast.stores.directory_reserve import FULL, Reserve
 
 __all__ = ["DirectoryStore"]
 
@@ -53,6 +57,8 @@ _TRIES = 5  # at a put whose folder is removed again and again
 _SHARED = stat.S_ISGID | stat.S_IRGRP | stat.S_IXGRP
 _COMPARED_AT_ONCE = 1 << 20  # bytes
 _MAPPED = 1 << 20  # bytes; buffers from here on are mapped, not allocated
+# Errors of link(2) after which the name is not there, on whatever file system; others may come of a network.
+_REFUSALS = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOENT)
 # O_NONBLOCK: if the file is a pipe, open() would wait for its other end.
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -76,6 +82,8 @@ class DirectoryStore(Store):
         self._root = os.path.abspath(os.path.expanduser(path))
         self._folders_lock = threading.Lock()
         self._known_folders: set[str] = set()  # folders that exist and are flushed
+        self._reserve = Reserve(self._root, os.path.join(self._root, _SCRATCH))
+        self._reserve_lent = False
         self._identity = self._identify()  # None until the directory is created
         if self._identity is None and not create_ok:
             raise NotFoundError(
@@ -101,6 +109,11 @@ class DirectoryStore(Store):
             os.chmod(self._root, 0o2750)
         self._shared = True
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return os.path.realpath(self._root)
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
         path = self._path(name)
@@ -108,7 +121,12 @@ class DirectoryStore(Store):
         try:
             created = self._publish(path, content)
         except OSError as error:
-            self._raise_translated(error)
+            if not (error.errno in FULL and self._reserve_lent and self._reserve.release()):
+                self._raise_translated(error, StoreRefusedError)
+            try:
+                created = self._publish(path, content)
+            except OSError as again:
+                self._raise_translated(again, StoreRefusedError)
         if not created and not self._holds(name, content):
             raise ConflictError(
                 f"object {name} in {self.location} already holds other bytes, and none is ever overwritten; "
@@ -118,7 +136,8 @@ class DirectoryStore(Store):
     def _publish(self, path: str, content: Views) -> bool:
         """Create the file `path` with `content`, durably; return False if the name is taken.
 
-        A deletion can remove the folder just before it is used; then everything is done again.
+        An OSError says that it was not created; if that is unknown, it is a StoreError. A deletion can remove
+        the folder just before it is used; then everything is done again.
         """
         for _ in range(_TRIES - 1):
             with contextlib.suppress(FileNotFoundError):
@@ -133,12 +152,35 @@ class DirectoryStore(Store):
         )
         try:
             with open_fd(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
-                created = link_new(scratch, path)
-                os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
+                try:
+                    created = link_new(scratch, path)
+                except OSError as error:
+                    if error.errno in _REFUSALS:
+                        raise
+                    self._raise_translated(error)
+                try:
+                    os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
+                except OSError as error:
+                    self._raise_translated(error)
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the first put of a process removes what is left
                 os.unlink(scratch)
         return created
+
+    @contextlib.contextmanager
+    def use_reserve(self) -> Iterator[None]:
+        """See Store.use_reserve. One thread at a time."""
+        self._reserve.release_if_short()
+        self._reserve_lent = True
+        try:
+            yield
+        finally:
+            self._reserve_lent = False
+            self._reserve.make()
+
+    def release_reserve(self) -> bool:
+        """See Store.release_reserve. The first put of the next process makes it again, as large as it can."""
+        return self._reserve.release()
 
     def _ensure_folder(self, path: str) -> str:
         """Create folder `path` and everything above it, unless it is known; flush; return `path`."""
@@ -157,12 +199,13 @@ class DirectoryStore(Store):
             self._make_with_parents(os.path.dirname(path))
             if path == os.path.join(self._root, _SCRATCH):
                 _make_first_folder(path, self._shared)
+                self._reserve.make()
             else:
                 make_folder(path, group_readable=self._shared)
         self._known_folders.add(path)
 
     def _make_root(self) -> None:
-        self._check_root()
+        self._check_root(StoreRefusedError)
         if self._identity is None:
             missing = [self._root]
             while not os.path.isdir(os.path.dirname(missing[-1])):
@@ -185,10 +228,10 @@ class DirectoryStore(Store):
             raise NotFoundError(f"{self.location} is not a directory; name the directory of a repository")
         return status.st_dev, status.st_ino
 
-    def _check_root(self) -> None:
-        """Raise StoreError if the directory is gone: objects are not absent then, and nothing may be put."""
+    def _check_root(self, kind: type[StoreError] = StoreError) -> None:
+        """Raise `kind` if the directory is gone: objects are not absent then, and nothing may be put."""
         if self._identity is not None and self._identify() != self._identity:
-            raise StoreError(
+            raise kind(
                 f"directory {self.location} was replaced or unmounted during this command; check whether its "
                 "disk is mounted"
             )
@@ -196,7 +239,7 @@ class DirectoryStore(Store):
     def _clean_scratch(self) -> None:
         """Remove temporary files that dead processes left."""
         oldest = time.time() - _LEFTOVER_AGE
-        for entry in self._scan_folder(_SCRATCH):
+        for entry in list(self._scan_folder(_SCRATCH)):
             with contextlib.suppress(FileNotFoundError):
                 if entry.stat(follow_symlinks=False).st_mtime < oldest:
                     os.unlink(entry.path)
@@ -280,17 +323,24 @@ class DirectoryStore(Store):
         entries = self._scan_folder(check_prefix(prefix))
         return (e.name for e in entries if is_name(e.name) and e.is_dir(follow_symlinks=False))
 
-    def _scan_folder(self, prefix: str) -> Sequence[os.DirEntry[str]]:
-        """Return a folder's entries, in the order of whole object names; none if it does not exist."""
+    def _scan_folder(self, prefix: str) -> Iterator[os.DirEntry[str]]:
+        """Yield a folder's entries, as the file system lists them; none if it does not exist."""
         try:
-            with os.scandir(os.path.join(self._root, prefix)) as entries:
-                found = [*entries]
+            entries = os.scandir(os.path.join(self._root, prefix))
         except (FileNotFoundError, NotADirectoryError):
             self._check_root()
-            return []
+            return
         except OSError as error:
             self._raise_translated(error)
-        return sorted(found, key=lambda e: e.name + "/" * e.is_dir(follow_symlinks=False))
+        with entries:
+            while True:
+                try:
+                    entry = next(entries, None)
+                except OSError as error:
+                    self._raise_translated(error)
+                if entry is None:
+                    return
+                yield entry
 
     def delete(self, name: str) -> None:
         """See Store.delete. Folders that become empty are removed."""
@@ -301,7 +351,7 @@ class DirectoryStore(Store):
             self._check_root()
             return
         except OSError as error:
-            self._raise_translated(error)
+            self._raise_translated(error, StoreRefusedError if error.errno in _REFUSALS else StoreError)
         folder = os.path.dirname(path)
         with contextlib.suppress(OSError):  # usually: it is not empty
             while folder != self._root:
@@ -312,8 +362,8 @@ class DirectoryStore(Store):
     def _path(self, name: str) -> str:
         return os.path.join(self._root, check_name(name))
 
-    def _raise_translated(self, error: OSError) -> NoReturn:
-        """Raise `error`, the file system's, as an error for the user."""
+    def _raise_translated(self, error: OSError, kind: type[StoreError] = StoreError) -> NoReturn:
+        """Raise `error`, the file system's, as an error for the user, in most cases of class `kind`."""
         what, location = error.filename or self.location, self.location
         match error.errno:
             case errno.ELOOP | errno.ENOTDIR | errno.EISDIR:
@@ -322,6 +372,7 @@ class DirectoryStore(Store):
                     "or use another directory"
                 ) from error
             case errno.ENOSPC | errno.EDQUOT:
+                kind = StoreFullError if kind is StoreRefusedError else kind
                 text = f"no space is left for {location}; free some or raise the quota, then try again"
             case errno.EROFS:
                 text = f"{location} is on a read-only file system; remount it for writing"
@@ -334,7 +385,7 @@ class DirectoryStore(Store):
                 )
             case _:
                 text = f"{what}: {error.strerror or error}; check the disk of {location}"
-        raise StoreError(text) from error
+        raise kind(text) from error
 
 
 def _make_first_folder(folder: str, group_readable: bool) -> None:
@@ -342,7 +393,7 @@ def _make_first_folder(folder: str, group_readable: bool) -> None:
     try:
         make_folder(folder, group_readable=group_readable)
     except PermissionError as error:
-        raise StoreError(
+        raise StoreRefusedError(
             f"{os.path.dirname(folder)} cannot be written; use -r to name a directory that you can write to"
         ) from error
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from island_fast.arrays import Buffer
@@ -87,6 +88,11 @@ class RateLimitedStore(Store):
         self.downloads = store.downloads
         self.readers = store.readers
 
+    @property
+    def place(self) -> str:
+        """See Store.place."""
+        return self._store.place
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
         self._up.wait(sum(view.nbytes for view in flat_views(parts)))
@@ -119,6 +125,18 @@ class RateLimitedStore(Store):
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._store.delete(name)
+
+    def use_reserve(self) -> AbstractContextManager[None]:
+        """See Store.use_reserve."""
+        return self._store.use_reserve()
+
+    def release_reserve(self) -> bool:
+        """See Store.release_reserve."""
+        return self._store.release_reserve()
+
+    def hurry(self) -> AbstractContextManager[None]:
+        """See Store.hurry."""
+        return self._store.hurry()
 
     def close(self) -> None:
         """See Store.close."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,6 +19,7 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreFullError,
     UsageError,
 )
 from island_fast.memory import require_memory
@@ -37,7 +39,13 @@ from island_fast.stores.base import (
 )
 from island_fast.stores.retry import RetryableError, RetryPolicy
 from island_fast.stores.swift_auth import SwiftAuth, auth_from_environment
-from island_fast.stores.swift_connection import Connection, HttpError, SwiftConnectionPool, none_if_status
+from island_fast.stores.swift_connection import (
+    BROKEN,
+    Connection,
+    HttpError,
+    SwiftConnectionPool,
+    none_if_status,
+)
 from island_fast.stores.swift_pace import PacedBody
 
 __all__ = ["SwiftStore"]
@@ -97,6 +105,15 @@ class SwiftStore(Store):
             raise
         return store
 
+    def hurry(self) -> contextlib.AbstractContextManager[None]:
+        """See Store.hurry."""
+        return self._pool.hurry()
+
+    @property
+    def place(self) -> str:
+        """See Store.place. Other accounts, and other clouds, can have a container of the same name."""
+        return f"{self._pool.account_url()}/{self._container}/{self._prefix}".rstrip("/")
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()
@@ -144,6 +161,9 @@ class SwiftStore(Store):
                 self._put_once(connection, name, content, only_if_absent=not stored)
             except HttpError as error:
                 unsure = False  # If-None-Match of the next attempt shows it
+                if error.http_status == 413:
+                    size = sum(view.nbytes for view in content)
+                    raise StoreFullError(self._explain_full(connection, name, size, error)) from error
                 if error.http_status != 412:
                     raise
                 if not self._holds(connection, name, content):
@@ -177,6 +197,31 @@ class SwiftStore(Store):
             raise RetryableError("404 Not Found") from error
         if answer["status"] != 201:
             raise RetryableError(f"{answer['status']} instead of 201")
+
+    def _explain_full(self, connection: Connection, name: str, size: int, error: HttpError) -> str:
+        """Return why an object of `size` bytes has no room, and what it needs, as far as Swift says."""
+        asked = {
+            f"container {self._container}": lambda: connection.head_container(self._container),
+            "the account": connection.head_account,
+        }
+        quotas = []
+        for what, ask in asked.items():
+            with contextlib.suppress(HttpError, *BROKEN):  # not everybody may ask
+                head = ask()
+                kind = "account" if what == "the account" else "container"
+                quota = _parse_number(head, f"x-{kind}-meta-quota-bytes")
+                used = _parse_number(head, f"x-{kind}-bytes-used")
+                if quota is not None and used is not None and used + size > quota:
+                    more = used + size - quota
+                    quotas.append(
+                        f"the quota of {what} is {quota} bytes and {used} are used: raise it by {more} bytes"
+                    )
+        need = " and ".join(quotas) or f"raise the quota by {size} bytes"
+        return (
+            f"put {name}: Swift has no room for these {size} bytes ({error.http_status} "
+            f"{error.http_reason}); {need}, or free some: a delete and a sweep need room for one record "
+            "each, usually a few KB"
+        )
 
     def _holds(self, connection: Connection, name: str, content: Views) -> bool:
         """Return whether the object exists with exactly these bytes; ConflictError if it has others."""

@@ -19,7 +19,7 @@ from keystoneauth1 import exceptions, loading, plugin, token_endpoint
 from keystoneauth1.session import Session
 
 from island_fast.errors import StoreError
-from island_fast.stores.retry import RetryableError
+from island_fast.stores.retry import RetryableError, parse_retry_after
 
 __all__ = ["TIMEOUT", "SwiftAuth", "Token", "auth_from_environment", "silence_logger", "walk_causes"]
 
@@ -120,7 +120,8 @@ class SwiftAuth:
         except _SILENCE as error:
             reasons = (cause.strerror for cause in walk_causes(error) if isinstance(cause, OSError))
             reason = next(filter(None, reasons), _short_name(error))
-            raise RetryableError(f"{reason} at the sign-in with {self.source}") from None
+            wait = parse_retry_after(str(getattr(error, "retry_after", "")))
+            raise RetryableError(f"{reason} at the sign-in with {self.source}", wait) from None
         except exceptions.SSLError:
             raise StoreError(
                 f"the certificate of the server in {self.source} cannot be verified; set "

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -288,6 +289,48 @@ def test_a_full_repository(island: Island, disk: Path, tmp_path: Path, small_dis
     small_disk("small", 16 * MIB)
     again = island.json("-r", place, "snapshot", disk)
     assert (again["rule"], again["parent"], again["blocks_changed"]) == ("table-diff", first, 32)
+
+
+def test_a_full_repository_can_be_freed(
+    island: Island, disk: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    """To the last byte, by what others have there, too."""
+    place = small_disk("small", 24 * MIB)
+    repository = place / "repository"
+    taken = [island.json("-r", repository, "snapshot", disk)["snapshot"]]
+    for seed in (2, 3):
+        qemu.noise(disk, MIB, 3 * MIB, seed)
+        taken.append(island.json("-r", repository, "snapshot", disk)["snapshot"])
+    fill(place)
+    done = island("-r", repository, "delete", taken[0])
+    assert (done.code, done.out) == (5, "")
+    assert "run the command again at once" in done.err
+    assert island.text("-r", repository, "list", "-q").split() == taken, "a refusal is an outcome"
+    island.text("-r", repository, "restore", "disk@latest", tmp_path / "out", "-q")
+    assert island.json("-r", repository, "delete", taken[0])[0]["snapshot"] == taken[0]
+    fill(place)
+    assert island.json("-r", repository, "retain", "--keep-last", "1")[0]["deleted"] == 1
+    assert island.text("-r", repository, "list", "-q").split() == taken[2:]
+    assert island.json("-r", repository, "sweep")[0]["bytes_freed"] > 5 * MIB
+    qemu.noise(disk, MIB, 3 * MIB, 4)
+    island.json("-r", repository, "snapshot", disk)
+    assert (repository / ".reserve~").stat().st_size == MIB
+
+
+def test_a_repository_that_became_read_only(
+    island: Island, disk: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    place = small_disk("small", 24 * MIB)
+    repository = place / "repository"
+    taken = [island.json("-r", repository, "snapshot", disk)["snapshot"] for _ in range(2)]
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    for verb in (["delete", "disk@latest"], ["retain", "--keep-last", "1"]):
+        assert "read-only" in island.fails(5, "-r", repository, *verb)
+    assert island.text("-r", repository, "list", "-q").split() == taken
+    island.text("-r", repository, "restore", "disk@latest", tmp_path / "out", "-q")
+    island.text("-r", repository, "verify", "--all", "-q")
+    subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+    assert island.text("-r", repository, "list", "-q").split() == taken
 
 
 def test_a_full_target(island: Island, disk: Path, small_disk: SmallDisk) -> None:

@@ -239,18 +239,36 @@ def test_the_reader_notices_damage(copy: Path, damage: str) -> None:
         reader.volume(copy, "vol-1", state, snapshot)
 
 
-def test_the_example_in_the_document_is_a_real_object(tmp_path: Path) -> None:
-    name = "vol/catalog/000000-stop"
-    rows = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} {1,2}){1,16})", FORMAT.read_text(), re.MULTILINE)
-    path = tmp_path / name
+def read_dumps() -> list[bytes]:
+    """Return the objects that the document shows as hex dumps."""
+    parts = re.findall(r"^```\n(0000  .*?)^```", FORMAT.read_text(), re.MULTILINE | re.DOTALL)
+    rows = [re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} {1,2}){1,16})", part, re.MULTILINE) for part in parts]
+    return [bytes.fromhex("".join(found)) for found in rows]
+
+
+def put_dump(root: Path, name: str, data: bytes) -> None:
+    path = root / name
     path.parent.mkdir(parents=True)
-    path.write_bytes(bytes.fromhex("".join(rows)))
+    path.write_bytes(data)
+
+
+def test_the_examples_in_the_document_are_real_objects(tmp_path: Path) -> None:
+    stop, manifest = read_dumps()
+    name = "vol/catalog/000000-stop"
+    put_dump(tmp_path, name, stop)
     found, _ = reader.sections(tmp_path, name, b"ISLANDST")
     assert reader.meta(found) == {
         "writer": "00112233445566778899aabbccddeeff",
         "epoch": 0,
         "time": 1700000000000000000,
     }
+    parent, snapshot = "00112233445566778899aabbccddeeff", "9a0c4bb3ac4a4d0d8d3e5d0c6a4b2f10"
+    put_dump(tmp_path, f"v/manifests/{snapshot}-1", manifest)
+    row = {"id": snapshot, "attempt": 1, "checksum": "f3c456806bd1d4b08dec3b8f360188ff"}
+    head, runs = reader.manifest(tmp_path, "v", row)
+    assert runs == [(0, 4, (parent, 300), 0), (7, 1, (snapshot, 0), 2), (8, 1, (parent, 300), 8)]
+    assert head["volume_size"] == 600000
+    assert head["snapshots"] == [parent, snapshot]
 
 
 def test_the_other_examples_in_the_document_hold() -> None:

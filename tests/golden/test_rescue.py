@@ -207,6 +207,14 @@ def test_the_same_code_makes_the_same_bytes(tmp_path: Path) -> None:
     assert made[0] == made[1]
 
 
+def test_a_record_of_marks_is_read(first: Path, tmp_path: Path) -> None:
+    """Later versions mark snapshots, which changes nothing for a reader."""
+    with Repository.open(str(first), state=LocalState(tmp_path / "state")) as opened:
+        opened.adopt("vol-1")
+        opened.keep([f"vol-1@{next(iter(FIRST['vol-1']))}"])
+    assert_rescued(first, "vol-1", FIRST["vol-1"], tmp_path, True)
+
+
 # What is lost.
 
 

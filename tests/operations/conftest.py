@@ -39,6 +39,11 @@ def in_small_packs(store: MemoryStore, patch: pytest.MonkeyPatch) -> None:
     store.uploads = 1
 
 
+def let_any_image_in(repository: Repository, volume: str = "vol") -> None:
+    """Have the next snapshot of a volume come from any image that holds its pin, as after an adoption."""
+    repository.lineage(volume).files.set_image(None)
+
+
 def check(repository: Repository, snapshot: str, content: bytes, folder: Path) -> None:
     """Assert that a snapshot restores to these bytes; a file in `folder` comes and goes."""
     target = folder / "check.raw"

@@ -23,7 +23,7 @@ from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot
 from island_fast.results import Copied
-from tests.operations.conftest import PACK, check
+from tests.operations.conftest import PACK, check, let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 from tests.support.memory_store import Stored as Object
@@ -70,8 +70,10 @@ def test_a_lineage_copied_whole_keeps_its_tree(
     repository.snapshot(image, label="second")
     qemu.resize(branch, 96 * MIB)
     qemu.noise(branch, 80 * MIB, MIB, 3)
+    let_any_image_in(repository)
     other = repository.snapshot(branch, label="other")
     assert other.parent == first.snapshot
+    let_any_image_in(repository)
     qemu.io(image, qemu.discard(0, MIB))
     repository.snapshot(image, label="third")
     copied = repository.copy(far)

@@ -13,6 +13,7 @@ from island_fast.api import Repository
 from island_fast.errors import DamagedError, NotFoundError, UsageError
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Difference
+from tests.operations.conftest import let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -44,6 +45,7 @@ def lineage(repository: Repository, tmp_path: Path) -> dict[str, bytes]:
     branch = tmp_path / "branch.qcow2"
     repository.restore(first, branch)
     qemu.io(branch, qemu.write(0, 100, 4))
+    let_any_image_in(repository)
     taken(branch)
     return contents
 

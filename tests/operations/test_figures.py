@@ -15,6 +15,7 @@ from island_fast.formats.manifest import decode
 from island_fast.formats.pack import ABSENT, open_pack
 from island_fast.operations.retain import Keep
 from island_fast.repository import pack_reader, pack_writer
+from tests.operations.conftest import let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -42,6 +43,7 @@ def tree(repository: Repository, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for number, start in enumerate((taken[1], taken[3])):
         branch = tmp_path / f"branch{number}.qcow2"
         repository.restore(start, branch)
+        let_any_image_in(repository)
         live(branch, 2)
     return taken
 

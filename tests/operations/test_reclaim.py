@@ -13,7 +13,7 @@ from island_fast.formats.catalog import CHECKPOINT_EVERY
 from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.progress import silent
 from island_fast.repository.local_state import LocalState, Registration
-from tests.operations.conftest import check
+from tests.operations.conftest import check, let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -97,6 +97,7 @@ def test_branch_delete_delete_loses_nothing(repository: Repository, image: Path,
     qemu.noise(image, MIB, 65536, 2)
     b = repository.snapshot(image)
     qemu.noise(other, 2 * MIB, 65536, 3)
+    let_any_image_in(repository)
     c = repository.snapshot(other)
     assert (b.parent, c.parent) == (a.snapshot, a.snapshot)
     repository.delete([a.snapshot])

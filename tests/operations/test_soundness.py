@@ -14,6 +14,7 @@ from island_fast.api import Repository
 from island_fast.qcow2.image import Image
 from island_fast.repository.local_state import LocalState
 from island_fast.results import SnapshotTaken
+from tests.operations.conftest import let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -135,6 +136,7 @@ def test_a_restored_and_a_copied_file_stay_table_diffs(
     repository.restore(first.snapshot, restored)
     qemu.run("cp", image, copied)
     for path in (restored, copied):
+        let_any_image_in(repository)
         qemu.io(path, qemu.write(3 * MIB, 65536, 4))
         taken = snapshot_and_check(repository, path, tmp_path)
         assert (taken.rule, taken.parent, taken.blocks_candidate) == ("table-diff", first.snapshot, 1)

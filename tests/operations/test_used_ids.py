@@ -16,7 +16,7 @@ from island_fast.api import Repository
 from island_fast.errors import DamagedObjectError, StoreError
 from island_fast.operations import snapshot as snapshot_operation
 from island_fast.repository.local_state import Registrations
-from tests.operations.conftest import PACK, check
+from tests.operations.conftest import PACK, check, let_any_image_in
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
 
@@ -122,10 +122,12 @@ def _two_at_once(
             sent.append(name)
             with pytest.MonkeyPatch.context() as dying:
                 dying.setattr(Registrations, "_forget", lambda *_: False)
+                let_any_image_in(repository)
                 used.append(Repository(store, repository.state).snapshot(image).snapshot)
 
     with monkeypatch.context() as patch:
         patch.setattr(MemoryStore, "put", put)
+        let_any_image_in(repository)
         with pytest.raises(StoreError):
             repository.snapshot(copy, volume="vol")
     return used[0]

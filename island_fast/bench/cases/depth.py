@@ -140,11 +140,10 @@ def _count_delete_requests(folder: Path, length: int, seed: int) -> tuple[int, i
             taken.append(volume.snapshot(repository).snapshot)
             volume.edit(1)
     for name, late in (("warm", False), ("cold", False), ("late", True)):
-        state, copy = folder / f"{name}-state", folder / f"{name}-repository"
+        state, copy = home, folder / f"{name}-repository"
         shutil.copytree(place, copy)
-        if name == "warm":
-            shutil.copytree(home, state)
-        else:
+        if name != "warm":
+            state = folder / f"{name}-state"
             state.mkdir()
             shutil.copy(home / "writer", state)
         store = CountingStore(DirectoryStore(str(copy)), late=late)

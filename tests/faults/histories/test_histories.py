@@ -131,6 +131,7 @@ class Life:
             snapshot = self.draw.choice(sorted(self.truth))
             target = self.work / f"back{len(list(self.work.iterdir()))}.qcow2"
             self.repository.restore(snapshot, target)
+            self.image.unlink()
             self.image = target
             self.clusters = max(self.clusters, BLOCK)
             self.bytes = bytearray(self.truth[snapshot])

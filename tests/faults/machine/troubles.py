@@ -21,6 +21,7 @@ from tests.faults.machine.process import (
     LOST_OUTAGE,
     OUTAGE,
     RACE,
+    REFUSED,
     STALE,
     Fault,
 )
@@ -42,7 +43,7 @@ _INTO = ("record", "change", "change", "any", "get")
 _MILD = [
     (LOST, "change"), (LOST, "record"), (FAILED, "any"), (FAILED, "change"), (EXPIRED, "any"),
     (LATE, "put"), (LATE, "put"), (LATE, "record"), (DUPLICATE, "put"), (DUPLICATE, "put"),
-    (STALE, "plain"), (STALE, "plain"), (CUT, "get"), (LISTING, "list"),
+    (STALE, "plain"), (STALE, "plain"), (CUT, "get"), (LISTING, "list"), (REFUSED, "record"),
 ]  # fmt: skip
 _FATAL = [
     (CRASH_BEFORE, "any"), (CRASH_BEFORE, "change"), (CRASH_BEFORE, "record"), (CRASH_AFTER, "change"),

@@ -25,9 +25,10 @@ from typing import Any
 from unittest import mock
 
 from island_fast.api import Repository
-from island_fast.errors import DamagedError, IslandError, StoreError
+from island_fast.errors import DamagedError, IslandError, StoreError, StoreRefusedError
 from island_fast.images import open as source_module
 from island_fast.repository import local_state, pack_reader, pack_writer, workers
+from island_fast.repository.identity import Identity, Machine
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores import retry, swift_connection
@@ -122,7 +123,12 @@ class Outcome:
     @property
     def undisturbed(self) -> bool:
         """Whether nothing that happened explains a failure."""
-        return not (self.crashed or self.process.hard or self.process.intruded)
+        return not (self.crashed or self.process.hard or self.process.intruded or self.process.refused)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the command failed by a refusal: then what it was at has not happened, and never will."""
+        return self.process.refused and isinstance(self.error, StoreRefusedError)
 
 
 class World:
@@ -169,6 +175,9 @@ class World:
         replaced(os, "urandom", draw.randbytes)
         locks = {name: getattr(fcntl, name) for name in dir(fcntl) if name.startswith("LOCK_")}
         replaced(local_state, "fcntl", SimpleNamespace(flock=_flock, **locks))
+        # Hosts are folders, and a crash puts one in the place of another.
+        replaced(Identity, "_machine", lambda identity: Machine(*[identity._root.name] * 3))
+        replaced(Identity, "_place", lambda identity: (1, 1))
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
         clock.time_ns = lambda: int(self.account.now * 1e9)
@@ -220,7 +229,8 @@ class World:
             for path, kept in images.items():
                 self.images[path].put_back(kept)
         if isinstance(outcome.error, StoreError):
-            assert outcome.process.hard, f"gave up although the store answered: {outcome.error}"
+            hindered = outcome.process.hard or outcome.process.refused
+            assert hindered, f"gave up although the store answered: {outcome.error}"
         return outcome
 
     def reader(self, name: str) -> Lineage:

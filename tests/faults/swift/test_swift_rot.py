@@ -5,10 +5,13 @@ Swift serves the ranges of a rotten replica for ever; one that it sends whole it
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from island_fast.errors import DamagedError
 from island_fast.formats.names import manifest_name
+from island_fast.results import Salvaged
 from tests.faults.swift.conftest import BLOCK, PACK_BLOCKS, Life
 from tests.support import qemu
 from tests.support.swift_faults import Fault
@@ -142,3 +145,17 @@ def test_what_no_replica_has_any_more_is_mended_from_the_image(life: Life, swift
     life.sweep()
     life.check()
     assert life.listed() == life.names()
+
+
+def test_what_no_replica_has_any_more_is_the_only_thing_that_salvage_loses(
+    life: Life, swift: SwiftServer, tmp_path: Path
+):
+    """It asks for ranges: Swift takes away each rotten replica that it sends whole, with all other blocks."""
+    taken = life.snapshot()
+    path = life.path(f"vol/packs/{taken.snapshot}/0-00000000")
+    swift.rot(path, 20 * BLOCK, NODES)
+    target = tmp_path / "salvaged.raw"
+    found = life.stranger().restore(taken.snapshot, target, image_format="raw", salvage=True)
+    assert isinstance(found, Salvaged)
+    assert 0 < found.bytes_lost <= 2 * BLOCK
+    assert found.bytes_written >= (PACK_BLOCKS - 2) * BLOCK

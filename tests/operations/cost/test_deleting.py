@@ -54,10 +54,8 @@ def counted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Request
         objects = dict(store.objects)
 
         def requests(name: str, late: bool) -> int:
-            state = LocalState(folder / name)
-            if name == "warm":
-                shutil.copytree(home, state.root)
-            else:
+            state = LocalState(home if name == "warm" else folder / name)
+            if name != "warm":
                 state.root.mkdir()
                 shutil.copy(home / "writer", state.root)
             store.objects, store.late = dict(objects), late

@@ -98,7 +98,7 @@ def test_the_writer_id_is_made_once(tmp_path: Path) -> None:
     state = LocalState(tmp_path / "state")
     assert len(state.writer) == 32
     assert state.writer == LocalState(tmp_path / "state").writer
-    assert os.listdir(tmp_path / "state") == ["writer"]
+    assert sorted(os.listdir(tmp_path / "state")) == ["hosts", "writer"]
 
 
 def test_a_deleted_parent_hands_its_retired_children_up(files: LineageFiles) -> None:
