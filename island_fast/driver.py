@@ -95,11 +95,15 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         run, links = self._run_dir / "daemons", self._run_dir / "devices"
         with translate_errors():
             make_folders(self._volumes_dir)
+            records = VolumeRecords(self._volumes_dir)
+            service = volume_utils.extract_host(self.host)
+            records.refuse_other_owner(service)
             kind = choose_kind(run, links, self._volumes_dir, self._run_program)
+            records.claim(service)
             exports = Exports(run, links, self._run_program, kind)
             exports.remove_stale_links()
             self._volumes = Volumes(
-                VolumeRecords(self._volumes_dir),
+                records,
                 exports,
                 self._run_program,
                 self._repositories,
@@ -181,7 +185,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         """
         with translate_errors(volume):
             if volume.status == _FAILED_TO_MANAGE:
-                self._volumes.stop(volume.name_id)
+                self._volumes.give_back(volume.name_id)
                 return
             self._volumes.delete(volume.name_id)
 

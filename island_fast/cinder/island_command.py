@@ -12,9 +12,10 @@ import logging
 import os
 import re
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ class IslandCommand:
             return list(self._run("list", *(["--volume", lineage] if lineage else [])))
         except NotFoundError:
             return []
+
+    def require_stored(self, snapshot: SnapshotRef) -> None:
+        """Raise an IslandError unless the store has everything that another host needs of a snapshot.
+
+        It is looked for with an empty local state, as by that other host: the records of the catalog and the
+        manifest are read from the store, and every pack must be there with its size.
+        """
+        with tempfile.TemporaryDirectory(prefix="island-check-") as state:
+            stranger = replace(self, environment={**self.environment, "ISLAND_STATE": state})
+            stranger._run("verify", snapshot.reference)
 
     def find_by_label(self, lineage: str, label: str) -> list[SnapshotRef]:
         """Return the snapshots of a lineage that have this label."""

@@ -5,6 +5,7 @@ Layout, below the folder of volumes (0700, files 0600):
     <volume>/volume.json        the record: the fields of `VolumeRecord`, as JSON
     <volume>/image.qcow2        the image, once it is made
     <volume>/<other names>      images that are being made; what a crash leaves is used or removed later
+    owner.json                  the one service that uses the folder: a JSON object with its name as "service"
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from island_fast.errors import DamagedError, NotFoundError, UsageError
-from island_fast.files import make_folder, make_folders, sync_folder, write_scratch
+from island_fast.errors import DamagedError, NotFoundError, RefusedError, UsageError
+from island_fast.files import link_new, make_folder, make_folders, sync_folder, write_scratch
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 
 __all__ = ["VOLUME_PATTERN", "SnapshotRef", "VolumeRecord", "VolumeRecords"]
@@ -28,6 +29,7 @@ __all__ = ["VOLUME_PATTERN", "SnapshotRef", "VolumeRecord", "VolumeRecords"]
 VOLUME_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}")
 """What the folder of a volume can be called."""
 _REPOSITORY = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+_OWNER = "owner.json"
 _MAX_RECORD = 1 << 16  # bytes
 _MAX_SIZE = 1 << 60  # bytes of a volume
 
@@ -97,6 +99,32 @@ class VolumeRecords:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def refuse_other_owner(self, service: str) -> None:
+        """Raise RefusedError if the folder belongs to another service than the one of this name."""
+        path = self.folder / _OWNER
+        try:
+            owner = json.loads(path.read_bytes())["service"]
+        except FileNotFoundError:
+            return
+        except (ValueError, TypeError, KeyError) as error:
+            raise DamagedError(f"{path} is damaged; delete it if only {service} uses this folder") from error
+        if owner != service:
+            raise RefusedError(
+                f"the volumes in {self.folder} belong to the service {owner}, and this is {service}; give "
+                "each section of cinder.conf an island_volumes_dir of its own, or, if there is no "
+                f"{owner} any more, delete {path}"
+            )
+
+    def claim(self, service: str) -> None:
+        """Make the folder that of a service; raise RefusedError if it is another's."""
+        make_folders(self.folder)
+        scratch = write_scratch(str(self.folder), [memoryview(json.dumps({"service": service}).encode())])
+        link_new(scratch, str(self.folder / _OWNER))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(scratch)
+        sync_folder(self.folder)
+        self.refuse_other_owner(service)
 
     def folder_of(self, volume: str) -> Path:
         """Return the path of a volume's folder; raise UsageError if a volume cannot have that name."""

@@ -215,6 +215,14 @@ class Volumes:
             self.ensure_image(volume)
         self.stop(volume)
 
+    def give_back(self, volume: str) -> None:
+        """Leave on this host's disk what was to be managed and was not; without an image nothing stays."""
+        known = self._find_record(volume)
+        if known is not None and known.made:
+            self.stop(volume)
+        else:
+            self.delete(volume)
+
     def stop(self, volume: str) -> None:
         """Remove the block device and end the daemon, whoever uses it."""
         with self._lock(volume):
@@ -405,9 +413,11 @@ class Volumes:
     def prepare_migration(self, volume: str, label: str) -> VolumeRecord:
         """Bring a detached volume to where another host can make it; return the record for that host.
 
-        The image is removed. The record stays, so that the image can be made here again if no host takes the
-        volume over. If the image is yet to be made from a snapshot, it is made first, because no other host
-        can know that this snapshot must be kept. A volume that is yet to be blank is removed altogether.
+        The image is removed once the store has been asked for all that it is to be made from. If anything is
+        missing there, this raises IslandError, and the volume stays as it is. The record stays, so that the
+        image can be made here again if no host takes the volume over. If the image is yet to be made from a
+        snapshot, it is made first, because no other host can know that this snapshot must be kept. A volume
+        that is yet to be blank is removed altogether.
         """
         record = self.records.read(volume)
         if not record.made and not record.origin:
@@ -415,11 +425,24 @@ class Volumes:
             return record
         if not record.in_transit:
             snapshot = self.snapshot(volume, label)
+            self._require_stored(volume, snapshot)
             self.records.change(volume, origin=snapshot, passing=True, made=False)
             with self._lock(volume):
                 self.exports.stop(volume)
                 self.records.image_path(volume).unlink(missing_ok=True)
         return self.records.read(volume)
+
+    def _require_stored(self, volume: str, snapshot: SnapshotRef) -> None:
+        """Raise IslandError unless another host can make the volume of a snapshot; a retry takes another."""
+        try:
+            self.own_repository.require_stored(snapshot)
+        except IslandError as error:
+            self.records.change(volume, label=None)
+            raise IslandError(
+                f"volume {volume} stays on this host, because the store does not have all of snapshot "
+                f"{snapshot}, which was to bring it to another one: {error}; see 'island verify {snapshot}', "
+                "delete that snapshot, and try again"
+            ) from error
 
     def rename(self, volume: str, name: str) -> None:
         """Give a volume another name; it keeps its lineage."""

@@ -14,6 +14,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -217,7 +218,8 @@ def _damage(kind: str, what: str) -> DamagedError:
 
 def _require_equal(found: Sequence[str], wanted: Sequence[str], where: str, kind: str) -> None:
     """Compare digests of blocks."""
-    differ = [number for number, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]]
+    pairs = enumerate(zip_longest(found, wanted))
+    differ = [number for number, (one, other) in pairs if one != other]
     if differ:
         raise _damage(
             kind,

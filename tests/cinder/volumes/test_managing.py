@@ -12,7 +12,7 @@ from island_fast.cinder import manage
 from island_fast.cinder.manage import ManageableVolumes
 from island_fast.cinder.records import VolumeRecord, VolumeRecords
 from island_fast.cinder.volumes import Volumes
-from island_fast.errors import NotFoundError, RefusedError
+from island_fast.errors import DamagedError, NotFoundError, RefusedError
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from tests.cinder.volumes.conftest import MIB, Host, new_id
 from tests.cinder.volumes.test_volumes import content, made
@@ -137,3 +137,40 @@ def test_a_volume_over_the_limit_is_refused_before_it_exists(host: Host) -> None
         with pytest.raises(RefusedError, match=r"65537 GiB cannot be snapshotted.* at most 65536 GiB"):
             call()
     assert host.volumes.records.volumes() == before
+
+
+def test_a_folder_of_volumes_belongs_to_one_service(host: Host, tmp_path: Path) -> None:
+    """Whether it is another section, another cinder.conf or another host, and by whatever path."""
+    records = host.volumes.records
+    volume = made(host, b"content")  # volumes of an earlier version, which wrote no owner
+    for _ in range(2):
+        records.refuse_other_owner("compute17@ssd")
+        records.claim("compute17@ssd")
+    (tmp_path / "way").symlink_to(records.folder)
+    for folder in (records, VolumeRecords(tmp_path / "way")):
+        for call in (folder.refuse_other_owner, folder.claim):
+            with pytest.raises(
+                RefusedError, match=r"belong to the service compute17@ssd.* delete .*owner.json"
+            ):
+                call("compute17@hdd")
+    assert sorted(path.name for path in records.folder.iterdir()) == sorted([volume, "owner.json"])
+    assert records.volumes() == [volume]
+    assert [
+        entry["reference"]["source-name"] for entry in ManageableVolumes(host.volumes).list_volumes({})
+    ] == [volume]
+    (records.folder / "owner.json").write_text("{")
+    with pytest.raises(DamagedError, match="delete it if only compute17@ssd uses this folder"):
+        records.claim("compute17@ssd")
+
+
+def test_what_was_to_be_managed_stays_and_what_has_no_image_goes(host: Host) -> None:
+    """Else a record without an image would keep its snapshot from being deleted."""
+    source = made(host, b"content")
+    origin = host.volumes.snapshot(source, "kept")
+    unmade = new_id()
+    host.volumes.create(unmade, VolumeRecord(GIB, origin=origin))
+    for volume in (source, unmade, new_id()):
+        host.volumes.give_back(volume)
+    assert host.volumes.records.volumes() == [source]
+    assert content(host, source, 7) == b"content"
+    host.volumes.delete_snapshot(source, origin)

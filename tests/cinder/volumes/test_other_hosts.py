@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -123,3 +125,38 @@ def test_the_snapshots_of_a_lost_volume_can_be_deleted(new_host: Callable[..., H
     here.volumes.delete_snapshot(volume, origin)
     here.volumes.delete(volume)
     assert here.repositories[""].list_snapshots(volume) == []
+
+
+def newest(host: Host, volume: str, kind: str) -> Path:
+    """The newest object of a kind in a directory's repository."""
+    files = [path for path in (host.folder.parent / "snapshots" / volume / kind).rglob("*") if path.is_file()]
+    return max(files, key=lambda path: path.stat().st_mtime_ns)
+
+
+@pytest.mark.parametrize("kind, left", [("packs", 0), ("packs", 100), ("manifests", 0), ("catalog", 0)])
+def test_an_image_stays_until_the_store_has_what_it_was_said_to_have(
+    host: Host, monkeypatch: pytest.MonkeyPatch, kind: str, left: int
+) -> None:
+    """A store that acknowledges an object and loses it, or a part of it."""
+    volume = made(host, b"content")
+    real, lost = IslandCommand.snapshot, []
+
+    def snapshot(self: IslandCommand, *words: object) -> object:
+        taken = real(self, *words)  # type: ignore[arg-type]
+        path = newest(host, volume, kind)
+        lost.append((path, path.read_bytes()))
+        os.truncate(path, left) if left else path.unlink()
+        return taken
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IslandCommand, "snapshot", snapshot)
+        with pytest.raises(IslandError, match=f"volume {volume} stays on this host"):
+            host.volumes.prepare_migration(volume, "passing")
+    record = host.volumes.records.read(volume)
+    assert record.made
+    assert not record.in_transit
+    assert content(host, volume, 7) == b"content"
+    for path, data in lost:
+        path.write_bytes(data)
+    assert host.volumes.prepare_migration(volume, "passing").in_transit
+    assert content(host, volume, 7) == b"content"
