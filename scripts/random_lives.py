@@ -21,7 +21,7 @@ from random import SystemRandom
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.faults.machine.rounds import interruptions, march, never, round_of, table  # noqa: E402 (found in the tree that this file is in)
+from tests.faults.machine.rounds import interruptions, march, never, old_states, round_of, table  # noqa: E402 (found in the tree that this file is in)
 
 
 def main() -> int:
@@ -42,6 +42,7 @@ def main() -> int:
             if not rounds:
                 march()
                 interruptions()
+                old_states()
             round_of(seed, options.lives, shrink=options.shrink)
         except Exception:  # noqa: BLE001 (every error is a finding)
             traceback.print_exc()
