@@ -140,6 +140,16 @@ MISTAKES: dict[str, list[Edit]] = {
             "        at = self._at\n",
         ),
     ],
+    "local state that was put back goes on with what was in progress": [
+        ("repository/lineage.py", "            self.files.forget_progress()\n", ""),
+    ],
+    "a copy of local state has its original's writer id": [
+        (
+            "repository/identity.py",
+            "return all(one == two for one, two in pairs if one and two)",
+            "return bool(pairs)",
+        ),
+    ],
     "whoever wants to may write": [
         ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],

@@ -25,6 +25,7 @@ from tests.faults.machine.rounds import (  # noqa: E402 (found in the tree that 
     interruptions,
     march,
     never,
+    old_states,
     refusals,
     round_of,
     table,
@@ -50,6 +51,7 @@ def main() -> int:
                 march()
                 interruptions()
                 refusals()
+                old_states()
             round_of(seed, options.lives, shrink=options.shrink)
         except Exception:  # noqa: BLE001 (every error is a finding)
             traceback.print_exc()

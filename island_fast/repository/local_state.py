@@ -276,7 +276,7 @@ class LineageFiles:
                 os.replace(temporary, self.folder / "newest")
 
     def forget_progress(self) -> None:
-        """Forget all registrations, also of running processes, which then fail; pending records and deletes."""
+        """Forget registrations, also of running processes, which then fail; pending records and deletes."""
         for name, _ in self.pending.all():
             self.pending.remove(name)
         for started in self.started_deletes.all():

@@ -33,9 +33,10 @@ MOST = 7  # live snapshots of a volume
 COUNTS: Counter[str] = Counter()  # of commands, their outcomes and faults, over all lives of this process
 
 TIMES = {"an hour passes": HOUR, "a day passes": 25 * HOUR, "a week passes": 8 * DAY}
+CLONED, PUT_BACK = "state cloned", "state kept, or put back"
 WEATHER = (
     "a host looks", "a host looks", "state lost", "caches lost", "late PUTs land", "late PUTs land",
-    "replication", "node away or back", "node away or back", *TIMES,
+    "replication", "node away or back", "node away or back", CLONED, PUT_BACK, *TIMES,
 )  # fmt: skip
 GOES_ON, NOT_SENT = "an interrupted snapshot goes on", "blocks that were not sent again"
 INTERRUPTIONS = (CRASH_BEFORE, CRASH_AFTER, LATE_OUTAGE, LOST_OUTAGE)
@@ -53,6 +54,8 @@ class Machine(RuleBasedStateMachine):
         self.volumes = [Volume("alpha", 0), Volume("beta", 1)]
         self.everything = True  # look at both volumes, whatever changed
         self.targets = 0
+        self.kept: dict[int, list[list[Doubt]]] = {}  # by host whose state was kept: the doubts of then
+        self.put_back: set[int] = set()  # hosts; what was tried since can stand in the way of an attempt
         self.world: World | None = None
 
     @initialize(seed=st.integers(0, 1 << 16), young=st.sampled_from((False, False, False, True)))
@@ -126,7 +129,8 @@ class Machine(RuleBasedStateMachine):
         else:
             if not outcome.refused:
                 volume.doubts.append(Doubt(writer, content))
-            self.expected(outcome, volume, allowed and sure and not nested)
+            surprised = nested or host.number in self.put_back
+            self.expected(outcome, volume, allowed and sure and not surprised)
         return outcome
 
     def remove(
@@ -404,6 +408,10 @@ class Machine(RuleBasedStateMachine):
         elif what == "state lost":
             shutil.rmtree(root)
             root.mkdir()
+        elif what == CLONED:
+            self.clone(number)
+        elif what == PUT_BACK:
+            self.keep_or_put_back(number)
         elif what == "caches lost":
             for folder in root.glob("*/*/cache"):
                 shutil.rmtree(folder)
@@ -417,6 +425,26 @@ class Machine(RuleBasedStateMachine):
             self.account.down.clear()
         elif not self.account.thin():
             self.account.down.add(node)
+
+    def clone(self, number: int) -> None:
+        """The other host becomes a copy of this one, but for what the machine itself is."""
+        twin = self.hosts[1 - number]
+        shutil.rmtree(twin.root)
+        shutil.copytree(self.hosts[number].root, twin.root)
+        assert twin.state.writer != self.hosts[number].state.writer, "two hosts write as one"
+
+    def keep_or_put_back(self, number: int) -> None:
+        """The host's local state is kept elsewhere; the next time the host gets it back."""
+        root, kept = self.hosts[number].root, self.world.folder / f"kept{number}"
+        if number not in self.kept:
+            shutil.copytree(root, kept)
+            self.kept[number] = [[replace(one, id=None) for one in each.doubts] for each in self.volumes]
+            return
+        shutil.rmtree(root)
+        kept.rename(root)
+        for volume, doubts in zip(self.volumes, self.kept.pop(number), strict=True):
+            volume.doubts += doubts
+        self.put_back.add(number)
 
     # What must be true.
 

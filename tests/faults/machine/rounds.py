@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.faults.machine import process
-from tests.faults.machine.machine import COUNTS, GOES_ON, INTERRUPTIONS, NOT_SENT, WEATHER, Machine
+from tests.faults.machine.machine import COUNTS, GOES_ON, INTERRUPTIONS, MANY, NOT_SENT, WEATHER, Machine
 from tests.faults.machine.process import Fault
 from tests.faults.machine.troubles import ADOPTING, COMMITTING, READING
 
@@ -134,6 +134,34 @@ def refusals() -> None:
 
 def _fresh(faults: tuple[Fault, ...]) -> tuple[Fault, ...]:
     return tuple(replace(fault) for fault in faults)
+
+
+def old_states() -> None:
+    """A host gets an old state back, from when a snapshot was interrupted that was taken and swept since."""
+    for skip in range(1, 5):
+        for writes in ({}, {0: 15, 2: 11}):
+            life = Machine()
+            try:
+                life.begin(seed=1, young=False)
+                life.snapshot(0, MANY, 0, {}, False, (Fault(process.CRASH_AFTER, "put", skip),))
+                life.look_again()
+                life.keep_or_put_back(0)
+                life.snapshot(0, writes, 0, {}, False, ())
+                life.look_again()
+                life.delete(0, [len(life.volumes[0].visible) - 1], False, ())
+                life.look_again()
+                for _ in range(2):
+                    life.sweep(0, 0, 100, ())
+                    life.look_again()
+                life.keep_or_put_back(0)
+                life.snapshot(0, {5: 17}, 0, {}, False, ())
+                life.look_again()
+                life.clone(0)
+                life.snapshot(0, {5: 18}, 0, {}, True, ())
+                life.look_again()
+                life.end()
+            finally:
+                life.world.close()
 
 
 def _at(kind: str) -> str:

@@ -12,7 +12,16 @@ import pytest
 
 from tests.faults.machine.machine import COUNTS, Machine
 from tests.faults.machine.process import CRASH_BEFORE, INTRUSION, Fault
-from tests.faults.machine.rounds import interruptions, march, never, refusals, round_of, table, tour
+from tests.faults.machine.rounds import (
+    interruptions,
+    march,
+    never,
+    old_states,
+    refusals,
+    round_of,
+    table,
+    tour,
+)
 
 SEED = int(os.environ.get("MACHINE_SEED", "6"))
 LIVES = 30
@@ -34,6 +43,7 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     march()
     interruptions()
     refusals()
+    old_states()
     round_of(SEED, LIVES)
     print(table())
     assert not never(), "these never happened, so nothing is known about them"

@@ -178,6 +178,7 @@ class World:
         # Hosts are folders, and a crash puts one in the place of another.
         replaced(Identity, "_machine", lambda identity: Machine(*[identity._root.name] * 3))
         replaced(Identity, "_place", lambda identity: (1, 1))
+        replaced(Identity, "_is_copy", lambda identity, entry: False)  # no host sees another's disk
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
         clock.time_ns = lambda: int(self.account.now * 1e9)
