@@ -90,9 +90,9 @@ MISTAKES: dict[str, list[Edit]] = {
     "objects are deleted before the sweep's record": [
         (
             "operations/sweep.py",
-            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
-            "        for name, _ in doomed:\n            self._lineage.store.delete(name)\n"
-            "        with self._lineage.hold_lock():\n            if self._lineage.epoch",
+            "        with self._lineage.hold_lock(sure=True):\n",
+            "        for name, _ in self._list_doomed():\n            self._lineage.store.delete(name)\n"
+            "        with self._lineage.hold_lock(sure=True):\n",
         ),
     ],
     "a sweep goes on in a later epoch": [
@@ -106,7 +106,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a sweep takes objects of running snapshots for garbage": [
-        ("operations/sweep.py", "and snapshot not in running ", ""),
+        ("operations/sweep.py", "if snapshot in running or info.age < age:", "if info.age < age:"),
     ],
     "the base of a running snapshot may be deleted": [
         ("operations/delete.py", "if alive and registration.parent == snapshot:", "if False:"),
@@ -129,14 +129,14 @@ MISTAKES: dict[str, list[Edit]] = {
     "a writer does not look for the end of its epoch": [
         (
             "repository/lineage.py",
-            "        if self.store.head(stop_name(self.name, record.epoch)):\n",
+            "        if self._has_ended(record.epoch, self.store.peek):\n",
             "        if False:\n",
         ),
     ],
     "an adopter does not read the epoch to its end": [
         (
             "repository/lineage.py",
-            "        self._follow()\n        at = self._at\n",
+            "        self._read_as_far_as_listed()\n        at = self._at\n",
             "        at = self._at\n",
         ),
     ],
@@ -149,8 +149,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "the end of the catalog is taken from a listing": [
         (
             "repository/lineage.py",
-            "if not known and self.store.head(name) is None:",
-            "if not known and name not in [i.name for i in self.store.list(f'{self.name}/catalog/')]:",
+            "if look is not None and look(name) is None:",
+            "if look is not None and name not in [i.name for i in self.store.list(f'{self.name}/catalog/')]:",
         ),
     ],
     "a repack drops a slot too many": [
@@ -177,7 +177,8 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
     "a sweep does not heed the grace": [
-        ("operations/sweep.py", "info.age >= age:", "True:"),
+        ("operations/sweep.py", "if snapshot in running or info.age < age:", "if snapshot in running:"),
+        ("operations/sweep.py", "and info.age >= age\n", "\n"),
     ],
     "an id that is used up is gone on with": [
         ("repository/snapshot_writer.py", "    remove_used_registrations(lineage)\n", ""),
@@ -206,7 +207,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "garbage is never removed": [
-        ("operations/sweep.py", "info.age >= age:", "False:"),
+        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "elif False:"),
     ],
     "what a deleted snapshot wrote is not compared": [
         (

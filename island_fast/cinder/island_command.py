@@ -109,10 +109,16 @@ class IslandCommand:
     def sweep(self) -> None:
         """Remove what no snapshot needs any more from every lineage that this host owns."""
         for one in self._run("sweep"):
-            if one["steps"]:
+            if one["objects_removed"]:
                 _LOG.info(
                     "swept volume %s: %d objects removed, %d B freed",
                     *(one[key] for key in ("volume", "objects_removed", "bytes_freed")),
+                )
+            if one["objects_unknown"]:
+                _LOG.warning(
+                    "volume %s: kept %d objects (%d B) that no record names and this host did not store; see "
+                    "them with 'island sweep --dry-run', remove them with 'island sweep --unknown'",
+                    *(one[key] for key in ("volume", "objects_unknown", "bytes_unknown")),
                 )
 
     def _run(self, verb: str, *words: object, cancelled: Callable[[], bool] = lambda: False) -> Any:  # noqa: ANN401

@@ -161,6 +161,7 @@ class _CopyRun:
                 far.create(near.seed)
                 far.files.set_image(Path(near.store.location, near.name))  # only its pins let images in
             self._check_far()
+            far.require_standing()
             running = [one.snapshot for one, alive in far.files.registrations.all() if alive]
             if row.id in running:
                 raise RefusedError(
@@ -174,9 +175,12 @@ class _CopyRun:
             parent = self._find_relative(row, far.state.live)
             if parent is None and (newest := far.state.newest()):
                 parent = newest.id
-            registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
+            at = far.newest_number
+            registration = Registration(row.id, attempt, parent, far.epoch, copied=True, record=at)
             if row.id in far.state.live:
                 return None, registration
+            if parent is not None:
+                far.require_manifest(far.state.live[parent])
             stack.enter_context(far.files.registrations.register(registration))
         writer = SnapshotWriter(far, registration)
         writer.objects += made

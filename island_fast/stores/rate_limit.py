@@ -71,7 +71,7 @@ class RateLimiters:
 class RateLimitedStore(Store):
     """A store that transfers objects at the rate of `limiters`. Owns `store`.
 
-    Only the bytes of objects count: `head`, `list`, `folders` and `delete` are not limited.
+    Only the bytes of objects count: `head`, `peek`, `list`, `folders` and `delete` are not limited.
     """
 
     def __init__(self, store: Store, limiters: RateLimiters) -> None:
@@ -106,6 +106,10 @@ class RateLimitedStore(Store):
     def head(self, name: str) -> ObjectInfo | None:
         """See Store.head."""
         return self._store.head(name)
+
+    def peek(self, name: str) -> ObjectInfo | None:
+        """See Store.peek."""
+        return self._store.peek(name)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See Store.list."""

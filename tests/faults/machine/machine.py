@@ -18,6 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from island_fast.dirtymap import BLOCK_SIZE
+from island_fast.errors import DamagedError
+from island_fast.formats.names import catalog_name, stop_name
 from island_fast.repository.pack_reader import PackReader
 from island_fast.stores.swift import SwiftStore
 from tests.faults.machine.books import balanced, is_content, object_names, restored
@@ -32,15 +34,18 @@ HOUR = 3600.0
 MOST = 7  # live snapshots of a volume
 COUNTS: Counter[str] = Counter()  # of commands, their outcomes and faults, over all lives of this process
 
+LOST_STOP, STRANGER = "stops lost", "a stranger's object"
+PUT_BACK, RECORD_LOST, MANIFESTS_LOST = "an older copy put back", "newest record lost", "manifests lost"
 TIMES = {"an hour passes": HOUR, "a day passes": 25 * HOUR, "a week passes": 8 * DAY}
 WEATHER = (
     "a host looks", "a host looks", "state lost", "caches lost", "late PUTs land", "late PUTs land",
-    "replication", "node away or back", "node away or back", *TIMES,
+    "replication", "node away or back", "node away or back", LOST_STOP, STRANGER, *TIMES,
 )  # fmt: skip
 GOES_ON, NOT_SENT = "an interrupted snapshot goes on", "blocks that were not sent again"
 INTERRUPTIONS = (CRASH_BEFORE, CRASH_AFTER, LATE_OUTAGE, LOST_OUTAGE)
 MANY = {0: 11, 1: 12, 2: 13, 3: 14, 5: 11, 6: 12}
 WRITES = st.dictionaries(st.integers(0, 11), st.integers(HOLE, CONTENTS - 1), max_size=4)
+CHANGING = ("snapshot", "delete", "sweep", "adopt")
 VOLUMES = st.integers(0, 1)
 PICK = st.integers(0, MOST - 1)
 
@@ -53,6 +58,8 @@ class Machine(RuleBasedStateMachine):
         self.volumes = [Volume("alpha", 0), Volume("beta", 1)]
         self.everything = True  # look at both volumes, whatever changed
         self.targets = 0
+        self.strangers: set[str] = set()
+        self.copy: Any = None  # of the repository, as it was once
         self.world: World | None = None
 
     @initialize(seed=st.integers(0, 1 << 16), young=st.sampled_from((False, False, False, True)))
@@ -146,8 +153,14 @@ class Machine(RuleBasedStateMachine):
             self.expected(outcome, volume, allowed and sure and not nested)
         return outcome
 
-    def sweep_at(self, host: Host, volume: Volume, faults: Any) -> Outcome:
-        outcome = self.run(host, "sweep", volume, lambda repository: repository.sweep(), faults)
+    def sweep_at(self, host: Host, volume: Volume, faults: Any, unknown: bool = False) -> Outcome:
+        """A sweep; only one that is to remove `unknown` objects touches those of a stranger."""
+        strangers = [name for name in sorted(self.strangers) if self.account.holds(name)]
+        outcome = self.run(
+            host, "sweep", volume, lambda repository: repository.sweep(unknown=unknown), faults
+        )
+        if not unknown and not outcome.process.intruded:
+            assert all(map(self.account.holds, strangers)), "a stranger's object was swept"
         for each in self.volumes:
             self.expected(outcome, each, True)
         return outcome
@@ -331,10 +344,13 @@ class Machine(RuleBasedStateMachine):
         self.look_again()
         self.delete(number, [MOST - 1], False, ())
 
-    @rule(host=VOLUMES, number=VOLUMES, hours=st.sampled_from((0, 2, 30, 100)), faults=troubles(COMMITTING))
-    def sweep(self, host: int, number: int, hours: int, faults: Any) -> None:
+    @rule(
+        host=VOLUMES, number=VOLUMES, hours=st.sampled_from((0, 2, 30, 100)), faults=troubles(COMMITTING),
+        unknown=st.sampled_from((False, False, False, True)),
+    )  # fmt: skip
+    def sweep(self, host: int, number: int, hours: int, faults: Any, unknown: bool = False) -> None:
         self.world.pass_time(hours * HOUR)
-        self.sweep_at(self.hosts[host], self.volumes[number], faults)
+        self.sweep_at(self.hosts[host], self.volumes[number], faults, unknown)
 
     @rule(number=VOLUMES, host=VOLUMES, moved=st.booleans(), faults=troubles(ADOPTING))
     def adopt(self, number: int, host: int, moved: bool, faults: Any) -> None:
@@ -376,7 +392,7 @@ class Machine(RuleBasedStateMachine):
     def quiet_sweep(self, host: Host, volume: Volume) -> None:
         self.world.pass_time(2 * DAY)
         self.account.catch_up()
-        self.sweep_at(host, volume, ())
+        self.sweep_at(host, volume, (), unknown=True)
 
     def everyone_looks(self, host: int) -> None:
         """A host with caches, which settles what it left, sees what one without them sees."""
@@ -408,10 +424,78 @@ class Machine(RuleBasedStateMachine):
             self.account.land(1 + node)
         elif what == "replication":
             self.account.replicate()
+        elif what == LOST_STOP:
+            self.lose_stops(self.volumes[number])
+        elif what == STRANGER:
+            self.strangers.add(self.account.plant(f"{PREFIX}/{self.volumes[number].name}/packs"))
         elif self.account.down:  # a node comes back with what it had
             self.account.down.clear()
         elif not self.account.thin():
             self.account.down.add(node)
+
+    def lose_stops(self, volume: Volume) -> None:
+        """The store loses the stops of epochs that another has followed."""
+        for epoch in range(self.world.reader(volume.name).epoch if volume.exists else 0):
+            if self.holds(catalog_name(volume.name, epoch + 1, 0)):
+                self.account.lose(f"{PREFIX}/{stop_name(volume.name, epoch)}")
+
+    @rule(
+        number=VOLUMES, stranger=st.booleans(), verb=st.sampled_from(CHANGING),
+        what=st.sampled_from((PUT_BACK, PUT_BACK, RECORD_LOST, MANIFESTS_LOST)),
+    )  # fmt: skip
+    def put_back(self, number: int, stranger: bool, verb: str, what: str) -> None:
+        """For a moment the repository is older than what a host knows of it: that host changes nothing."""
+        volume, world = self.volumes[number], self.world
+        owner = self.owner(volume)
+        if owner is None or not volume.exists or not self.sure(volume):
+            return
+        if what == PUT_BACK and not self.copy:
+            return
+        host = self.hosts[1 - owner.number] if stranger and verb == "adopt" else owner
+        lineage = world.reader(volume.name)
+        newest = lineage.current_record_names[-1]
+        known = (world.files(host, volume.name) / "cache" / newest.partition("/")[2]).exists()
+        kept = self.account.keep()
+        if what == PUT_BACK:
+            self.account.put_back(self.copy)
+        elif what == RECORD_LOST:
+            self.account.lose(f"{PREFIX}/{newest}")
+        else:
+            for row in lineage.state.live.values():
+                self.account.lose(f"{PREFIX}/{lineage.manifest_name(row)}")
+        gone = not self.holds(newest) and known
+        if what == MANIFESTS_LOST:
+            gone = verb == "snapshot" and bool(lineage.state.live)
+        if gone and (verb != "delete" or volume.visible):
+            before = world.objects(volume.name)
+            refused = self.refuses(host, volume, verb)
+            assert world.objects(volume.name) == before, f"{verb} changed something although {what}"
+            assert refused, f"{verb} went well although {what}"
+            COUNTS[what] += 1
+        self.account.put_back(kept)
+        self.everything = True
+        if self.copy is None or what != PUT_BACK:
+            self.copy = kept
+
+    def refuses(self, host: Host, volume: Volume, verb: str) -> bool:
+        """Whether a command ends with damage; a sweep goes on with other volumes and reports it."""
+        commands: dict[str, Any] = {
+            "snapshot": lambda r: r.snapshot(volume.path, volume=volume.name),
+            "delete": lambda r: r.delete([f"{volume.name}@{volume.visible[0]}"]),
+            "adopt": lambda r: r.adopt(volume.name),
+        }
+
+        def sweep(repository: Any) -> None:
+            repository.sweep()
+            for error in repository.left_out:
+                if f" {volume.name}:" in str(error):
+                    raise error
+
+        try:
+            self.world.run(host, commands.get(verb, sweep), [])
+        except DamagedError:
+            return True
+        return False
 
     # What must be true.
 
@@ -448,7 +532,7 @@ class Machine(RuleBasedStateMachine):
             volume.proved[snapshot] = names
         volume.exists = lineage.exists
         volume.owner = lineage.owner if lineage.exists else ""
-        volume.stopped = lineage._stopped
+        volume.stopped = lineage.is_stopped()
         if not self.in_doubt(volume):
             known = volume.certain | volume.seen
             volume.gone |= known.keys() - live.keys()

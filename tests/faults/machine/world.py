@@ -122,7 +122,7 @@ class Outcome:
     @property
     def undisturbed(self) -> bool:
         """Whether nothing that happened explains a failure."""
-        return not (self.crashed or self.process.hard or self.process.intruded)
+        return not (self.crashed or self.process.hard or self.process.intruded or self.process.misled)
 
 
 class World:
@@ -228,6 +228,7 @@ class World:
         with self.account.by(Process(self.account)):
             lineage = self._open(LocalState(NOWHERE)).lineage(name)
             lineage.refresh()
+            lineage.is_stopped()
         return lineage
 
     # What happens to hosts.
