@@ -209,6 +209,45 @@ MISTAKES: dict[str, list[Edit]] = {
     "garbage is never removed": [
         ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "elif False:"),
     ],
+    "a stop is the only sign of the end of an epoch": [
+        (
+            "repository/lineage.py",
+            "signs = (stop_name(self.name, epoch), catalog_name(self.name, epoch + 1, 0))",
+            "signs = (stop_name(self.name, epoch),)",
+        ),
+        (
+            "repository/lineage.py",
+            "and not self._step(epoch + 1, 0, look):",
+            "and not (look(stop_name(self.name, epoch)) and self._step(epoch + 1, 0, look)):",
+        ),
+    ],
+    "what others stored is garbage": [
+        ("operations/sweep.py", "if snapshot not in accounted and not unknown:", "if False:"),
+    ],
+    "a listing alone makes garbage": [
+        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "else:"),
+    ],
+    "a listing of another prefix is believed": [
+        (
+            "stores/swift.py",
+            "if isinstance(path, str) and not path.startswith(self._prefix + prefix):",
+            "if False:",
+        ),
+    ],
+    "a repository older than local state is appended to": [
+        ("repository/lineage.py", "        if at.stored:\n            return\n", "        return\n"),
+    ],
+    "a snapshot inherits from one whose manifest is gone": [
+        ("operations/snapshot.py", "lineage.require_manifest(self._choice.parent)", "pass"),
+    ],
+    "a 404 to HEAD is believed at once, and an adopter does not list": [
+        ("stores/swift.py", "return self._head(name, _LOOKS)", "return self._head(name, 1)"),
+        (
+            "repository/lineage.py",
+            "while listed is not None and self._at.place < listed:",
+            "while False:",
+        ),
+    ],
     "what a deleted snapshot wrote is not compared": [
         (
             "operations/parent.py",
