@@ -16,7 +16,7 @@ help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 test: $(VENV)/.tested  ## run all tests, with a real qemu and a real Swift: under 20 minutes
-	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd fio peers libvirt
+	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd udev fio peers libvirt
 	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
 	$(BIN)/pytest -n 2 --no-loadscope-reorder
 

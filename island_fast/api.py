@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 from island_fast.errors import DamagedError, RefusedError, UsageError, refuse_one_text
 from island_fast.images.backing import Backing
 from island_fast.images.open import open_source
+from island_fast.images.pins import pinned_snapshot
 from island_fast.images.qcow2_source import Qcow2Source
 from island_fast.images.source import FULL_SCAN, TABLE_DIFF
-from island_fast.operations.parent import SnapshotRequest, choose_parent, lineage_for_image
+from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent, lineage_for_image
 from island_fast.operations.snapshot import take_snapshot
 from island_fast.progress import Progress, silent
 from island_fast.repository.health import has_known_damage
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
         Difference,
         DomainTaken,
         ImageInfo,
+        Marked,
         Restored,
         RestoredOnto,
         Retained,
@@ -182,9 +184,9 @@ class Repository(RepositoryBase):
         return replace(
             info,
             volume=lineage.name,
-            pinned_base=choice.parent.id if choice.parent and choice.base else None,
+            pinned_base=pinned_snapshot(choice.base.internal.name) if choice.base else None,
             next_rule=TABLE_DIFF if choice.base else FULL_SCAN,
-            next_reason=choice.why_not or "the pinned base is in the image",
+            next_reason=choice.why_not or _describe_base(choice),
         )
 
     def restore(
@@ -268,13 +270,28 @@ class Repository(RepositoryBase):
         """Delete snapshots from the catalog, in the order given.
 
         Nothing is deleted unless all references are found. All other snapshots stay complete. The next
-        `sweep` frees the space. With `dry_run` nothing is changed. ConflictError if another host owns the
-        volume; RefusedError if a snapshot or copy in progress is based on one of them.
+        `sweep` frees the space. With `dry_run` nothing is changed.
+
+        After a StoreRefusedError, the snapshot at which it ended was not deleted; after another StoreError
+        that is unknown. The same call can be repeated within a day: it reports what was deleted before, and
+        VOLUME@latest does not come to mean the next snapshot. ConflictError if another host owns the volume;
+        RefusedError if a snapshot or copy in progress is based on one of them.
         """
         from island_fast.operations.delete import delete
 
         refuse_one_text(references, _LIST)
-        return delete(self.find_all(references), dry_run)
+        return delete(self, references, dry_run)
+
+    def keep(self, references: Sequence[str], *, release: bool = False) -> list[Marked]:
+        """Mark snapshots that must not be deleted, or with `release` remove their marks.
+
+        `delete` refuses a marked snapshot, and `retain` keeps it whatever its rules say. Nothing is marked
+        unless all references are found. ConflictError if another host owns a volume.
+        """
+        from island_fast.operations.keep import keep
+
+        refuse_one_text(references, _LIST)
+        return keep(self.find_all(references), release=release)
 
     def retain(
         self, keep: Keep, *, volume: str | None = None, dry_run: bool = False, progress: Progress = silent
@@ -316,7 +333,8 @@ class Repository(RepositoryBase):
         directory). A shorter grace is safe only if nothing else uses the repository meanwhile. What no record
         names is removed only if this host stored it, or an earlier record named it; the rest is counted, and
         stays unless `unknown` is true: a former owner can have left it, and so can anybody else. With
-        `dry_run` nothing is changed. A volume that cannot be swept is skipped: see `left_out`.
+        `dry_run` nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also
+        holds an error for a volume with packs that could not be rewritten for want of room.
         """
         from island_fast.operations.sweep import sweep
 
@@ -325,7 +343,9 @@ class Repository(RepositoryBase):
         for lineage in self.lineages():
             with self._skip_if_unusable():
                 if lineage.owned_here:
-                    answers.append(sweep(lineage, grace, dry_run, unknown, progress))
+                    swept, errors = sweep(lineage, grace, dry_run, unknown, progress)
+                    answers.append(swept)
+                    self.left_out += errors
         return answers
 
     def copy(
@@ -468,3 +488,11 @@ def _is_compressed(compression: str) -> bool:
     if compression not in ("zstd", "none"):
         raise UsageError(f"{compression!r} is not a compression; use zstd or none")
     return compression == "zstd"
+
+
+def _describe_base(choice: ParentChoice) -> str:
+    """Return whose pin the image holds: the parent's, or that of a snapshot that was deleted since."""
+    pinned = pinned_snapshot(choice.base.internal.name) if choice.base else None
+    if choice.parent is not None and pinned != choice.parent.id:
+        return f"the pinned base is in the image; its snapshot was deleted, the parent is {choice.parent.id}"
+    return "the pinned base is in the image"

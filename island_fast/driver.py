@@ -33,7 +33,7 @@ from oslo_utils import units
 from island_fast import __version__
 from island_fast.cinder.attach.exports import Exports
 from island_fast.cinder.attach.selftest import choose_kind
-from island_fast.cinder.database import find_hosts, find_names_by_location
+from island_fast.cinder.database import find_hosts, find_names_by_location, is_managed
 from island_fast.cinder.errors import translate_errors, translate_reference_errors
 from island_fast.cinder.manage import ManageableVolumes
 from island_fast.cinder.options import STORE_OPTIONS, VOLUME_OPTIONS, read_repositories
@@ -41,7 +41,8 @@ from island_fast.cinder.records import SnapshotRef, VolumeRecord, VolumeRecords
 from island_fast.cinder.upkeep import Upkeep
 from island_fast.cinder.volumes import Volumes
 from island_fast.errors import NotFoundError, RefusedError
-from island_fast.qemu.programs import ProgramResult, error_text
+from island_fast.files import make_folders
+from island_fast.qemu.programs import ProgramResult, error_text, make_environment
 
 __all__ = ["IslandDriver"]
 
@@ -49,6 +50,7 @@ LOG = logging.getLogger(__name__)
 CONF = cfg.CONF
 
 _MADE = "made"
+_FAILED_TO_MANAGE = "error_managing_deleting"  # Cinder's status of such a volume while it is deleted
 _CHECK_EVERY = 5.0  # seconds
 _FORGET_EVERY = 10.0  # seconds
 _ROOTWRAP_REFUSES = range(96, 100)  # exit statuses: no such program, bad configuration, no command, no filter
@@ -92,7 +94,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
         """Test the whole path from a block device to an image; VolumeDriverException says what is missing."""
         run, links = self._run_dir / "daemons", self._run_dir / "devices"
         with translate_errors():
-            self._volumes_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(self._volumes_dir)
             kind = choose_kind(run, links, self._volumes_dir, self._run_program)
             exports = Exports(run, links, self._run_program, kind)
             exports.remove_stale_links()
@@ -104,7 +106,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
                 lambda name: lockutils.lock(f"island-{name}"),
                 lazy=self.configuration.island_lazy_images,
             )
-            self._manageable = ManageableVolumes(self._volumes)
+            self._manageable = ManageableVolumes(self._volumes, is_managed)
         LOG.info("volumes are attached through devices of kind %s", kind)
 
     def set_initialized(self) -> None:
@@ -125,9 +127,8 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     ) -> ProgramResult:
         """Run a program the way Cinder does: with `root`, through rootwrap."""
         status = 0
-        environment = {**os.environ, "LC_ALL": "C", **(env or {})}
         try:
-            stdout, stderr = self._execute(*command, run_as_root=root, env_variables=environment)
+            stdout, stderr = self._execute(*command, run_as_root=root, env_variables=make_environment(env))
         except processutils.ProcessExecutionError as error:
             if not isinstance(error.exit_code, int) or (root and error.exit_code in _ROOTWRAP_REFUSES):
                 raise OSError(error_text(error.stderr or str(error))) from error
@@ -173,8 +174,15 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             return self._provider_fields(volume.name_id)
 
     def delete_volume(self, volume: Any) -> None:
-        """Remove a volume from this host. Its lineage goes as its snapshots are deleted and swept."""
+        """Remove a volume from this host. Its lineage goes as its snapshots are deleted and swept.
+
+        Cinder calls this too for a volume that it failed to manage. What was to be managed is not Cinder's to
+        remove, so it stays, and can be managed under the name that it has now.
+        """
         with translate_errors(volume):
+            if volume.status == _FAILED_TO_MANAGE:
+                self._volumes.stop(volume.name_id)
+                return
             self._volumes.delete(volume.name_id)
 
     def extend_volume(self, volume: Any, new_size: int) -> None:
@@ -304,6 +312,16 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def snapshot_revert_use_temp_snapshot(self) -> bool:
         """Return False: no temporary snapshot is needed, the old image stays until the new one is whole."""
+        return False
+
+    def backup_use_temp_snapshot(self) -> bool:
+        """Return False: a snapshot cannot be attached, so cinder-backup reads a temporary volume instead."""
+        if self.configuration.safe_get("backup_use_temp_snapshot"):
+            LOG.warning(
+                "backup_use_temp_snapshot has no effect, because snapshots of this driver cannot be "
+                "attached: cinder-backup reads a temporary volume; remove the option from section [%s]",
+                self.configuration.config_group,
+            )
         return False
 
     # Images.

@@ -16,10 +16,13 @@ __all__ = [
     "DamagedObjectError",
     "ImageInUseError",
     "IslandError",
+    "MemoryBudgetError",
     "NotFoundError",
     "ObjectMissingError",
     "RefusedError",
     "StoreError",
+    "StoreFullError",
+    "StoreRefusedError",
     "UnsupportedImageError",
     "UnsupportedObjectError",
     "UsageError",
@@ -77,6 +80,17 @@ class StoreError(IslandError):
     exit_code = 5
 
 
+class StoreRefusedError(StoreError):
+    """The store refused to write or delete an object, so that is certain: it was not done, and never will be.
+
+    Any other StoreError of a write leaves its outcome unknown.
+    """
+
+
+class StoreFullError(StoreRefusedError):
+    """The store has no room for an object: its disk is full, or its quota is used up."""
+
+
 class DamagedError(IslandError):
     """Data is not what was written. Exit code 6."""
 
@@ -89,6 +103,13 @@ class DamagedObjectError(DamagedError):
 
 class DamagedImageError(DamagedError):
     """An image violates its format: an offset outside the file, an invalid entry, a truncated stream."""
+
+
+class MemoryBudgetError(DamagedError):
+    """Reading something would take more memory than this host has for it.
+
+    It need not be damaged: it is neither read again nor repaired.
+    """
 
 
 UNREADABLE = (DamagedObjectError, UnsupportedObjectError)

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 
 __all__ = [
     "FOLDER_FLAGS",
+    "find_extents",
     "link_new",
     "make_folder",
+    "make_folders",
     "open_fd",
     "punch_hole",
     "reserve_space",
@@ -40,15 +42,17 @@ def open_fd(path: str, flags: int, mode: int = 0o600) -> Iterator[int]:
         os.close(fd)
 
 
-def write_scratch(folder: str, content: list[memoryview]) -> str:
+def write_scratch(folder: str, content: list[memoryview], *, group_readable: bool = False) -> str:
     """Write a new file in `folder` that holds `content`, flush it, and return its path.
 
-    If that fails, no file is left.
+    Its mode is 0600, or 0640 if it is `group_readable`. If that fails, no file is left.
     """
     path = os.path.join(folder, f"{os.getpid()}-{os.urandom(8).hex()}")
     try:
         with open_fd(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC) as fd:
             _write_all(fd, content)
+            if group_readable:
+                os.fchmod(fd, 0o640)  # whatever the umask is
             os.fsync(fd)
     except BaseException:
         with contextlib.suppress(FileNotFoundError):
@@ -132,20 +136,57 @@ def _rename_new(scratch: str, target: str) -> bool:
     raise OSError(code, os.strerror(code), target)
 
 
-def make_folder(path: str) -> None:
+def make_folder(path: str, *, group_readable: bool = False) -> None:
     """Create the directory `path`, unless it exists, and flush its entry to disk.
 
+    Its mode is 0700; if it is `group_readable`, 2750, so that what is made in it has the same group.
     The entry is flushed in either case, because another process may have created it an instant ago.
     """
     try:
         os.mkdir(path, 0o700)
+        if group_readable:
+            os.chmod(path, 0o2750)  # whatever the umask is
     except FileExistsError:
         if not stat.S_ISDIR(os.lstat(path).st_mode):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), path) from None
     sync_folder(os.path.dirname(path))
 
 
+def make_folders(path: str | os.PathLike[str], mode: int = 0o700) -> None:
+    """Create the directory `path`, and those above it that do not exist, each with this mode at most.
+
+    (The parents that os.makedirs and Path.mkdir create get whatever mode the umask leaves them.)
+    """
+    try:
+        os.mkdir(path, mode)
+    except FileNotFoundError:
+        make_folders(os.path.dirname(os.path.abspath(path)), mode)
+        make_folders(path, mode)
+    except FileExistsError:
+        if not os.path.isdir(path):
+            raise
+
+
 def sync_folder(path: str | os.PathLike[str]) -> None:
     """Flush a directory's entries to disk."""
     with open_fd(os.fspath(path), os.O_RDONLY | os.O_CLOEXEC | os.O_DIRECTORY) as fd:
         os.fsync(fd)
+
+
+def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Yield the extents [start, stop), in bytes, that can hold data, ascending.
+
+    Where the file system does not report holes, that is one extent, the whole file.
+    """
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+            stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        except OSError as error:
+            if error.errno == errno.ENXIO:  # only a hole is left
+                return
+            start, stop = at, size
+        if start < size:
+            yield start, stop
+        at = stop

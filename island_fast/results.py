@@ -48,6 +48,9 @@ __all__ = [
 ]
 
 
+_WINDOW = 1 << 16  # extents that are made Python's at a time
+
+
 def command_to_resume(snapshot: str, target: object, image_format: str) -> str:
     """Return the command that resumes a restore onto `target`: by the id, because "latest" can change."""
     more = "" if image_format == "qcow2" else f" --format {image_format}"
@@ -61,7 +64,10 @@ def timestamp(nanoseconds: int) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot(Answer):
-    """A snapshot in the repository. `bytes_stored` is the size of the objects that it wrote."""
+    """A snapshot in the repository. `bytes_stored` is the size of the objects that it wrote.
+
+    `keep`: it is marked, and neither `delete` nor `retain` deletes it.
+    """
 
     snapshot: str
     lineage: str
@@ -71,6 +77,16 @@ class Snapshot(Answer):
     created: str
     volume_size: int
     bytes_stored: int
+    keep: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Marked(Answer):
+    """A snapshot that was marked to be kept (`keep`), or whose mark was removed."""
+
+    snapshot: str
+    volume: str
+    keep: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,9 +257,13 @@ class Difference(Answer):
     data: NDArray[np.bool_]
 
     def extents(self) -> Iterator[tuple[int, int, str]]:
-        """Return start, length and kind ("data" or "zero") of each extent."""
-        columns = zip(self.start.tolist(), self.length.tolist(), self.data.tolist(), strict=True)
-        return ((start, length, "data" if data else "zero") for start, length, data in columns)
+        """Yield start, length and kind ("data" or "zero") of each extent."""
+        for first in range(0, len(self.start), _WINDOW):
+            part = slice(first, first + _WINDOW)
+            rows = zip(
+                self.start[part].tolist(), self.length[part].tolist(), self.data[part].tolist(), strict=True
+            )
+            yield from ((start, length, "data" if data else "zero") for start, length, data in rows)
 
     def as_json(self) -> dict[str, Any]:
         """Return the answer as one JSON object, with one object for each extent."""

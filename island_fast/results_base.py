@@ -27,7 +27,9 @@ class SnapshotTaken(Answer):
 
     `rule` is "table-diff" or "full-scan", and `reason` says why. `blocks_candidate` are the blocks that could
     have changed, `blocks_changed` those that differ from the parent. `blocks_kept` were not sent again,
-    because an earlier `attempt` at this snapshot had sent them. `bytes_read` is data read from the image.
+    because an earlier `attempt` at this snapshot had sent them. `blocks_sampled` are blocks that a table diff
+    found unchanged and that were read nevertheless, to test it; if one differs from the parent, the rule is
+    "full-scan". `bytes_read` is data read from the image, the sample included.
     `notes` are sentences for the user about what was left behind, such as an old pin.
     """
 
@@ -42,6 +44,7 @@ class SnapshotTaken(Answer):
     blocks_candidate: int
     blocks_changed: int
     blocks_kept: int
+    blocks_sampled: int
     bytes_read: int
     bytes_stored: int
     objects_written: int

@@ -90,13 +90,13 @@ MISTAKES: dict[str, list[Edit]] = {
     "objects are deleted before the sweep's record": [
         (
             "operations/sweep.py",
-            "        with self._lineage.hold_lock(sure=True):\n",
+            "        try:\n            self._record(epoch, renamed)\n",
             "        for name, _ in self._list_doomed():\n            self._lineage.store.delete(name)\n"
-            "        with self._lineage.hold_lock(sure=True):\n",
+            "        try:\n            self._record(epoch, renamed)\n",
         ),
     ],
     "a sweep goes on in a later epoch": [
-        ("operations/sweep.py", "if self._lineage.epoch != epoch:", "if False:"),
+        ("operations/sweep.py", "if lineage.epoch != epoch:", "if False:"),
     ],
     "slots that die during a repack come back to life": [
         (
@@ -144,7 +144,20 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/lineage.py", "        if not self.owned_here:\n", "        if False:\n"),
     ],
     "a record of unknown outcome is forgotten": [
-        ("repository/lineage.py", '        self.files.pending.add(name.rpartition("/")[2], data)\n', ""),
+        ("repository/lineage.py", '            self.files.pending.add(name.rpartition("/")[2], data)\n', ""),
+    ],
+    "a record that was refused stays pending": [
+        ("repository/lineage.py", "if not unknown and not sent_before:", "if False:"),
+    ],
+    "a record that was refused only when it was sent again is forgotten": [
+        (
+            "repository/lineage.py",
+            "self._send(name, data, sent_before=True)",
+            "self._send(name, data, sent_before=False)",
+        ),
+    ],
+    "a record is forgotten although an earlier try of it can have succeeded": [
+        ("stores/swift_connection.py", "            if writes and doubtful:\n", "            if False:\n"),
     ],
     "the end of the catalog is taken from a listing": [
         (

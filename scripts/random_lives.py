@@ -21,7 +21,14 @@ from random import SystemRandom
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
-from tests.faults.machine.rounds import interruptions, march, never, round_of, table  # noqa: E402 (found in the tree that this file is in)
+from tests.faults.machine.rounds import (  # noqa: E402 (found in the tree that this file is in)
+    interruptions,
+    march,
+    never,
+    refusals,
+    round_of,
+    table,
+)
 
 
 def main() -> int:
@@ -42,6 +49,7 @@ def main() -> int:
             if not rounds:
                 march()
                 interruptions()
+                refusals()
             round_of(seed, options.lives, shrink=options.shrink)
         except Exception:  # noqa: BLE001 (every error is a finding)
             traceback.print_exc()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -19,6 +20,9 @@ IMPATIENT = RetryPolicy(total=5.0, first=0.01, longest=0.1)
 CINDER = "tests/cinder/"
 
 os.environ["ISLAND_CONFIG"] = os.devnull  # one's own configuration is no part of the tests
+os.environ["PATH"] += (
+    f":{Path(sys.executable).parent}"  # root's programs are installed beside the interpreter
+)
 
 OpenSwift = Callable[..., SwiftStore]
 

@@ -107,9 +107,11 @@ def test_the_wheel_holds_the_package_and_its_licences(wheel: Path) -> None:
     package = {name for name in tree() if name.startswith("island_fast/")}
     package -= {name for name in package if name.endswith((".pyx", ".pxi"))}
     (kernel,) = (name for name in inside if name.endswith(".so"))
-    pages = {f"{about.removesuffix('dist-info/')}data/data/share/man/man1/{page.name}" for page in MAN_PAGES}
+    share = f"{about.removesuffix('dist-info/')}data/data/share/"
+    pages = {f"{share}man/man1/{page.name}" for page in MAN_PAGES}
     assert pages
-    assert {name for name in inside if not name.startswith(about)} == package | pages | {kernel}
+    rescue = {f"{share}island/{name}" for name in ("format.md", "rescue.py")}
+    assert {name for name in inside if not name.startswith(about)} == package | pages | rescue | {kernel}
     assert {f"{about}licenses/LICENSE", f"{about}licenses/licenses/xxHash.txt"} <= inside
     assert metadata["Version"] == __version__
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]

@@ -36,6 +36,7 @@ ROOMS: list[tuple[list[str], str]] = [
     (["qemu"], "programs that have images open"),
     (["qcow2", "stores"], "files in a format, objects in a place: each usable alone"),
     (["results", "dirtymap"], "values that rooms hand to each other"),
+    (["memory"], "what this process may still take"),
     (
         ["_diff", "arrays", "errors", "files", "progress", "results_base"],
         "the ground: it imports nothing of ours",

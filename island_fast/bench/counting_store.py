@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from island_fast.arrays import Buffer
-from island_fast.stores.base import ObjectInfo, Range, Store, Views
+from island_fast.stores.base import MAX_OBJECT, ObjectInfo, Range, Store, Views
 
 __all__ = ["CountingStore"]
 
@@ -24,6 +24,7 @@ class CountingStore(Store):
         self.range_gap = store.range_gap
         self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
         self.ranges_at_once = store.ranges_at_once
+        self.request_cost = store.request_cost
         self._store = store
         self._late = late
 
@@ -32,10 +33,10 @@ class CountingStore(Store):
         self.requests += 1
         self._store.put(name, parts)
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get."""
         self.requests += 1
-        return self._store.get(name, newest=newest)
+        return self._store.get(name, newest=newest, limit=limit)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. Count the requests that `store` needs for so many ranges."""

@@ -6,12 +6,14 @@ So this module waits for nothing but time: the program writes to files, which ar
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import IO
 
 __all__ = ["run_child"]
@@ -26,19 +28,25 @@ def run_child(
     env: Mapping[str, str],
     on_line: Callable[[str], None],
     cancelled: Callable[[], bool] = lambda: False,
+    stdin: bytes = b"",
 ) -> subprocess.CompletedProcess[str]:
     """Run a program to its end, and return its exit status and standard output.
 
-    `env` is its whole environment. `on_line` gets each line of its standard error soon after it was written.
+    `env` is its whole environment, and `stdin`, 64 KiB at most, its standard input. `on_line` gets each line
+    of its standard error soon after it was written.
     When `cancelled` returns true, the program is sent SIGTERM, and 15 s later SIGKILL: it may be waiting for
     a store that does not answer. It also gets SIGTERM when this process ends. Raises OSError if the program
     does not start.
     """
     command = ["setpriv", "--pdeathsig", "TERM", *command]
-    with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+    with (
+        tempfile.TemporaryFile() as stdout,
+        tempfile.TemporaryFile() as stderr,
+        _open_pipe(stdin) as source,
+    ):
         process = subprocess.Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=source,
             stdout=stdout,
             stderr=stderr,
             env=dict(env),
@@ -59,6 +67,22 @@ def run_child(
         stdout.seek(0)
         output = stdout.read().decode("utf-8", "backslashreplace")
     return subprocess.CompletedProcess(command, process.returncode, output, "")
+
+
+@contextmanager
+def _open_pipe(data: bytes) -> Iterator[int]:
+    """Yield the end of a pipe that `data` can be read from. The pipe holds it all, so nobody waits."""
+    source, sink = os.pipe()
+    try:
+        try:
+            os.set_blocking(sink, False)
+            if os.write(sink, data) != len(data):
+                raise OSError(errno.EMSGSIZE, "the standard input of a program is too long for a pipe")
+        finally:
+            os.close(sink)
+        yield source
+    finally:
+        os.close(source)
 
 
 class _LineReader:

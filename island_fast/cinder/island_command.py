@@ -1,7 +1,8 @@
 """The command `island` on one repository, one process for each call.
 
 It reads the answer of the command line's --json, and turns an error back into the class that it had in the
-process. Credentials are passed in the environment, never as arguments.
+process. Credentials are passed through a pipe, so that neither arguments nor the environment in /proc shows
+them.
 """
 
 from __future__ import annotations
@@ -125,10 +126,11 @@ class IslandCommand:
         """Run `island VERB --json` and return its answer, or raise the error that it ended with."""
         command = [sys.executable, "-m", "island_fast", verb, *map(str, words), "--json", "--json-progress"]
         log = _StderrLog(" ".join([verb, *map(str, words[:1])]))
-        inherited = {key: value for key, value in os.environ.items() if not key.startswith(_SETTINGS)}
-        env = inherited | {"ISLAND_CONFIG": os.devnull, "ISLAND_REPOSITORY": self.url, **self.environment}
+        env = {key: value for key, value in os.environ.items() if not key.startswith(_SETTINGS)}
+        env["ISLAND_ENVIRONMENT"] = "stdin"
+        settings = {"ISLAND_CONFIG": os.devnull, "ISLAND_REPOSITORY": self.url, **self.environment}
         try:
-            done = run_child(command, env, log, cancelled)
+            done = run_child(command, env, log, cancelled, json.dumps(settings).encode())
         except OSError as error:
             raise IslandError(f"'island {verb}' did not start: {error}") from error
         answer = _parse_json(done.stdout)

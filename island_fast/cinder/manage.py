@@ -6,13 +6,18 @@ A reference is one of
     {"source-name": FILE}                               a qcow2 file in the folder of volumes
     {"source-name": LINEAGE@SNAPSHOT}                   a snapshot in the host's own repository
     {"source-name": LINEAGE@SNAPSHOT, "repository": R}  one in the repository called R in cinder.conf
+
+A file becomes an image in three steps: it gets a second name, that of the image; the volume gets its record;
+the first name goes. If that is cut off anywhere, the file can be managed again, as the same volume or as
+another one. There is never more than one volume with the same file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageEr
 from island_fast.files import link_new, sync_folder
 from island_fast.qcow2.image import Image
 from island_fast.qemu.image_lock import writer_present
+from island_fast.qemu.open_files import refuse_held
 
 __all__ = ["ManageableVolumes"]
 
@@ -30,10 +36,14 @@ _GIB = 1 << 30
 
 
 class ManageableVolumes:
-    """What a host's volumes and repositories hold, by reference. Sizes are in GiB, rounded up."""
+    """What a host's volumes and repositories hold, by reference. Sizes are in GiB, rounded up.
 
-    def __init__(self, volumes: Volumes) -> None:
+    `is_managed` returns whether Cinder has a volume of this name; such a volume is left alone.
+    """
+
+    def __init__(self, volumes: Volumes, is_managed: Callable[[str], bool] = lambda _: False) -> None:
         self._volumes = volumes
+        self._is_managed = is_managed
 
     def parse_snapshot(self, reference: Mapping[str, str]) -> SnapshotRef:
         """Return the snapshot that a reference names; raise UsageError if it does not name one."""
@@ -61,12 +71,23 @@ class ManageableVolumes:
             record = VolumeRecord(self.snapshot_size(reference) * _GIB, origin=snapshot)
             self._volumes.create(volume, record, at_once=True)
             return
-        size = self.size(reference) * _GIB
-        if name in self._local_records():
-            self._volumes.rename(name, volume)
+        records = self._local_records()
+        if volume in records and name not in records and not (self._volumes.records.folder / name).exists():
+            size = _to_gib(records[volume].size) * _GIB  # an earlier call came this far
         else:
-            self._import_file(self._check_file(name), volume)
+            size = self.size(reference) * _GIB
+            self._take_over(name, volume)
         self._volumes.extend(volume, size)
+
+    def _take_over(self, name: str, volume: str) -> None:
+        """Give an unmanaged volume, or a file that is made one first, the name `volume`."""
+        if name not in self._local_records():
+            name = self._import_file(self._check_file(name), volume)
+        if name == volume:
+            return
+        if self._is_managed(name):
+            raise RefusedError(f"Cinder manages volume {name} already; unmanage it first")
+        self._volumes.rename(name, volume)
 
     def _local_records(self) -> dict[str, VolumeRecord]:
         """Return the host's volumes, except those in transit: another host may have taken them over."""
@@ -83,26 +104,48 @@ class ManageableVolumes:
         if not VOLUME_PATTERN.fullmatch(name) or not path.is_file():
             raise NotFoundError(f"there is no volume or qcow2 file {name!r} in {path.parent}")
         found = path.lstat()
-        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1 or found.st_uid != os.geteuid():
+        names = 1 if self._find_import(found) is None else 2
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != names or found.st_uid != os.geteuid():
             raise RefusedError(f"{path} must be a regular file of this service's user, with no other name")
         with Image.open(path) as image:
             if image.header.version < 3:
                 raise RefusedError(f"{path} has qcow2 version 2; run 'qemu-img amend -o compat=1.1' on it")
             if writer_present(image.fd):
                 raise RefusedError(f"{path} is open for writing in another process; end that process first")
+            refuse_held(path, image.fd, to_write=True)
         return path
 
-    def _import_file(self, file: Path, volume: str) -> None:
-        """Move a file into the folder of a new volume, as its image."""
+    def _find_import(self, file: os.stat_result) -> str | None:
+        """Return the volume whose image is this file, because an earlier import of it was cut off."""
+        records = self._volumes.records
+        for entry in records.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError, UsageError):
+                if os.path.samestat(records.image_path(entry.name).lstat(), file):
+                    return entry.name
+        return None
+
+    def _import_file(self, file: Path, volume: str) -> str:
+        """Make a file the image of a volume, and return the volume's name.
+
+        That is `volume`, unless an earlier import of the file got as far as the record of another volume.
+        """
         records = self._volumes.records
         size = volume_size(file)
-        records.create_folder(volume)
-        os.chmod(file, 0o600)
-        if not link_new(str(file), str(records.image_path(volume))):
-            raise RefusedError(f"volume {volume} has an image already")
-        records.write(volume, VolumeRecord(size, made=True))
+        begun = self._find_import(file.lstat())
+        if begun is not None and begun not in (volume, *records.volumes()):
+            records.remove(begun)  # it has no record yet, so this removes only a second name of the file
+            begun = None
+        if begun is None:
+            records.create_folder(volume)
+            os.chmod(file, 0o600)
+            if not link_new(str(file), str(records.image_path(volume))):
+                raise RefusedError(f"volume {volume} has an image already")
+        name = begun or volume
+        if name not in records.volumes():
+            records.write(name, VolumeRecord(size, made=True))
         file.unlink(missing_ok=True)
         sync_folder(records.folder)
+        return name
 
     def list_volumes(self, known: Mapping[str, str]) -> list[dict[str, Any]]:
         """Return the host's volumes and loose qcow2 files as entries of Cinder's list of manageable volumes.

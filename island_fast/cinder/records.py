@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from island_fast.errors import DamagedError, NotFoundError, UsageError
-from island_fast.files import make_folder, sync_folder, write_scratch
+from island_fast.files import make_folder, make_folders, sync_folder, write_scratch
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 
 __all__ = ["VOLUME_PATTERN", "SnapshotRef", "VolumeRecord", "VolumeRecords"]
@@ -152,7 +152,7 @@ class VolumeRecords:
 
     def create_folder(self, volume: str) -> Path:
         """Create the volume's folder if it does not exist, and return its path."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folders(self.folder)
         folder = self.folder_of(volume)
         make_folder(str(folder))
         return folder

@@ -27,6 +27,7 @@ from island_fast.cinder.island_command import IslandCommand
 from island_fast.cinder.records import SnapshotRef, VolumeRecord, VolumeRecords
 from island_fast.errors import DamagedError, IslandError, NotFoundError, RefusedError
 from island_fast.files import sync_folder
+from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qemu.image_lock import ImageLock
 from island_fast.qemu.programs import RunProgram
 
@@ -84,7 +85,11 @@ class Volumes:
     # From nothing to an image.
 
     def create(self, volume: str, record: VolumeRecord, *, at_once: bool = False) -> None:
-        """Store the record of a new volume, and make its image with `at_once` or without `lazy`."""
+        """Store the record of a new volume, and make its image with `at_once` or without `lazy`.
+
+        Raises RefusedError if the volume is larger than this driver can snapshot.
+        """
+        _refuse_oversize(record.size)
         with self._lock(volume):
             with contextlib.suppress(NotFoundError):
                 self.records.read(volume)
@@ -150,6 +155,7 @@ class Volumes:
 
     def clone(self, source: str, volume: str, size: int) -> None:
         """Create a volume with the present content of another one; nothing goes through the store."""
+        _refuse_oversize(size)
         with self._lock(source):
             record = self.records.read(source)
             if self._find_record(volume) is not None:
@@ -177,6 +183,7 @@ class Volumes:
 
     def extend(self, volume: str, size: int) -> None:
         """Enlarge a volume to `size` bytes, whether it is attached or not."""
+        _refuse_oversize(size)
         with self._lock(volume):
             if self.records.read(volume).made:
                 if self.exports.state(volume) in (State.SERVED, State.ATTACHED):
@@ -422,6 +429,15 @@ class Volumes:
             record = self.records.read(name)
             if record.lineage:
                 self.own_repository.adopt(record.lineage)  # the path of its image has changed
+
+
+def _refuse_oversize(size: int) -> None:
+    """Raise RefusedError if no snapshot of a volume of `size` bytes could be taken."""
+    if size > MAX_VOLUME_SIZE:
+        raise RefusedError(
+            f"a volume of {size >> 30} GiB cannot be snapshotted, so it is not created; choose a size of at "
+            f"most {MAX_VOLUME_SIZE >> 30} GiB"
+        )
 
 
 def is_snapshot_running(image: Path) -> bool:

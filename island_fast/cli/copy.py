@@ -66,8 +66,7 @@ def copy(run: Run, snapshots: tuple[str, ...], volume: str | None, every: bool, 
         copied = repository.copy(other, snapshots or None, volume=volume, progress=progress)
         run.note_if_empty(copied, repository, "there are no snapshots")
     if copied or not repository.left_out:
-        ids = "\n".join(one.snapshot for one in copied if one.copied)
-        run.answer([one.as_json() for one in copied], _format_copied(copied), ids)
+        run.answer([one.as_json() for one in copied], _format_copied(copied))
     run.finish_with(repository.left_out)
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["list_"]
 
+_MARK = "[kept]"  # before the label of a snapshot that is marked
 _WIDE = 100  # columns of a terminal that have room for PARENT
 
 
@@ -28,7 +29,8 @@ def list_(run: Run, volume: str | None) -> None:
     """List snapshots, oldest first within each volume.
 
     Ids are cut to 12 digits, which name a snapshot as well as all 32 do; --json and --quiet print them in
-    full. A terminal of fewer than 100 columns gets no column PARENT.
+    full. A terminal of fewer than 100 columns gets no column PARENT. [kept] before a label says that the
+    snapshot was marked by 'island keep'.
 
     \b
     Example:
@@ -39,7 +41,7 @@ def list_(run: Run, volume: str | None) -> None:
         found = repository.snapshots(volume)
         run.note_if_empty(found, repository, "there are no snapshots")
     text = _format_list(found, parents=(terminal_width() or _WIDE) >= _WIDE) if found else ""
-    run.answer([one.as_json() for one in found], text, "\n".join(one.snapshot for one in found))
+    run.answer((one.as_json() for one in found), text, "\n".join(one.snapshot for one in found))
     run.finish_with(repository.left_out)
 
 
@@ -54,7 +56,7 @@ def _format_list(found: Sequence[Snapshot], *, parents: bool) -> str:
             size(one.volume_size),
             size(one.bytes_stored),
             *([(one.parent or "none")[:SHORT_ID]] if parents else []),
-            printable(one.label),
+            f"{_MARK} {printable(one.label)}".rstrip() if one.keep else printable(one.label),
         )
         for one in found
     ]

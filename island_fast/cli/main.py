@@ -17,6 +17,7 @@ from island_fast.cli.delete import delete
 from island_fast.cli.diff import diff
 from island_fast.cli.help import OUTPUT, VerbGroup, option
 from island_fast.cli.info import info
+from island_fast.cli.keep import keep
 from island_fast.cli.list import list_
 from island_fast.cli.map import map_
 from island_fast.cli.options import add_common_options
@@ -103,12 +104,14 @@ def island(context: click.Context) -> None:
     \b
     Exit codes:
       0  done
-      1  failed, or interrupted by Ctrl-C, SIGTERM or SIGHUP
+      1  failed
       2  wrong usage
       3  not found: a file, repository, container, volume or snapshot
       4  refused for safety: continuing could lose or mix data
       5  the store cannot be reached, or refuses access
       6  damaged data
+      130, 143, 129
+         interrupted by Ctrl-C, SIGTERM or SIGHUP
     """  # noqa: D301
     # Every login asks for the completion script: a broken file must not spoil that.
     run = context.ensure_object(Run)
@@ -124,5 +127,5 @@ def island(context: click.Context) -> None:
 
 island.add_verbs("Take and restore", snapshot, restore, copy)
 island.add_verbs("Look at snapshots and images", list_, show_, diff, usage, info, map_)
-island.add_verbs("Keep and clean up", retain, delete, sweep, unpin)
+island.add_verbs("Keep and clean up", retain, keep, delete, sweep, unpin)
 island.add_verbs("Maintain the repository", verify, adopt, completion)

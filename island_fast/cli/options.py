@@ -44,7 +44,7 @@ _Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 NAMING = (
     "A SNAPSHOT is named by its id, by its first digits if no other id begins with them, by VOLUME@ID "
-    "(which searches only that volume), or by VOLUME@latest. Labels do not name snapshots; see 'island list'."
+    "(which searches only that volume), by VOLUME@latest, or by VOLUME@label:TEXT if only one has that label."
 )
 """The end of the help of verbs on snapshots."""
 
@@ -62,7 +62,7 @@ def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for add in (
         option(
             OUTPUT, "-q", "--quiet", is_flag=True, expose_value=False, callback=_store_option("quiet"),
-            help="Print no progress, and of the answer only ids.",
+            help="Print nothing if all is well; list and show print ids.",
         ),
         option(
             OUTPUT, "--json-progress", is_flag=True, expose_value=False,
@@ -96,6 +96,8 @@ def _store_option(field: str) -> Callable[[click.Context, click.Parameter, Any],
             raise UsageError(f"{parameter.opts[0]} names no repository; leave it out, or name one")
         if value and (given or not getattr(run, field)):
             setattr(run, field, value)
+            if field == "location":
+                run.located = given
 
     return store
 
@@ -220,15 +222,17 @@ def complete_directory(
 # Repositories.
 
 
-def open_repository(run: Run, *, create: bool = False) -> Repository:
-    """Open the repository of this run; with `create` it need not exist yet."""
+def open_repository(run: Run, *, create: bool = False, shared: bool = False) -> Repository:
+    """Open the repository of this run; with `create` it need not exist yet, and is made `shared`."""
     from island_fast.api import Repository  # here: it takes a good part of a second
 
     if not run.location:
         raise UsageError(
             "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
         )
-    return Repository.open(run.location, create=create, workers=run.workers, meters=_meters(run))
+    return Repository.open(
+        run.location, create=create, shared=shared, workers=run.workers, meters=_meters(run)
+    )
 
 
 def open_second_repository(run: Run, location: str) -> Repository:

@@ -13,10 +13,11 @@ import json
 import logging
 import os
 import re
+import shlex
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence, Sized
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -31,21 +32,31 @@ if TYPE_CHECKING:
     from island_fast.progress import Progress
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["FullUsageError", "Run", "run_to_exit_code"]
+__all__ = ["FullUsageError", "Run", "enclose", "run_to_exit_code"]
+
+
+_PRINTED_AT_ONCE = 64 << 10  # characters
+
+
+_CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", re.IGNORECASE)
+_SHORT = 3  # characters; a value that short is part of too many words
+_USER_INFO = re.compile(r"://[^/\s@'\"]*@")
 
 
 @dataclass(slots=True)
 class Run:
     """One run of the command: the options that every verb has, and how far it came.
 
-    `location` is the repository that is named. Limits are in bytes per second; `meters` enforces them, for
-    all stores of the run. `help_asked` says whether --help is among the words. `if_interrupted` returns what
-    an interruption leaves, in words; verbs set it. `phase` is the last one reported as progress, "" before
-    the first. `answered`: the answer was printed; an error after that says why it is not complete.
+    `location` is the repository that is named; `located` says whether the command line names it. Limits are
+    in bytes per second; `meters` enforces them, for all stores of the run. `help_asked` says whether --help
+    is among the words. `if_interrupted` returns what an interruption leaves, in words; verbs set it. `phase`
+    is the last one reported as progress, "" before the first. `answered`: the answer was printed; an error
+    after that says why it is not complete.
     """
 
     signals: Signals
     location: str | None = None
+    located: bool = False
     json: bool = False
     help_asked: bool = False
     quiet: bool = False
@@ -72,17 +83,35 @@ class Run:
             yield report
 
     def answer(self, value: object, text: str, brief: str = "") -> None:
-        """Print the answer: `value` with --json, `brief` with --quiet, else `text`; "" prints nothing."""
+        """Print the answer: `value` with --json, `brief` with --quiet, else `text`; "" prints nothing.
+
+        A `value` that is an iterator is a list, whose items are encoded and printed one after the other.
+        """
         self.answered = True
-        if self.json:
+        if self.json and isinstance(value, Iterator):
+            self.answer_parts(enclose("[", ", ", "]", map(json.dumps, value)))
+        elif self.json:
             _write_stdout(json.dumps(value))
-        elif line := (brief if self.quiet else text):
+        elif line := (brief if self.quiet else self.complete(text)):
             _write_stdout(line)
 
-    def answer_encoded(self, value: str) -> None:
-        """Print an answer that is JSON already; call it with --json only."""
+    def answer_parts(self, parts: Iterable[str]) -> None:
+        """Print an answer of any length, part by part as they come, so that little of it is in memory.
+
+        The parts are those of its JSON with --json, else of its text. An error that comes after the first
+        part ends the answer where it is.
+        """
+        waiting: list[str] = []
+        size = 0
+        for part in parts:
+            waiting.append(part)
+            size += len(part)
+            if size >= _PRINTED_AT_ONCE:
+                self.answered = True
+                _write_stdout("".join(waiting), end="")
+                waiting, size = [], 0
         self.answered = True
-        _write_stdout(value)
+        _write_stdout("".join(waiting))
 
     def finish_with(self, errors: Sequence[IslandError]) -> None:
         """Raise the last of the errors that left the answer incomplete, if any, and print the others."""
@@ -98,7 +127,33 @@ class Run:
 
     def note(self, text: str) -> None:
         """Print something beside the answer."""
-        _write_stderr(text)
+        _write_stderr(self.complete(text))
+
+    def complete(self, text: str) -> str:
+        """Return `text` with the commands that it quotes as they can be pasted: with this run's --repository.
+
+        What the environment or the configuration file names needs no repetition.
+        """
+        if not self.located or self.location is None:
+            return text
+        place = shlex.quote(self.location)
+        return _QUOTED_COMMAND.sub(lambda found: f"'{found[1]} -r {place}'", text)
+
+
+_QUOTED_COMMAND = re.compile(
+    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
+    r"(?! --help)[^'\n]*)'"
+)
+"""Verbs on a repository, quoted as a command to run."""
+
+
+def enclose(begin: str, between: str, end: str, parts: Iterable[str]) -> Iterator[str]:
+    """Yield `begin`, the `parts` with `between` each two of them, and `end`."""
+    before = begin
+    for part in parts:
+        yield before + part
+        before = between
+    yield end if before is between else begin + end
 
 
 class FullUsageError(click.UsageError):
@@ -124,7 +179,7 @@ def run_to_exit_code(
             return done.exit_code
         except BaseException as error:  # noqa: BLE001 (the last resort: no traceback may leave here)
             if os.environ.get("ISLAND_DEBUG") and sys.stderr is not None:
-                traceback.print_exception(error)
+                sys.stderr.write(_hide_credentials("".join(traceback.format_exception(error))))
             return _report(error, run, json_asked)
 
 
@@ -164,9 +219,21 @@ class _Failure:
     exit_code: int = 1
 
 
+def _hide_credentials(text: str) -> str:
+    """Return a library's text without what signs in: the values of variables, and passwords in URLs.
+
+    Libraries quote both, as they are or as Python writes them.
+    """
+    values = [value for key, value in os.environ.items() if _CREDENTIAL.search(key) and len(value) > _SHORT]
+    for value in sorted({part for one in values for part in (one, repr(one)[1:-1])}, key=len, reverse=True):
+        text = text.replace(value, "***")
+    return _USER_INFO.sub("://***@", text)
+
+
 def _report(error: BaseException, run: Run, json_asked: bool) -> int:
     """Print how the run failed and return the exit code."""
     failure = _describe_failure(error, run)
+    failure = replace(failure, message=run.complete(failure.message))
     as_json = run.json or (json_asked and isinstance(error, click.ClickException))
     if as_json and not run.answered and not isinstance(error, _OutputError):
         value = {"error": failure.error, "message": failure.message, "exit_code": failure.exit_code}
@@ -186,7 +253,7 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
         case click.ClickException():
             return _Failure("usage", _explain_usage_error(error), UsageError.exit_code)
         case KeyboardInterrupt():
-            return _Failure("interrupted", f"interrupted; {run.if_interrupted()}")
+            return _Failure("interrupted", f"interrupted; {run.if_interrupted()}", run.signals.exit_code)
         case _OutputError():
             return _Failure("output", _explain_output_error(error.__cause__))
         case OSError():
@@ -197,8 +264,8 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
             return _Failure("text", "a name or text is not UTF-8; rename it or give another")
     return _Failure(
         "unexpected",
-        f"unexpected {type(error).__name__} ({error}), a fault of this program; run it again with "
-        "ISLAND_DEBUG=1 and report the traceback",
+        f"unexpected {type(error).__name__} ({_hide_credentials(str(error))}), a fault of this program; run "
+        "it again with ISLAND_DEBUG=1 and report the traceback",
     )
 
 
@@ -253,10 +320,10 @@ def _explain_output_error(error: BaseException | None) -> str:
 # The two streams.
 
 
-def _write_stdout(text: str) -> None:
-    """Write to standard output, if there is one."""
+def _write_stdout(text: str, end: str = "\n") -> None:
+    """Write `text` and `end` to standard output, if there is one."""
     try:
-        _write(sys.stdout, text)
+        _write(sys.stdout, text, end)
     except (OSError, ValueError) as error:
         _discard_output(sys.stdout)
         raise _OutputError from error
@@ -268,14 +335,14 @@ def _write_stderr(text: str) -> None:
         _write(sys.stderr, f"island: {printable(text)}")
 
 
-def _write(stream: TextIO | None, text: str) -> None:
-    """Write one or more lines; what the stream's encoding lacks is escaped."""
+def _write(stream: TextIO | None, text: str, end: str = "\n") -> None:
+    """Write `text` and `end`; what the stream's encoding lacks is escaped."""
     if stream is not None:
         if not text.isascii():
             encoding = stream.encoding or "utf-8"
             text = text.encode(encoding, "backslashreplace").decode(encoding)
         stream.write(text)
-        stream.write("\n")
+        stream.write(end)
         stream.flush()
 
 

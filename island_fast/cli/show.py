@@ -47,6 +47,7 @@ def _format_shown(shown: SnapshotShown) -> str:
             ("lineage", shown.lineage),
             ("parent", shown.parent or "none"),
             ("label", printable(shown.label)),
+            ("marked", "kept until 'island keep --release'" if shown.keep else ""),
             ("created", shown.created),
             ("guest", printable(guest)),
             ("group", printable(shown.group or "")),

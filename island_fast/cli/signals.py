@@ -29,6 +29,7 @@ class Signals:
     It is raised as soon as that is safe (see `_is_unsafe`), at the latest at the next report of progress.
     While it unwinds, later signals are ignored, except the third Ctrl-C, which ends the process: that is as
     safe as a power cut. A signal that was ignored from the start (nohup, a background job) stays ignored.
+    `exit_code` is the one of a run that was interrupted, as shells have it: 128 and the signal's number.
     At exit the old handlers return; with `to_the_end` those signals are ignored until the process has ended.
     """
 
@@ -37,6 +38,7 @@ class Signals:
         self._raised = False  # in the main thread, where it can have been swallowed
         self._to_the_end = to_the_end
         self._received = self._keys = 0
+        self.exit_code = 128 + signal.SIGINT
         self._before: dict[int, Any] = {}
         self._seen: tuple[int, int] | None = None
 
@@ -70,10 +72,12 @@ class Signals:
             raise Interrupted
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if not self._received:
+            self.exit_code = 128 + number
         self._received += 1
         self._keys += number == signal.SIGINT
         if self._keys >= _HARD_EXIT:
-            os._exit(1)
+            os._exit(self.exit_code)
         if not self._raised:
             self._try_to_raise(number, frame)
         elif self._keys == _HARD_EXIT - 1 and os.isatty(2):

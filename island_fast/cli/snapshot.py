@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from island_fast.cli.config import COMPRESSIONS
-from island_fast.cli.help import HOW, WHAT, option, verb
+from island_fast.cli.help import HOW, REPOSITORY, WHAT, option, verb
 from island_fast.cli.options import (
     FileName,
     add_common_options,
@@ -54,6 +54,8 @@ __all__ = ["snapshot"]
         help="A backing file of IMAGE, such as qcow2:base.qcow2; repeatable, the nearest first.")  # fmt: skip
 @option(HOW, "--compression", type=click.Choice(COMPRESSIONS), default=COMPRESSIONS[0], show_default=True,
         envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
+@option(REPOSITORY, "--shared", is_flag=True,
+        help="If this creates the repository, a directory: let its group restore from it.")  # fmt: skip
 @add_limit_options
 @add_common_options
 @click.pass_obj
@@ -73,6 +75,7 @@ def snapshot(
     image_format: str,
     backing: tuple[str, ...],
     compression: str,
+    shared: bool,
 ) -> None:
     """Take a snapshot of the qcow2 file IMAGE, or with --format raw of a raw file or block device.
 
@@ -96,14 +99,16 @@ def snapshot(
         given = [name for name, value in {**single, "--backing": backing}.items() if value]
         if image is not None or given:
             raise UsageError(f"--domain finds the images itself; leave out {', '.join(given) or 'IMAGE'}")
-        _snapshot_domain(run, domain, disks, freeze or "auto", connect, volume, label, full, compression)
+        _snapshot_domain(
+            run, domain, disks, freeze or "auto", connect, volume, label, full, compression, shared
+        )
         return
     if disks or freeze or connect:
         raise click.UsageError("--disk, --freeze and --connect belong to --domain")
     if image is None:
         raise click.UsageError("missing argument 'IMAGE', or --domain for a running libvirt guest")
     run.if_interrupted = lambda: _left_by_interruption(run.phase)
-    with open_repository(run, create=True) as repository, run.progress() as progress:
+    with open_repository(run, create=True, shared=shared) as repository, run.progress() as progress:
         taken = repository.snapshot(
             image,
             volume=volume,
@@ -119,7 +124,7 @@ def snapshot(
         )
     for note in taken.notes:
         run.note(note)
-    run.answer(taken.as_json(), _format_taken(taken), taken.snapshot)
+    run.answer(taken.as_json(), _format_taken(taken))
 
 
 def _snapshot_domain(
@@ -132,12 +137,13 @@ def _snapshot_domain(
     label: str,
     full: bool,
     compression: str,
+    shared: bool,
 ) -> None:
     """Take snapshots of a running guest's disks, and print the answer."""
     run.if_interrupted = lambda: (
         "disks that are not stored keep their earlier snapshots; 'island list' shows which are stored"
     )
-    with open_repository(run, create=True) as repository, run.progress() as progress:
+    with open_repository(run, create=True, shared=shared) as repository, run.progress() as progress:
         taken = repository.snapshot_domain(
             domain,
             disks=disks,
@@ -152,8 +158,7 @@ def _snapshot_domain(
     for one in taken.snapshots:
         for note in one.notes:
             run.note(f"disk {one.disk}: {note}")
-    ids = "\n".join(one.snapshot for one in taken.snapshots)
-    run.answer(taken.as_json(), _format_domain_taken(taken), ids)
+    run.answer(taken.as_json(), _format_domain_taken(taken))
     run.finish_with(repository.left_out)
 
 
@@ -184,7 +189,15 @@ def _format_taken(taken: SnapshotTaken) -> str:
                 if taken.attempt
                 else "",
             ),
-            ("read", size(taken.bytes_read)),
+            (
+                "read",
+                f"{size(taken.bytes_read)}"
+                + (
+                    f"; {count(taken.blocks_sampled, 'unchanged block')} compared"
+                    if taken.blocks_sampled
+                    else ""
+                ),
+            ),
             ("stored", f"{size(taken.bytes_stored)}; {count(taken.objects_written, 'object')} written"),
             ("time", duration(taken.seconds)),
         ]

@@ -13,6 +13,7 @@ SYNONYMS = {
         "forget": "'island retain' deletes the snapshots that no rule keeps",
         "prune gc compact vacuum": "'island sweep' frees the space of deleted snapshots",
         "check fsck scrub": "'island verify' verifies what is stored",
+        "protect hold lock": "'island keep' marks snapshots that must not be deleted",
         "repair": "'island verify --heal' repairs what is damaged",
         "mount": "'island restore' writes a snapshot to a file, which can be mounted",
         "extract": "'island restore' writes a snapshot to a file",

@@ -46,7 +46,7 @@ def unpin(run: Run, image: Path, orphans: bool, qmp: Path | None) -> None:
             answer = unpin(image, qmp, orphaned_in=repository)
     else:
         answer = unpin(image, qmp)
-    run.answer(answer.as_json(), _format_unpinned(answer, orphans), "\n".join(answer.pins))
+    run.answer(answer.as_json(), _format_unpinned(answer, orphans))
 
 
 def _format_unpinned(unpinned: Unpinned, orphans: bool) -> str:

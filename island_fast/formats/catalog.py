@@ -19,7 +19,16 @@ from island_fast.arrays import Bools, Buffer, Int64s
 from island_fast.dirtymap import NO_INTERVALS, distinct, merge_intervals, subtract_intervals
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError
 from island_fast.formats import columns
-from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import (
+    LIMITS,
+    Kind,
+    Section,
+    bounded_time,
+    integer,
+    json_bytes,
+    open_frame,
+    seal,
+)
 from island_fast.formats.keys import (
     MAX_PACK_NUMBER,
     PACK_BITS,
@@ -29,10 +38,13 @@ from island_fast.formats.keys import (
 )
 from island_fast.formats.manifest import pin_from_json
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.formats.pack import MAX_SLOTS
+from island_fast.memory import require_memory
 from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
     "CHECKPOINT_EVERY",
+    "KNOWN_WRITE_FEATURES",
     "Event",
     "ObjectsSwept",
     "OwnerChanged",
@@ -41,6 +53,7 @@ __all__ = [
     "SnapshotAdded",
     "SnapshotRow",
     "SnapshotsDeleted",
+    "SnapshotsMarked",
     "State",
     "decode_record",
     "encode_record",
@@ -48,8 +61,13 @@ __all__ = [
 
 
 CHECKPOINT_EVERY = 32
-_MAX_META = 64 << 20
+_KEEPS = 1  # write feature: a live snapshot is marked to be kept, which an older writer would forget
+KNOWN_WRITE_FEATURES = _KEEPS
 _MAX_ROWS = 1 << 28
+# A table's rows are all different: no encoder stores hundreds of them in a byte. Ours stores 110 at most.
+_ROWS_FREE = 1 << 18  # whatever they are compressed to
+_ROWS_PER_BYTE = 512  # more of them for each stored byte of the table
+_ROW_MEMORY = 16  # bytes for each row and column while a record is decoded
 
 _META = 1
 _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first section of each table
@@ -59,7 +77,8 @@ _PACKS, _GONE, _DEAD, _STATE_PACKS, _STATE_DEAD = 16, 32, 48, 64, 80  # first se
 class SnapshotRow:
     """A live snapshot as the catalog describes it. Sizes in bytes, `created` in ns since 1970 UTC.
 
-    `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote.
+    `checksum` and `manifest_size` are its manifest's; `stored` is the size of the packs it wrote. `keep`: it
+    is marked, and must not be deleted.
     """
 
     id: str
@@ -72,10 +91,13 @@ class SnapshotRow:
     volume_size: int
     stored: int
     pin: PinnedBase
+    keep: bool = False
 
     def as_json(self) -> dict[str, Any]:
         """Return the row as records and checkpoints store it."""
-        row = {name: getattr(self, name) for name in self.__slots__ if name != "pin"}
+        row = {name: getattr(self, name) for name in self.__slots__ if name not in ("pin", "keep")}
+        if self.keep:
+            row["keep"] = True
         return row | {"pin": {name: getattr(self.pin, name) for name in self.pin.__slots__}}
 
     @classmethod
@@ -93,11 +115,12 @@ class SnapshotRow:
             attempt=integer(value["attempt"]),
             checksum=value["checksum"],
             manifest_size=integer(value["manifest_size"]),
-            created=integer(value["created"]),
+            created=bounded_time(value["created"]),
             label=str(value["label"]),
             volume_size=integer(value["volume_size"]),
             stored=integer(value["stored"]),
             pin=pin_from_json(value["pin"]),
+            keep=value.get("keep", False) is True,
         )
 
 
@@ -168,6 +191,15 @@ class SnapshotsDeleted:
 
 
 @dataclass(frozen=True, slots=True)
+class SnapshotsMarked:
+    """Live snapshots were marked to be kept, or their marks were removed, by id."""
+
+    kind: ClassVar = "keep"
+    kept: tuple[str, ...] = ()
+    released: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class ObjectsSwept:
     """A sweep removes packs and manifests, or it or a repair wrote packs again.
 
@@ -181,9 +213,10 @@ class ObjectsSwept:
     gone: Int64s = field(default_factory=lambda: np.zeros(0, np.int64))
 
 
-Event = OwnerChanged | SnapshotAdded | SnapshotsDeleted | ObjectsSwept
+Event = OwnerChanged | SnapshotAdded | SnapshotsDeleted | SnapshotsMarked | ObjectsSwept
 _EVENTS: Mapping[str, type[Event]] = {
-    event.kind: event for event in (OwnerChanged, SnapshotAdded, SnapshotsDeleted, ObjectsSwept)
+    event.kind: event
+    for event in (OwnerChanged, SnapshotAdded, SnapshotsDeleted, SnapshotsMarked, ObjectsSwept)
 }
 
 
@@ -244,6 +277,8 @@ class State:
                 return self._add_snapshot(event)
             case SnapshotsDeleted():
                 return self._drop_snapshots(event)
+            case SnapshotsMarked():
+                return self._mark_snapshots(event)
             case ObjectsSwept():
                 return self._sweep(event)
 
@@ -265,6 +300,20 @@ class State:
             for child in [one for one in live.values() if one.parent == snapshot]:
                 live[child.id] = replace(child, parent=row.parent)
         return self._update_packs(event.packs, event.dead, live=live, dropped=dropped)
+
+    def _mark_snapshots(self, event: SnapshotsMarked) -> State:
+        live = dict(self.live)
+        for keep, snapshots in ((True, event.kept), (False, event.released)):
+            for snapshot in snapshots:
+                if snapshot not in live:
+                    raise DamagedObjectError(f"snapshot {snapshot} is marked and is not live")
+                live[snapshot] = replace(live[snapshot], keep=keep)
+        return replace(self, live=live)
+
+    @property
+    def write_features(self) -> int:
+        """Bits that a writer must understand to append after a record that leads to this state."""
+        return _KEEPS if any(row.keep for row in self.live.values()) else 0
 
     def _update_packs(self, packs: Packs, dead: Int64s, **changes: Mapping[str, SnapshotRow]) -> State:
         """Return the state with `packs` added or replaced, and more dead slots."""
@@ -348,6 +397,8 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         "swept": getattr(event, "swept", ()),
         "checkpoint": None,
     }
+    if isinstance(event, SnapshotsMarked):
+        meta |= {"kept": event.kept, "released": event.released}
     tables = [
         (_PACKS, _pack_columns(getattr(event, "packs", Packs()))),
         (_GONE, [getattr(event, "gone", np.zeros(0, np.int64))]),
@@ -372,9 +423,18 @@ def encode_record(name: str, record: Record, numbers: SnapshotNumbers) -> tuple[
         )
         local = owner[np.unique(table[0] >> PACK_BITS, return_inverse=True)[1]]
         stored = [local, table[0] & MAX_PACK_NUMBER, *table[1:]]
-        sections += [Section(first + i, [columns.encode(c)]) for i, c in enumerate(stored)]
+        # The second column of a large table is not compressed: so a reader finds bytes for its rows.
+        fits = table[0].size <= _ROWS_FREE
+        sections += [
+            Section(first + i, [columns.encode(c)], compress=fits or i != 1) for i, c in enumerate(stored)
+        ]
     meta["snapshots"] = [numbers.id(owner) for owner in owners]
-    parts, checksum = seal(Kind.RECORD, name, [Section(_META, [json_bytes(meta)]), *sections])
+    parts, checksum = seal(
+        Kind.RECORD,
+        name,
+        [Section(_META, [json_bytes(meta)]), *sections],
+        write_features=record.write_features,
+    )
     return b"".join(parts), checksum
 
 
@@ -395,7 +455,7 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
     UnsupportedObjectError for an unknown event.
     """
     frame = open_frame(Kind.RECORD, name, data)
-    meta = read_json(name, frame.section(_META, _MAX_META))
+    meta = frame.json()
     if str(meta.get("event")) not in _EVENTS or meta.get("key") != 0:
         raise UnsupportedObjectError(
             f"catalog record {name} is of a kind that this version does not know; use a newer island"
@@ -407,9 +467,12 @@ def decode_record(name: str, data: Buffer, numbers: SnapshotNumbers) -> tuple[Re
         owners = numbers.numbers(ids)
 
         def table(first: int, width: int) -> list[Int64s]:
-            rows = integer(meta[f"rows_{first}"], _MAX_ROWS + 1)
+            rows, sections = integer(meta[f"rows_{first}"], _MAX_ROWS + 1), range(first, first + width + 1)
+            if rows > _ROWS_FREE + _ROWS_PER_BYTE * frame.stored(sections):
+                raise DamagedObjectError(f"catalog record {name} claims more rows than its bytes can hold")
+            require_memory(f"catalog record {name}", rows * len(sections) * _ROW_MEMORY)
             owner, number, *rest = (
-                columns.decode(name, frame.section(first + i, 8 * rows), rows) for i in range(width + 1)
+                columns.decode(name, frame.section(kind, 8 * rows), rows) for kind in sections
             )
             if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
                 raise ValueError("pack")
@@ -440,6 +503,8 @@ def _read_event(meta: Mapping[str, Any], **tables: Packs | Int64s) -> Event:
     found: dict[str, Any] = {
         "deleted": tuple(str(x) for x in meta["deleted"]),
         "swept": tuple(str(x) for x in meta["swept"]),
+        "kept": tuple(str(x) for x in meta.get("kept", ())),
+        "released": tuple(str(x) for x in meta.get("released", ())),
         **tables,
     }
     if meta["snapshot"] is not None:
@@ -463,7 +528,7 @@ def _record(meta: Mapping[str, Any], event: Event, state: State | None, write_fe
         writer=str(meta["writer"]),
         host=str(meta["host"]),
         previous=meta["previous"],
-        time=integer(meta["time"]),
+        time=bounded_time(meta["time"]),
         seed=integer(meta["seed"]),
         event=event,
         state=state,
@@ -478,18 +543,14 @@ def _rows(values: list[Mapping[str, Any]]) -> dict[str, SnapshotRow]:
     return {row.id: row for row in map(SnapshotRow.from_json, values)}
 
 
-def _keys(owner: Int64s, number: Int64s, owners: Int64s) -> Int64s:
-    """Return pack keys from stored columns; ValueError for an index or number out of range."""
-    if owner.size and not (int(owner.max()) < owners.size and int(number.max()) <= MAX_PACK_NUMBER):
-        raise ValueError("pack")
-    return pack_keys(owners[owner], number)
-
-
 def _sorted_packs(table: list[Int64s]) -> Packs:
     order = np.argsort(table[0], kind="stable")
     sorted_table = [column[order] for column in table]
     if not np.diff(sorted_table[0]).all():
         raise ValueError("a pack is named twice")
+    size, slots = sorted_table[3], sorted_table[4]
+    if int(slots.max(initial=0)) > MAX_SLOTS or int(size.max(initial=0)) > LIMITS[Kind.PACK].size:
+        raise ValueError("a pack is larger than any")
     return Packs(*sorted_table)
 
 

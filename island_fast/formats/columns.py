@@ -7,6 +7,7 @@ divided by the number of rows, which the object's metadata states. Layout: docs/
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,22 @@ from numpy.typing import NDArray
 from island_fast.arrays import Int64s
 from island_fast.errors import DamagedObjectError
 
-__all__ = ["Integers", "decode", "encode", "ends_before", "restore_starts", "unzigzag", "zigzag"]
+__all__ = [
+    "Column",
+    "GroupedStarts",
+    "Integers",
+    "decode",
+    "encode",
+    "ends_before",
+    "unzigzag",
+    "windows",
+    "zigzag",
+]
 
 Integers = NDArray[np.signedinteger[Any]]
 """Signed integers of any width."""
+
+_WINDOW = 1 << 16
 
 
 def encode(values: Int64s) -> bytes:
@@ -30,25 +43,40 @@ def encode(values: Int64s) -> bytes:
     return rows[:, :width].T.tobytes()
 
 
-def decode(name: str, data: memoryview | bytes, rows: int) -> Int64s:
-    """Return the column of `rows` values, each in [0, 2**63), in `data`, a section of object `name`.
+class Column:
+    """The column of `rows` values, each in [0, 2**63), in `data`, a section of object `name`.
 
-    DamagedObjectError if `data` is not such a column.
+    It is decoded a part at a time, because a column can be as long as a volume has blocks. DamagedObjectError
+    if `data` is not such a column.
     """
-    raw = np.frombuffer(data, np.uint8)
-    if rows == 0:
-        if raw.size:
-            raise DamagedObjectError(f"object {name} holds a column that should be empty")
-        return np.zeros(0, np.int64)
-    width, rest = divmod(raw.size, rows)
-    if rest or not 1 <= width <= 8:
-        raise DamagedObjectError(f"object {name} holds a column of the wrong length")
-    wide = np.zeros((rows, 8), np.uint8)
-    wide[:, :width] = raw.reshape(width, rows).T
-    values: Int64s = wide.view("<i8").reshape(rows).astype(np.int64, copy=False)
-    if int(values.min()) < 0:
-        raise DamagedObjectError(f"object {name} holds a number that is too large")
-    return values
+
+    def __init__(self, name: str, data: memoryview | bytes, rows: int) -> None:
+        raw = np.frombuffer(data, np.uint8)
+        width, rest = divmod(raw.size, rows) if rows else (0, raw.size)
+        if rest or (rows and not 1 <= width <= 8):
+            raise DamagedObjectError(f"object {name} holds a column of the wrong length")
+        self._name = name
+        self._planes = raw.reshape(width, rows)
+
+    def part(self, first: int, stop: int) -> Int64s:
+        """Return the values [first, stop), int64; DamagedObjectError if one is too large."""
+        planes = self._planes[:, first:stop]
+        wide = np.zeros((planes.shape[1], 8), np.uint8)
+        wide[:, : len(planes)] = planes.T
+        values: Int64s = wide.view("<i8").reshape(-1).astype(np.int64, copy=False)
+        if int(values.min(initial=0)) < 0:
+            raise DamagedObjectError(f"object {self._name} holds a number that is too large")
+        return values
+
+
+def decode(name: str, data: memoryview | bytes, rows: int) -> Int64s:
+    """Return all values of a `Column`, int64[rows]."""
+    return Column(name, data, rows).part(0, rows)
+
+
+def windows(rows: int) -> Iterator[tuple[int, int]]:
+    """Yield the parts [first, stop) in which `rows` rows are worked on."""
+    return ((first, min(first + _WINDOW, rows)) for first in range(0, rows, _WINDOW))
 
 
 def zigzag(values: Int64s) -> Int64s:
@@ -70,20 +98,32 @@ def ends_before(group: Integers, ends: Integers) -> Int64s:
     return before
 
 
-def restore_starts(group: Integers, deltas: Int64s, lengths: Integers) -> Int64s:
-    """Return the starts whose `deltas` are `start - ends_before(group, start + lengths)`.
+class GroupedStarts:
+    """Restores starts from their deltas, a part of the rows at a time, in order.
 
-    Within a group, each start is the end of the row before plus the delta.
+    Within a group, each start is the end of the row before plus the delta: `start - ends_before(group,
+    start + lengths)`. Groups are numbers below `groups`.
     """
-    order = np.argsort(group, kind="stable")
-    total = deltas[order]
-    first = np.ones(group.size, bool)
-    first[1:] = group[order[1:]] != group[order[:-1]]
-    total[1:] += np.where(first[1:], 0, lengths[order[:-1]])
-    heads = np.flatnonzero(first)
-    steps = total[heads]
-    np.cumsum(total, out=total)
-    total -= np.repeat(total[heads] - steps, np.diff(np.append(heads, group.size)))
-    starts = np.empty(group.size, np.int64)
-    starts[order] = total
-    return starts
+
+    def __init__(self, groups: int) -> None:
+        self._ends = np.zeros(groups, np.int64)
+
+    def restore(self, group: Integers, deltas: Int64s, lengths: Integers) -> Int64s:
+        """Return the starts of the next rows, int64."""
+        if not group.size:
+            return np.zeros(0, np.int64)
+        order = np.argsort(group, kind="stable")
+        mine = group[order]
+        total = deltas[order]
+        first = np.ones(group.size, bool)
+        first[1:] = mine[1:] != mine[:-1]
+        total[1:] += np.where(first[1:], 0, lengths[order[:-1]])
+        heads = np.flatnonzero(first)
+        steps = total[heads] + self._ends[mine[heads]]
+        np.cumsum(total, out=total)
+        total -= np.repeat(total[heads] - steps, np.diff(np.append(heads, group.size)))
+        last = np.append(heads[1:], group.size) - 1
+        self._ends[mine[last]] = total[last] + lengths[order[last]]
+        starts = np.empty(group.size, np.int64)
+        starts[order] = total
+        return starts

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import enum
 import json
+import re
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +21,23 @@ import xxhash
 import zstandard
 
 from island_fast.arrays import Buffer
-from island_fast.errors import DamagedObjectError, UnsupportedObjectError
+from island_fast.errors import DamagedObjectError, RefusedError, UnsupportedObjectError
+from island_fast.memory import require_memory
 
 __all__ = [
     "FORMAT_VERSION",
+    "LIMITS",
     "Codec",
     "Frame",
     "Kind",
+    "Limit",
     "Section",
     "SectionEntry",
+    "bounded_time",
     "integer",
     "json_bytes",
     "open_frame",
     "parse_front",
-    "read_json",
     "seal",
 ]
 
@@ -42,6 +46,7 @@ FORMAT_VERSION = 1
 _KNOWN_FEATURES = 0
 _MAX_SECTIONS = 64
 _MAX_PLAIN = 1 << 30
+_JSON = 1  # the section that holds JSON, in every kind of object
 
 # magic, version, section count, write features, features, total length, object id, front checksum, checksum
 _HEADER = struct.Struct("<8sHHIQQ16sQ16s")
@@ -59,6 +64,39 @@ class Kind(enum.Enum):
     STOP = b"ISLANDST"
     MANIFEST = b"ISLANDMF"
     PACK = b"ISLANDPK"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The most that an object of a kind may have: bytes in all, and bytes of JSON."""
+
+    size: int
+    json: int
+
+
+LIMITS: Mapping[Kind, Limit] = {
+    Kind.REPOSITORY: Limit(size=2 << 20, json=1 << 20),
+    Kind.STOP: Limit(size=128 << 10, json=64 << 10),
+    Kind.RECORD: Limit(size=1 << 30, json=64 << 20),
+    Kind.MANIFEST: Limit(size=1 << 30, json=64 << 20),
+    Kind.PACK: Limit(size=260 << 20, json=64 << 10),  # 4096 blocks as they are, with all around them
+}
+"""Every reader asks a store for an object of a kind with this size as its limit, or a smaller one that the
+catalog states."""
+
+# Limits of JSON that follow from its size. Our longest texts are labels; each snapshot has random ids, which
+# do not compress, and takes more than 16 bytes for each of its values.
+_JSON_FREE = 4 << 20  # bytes, whatever they are compressed to
+_JSON_PER_BYTE = 1024  # more of them for each stored byte
+_JSON_SMALL = 64 << 10  # bytes; not even nothing but values is much
+_JSON_VALUE = 16  # bytes for each value
+_JSON_QUOTE = 5  # bytes for each quote
+_JSON_DEPTH = 32
+_JSON_TEXT = re.compile(rb'"(?:[^"\\]++|\\.?)*+"?', re.DOTALL)
+
+_JSON_BRACKET = re.compile(rb"[\[\]{}]")
+
+_ZSTD_MOST = 1 << 15  # bytes that a byte can stand for: a block of 4 bytes holds 128 KiB at most
 
 
 class Codec(enum.IntEnum):
@@ -96,9 +134,10 @@ class SectionEntry:
 class Frame:
     """A checked object: its section table, and the buffer (not copied) that holds the sections.
 
-    `write_features` are bits that a writer must understand; none is defined yet.
+    `write_features` are bits that a writer must understand: see `formats/catalog.py`.
     """
 
+    kind: Kind
     name: str
     length: int
     checksum: bytes
@@ -106,19 +145,35 @@ class Frame:
     entries: Mapping[int, SectionEntry]
     data: memoryview
 
+    def stored(self, kinds: Iterable[int]) -> int:
+        """Return how many bytes these sections take in the object; a section that it lacks takes none."""
+        return sum(self.entries[kind].stored for kind in kinds if kind in self.entries)
+
+    def json(self) -> dict[str, Any]:
+        """Return the JSON object in section 1, at most what LIMITS allows; DamagedObjectError for more.
+
+        Its size must also be in proportion to its stored bytes, and the number of its values to its size.
+        """
+        most = min(LIMITS[self.kind].json, _most_json(self.stored([_JSON])))
+        return _read_json(self.name, self.section(_JSON, most))
+
     def section(self, kind: int, limit: int = _MAX_PLAIN) -> memoryview:
-        """Return the plain bytes of a section, checked; DamagedObjectError for more than `limit` bytes."""
+        """Return the plain bytes of a section, checked; DamagedObjectError for more than `limit` bytes.
+
+        MemoryBudgetError if they are more than this host has memory for.
+        """
         entry = self.entries.get(kind)
         if entry is None:
             raise DamagedObjectError(f"object {self.name} lacks section {kind}; it is damaged")
         stored = self.data[entry.offset : entry.offset + entry.stored]
         if stored.nbytes != entry.stored or xxhash.xxh3_64_intdigest(stored) != entry.checksum:
             raise DamagedObjectError(f"object {self.name}, section {kind}: checksum differs")
-        if entry.plain > min(limit, _MAX_PLAIN):
+        if entry.plain > min(limit, _MAX_PLAIN) or entry.plain > _ZSTD_MOST * entry.stored:
             raise DamagedObjectError(f"object {self.name}, section {kind} is too large")
         if entry.codec == Codec.PLAIN:
             plain = stored
         elif entry.codec == Codec.ZSTD:
+            require_memory(f"section {kind} of object {self.name}", entry.plain)
             plain = memoryview(_inflate(self.name, stored, entry.plain))
         else:
             raise UnsupportedObjectError(
@@ -138,15 +193,41 @@ def json_bytes(value: Mapping[str, Any]) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
 
 
-def read_json(name: str, data: Buffer) -> dict[str, Any]:
+def _most_json(stored: int) -> int:
+    """Return how many bytes of JSON so many stored bytes can be."""
+    return _JSON_FREE + _JSON_PER_BYTE * stored
+
+
+def _read_json(name: str, data: memoryview) -> dict[str, Any]:
     """Return the JSON object in `data`, a section of object `name`."""
+    text = bytes(data)
+    if len(text) > _JSON_SMALL and not _is_in_proportion(text):
+        raise DamagedObjectError(f"object {name} holds metadata of too many values; it is damaged")
     try:
-        value = json.loads(bytes(data))
+        value = json.loads(text)
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
         raise DamagedObjectError(f"object {name} holds unreadable metadata; it is damaged")
     return value
+
+
+def _is_in_proportion(text: bytes) -> bool:
+    """Return whether JSON has at most one value for every few bytes, and is not too deep.
+
+    A value takes up to 100 bytes in memory, however few it has here.
+    """
+    if text.count(b'"') > len(text) // _JSON_QUOTE:
+        return False
+    marks = _JSON_TEXT.sub(b"", text)
+    if sum(map(marks.count, (b",", b"[", b"{"))) > len(text) // _JSON_VALUE:
+        return False
+    depth = 0
+    for mark in _JSON_BRACKET.finditer(marks):
+        depth += 1 if mark[0] in b"[{" else -1
+        if depth > _JSON_DEPTH:
+            return False
+    return True
 
 
 def integer(value: object, top: int = 1 << 63) -> int:
@@ -156,15 +237,32 @@ def integer(value: object, top: int = 1 << 63) -> int:
     return value
 
 
-def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffer], bytes]:
+def bounded_time(value: object) -> int:
+    """Return `value`, a time from JSON in nanoseconds, at most the last one that fits into 63 bits.
+
+    A host whose clock was far in the future may have written a later one. Else ValueError, as `integer`.
+    """
+    return min(integer(value, 1 << 64), (1 << 63) - 1)
+
+
+def seal(
+    kind: Kind, name: str, sections: Sequence[Section], *, write_features: int = 0
+) -> tuple[list[Buffer], bytes]:
     """Frame `sections`, each of another kind, in this order, as object `name`.
 
-    Return the object as buffers, one after the other (large plain sections are not copied), and its checksum.
+    `write_features` are bits that a writer must understand before it appends after this object. Return the
+    object as buffers, one after the other (large plain sections are not copied), and its checksum.
+    RefusedError for more JSON than a reader of this kind of object accepts: such an object would be lost.
     """
     bodies: list[Buffer] = []
     rows = []
     offset = HEADER_SIZE + _ENTRY.size * len(sections)
     for section in sections:
+        if section.kind == _JSON and _size(section.parts) > LIMITS[kind].json:
+            raise RefusedError(
+                f"object {name} would have more than {LIMITS[kind].json >> 20} MiB of metadata; delete some "
+                "snapshots, or use shorter labels"
+            )
         parts, codec = _encode_section(section)
         checksum = xxhash.xxh3_64()
         for part in parts:
@@ -175,7 +273,17 @@ def seal(kind: Kind, name: str, sections: Sequence[Section]) -> tuple[list[Buffe
         offset += size
     front = bytearray(HEADER_SIZE) + b"".join(rows)
     _HEADER.pack_into(
-        front, 0, kind.value, FORMAT_VERSION, len(sections), 0, 0, offset, _object_id(name), 0, b""
+        front,
+        0,
+        kind.value,
+        FORMAT_VERSION,
+        len(sections),
+        write_features,
+        0,
+        offset,
+        _object_id(name),
+        0,
+        b"",
     )
     struct.pack_into("<Q", front, _FRONT_SUM_AT, xxhash.xxh3_64_intdigest(front))
     whole = xxhash.xxh3_128(front)
@@ -194,7 +302,8 @@ def _encode_section(section: Section) -> tuple[Sequence[Buffer], Codec]:
     if section.compress:
         (plain,) = section.parts
         packed = zstandard.ZstdCompressor(level=3).compress(plain)
-        if len(packed) < memoryview(plain).nbytes:
+        size = memoryview(plain).nbytes
+        if len(packed) < size and (section.kind != _JSON or size <= _most_json(len(packed))):
             return [packed], Codec.ZSTD
     return section.parts, Codec.PLAIN
 
@@ -229,7 +338,7 @@ def parse_front(kind: Kind, name: str, front: Buffer) -> Frame:
     entries = {row.kind: row for row in rows}
     if len(entries) != count or any(e.offset < end or e.offset + e.stored > length for e in entries.values()):
         raise DamagedObjectError(f"object {name} has a damaged section table")
-    return Frame(name, length, checksum, writing, entries, view)
+    return Frame(kind, name, length, checksum, writing, entries, view)
 
 
 def open_frame(kind: Kind, name: str, data: Buffer) -> Frame:

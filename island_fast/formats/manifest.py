@@ -7,22 +7,31 @@ names is zero. Runs refer to a table of packs. Digests are in the packs. Layout:
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from island_fast.arrays import Buffer, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, distinct
 from island_fast.errors import DamagedObjectError, UnsupportedObjectError, UsageError
 from island_fast.formats import columns
-from island_fast.formats.frame import Kind, Section, integer, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import (
+    Frame,
+    Kind,
+    Section,
+    bounded_time,
+    integer,
+    json_bytes,
+    open_frame,
+    seal,
+)
 from island_fast.formats.keys import MAX_PACK_NUMBER, PACK_BITS, SnapshotNumbers, pack_keys
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
 from island_fast.formats.pack import DIGEST_XXH3_128, MAX_SLOTS
 from island_fast.formats.runs import Runs
+from island_fast.memory import require_memory
 from island_fast.qcow2.names import unescape
 from island_fast.qcow2.snapshots import PinnedBase
 
@@ -40,7 +49,7 @@ __all__ = [
 MAX_PROPERTIES = 256
 MAX_PROPERTIES_BYTES = 64 << 10
 _MAX_BLOCKS = 1 << 38  # 16 PiB
-_MAX_META = 64 << 20
+_ROW_MEMORY = 48  # bytes for each run while a manifest is decoded
 
 _META = 1
 _PACK_LINEAGE, _PACK_SNAPSHOT, _PACK_NUMBER = 16, 17, 18
@@ -195,13 +204,15 @@ def check_properties(properties: Mapping[str, str]) -> dict[str, str]:
     return kept
 
 
-def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
+def decode(name: str, data: Buffer, most_packs: int | None = None) -> tuple[Manifest, bytes]:
     """Return the manifest in object `name`, every field checked, and the object's checksum.
 
-    DamagedObjectError if a field is wrong, UnsupportedObjectError for what this reader does not know.
+    DamagedObjectError if a field is wrong, or if it names more than `most_packs` packs, which is how many the
+    catalog has; UnsupportedObjectError for what this reader does not know; MemoryBudgetError for more runs
+    than this host has memory for.
     """
     frame = open_frame(Kind.MANIFEST, name, data)
-    meta = read_json(name, frame.section(_META, _MAX_META))
+    meta = frame.json()
     try:
         header, packs, rows = _decode_header(meta)
     except (KeyError, TypeError, ValueError, AttributeError, UsageError) as error:
@@ -216,55 +227,70 @@ def decode(name: str, data: Buffer) -> tuple[Manifest, bytes]:
             f"manifest {name} names packs of another lineage, which this island does not know how to read; "
             "use a newer one"
         )
-    if not (0 <= packs <= rows <= header.blocks <= _MAX_BLOCKS):
-        raise DamagedObjectError(f"manifest {name} has damaged metadata")
+    # What a run names was paid for: each pack is an object that the catalog names, of at most 4096 slots.
+    if not (packs <= rows <= min(header.blocks, packs * MAX_SLOTS) and header.blocks <= _MAX_BLOCKS):
+        raise DamagedObjectError(f"manifest {name} claims more runs than its volume and its packs can have")
+    if most_packs is not None and packs > most_packs:
+        raise DamagedObjectError(f"manifest {name} names more packs than its catalog has")
+    require_memory(f"manifest {name}", rows * _ROW_MEMORY)
+    table = _decode_packs(frame, header.packs, packs)
+    return replace(header, packs=table, runs=_decode_runs(frame, table, rows, header.blocks)), frame.checksum
 
-    def column(kind: int, count: int) -> Int64s:
-        return columns.decode(name, frame.section(kind, 8 * count), count)
 
-    snapshot = column(_PACK_SNAPSHOT, packs)
-    table = replace(
-        header.packs,
-        lineage=column(_PACK_LINEAGE, packs),
-        snapshot=snapshot,
-        number=columns.restore_starts(
-            snapshot, columns.unzigzag(column(_PACK_NUMBER, packs)), np.ones(packs, np.int64)
-        ),
+def _column(frame: Frame, kind: int, rows: int) -> columns.Column:
+    return columns.Column(frame.name, frame.section(kind, 8 * rows), rows)
+
+
+def _decode_packs(frame: Frame, names: PackTable, rows: int) -> PackTable:
+    """Return `names` with its `rows` rows; DamagedObjectError for an index or number out of range."""
+    lineage, snapshot, number = (
+        _column(frame, kind, rows).part(0, rows) for kind in (_PACK_LINEAGE, _PACK_SNAPSHOT, _PACK_NUMBER)
     )
-    runs = _decode_runs(name, column, rows, header.blocks)
-    _check_ranges(name, table, runs)
-    return replace(header, packs=table, runs=runs), frame.checksum
+    _require_below(frame.name, lineage, len(names.lineages))
+    _require_below(frame.name, snapshot, len(names.snapshots))
+    starts = columns.GroupedStarts(len(names.snapshots))
+    number = starts.restore(snapshot, columns.unzigzag(number), np.ones(rows, np.int64))
+    _require_below(frame.name, number, MAX_PACK_NUMBER + 1)
+    return replace(names, lineage=lineage, snapshot=snapshot, number=number)
 
 
-def _decode_runs(name: str, column: Callable[[int, int], Int64s], rows: int, blocks: int) -> Runs:
-    """Return the runs in the sections that `column(kind, rows)` decodes, of a volume of `blocks` blocks.
+def _decode_runs(frame: Frame, packs: PackTable, rows: int, blocks: int) -> Runs:
+    """Return the runs of a volume of `blocks` blocks, every one within the volume and its pack.
 
-    Columns are large: they are changed in place, and narrowed as soon as their values are known to fit.
+    There can be many: they are decoded a window at a time, into columns that are as narrow as they stay.
     """
-    start, length = column(_RUN_GAP, rows), column(_RUN_LENGTH, rows)
-    if float(start.sum(dtype=float) + length.sum(dtype=float)) + rows > blocks:
-        raise DamagedObjectError(f"manifest {name} names blocks past the volume's end")
-    length += 1
-    start += length
-    np.cumsum(start, out=start)
-    start -= length
-    back = column(_RUN_PACK, rows)
-    newest = np.cumsum(back == 0)
-    newest -= back == 0
-    newest -= back
-    pack = _int32(name, newest)
-    del back, newest
-    lengths = _int32(name, length)
-    del length
-    slot = columns.restore_starts(pack, columns.unzigzag(column(_RUN_SLOT, rows)), lengths)
-    return Runs(start, lengths, pack, _int32(name, slot))
+    name = frame.name
+    gaps, lengths, backs, slots = (
+        _column(frame, kind, rows) for kind in (_RUN_GAP, _RUN_LENGTH, _RUN_PACK, _RUN_SLOT)
+    )
+    start = np.empty(rows, np.int64)
+    length, pack, slot = (np.empty(rows, np.int32) for _ in range(3))
+    starts = columns.GroupedStarts(len(packs))
+    end = named = 0  # where the runs so far end, and how many packs they name
+    for first, stop in columns.windows(rows):
+        gap, size = gaps.part(first, stop), lengths.part(first, stop)
+        _require_below(name, size, MAX_SLOTS)
+        size += 1
+        if end + float(gap.sum(dtype=float)) + float(size.sum(dtype=float)) > blocks:
+            raise DamagedObjectError(f"manifest {name} names blocks past the volume's end")
+        ends = end + np.cumsum(gap + size)
+        end = int(ends[-1])
+        back = backs.part(first, stop)
+        newest = named + np.cumsum(back == 0)
+        row = newest - (back == 0) - back
+        named = int(newest[-1])
+        _require_below(name, row, len(packs))
+        at = starts.restore(row, columns.unzigzag(slots.part(first, stop)), size)
+        _require_below(name, at, MAX_SLOTS)
+        _require_below(name, at + size, MAX_SLOTS + 1)
+        start[first:stop], length[first:stop], pack[first:stop], slot[first:stop] = ends - size, size, row, at
+    return Runs(start, length, pack, slot)
 
 
-def _int32(name: str, values: Int64s) -> NDArray[np.int32]:
-    """Return `values` as int32; DamagedObjectError if one does not fit: no valid run is that large."""
-    if values.size and not -(1 << 31) <= int(values.min()) <= int(values.max()) < 1 << 31:
+def _require_below(name: str, values: Int64s, top: int) -> None:
+    """Raise DamagedObjectError unless all `values` are in [0, top)."""
+    if values.size and not 0 <= int(values.min()) <= int(values.max()) < top:
         raise DamagedObjectError(f"manifest {name} points outside its packs")
-    return values.astype(np.int32)
 
 
 def _decode_header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
@@ -280,7 +306,7 @@ def _decode_header(meta: dict[str, Any]) -> tuple[Manifest, int, int]:
         parent=meta["parent"] and _check_pattern(SNAPSHOT_PATTERN, meta["parent"]),
         group=meta["group"] and str(meta["group"]),
         volume_size=integer(meta["volume_size"]),
-        created=integer(meta["created"]),
+        created=bounded_time(meta["created"]),
         label=str(meta["label"]),
         rule=str(meta["rule"]),
         reason=str(meta["reason"]),
@@ -305,7 +331,7 @@ def pin_from_json(value: Mapping[str, Any]) -> PinnedBase:
     return PinnedBase(
         _check_pin_text(value["name"]),
         _check_pin_text(value["id"]),
-        integer(value["seconds"], 1 << 32),
+        integer(value["seconds"]),  # more than 32 bits if a clock was wrong; no image has such a pin
         integer(value["nanoseconds"], 1 << 32),
         integer(value["disk_size"]),
     )
@@ -323,17 +349,3 @@ def _check_pattern(pattern: re.Pattern[str], value: object) -> str:
     if not isinstance(value, str) or not pattern.fullmatch(value):
         raise ValueError(value)
     return value
-
-
-def _check_ranges(name: str, table: PackTable, runs: Runs) -> None:
-    """Refuse a table or runs with an index, number or slot that is out of range."""
-    pairs = [
-        (table.lineage, len(table.lineages)),
-        (table.snapshot, len(table.snapshots)),
-        (table.number, MAX_PACK_NUMBER + 1),
-        (runs.pack, len(table)),
-        (runs.slot, MAX_SLOTS),
-        (runs.slot + runs.length, MAX_SLOTS + 1),
-    ]
-    if any(c.size and not 0 <= int(c.min()) <= int(c.max()) < top for c, top in pairs):
-        raise DamagedObjectError(f"manifest {name} points outside its packs")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from island_fast.errors import DamagedObjectError
+
 __all__ = [
     "LINEAGE_PATTERN",
     "SNAPSHOT_PATTERN",
@@ -23,7 +25,15 @@ _STORED = re.compile(
 
 
 def catalog_name(lineage: str, epoch: int, number: int) -> str:
-    """Return the name of record `number` of `epoch`, below the repository's prefix."""
+    """Return the name of record `number` of `epoch`, below the repository's prefix.
+
+    DamagedObjectError for one that cannot be: whoever looks for the end of a catalog would go on for ever.
+    """
+    if not (epoch < 10**6 and number < 10**8):
+        raise DamagedObjectError(
+            f"volume {lineage}: the store shows a catalog record {epoch}-{number}, which no catalog has; "
+            "check the store, and the proxies between it and this host"
+        )
     return f"{lineage}/catalog/{epoch:06d}-{number:08d}"
 
 

@@ -27,7 +27,6 @@ from island_fast.formats.frame import (
     json_bytes,
     open_frame,
     parse_front,
-    read_json,
     seal,
 )
 
@@ -207,7 +206,7 @@ def _decode_index(frame: Frame) -> Index:
 
 def _decode_header(frame: Frame) -> tuple[PackHeader, int]:
     """Return the metadata of a pack and its number of slots; UnsupportedObjectError for what is not known."""
-    meta = read_json(frame.name, frame.section(_META, 1 << 16))
+    meta = frame.json()
     try:
         header = PackHeader(
             lineage=str(meta["lineage"]),

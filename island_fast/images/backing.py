@@ -1,14 +1,16 @@
 """The backing files of an image, as the caller lists them: nearest first, each with its format.
 
 No name inside an image is followed. Each file is opened once, by the caller's path, whose last component must
-not be a symbolic link. Locks keep QEMU from writing to the files as long as the chain is open. The chain has
-one identity, which a snapshot records, so that a later snapshot can see whether a backing file changed.
+not be a symbolic link. What something else can write to is refused, and locks keep QEMU from writing to the
+files as long as the chain is open. The chain has one identity, which a snapshot records, so that a later
+snapshot can see whether a backing file changed. A block device does not show whether it did.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import find_allocated
 from island_fast.qcow2.image import Image
 from island_fast.qemu.image_lock import hold_off_writers
+from island_fast.qemu.open_files import refuse_held
 
 __all__ = ["Backing", "Chain", "Layer"]
 
@@ -95,7 +98,7 @@ class _Qcow2Layer:
         self._reader.read(blocks, out)
 
     def find_data(self, progress: Progress) -> DirtyMap:
-        own = find_allocated(self._image, self._point, progress=scan_progress(progress))
+        own = find_allocated(self._image, self._point, progress=scan_progress(progress), skip_holes=True)
         return with_data_below(own, self._below, progress)
 
 
@@ -119,7 +122,10 @@ def with_data_below(own: DirtyMap, below: Layer | None, progress: Progress) -> D
 
 
 class Chain:
-    """The open backing files of one image, until `close`. `top` is the nearest layer, None without files."""
+    """The open backing files of one image, until `close`. `top` is the nearest layer, None without files.
+
+    `device` is the path of a block device among them, None if there is none.
+    """
 
     def __init__(self, files: Sequence[Backing], named: bytes | None) -> None:
         """Open and lock all files.
@@ -130,8 +136,10 @@ class Chain:
         Raises UsageError: too many files, or a raw file that is not the last.
         Raises RefusedError: a symbolic link, a file listed twice, or a qcow2 file for which a backing file is
             listed and not named, or named and not listed.
+        Raises ImageInUseError: something else can write to one of them.
         """
         self.top: Layer | None = None
+        self.device: Path | None = None
         self._seen: set[tuple[int, int]] = set()
         self._facts: list[object] = [named.hex() if named else None]
         if len(files) > _MAX_FILES:
@@ -167,7 +175,6 @@ class Chain:
             return _RawLayer(file.path, fd, size)
         image = stack.enter_context(Image.open(file.path, backed=True))
         self._admit(file.path, image.fd)
-        self._facts.append(xxhash.xxh3_128_hexdigest(image.read(0, _HASHED_BYTES)))
         refuse_backing_mismatch(image, below is not None)
         return _Qcow2Layer(image, below)
 
@@ -177,11 +184,18 @@ class Chain:
         if not os.path.samestat(status, os.lstat(path)):  # after the open, so nobody can swap it
             raise RefusedError(f"{path} is a symbolic link; name the backing file itself")
         hold_off_writers(fd, str(path))
+        refuse_held(path, fd, to_write=False)
+        status = os.fstat(fd)  # again, because only now nobody writes
+        if stat.S_ISBLK(status.st_mode):
+            self.device = path
         file = (status.st_dev, status.st_ino)
         if file in self._seen:
             raise RefusedError(f"{path} is listed twice as a backing file; check the order of --backing")
         self._seen.add(file)
-        self._facts.append([*file, status.st_size, status.st_mtime_ns])
+        beginning = xxhash.xxh3_128_hexdigest(os.pread(fd, _HASHED_BYTES, 0))
+        # Programs can set the time of the last write, but only the kernel the time of the last change.
+        times = [status.st_mtime_ns, status.st_ctime_ns]
+        self._facts.append([*file, status.st_size, *times, beginning])
 
 
 def refuse_backing_mismatch(image: Image, backed: bool) -> None:

@@ -51,7 +51,8 @@ def map_image(
 
 def _raw_map(path: Path) -> Iterator[Extents]:
     """Yield data and holes of a raw image, as its file system reports them."""
-    from island_fast.images.raw_source import find_extents, open_raw
+    from island_fast.files import find_extents
+    from island_fast.images.raw_source import open_raw
 
     fd, size = open_raw(path)
     try:

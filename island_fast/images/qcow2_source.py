@@ -8,8 +8,8 @@ at a time.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,8 +25,11 @@ from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
 from island_fast.qcow2.image import Image, Point
+from island_fast.qcow2.refcounts import reason_no_room
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.qemu.image_lock import ImageLock, writer_present
+from island_fast.qemu.open_files import refuse_held
+from island_fast.qemu.programs import descriptor_path
 from island_fast.qemu.qemu_img import QemuImg
 
 if TYPE_CHECKING:
@@ -70,17 +73,19 @@ class Qcow2Source(Source):
         *,
         monitor: Monitor | None = None,
         unpinned_scan: bool = False,
+        only_unpin: bool = False,
         lock: bool = True,
         backing: Sequence[Backing] = (),
     ) -> None:
         """Open the image and lock it.
 
         qmp: the QMP socket of the QEMU process that has the image open; that process takes and deletes the
-            internal snapshots. Without `qmp` and `monitor`, qemu-img does, and no process may have the image
-            open for writing.
+            internal snapshots. It serves one client at a time, so we are connected only for that moment.
+            Without `qmp` and `monitor`, qemu-img does, and no process may have the image open for writing.
         monitor: the same process through a connection that stays the caller's, for a libvirt guest.
         unpinned_scan: the snapshot will read the active tables, without a pin. Then locks keep writers out
             as long as the source is open; so they do for an image that cannot be pinned.
+        only_unpin: the caller only drops pins, and reads no volume.
         lock: False locks nothing, for a caller that holds an ImageLock or only asks what a snapshot would
             do. Such a source must not pin or unpin.
         backing: the image's backing files, nearest first.
@@ -97,32 +102,61 @@ class Qcow2Source(Source):
             self.image = stack.enter_context(Image.open(path, backed=bool(backing)))
             refuse_backing_mismatch(self.image, bool(backing))
             self._chain = stack.enter_context(closing(Chain(backing, self.image.header.backing_name)))
+            self._not_pinnable = _reason_not_pinnable(self.image)
+            self._connect: Callable[[], Monitor] | None = None
             self._monitor: Monitor | None = None
+            self._used_by_qemu = bool(qmp or monitor)
             if not lock:
                 self._stack = stack.pop_all()
                 return
-            if (qmp or monitor) and (why := self.reason_not_pinnable):
+            why = None if only_unpin else self.reason_not_pinnable
+            if self._used_by_qemu and why:
                 raise RefusedError(
                     f"{path} cannot be read while it is in use, because {why}; "
                     "stop the process that uses it first"
                 )
-            keep_out = unpinned_scan or self.reason_not_pinnable is not None
-            held = stack.enter_context(ImageLock(path, hold_off_writers=keep_out))
+            held = stack.enter_context(ImageLock(path, hold_off_writers=unpinned_scan or why is not None))
             if not os.path.samestat(os.fstat(held.fd), os.fstat(self.image.fd)):
                 raise RefusedError(f"{path} was replaced by another file just now; try again")
-            self._monitor = monitor
             if qmp:
                 from island_fast.qemu.qmp import Qmp  # imports sockets, which only images in use need
 
-                self._monitor = stack.enter_context(Qmp(qmp))
-            self.node = self._monitor.find_node(path) if self._monitor else ""
-            if not self._monitor and writer_present(self.image.fd):
-                raise ImageInUseError(
-                    f"{path} is open for writing in another process; name that process's QMP socket "
-                    "with --qmp, snapshot a libvirt guest with --domain, or stop it first"
-                )
+                self._connect = lambda: Qmp(qmp)
+                stack.callback(self._disconnect)
+            self._monitor = monitor
+            self.node = ""
+            if self._used_by_qemu:
+                with self._connected() as process:
+                    self.node = process.find_node(path, self.image.fd)
+            else:
+                if writer_present(self.image.fd):
+                    raise ImageInUseError(
+                        f"{path} is open for writing in another process; name that process's QMP socket "
+                        "with --qmp, snapshot a libvirt guest with --domain, or stop it first"
+                    )
+                refuse_held(path, self.image.fd, to_write=False)
             self.image.reload()
             self._stack = stack.pop_all()
+
+    @contextmanager
+    def _connected(self) -> Iterator[Monitor]:
+        """Yield the monitor of the process that has the image open; then let other clients have it.
+
+        After an error the connection stays for the next use: answers come in order, so the first one shows
+        that the failed command has come to its end.
+        """
+        if self._monitor is None and self._connect is not None:
+            self._monitor = self._connect()
+        if self._monitor is None:
+            raise TypeError("no process has this image open")
+        yield self._monitor
+        self._disconnect()
+
+    def _disconnect(self) -> None:
+        """End a connection of our own."""
+        if self._connect is not None and self._monitor is not None:
+            monitor, self._monitor = self._monitor, None
+            monitor.close()
 
     def reload(self) -> None:
         """See Source.reload."""
@@ -150,36 +184,44 @@ class Qcow2Source(Source):
 
     @property
     def reason_not_pinnable(self) -> str | None:
-        """See Source.reason_not_pinnable."""
-        if self.image.header.version < 3:
-            return "a version 2 image cannot be resized while it holds an internal snapshot"
-        return None
+        """See Source.reason_not_pinnable. It is as of when the image was opened."""
+        return self._not_pinnable
 
     def pin(self, name: str) -> InternalSnapshot:
         """See Source.pin. IslandError without permission to write to the image, or if QEMU fails."""
-        if self._monitor:
-            self._monitor.snapshot_create(self.node, name)
-        elif not os.access(self.path, os.W_OK):
+        if self._used_by_qemu:
+            with self._connected() as process:
+                self.node = process.find_node(self.path, self.image.fd)
+                process.snapshot_create(self.node, name)
+        elif not os.access(descriptor_path(self.image.fd), os.W_OK):
             raise IslandError(
                 f"{self.path} cannot be written, so it cannot hold a pin; run as its owner, or give --no-pin"
             )
         else:
-            QemuImg().snapshot_create(self.path, name)
+            self._qemu_img.snapshot_create(name)
         self.image.reload()
         return self.find_named(name)
 
     def unpin(self, internal: InternalSnapshot) -> None:
         """See Source.unpin."""
-        if self._monitor:
-            self._monitor.snapshot_delete(self.node, internal.id, internal.name)
+        if self._used_by_qemu:
+            with self._connected() as process:
+                node = process.find_node(self.path, self.image.fd)
+                process.snapshot_delete(node, internal.id, internal.name)
         elif self.find_named(internal.name).identity == internal.identity:  # qemu-img deletes by name
-            QemuImg().snapshot_delete(self.path, internal.name)
+            self._qemu_img.snapshot_delete(internal.name)
         self.image.reload()
+
+    @property
+    def _qemu_img(self) -> QemuImg:
+        """The program for an image that no process has open, acting on the very file that we hold."""
+        return QemuImg(self.image.fd, self.path)
 
     def discard_pin(self, name: str) -> None:
         """See Source.discard_pin."""
-        if self._monitor:
-            self._monitor.find_node(self.path)  # answers come in order: earlier commands are done after it
+        if self._used_by_qemu:
+            with self._connected() as process:
+                process.find_node(self.path, self.image.fd)  # earlier commands are done when it answers
         self.image.reload()
         for internal in self.image.snapshots:
             if internal.name == name:
@@ -197,13 +239,15 @@ class Qcow2Source(Source):
         """
         if self.image.header.corrupt:
             return "the image is marked corrupt"
+        if self._chain.device is not None:
+            return f"{self._chain.device} is a block device, which does not show whether it was written to"
         if facts.get(_BACKING, "") != self._chain.identity:
             return "the backing files are not those of the parent, or were written to since"
         active, then = self.image.active_point(), self.image.point_at(base.internal)
         try:
             shared = count_shared_copied(self.image, active, then)
         except DamagedImageError:
-            if self._monitor is None:
+            if not self._used_by_qemu:
                 raise
             return "the active tables changed while they were read"
         if shared:
@@ -236,5 +280,12 @@ class Qcow2Source(Source):
 
     def _scan(self, point: Point, why: str, progress: Progress) -> Change:
         """Find all blocks that can hold data, in the image and below it."""
-        own = find_allocated(self.image, point, progress=scan_progress(progress))
+        own = find_allocated(self.image, point, progress=scan_progress(progress), skip_holes=True)
         return Change.full_scan(with_data_below(own, self._chain.top, progress), why)
+
+
+def _reason_not_pinnable(image: Image) -> str | None:
+    """Return why an internal snapshot must not, or cannot, be left in the image; None if it can."""
+    if image.header.version < 3:
+        return "a version 2 image cannot be resized while it holds an internal snapshot"
+    return reason_no_room(image)

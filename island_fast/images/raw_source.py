@@ -6,10 +6,9 @@ is not sent. Holes are found with SEEK_DATA, where the file system reports them.
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,16 +16,17 @@ import numpy as np
 
 from island_fast.arrays import Bytes2D, Int64s
 from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
-from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, RefusedError, UsageError
+from island_fast.errors import DamagedImageError, RefusedError, UsageError
+from island_fast.files import find_extents
 from island_fast.images.source import Base, Change, Source, View, scan_progress
 from island_fast.progress import Progress
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
 from island_fast.qcow2.vectored_io import plan_transfers, read_transfer
 from island_fast.qemu.image_lock import ImageLock, open_image
-from island_fast.qemu.open_files import refuse_if_open
+from island_fast.qemu.open_files import refuse_held
 
-__all__ = ["RawSource", "RawView", "find_extents", "find_raw_data", "open_raw"]
+__all__ = ["RawSource", "RawView", "find_raw_data", "open_raw"]
 
 _NO_TABLES = "a raw image has no tables to compare"
 
@@ -70,7 +70,8 @@ class RawSource(Source):
         """Open and lock the image.
 
         Raises NotFoundError: no such file.
-        Raises ImageInUseError: another process has it open for writing, or a device is mounted.
+        Raises ImageInUseError: something else can write to it (`open_files.refuse_held`): a process, a loop
+            device over it, or a file system that is mounted from it.
         Raises RefusedError: another snapshot of it is being taken; the volume is over 64 TiB; or it is not a
             regular file or block device.
         """
@@ -78,9 +79,7 @@ class RawSource(Source):
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, hold_off_writers=True, devices=True))
             self._fd = lock.fd
-            if path.is_block_device():
-                _refuse_mounted(path)
-                refuse_if_open(path, self._fd, readers=False)
+            refuse_held(path, self._fd, to_write=False)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self._size} bytes, over the limit of 64 TiB")
@@ -147,32 +146,3 @@ def open_raw(path: Path) -> tuple[int, int]:
     """Open a raw image or device read-only; return the descriptor, which the caller closes, and its size."""
     fd = open_image(str(path), devices=True)
     return fd, os.lseek(fd, 0, os.SEEK_END)
-
-
-def find_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Yield the extents [start, stop), in bytes, that can hold data, ascending.
-
-    Where the file system does not report holes, that is one extent, the whole file.
-    """
-    at = 0
-    while at < size:
-        try:
-            start = os.lseek(fd, at, os.SEEK_DATA)
-            stop = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        except OSError as error:
-            if error.errno == errno.ENXIO:  # only a hole is left
-                return
-            start, stop = at, size
-        if start < size:
-            yield start, stop
-        at = stop
-
-
-def _refuse_mounted(path: Path) -> None:
-    """Raise ImageInUseError if the block device is mounted or part of another device."""
-    try:
-        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            raise ImageInUseError(f"{path} is mounted or part of another device; unmount it first") from error
-        raise IslandError(f"{path} cannot be opened: {error.strerror}; check the device") from error

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import struct
 import threading
 from abc import ABC, abstractmethod
@@ -34,7 +35,8 @@ from island_fast.qcow2.image import Image
 from island_fast.qcow2.vectored_io import plan_transfers, write_all
 from island_fast.qcow2.writer import write_rows
 from island_fast.qemu.image_lock import ImageLock, hold_off_everyone, writer_present
-from island_fast.qemu.open_files import find_loop_devices, refuse_if_open
+from island_fast.qemu.open_files import refuse_held
+from island_fast.qemu.programs import descriptor_path
 from island_fast.qemu.qemu_nbd import open_for_writing
 
 __all__ = ["ExistingImage", "open_target"]
@@ -91,8 +93,12 @@ class ExistingImage(ABC):
     def find_data(self, progress: Progress) -> DirtyMap:
         """Find the blocks that can hold data; all others are zero."""
 
-    def refuse_if_open(self) -> None:  # noqa: B027  # QEMU's own locks suffice for a qcow2
-        """Raise ImageInUseError if another process has opened it since, which no lock prevents."""
+    @abstractmethod
+    def begin_writing(self) -> None:
+        """Make ready for the first write. ImageInUseError if anything else uses the image now.
+
+        No lock keeps others away, and comparing can have taken hours.
+        """
 
     def write(self, blocks: Int64s, rows: Bytes2D) -> None:
         """Write row i of `rows` (uint8[n, BLOCK_SIZE]) to block `blocks[i]`, in any order. Thread-safe."""
@@ -139,12 +145,15 @@ class _Qcow2(ExistingImage):
             lock = stack.enter_context(ImageLock(path))
             if writer_present(lock.fd):
                 raise ImageInUseError(f"{path} is open in another process; stop that process first")
+            refuse_held(path, lock.fd, to_write=True)
             self._check_header(volume_size)
             if read_only:
                 hold_off_everyone(lock.fd, str(path))
             else:
                 header = self._image.header
-                self._disk = stack.enter_context(open_for_writing(path, header.size, header.cluster_size))
+                self._disk = stack.enter_context(
+                    open_for_writing(self._image.fd, path, header.size, header.cluster_size)
+                )
             _refuse_replaced(path, lock.fd, self._image.fd)
             self._check_header(volume_size)  # again, because only now nobody can change it; QEMU repairs too
             self._point = self._image.active_point()
@@ -161,7 +170,11 @@ class _Qcow2(ExistingImage):
 
     def find_data(self, progress: Progress) -> DirtyMap:
         """See ExistingImage.find_data."""
-        return find_allocated(self._image, self._point, progress=scan_progress(progress))
+        return find_allocated(self._image, self._point, progress=scan_progress(progress), skip_holes=True)
+
+    def begin_writing(self) -> None:
+        """See ExistingImage.begin_writing. The image is open in our own qemu-nbd."""
+        refuse_held(self.path, self._image.fd, to_write=True, ours=frozenset([self._disk.process]))
 
     def finish(self) -> None:
         """See ExistingImage.finish."""
@@ -186,13 +199,16 @@ class _Raw(ExistingImage):
         with ExitStack() as stack:
             lock = stack.enter_context(ImageLock(path, devices=True))
             hold_off_everyone(lock.fd, str(path))
-            self._device = path.is_block_device()
-            if loops := [] if self._device else find_loop_devices(path):
-                raise ImageInUseError(f"{path} is in use by {loops[0]}; detach that first")
-            self._fd = _open_raw_target(path, os.O_RDONLY if read_only else os.O_RDWR, self._device)
-            stack.callback(os.close, self._fd)
-            _refuse_replaced(path, lock.fd, self._fd)
-            self.refuse_if_open()
+            self._fd = lock.fd
+            self._device = stat.S_ISBLK(os.fstat(lock.fd).st_mode)
+            refuse_held(path, lock.fd, to_write=True)
+            opened = _open_raw_target(path, lock.fd, os.O_RDONLY if read_only else os.O_RDWR, self._device)
+            if self._device:  # stays open, so that nobody mounts it meanwhile
+                self._fd = opened
+                stack.callback(os.close, opened)
+            else:
+                os.close(opened)  # a file that is open for writing gets no lease: see `refuse_held`
+            _refuse_replaced(path, lock.fd)
             self.size = os.lseek(self._fd, 0, os.SEEK_END)
             _refuse_smaller(path, self.size, volume_size)
             if not was_raw and os.pread(self._fd, len(MAGIC), 0) == MAGIC:
@@ -207,9 +223,12 @@ class _Raw(ExistingImage):
             self.view = RawView(path, self._fd, self.size)
             self._stack = stack.pop_all()
 
-    def refuse_if_open(self) -> None:
-        """See ExistingImage.refuse_if_open."""
-        refuse_if_open(self.path, self._fd, readers=self._device)
+    def begin_writing(self) -> None:
+        """See ExistingImage.begin_writing."""
+        refuse_held(self.path, self._fd, to_write=True, claimed=self._device)
+        if not self._device:
+            self._fd = _open_raw_target(self.path, self._fd, os.O_RDWR, False)
+            self._stack.callback(os.close, self._fd)
 
     def find_data(self, progress: Progress) -> DirtyMap:
         """See ExistingImage.find_data."""
@@ -240,10 +259,10 @@ class _Raw(ExistingImage):
             raise IslandError(f"{self.path} cannot be written: {error.strerror}; check that disk") from error
 
 
-def _open_raw_target(path: Path, flags: int, device: bool) -> int:
-    """Open a raw target; the descriptor of a device keeps it from being mounted or used by another one."""
+def _open_raw_target(path: Path, fd: int, flags: int, device: bool) -> int:
+    """Open what `fd` is once more; the descriptor of a device keeps it from being mounted or used."""
     try:
-        return os.open(path, flags | os.O_CLOEXEC | (os.O_EXCL if device else 0))
+        return os.open(descriptor_path(fd), flags | os.O_CLOEXEC | (os.O_EXCL if device else 0))
     except OSError as error:
         if error.errno == errno.EBUSY:
             raise ImageInUseError(f"{path} is mounted or part of another device; unmount it first") from error

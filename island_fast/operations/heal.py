@@ -36,7 +36,7 @@ from island_fast.errors import (
     ObjectMissingError,
 )
 from island_fast.formats.catalog import ObjectsSwept, Packs
-from island_fast.formats.frame import Kind, open_frame, read_json
+from island_fast.formats.frame import LIMITS, Kind, open_frame
 from island_fast.formats.keys import SLOT_BITS
 from island_fast.formats.names import stop_name
 from island_fast.formats.pack import ABSENT, Index, compress_blocks, digest_blocks, open_pack, seal_pack
@@ -159,10 +159,10 @@ def _find_adopter(lineage: Lineage) -> str | None:
     name = stop_name(lineage.name, lineage.epoch)
 
     def check(data: memoryview) -> str:
-        return str(read_json(name, open_frame(Kind.STOP, name, data).section(1, 1 << 16)).get("writer"))
+        return str(open_frame(Kind.STOP, name, data).json().get("writer"))
 
     with contextlib.suppress(ObjectMissingError, *UNREADABLE):
-        return get_checked(lineage.store, name, check, newest=True)
+        return get_checked(lineage.store, name, check, limit=LIMITS[Kind.STOP].size, newest=True)
     return None
 
 
@@ -372,7 +372,7 @@ class _PackHealing:
         store = self._lineage.store
         sealed, size = seal_pack(name, damaged.index.header, parts, lengths, codecs, damaged.index.digests)
         store.put(name, sealed)
-        index, data = get_checked(store, name, lambda given: open_pack(name, given))
+        index, data = get_checked(store, name, lambda given: open_pack(name, given), limit=size)
         if not readable_slots(index, data, np.flatnonzero(keep))[keep].all():
             raise DamagedObjectError(f"pack {name} is damaged although it was just written; run it again")
         return size

@@ -107,13 +107,14 @@ def _find_parent_and_base(
     """Find the newest live snapshot whose pin is in the image; else a deleted one's pin and its ancestor.
 
     Without either, the parent is the newest snapshot, if there is any, and the reason says why it has no
-    base.
+    base. So it is if the image cannot hold a new pin: a full scan gains nothing by an older parent.
     """
     live = lineage.state.live
-    for row in reversed(live.values()):  # type: ignore[call-overload]
+    usable = source.reason_not_pinnable is None
+    for row in reversed(live.values()) if usable else ():  # type: ignore[call-overload]
         if internal := source.find_pinned(row.pin):
             return row, Base(internal, NO_INTERVALS), ""
-    for deleted in lineage.files.deleted_snapshots():
+    for deleted in lineage.files.deleted_snapshots() if usable else ():
         row = live.get(deleted.parent or "")
         if row and (base := _base_of_deleted(lineage, source, deleted, row)):
             return row, base, ""

@@ -64,8 +64,9 @@ def restore(found: FoundSnapshot, manifest: Manifest, target: RestoreTarget, pro
     with create_file(target.path) as fd:
         writer: Qcow2Writer | RawWriter
         if target.image_format == "qcow2":
-            # A pin of another size cannot hold what the volume holds; the next snapshot is then a full scan.
-            fits = manifest.pin.disk_size == manifest.volume_size
+            # A pin of another size cannot hold what the volume holds, and one of a wrong clock does not fit
+            # into an image; the next snapshot is then a full scan.
+            fits = manifest.pin.disk_size == manifest.volume_size and manifest.pin.seconds < 1 << 32
             pin = manifest.pin if target.pin and fits else None
             writer = Qcow2Writer(fd, manifest.volume_size, runs.intervals(), _cluster_bits(manifest), pin)
             reserve_space(fd)  # all of it is about to be written, in the order in which packs arrive
@@ -109,7 +110,7 @@ def restore_onto(
     todo = _compare_target(found, runs, packs, target, progress)
     compared = target.view.bytes_read
     if not dry_run:
-        target.refuse_if_open()  # comparing can have taken hours
+        target.begin_writing()
         with _warn_if_half_written(target, found.row.id):
             _overwrite(todo, runs, packs, target, progress)
     return RestoredOnto(

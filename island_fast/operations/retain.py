@@ -24,6 +24,9 @@ from island_fast.results import Decided, Retained, timestamp
 
 __all__ = ["Keep", "retain"]
 
+_MARKED = "marked"
+"""The reason of a snapshot that `island keep` marked."""
+
 _PERIOD_OF: Mapping[str, Callable[[datetime], Hashable]] = {
     "hourly": lambda time: (time.date(), time.hour),
     "daily": lambda time: time.date(),
@@ -72,16 +75,19 @@ class _Retention:
         self._dry_run = dry_run
 
     def decide(self) -> dict[str, tuple[str, ...]]:
-        """Return the rules that keep each live snapshot, by id."""
-        live = self._lineage.state.live
-        return dict(zip(live, self._keep.decide([row.created for row in live.values()]), strict=True))
+        """Return what keeps each live snapshot, by id: rules, and a mark."""
+        rows = self._lineage.state.live.values()
+        reasons = self._keep.decide([row.created for row in rows])
+        return {
+            row.id: ((_MARKED, *why) if row.keep else why) for row, why in zip(rows, reasons, strict=True)
+        }
 
     def delete(self, row: SnapshotRow) -> Decided | None:
         """Delete a snapshot that no rule keeps; return None if another process deleted it meanwhile."""
         try:
             if self._dry_run:
                 return _deleted(row, self._plan(row))
-            with self._lineage.hold_lock():
+            with self._lineage.hold_lock(), self._lineage.store.use_reserve():
                 reasons = self.decide().get(row.id)  # others may have been deleted since the first look
                 if reasons is None:
                     return None

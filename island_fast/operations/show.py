@@ -49,4 +49,5 @@ def snapshot_info(lineage: Lineage, row: SnapshotRow) -> Snapshot:
         created=timestamp(row.created),
         volume_size=row.volume_size,
         bytes_stored=row.stored + row.manifest_size,
+        keep=row.keep,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -20,15 +21,17 @@ import numpy as np
 from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
-from island_fast.errors import IslandError
+from island_fast.errors import IslandError, StoreRefusedError
 from island_fast.formats.catalog import SnapshotAdded, SnapshotRow
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
-from island_fast.images.source import Change, Source, View
+from island_fast.images.source import TABLE_DIFF, Change, Source, View
 from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
+from island_fast.operations.sample import compare_sample
 from island_fast.progress import Progress
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
+from island_fast.repository.clock import read_clock
 from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
@@ -140,6 +143,8 @@ class _SnapshotRun:
         self._request = request
         self._progress = progress
         self._committing = False
+        self._sampled = 0
+        self._notes: list[str] = []
 
     @property
     def _id(self) -> str:
@@ -148,18 +153,19 @@ class _SnapshotRun:
     def run(self) -> SnapshotTaken:
         """Take the snapshot, with its pin."""
         began = time.monotonic()
-        created = time.time_ns()
+        created = read_clock()
         with ExitStack() as stack:
             self._register(stack)
             internal = self._take_or_find_internal(stack)
             taken = self._send_and_commit(internal, created)
-        notes = self._drop_old_pins(internal)
+        notes = (*self._notes, *self._drop_old_pins(internal))
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
 
     # The same in two steps; between them the caller takes the pin.
 
     def prepare(self, stack: ExitStack) -> str:
         """Do everything that comes before the pin, and return its name; leaving `stack` undoes it."""
+        read_clock()  # a wrong one is refused before anything is made
         self._register(stack)
         return self._prepare_pin(stack)
 
@@ -172,7 +178,7 @@ class _SnapshotRun:
             self._source.reload()
             internal = self._source.find_named(name)
             taken = self._send_and_commit(internal, moment.created)
-        notes = self._drop_old_pins(internal)
+        notes = (*self._notes, *self._drop_old_pins(internal))
         return replace(taken, seconds=time.monotonic() - began, notes=notes)
 
     # Before the pin: the registration, the lineage, the parent.
@@ -223,11 +229,11 @@ class _SnapshotRun:
 
     @contextmanager
     def _drop_pin_on_error(self, name: str) -> Iterator[None]:
-        """Drop the new pin if the body fails, or is interrupted, before the record could be written."""
+        """Drop the new pin if the body fails, or is interrupted, and the record cannot have been written."""
         try:
             yield
-        except BaseException:
-            if not self._committing:
+        except BaseException as error:
+            if not self._committing or isinstance(error, StoreRefusedError):
                 with suppress(IslandError, OSError):
                     self._source.discard_pin(name)
             raise
@@ -238,9 +244,18 @@ class _SnapshotRun:
         Return a sentence for each pin that cannot be dropped: the snapshot is stored, so that is not an
         error.
         """
-        if internal is None or self._request.at is not None:
+        if self._request.at is not None:
             return ()
-        notes = []
+        if internal is None:
+            left = self._source.pins(self._request.repository, self._lineage.name)
+            if not left or self._source.reason_not_pinnable is None:
+                return ()
+            why, image = self._source.reason_not_pinnable, shlex.quote(str(self._source.path))
+            return (
+                f"the image still holds the pin {left[-1].name}, which no snapshot can use, because {why}; "
+                f"run 'island unpin {image}'",
+            )
+        notes: list[str] = []
         for old in self._source.pins(self._request.repository, self._lineage.name):
             if old.identity != internal.identity:
                 try:
@@ -256,10 +271,10 @@ class _SnapshotRun:
     def _send_and_commit(self, internal: InternalSnapshot | None, created: int) -> SnapshotTaken:
         """Find what changed, send it and commit."""
         view = self._source.view(internal)
-        change = self._source.find_change(view, self._choice.base, self._choice.why_not, self._progress)
         parent, writer = self._parent_runs(), self._writer
         if self._request.full and self._choice.parent:
             check_packs(self._lineage, self._choice.parent)
+        change = self._find_change(view, parent)
         change, whole = resend_damaged(self._lineage, change, parent)
         sent = send_blocks(
             view.read, change.data, writer.known_blocks(whole), writer.pack_writer(), self._progress,
@@ -282,12 +297,30 @@ class _SnapshotRun:
             blocks_candidate=change.candidates.count(),
             blocks_changed=_count_changed(stored, parent, replaced, view.blocks),
             blocks_kept=sent.kept.count(),
+            blocks_sampled=self._sampled,
             bytes_read=view.bytes_read,
             bytes_stored=row.stored + row.manifest_size,
             objects_written=self._writer.objects,
             attempt=row.attempt,
             seconds=0.0,
         )
+
+    def _find_change(self, view: View, parent: Runs) -> Change:
+        """Find what may have changed; test a table diff by a sample, and if it fails, scan in full."""
+        change = self._source.find_change(view, self._choice.base, self._choice.why_not, self._progress)
+        if change.rule != TABLE_DIFF:
+            return change
+        lineage, index = self._lineage, self._writer.packs.cached_index
+        sample = compare_sample(view, change, parent, index, lineage.seed, self._id)
+        self._sampled = sample.blocks
+        if sample.differing is None:
+            return change
+        why = f"block {sample.differing} differs from the parent, which the tables do not show"
+        self._notes.append(
+            f"{why}: the image was repaired, or written to by something else than qemu, since snapshot "
+            f"{self._registration.parent}; everything was read, and this snapshot is whole"
+        )
+        return self._source.find_change(view, None, why, self._progress)
 
     def _parent_runs(self) -> Runs:
         """Return the runs of the parent, with pack keys; none without a parent."""

@@ -10,6 +10,9 @@ Repacked packs are durable before the record that switches their names, and the 
 first object is deleted. A sweep that was interrupted anywhere is simply run again. The lineage's lock is held
 only while planning and while appending the record, so snapshots continue meanwhile; sweeps run one at a time,
 under a lock of their own. docs/reliability.md says what a crash leaves at each step.
+
+Where room is short, packs that find none are repacked after everything else was deleted. If even the record
+finds none, what the sweep has just written, and garbage, go first: no record names them.
 """
 
 from __future__ import annotations
@@ -24,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from island_fast.dirtymap import merge_intervals
-from island_fast.errors import UNREADABLE, ConflictError, ObjectMissingError
+from island_fast.errors import UNREADABLE, ConflictError, IslandError, ObjectMissingError, StoreFullError
 from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
 from island_fast.formats.names import manifest_name, parse_snapshot
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
@@ -41,18 +44,24 @@ __all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
+_UNKNOWN = "no record names it, and this host did not store it"
 _ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
 _LOG = logging.getLogger(__name__)
 
 
-def sweep(lineage: Lineage, grace: float, dry_run: bool, unknown: bool, progress: Progress) -> Swept:
+def sweep(
+    lineage: Lineage, grace: float, dry_run: bool, unknown: bool, progress: Progress
+) -> tuple[Swept, list[IslandError]]:
     """Sweep `lineage`, just refreshed, as its owner; return what was done, or with `dry_run` would be.
 
     With `unknown`, objects that this host cannot account for are removed, too. Progress counts bytes
     rewritten and deleted. ConflictError, with nothing deleted, if another host adopted the lineage meanwhile,
     or a listing shows records that cannot be read; DamagedObjectError if the store does not hold the newest
-    record that this host knows. A pack that cannot be read is not repacked, with a warning.
+    record that this host knows. A pack that cannot be read is not repacked, with a warning. Return also the
+    error if some could not be repacked for want of room.
     """
+    done: list[SweepPlan] = []
+    errors: list[IslandError] = []
     with lineage.files.lock_sweeps():
         if not dry_run:
             lineage.files.remove_leftovers()
@@ -68,20 +77,36 @@ def sweep(lineage: Lineage, grace: float, dry_run: bool, unknown: bool, progress
                 lineage.files.accounted.add(accounted)
                 for snapshot in given_up:
                     lineage.files.registrations.remove(snapshot)
-            plan = plan_sweep(lineage, grace, accounted, registered.difference(given_up), unknown)
-        if not dry_run and plan.objects:
-            plan = _SweepRun(lineage, plan, progress).run()
-    return Swept(
+            running = registered.difference(given_up)
+            plan = plan_sweep(lineage, grace, accounted, running, unknown)
+        while not dry_run and plan.objects:
+            run = _SweepRun(lineage, plan, progress)
+            plan = run.run()
+            done.append(plan)
+            if run.lacking is not None and plan.objects:  # what was deleted has made room
+                with lineage.hold_lock():
+                    plan = plan_sweep(lineage, grace, accounted, running, unknown)
+            else:
+                errors += [run.lacking] if run.lacking is not None else []
+                break
+    done = done or [plan]
+    removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
+    left = done[-1].unknown
+    answer = Swept(
         volume=lineage.name,
-        objects_removed=plan.objects,
-        packs_repacked=len(plan.repacked),
-        bytes_removed=plan.removed,
-        bytes_rewritten=plan.rewritten,
-        bytes_freed=plan.removed - plan.rewritten,
-        objects_unknown=len(plan.unknown),
-        bytes_unknown=sum(info.size for info in plan.unknown),
-        steps=tuple(_list_steps(lineage, plan)),
+        objects_removed=sum(one.objects for one in done),
+        packs_repacked=sum(len(one.repacked) for one in done),
+        bytes_removed=removed,
+        bytes_rewritten=rewritten,
+        bytes_freed=removed - rewritten,
+        objects_unknown=len(left),
+        bytes_unknown=sum(info.size for info in left),
+        steps=(
+            *(step for one in done for step in _list_steps(lineage, one)),
+            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
+        ),
     )
+    return answer, errors
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +188,6 @@ def _list_steps(lineage: Lineage, plan: SweepPlan) -> Iterator[SweepStep]:
         yield SweepStep("remove", lineage.manifest_name(row), row.manifest_size, "its snapshot was deleted")
     for info in plan.garbage:
         yield SweepStep("remove", info.name, info.size, "no record names it")
-    for info in plan.unknown:
-        yield SweepStep("keep", info.name, info.size, "no record names it, and this host did not store it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,33 +232,32 @@ def _is_confirmed(lineage: Lineage, listed: ObjectInfo, age: float) -> bool:
 
 
 class _SweepRun:
-    """A plan being carried out."""
+    """A plan being carried out. `lacking` is the error if a pack found no room."""
 
     def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
         self._lineage = lineage
         self._plan = plan
         self._progress = progress
         self._done, self._total = 0, plan.removed + plan.rewritten
+        self.lacking: StoreFullError | None = None
 
     def run(self) -> SweepPlan:
         """Rewrite, record, delete; return the plan without the packs that could not be rewritten."""
         epoch = self._lineage.epoch
         readable, renamed = self._repack()
         self._plan = replace(self._plan, repacked=readable)
-        with self._lineage.hold_lock(sure=True):
-            if self._lineage.epoch != epoch:
-                raise ConflictError(
-                    f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "
-                    "run it again"
-                )
-            if not self._append_record(renamed):
-                self._lineage.require_owner()
-                self._lineage.require_standing()
-                self._lineage.require_open()
-            named = _list_named(self._lineage)  # the plan can be of a catalog that was not read to its end
-            self._plan = replace(
-                self._plan, garbage=tuple(one for one in self._plan.garbage if one.name not in named)
-            )
+        try:
+            self._record(epoch, renamed)
+        except StoreFullError as error:  # so it is certain that no record names what was just written
+            unnamed = [*self._lineage.pack_names(renamed), *(info.name for info in self._plan.garbage)]
+            if not unnamed:
+                raise
+            self._lineage.require_open()
+            for name in unnamed:
+                self._lineage.store.delete(name)
+            self.lacking = error if len(renamed) else self.lacking
+            self._plan = replace(self._plan, repacked=readable.rows(np.zeros(len(readable), np.bool_)))
+            self._record(epoch, renamed.rows(np.zeros(len(renamed), np.bool_)))
         doomed = list(self._list_doomed())
         asked = time.monotonic()
         retired = self._lineage.files.deleted_snapshots()
@@ -249,6 +271,27 @@ class _SweepRun:
             if name not in kept:  # the base of a table diff may need it
                 self._lineage.files.cache.remove(name)
         return self._plan
+
+    def _record(self, epoch: int, renamed: Packs) -> None:
+        """Append the sweep's record, if the lineage is still in `epoch`; leave out of the plan what is named.
+
+        Nothing is deleted before this, so it is the moment to look once more for the end of the epoch. The
+        plan can be of a catalog that was not read to its end.
+        """
+        lineage = self._lineage
+        with lineage.hold_lock(sure=True):
+            if lineage.epoch != epoch:
+                raise ConflictError(
+                    f"volume {lineage.name} was adopted during the sweep, so nothing was deleted; "
+                    "run it again"
+                )
+            named = _list_named(lineage)
+            garbage = tuple(one for one in self._plan.garbage if one.name not in named)
+            self._plan = replace(self._plan, garbage=garbage)
+            if not self._append_record(renamed):
+                lineage.require_owner()
+                lineage.require_standing()
+                lineage.require_open()
 
     def _report(self, size: int) -> None:
         self._done += size
@@ -284,13 +327,19 @@ class _SweepRun:
             suffixes[row] = (int.from_bytes(os.urandom(8)) >> 2) + 1
             target = self._lineage.pack_name(replace(packs, suffix=suffixes), row)
             try:
-                index, data = get_checked(self._lineage.store, name, _make_opener(name))
+                limit = int(packs.size[row])
+                index, data = get_checked(self._lineage.store, name, _make_opener(name), limit=limit)
             except (ObjectMissingError, *UNREADABLE) as error:
                 _LOG.warning("%s; it is not repacked", error)
                 readable[row] = False
                 continue
             keep = self._lineage.state.live_slots(int(packs.key[row]), len(index.rows))
-            sizes[row] = self._write_kept(target, index, data, keep)
+            try:
+                sizes[row] = self._write_kept(target, index, data, keep)
+            except StoreFullError as error:
+                self.lacking = error
+                readable[row:] = False
+                break
             self._report(int(packs.size[row] - packs.dead[row]))
         return packs.rows(readable), replace(packs, suffix=suffixes, size=sizes).rows(readable)
 

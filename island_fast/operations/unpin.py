@@ -24,7 +24,7 @@ def unpin(
     also becomes free in the file system if the program that drops the pins passes discards on.
     """
     path = Path(os.path.realpath(image))
-    with Qcow2Source(path, Path(qmp) if qmp else None) as source:
+    with Qcow2Source(path, Path(qmp) if qmp else None, only_unpin=True) as source:
         before = source.image.bytes_on_disk
         pins = [internal for internal in source.internal_snapshots if pinned_snapshot(internal.name)]
         if orphaned_in is not None:

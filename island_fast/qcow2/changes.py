@@ -21,10 +21,11 @@ from island_fast.arrays import Bools, Int64s, Uint64s
 from island_fast.dirtymap import BLOCK_BITS, DirtyMap
 from island_fast.errors import UnsupportedImageError
 from island_fast.qcow2.header import COPIED
+from island_fast.qcow2.holes import FileData
 from island_fast.qcow2.image import L1_OFFSET_MASK, Image, Point
 from island_fast.qcow2.overlap import Claims
 
-__all__ = ["Progress", "TableDiff", "count_shared_copied", "find_allocated", "find_changed"]
+__all__ = ["Progress", "TableDiff", "count_shared_copied", "find_allocated", "find_changed", "has_compressed"]
 
 Progress = Callable[[int, int], None]
 """Called with (L1 entries done, L1 entries to do)."""
@@ -60,12 +61,14 @@ def find_allocated(
     point: Point,
     within: DirtyMap | None = None,
     progress: Progress | None = None,
+    *,
+    skip_holes: bool = False,
 ) -> DirtyMap:
     """Find the blocks that hold stored data: those that overlap a normal or a compressed cluster.
 
     All others read as zeros. With `within` (of `point.blocks` blocks), only blocks in it are returned, and
-    only tables that cover one of them are read. The size of the file on disk limits the work of reading the
-    blocks found.
+    only tables that cover one of them are read. With `skip_holes`, what the file system reports as holes of
+    the file is not stored data. The size of the file on disk limits the work of reading the blocks found.
 
     Raises DamagedImageError: a table is not completely inside the file, or has a flag that the image's
         version does not have.
@@ -80,11 +83,13 @@ def find_allocated(
         wanted = wanted[_tables_covering(image, within, wanted)]
     tables = _Tables(image)
     claims = Claims(header, image.file_size, image.bytes_on_disk)
+    data = FileData(image) if skip_holes else None
     done = 0
     for first, stop in _spans(offsets, wanted, header.cluster_size, tables.batch):
         entries = tables.read(0, int(offsets[first]), stop - first)
         cluster = first * header.table_entries
-        stored = _diff.mark_allocated(
+        stored = data.take_out(entries, cluster, header, found) if data and data.has_holes else 0
+        stored += _diff.mark_allocated(
             entries, cluster, header.cluster_bits, found.words, found.blocks, header.entry_words
         )
         compressed = _count_compressed(entries[:: header.entry_words]) if stored else 0
@@ -100,6 +105,20 @@ def find_allocated(
     if within is not None:
         found &= within
     return found
+
+
+def has_compressed(image: Image, point: Point) -> bool:
+    """Return whether any cluster of the point is compressed.
+
+    Raises DamagedImageError: a table is not completely inside the file.
+    """
+    offsets = image.read_l1(point)
+    offsets &= _OFFSET
+    tables = _Tables(image)
+    return any(
+        _count_compressed(tables.read(0, int(offsets[first]), stop - first)[:: image.header.entry_words])
+        for first, stop in _spans(offsets, np.flatnonzero(offsets), image.header.cluster_size, tables.batch)
+    )
 
 
 def find_changed(image: Image, old: Point, new: Point, progress: Progress | None = None) -> TableDiff:

@@ -8,7 +8,7 @@ nothing here follows a name, allocates by a number from the header, or continues
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from island_fast.errors import DamagedImageError, UnsupportedImageError
@@ -52,6 +52,9 @@ _BACKING_LIMIT = 1023
 _RAW_DATA_FILE = 2
 
 _FEATURE_NAMES = 0x6803F857
+_BACKING_FORMAT = 0xE2792ACA
+_BACKING_FORMAT_LIMIT = 15
+_CRYPTO = 0x0537BE77
 _FEATURE_ENTRY = 48
 
 
@@ -158,11 +161,11 @@ def header_span(data: bytes) -> int:
 
     data: at least the first 24 bytes of the file, or all of a shorter one.
 
-    Raises DamagedImageError: not a qcow2 file, or no possible cluster size.
+    Raises UnsupportedImageError: not a qcow2 file. DamagedImageError: no possible cluster size.
     """
     if data[:4] != MAGIC:
         what = "is empty" if not data else "does not begin with the qcow2 magic"
-        raise DamagedImageError(
+        raise UnsupportedImageError(
             f"not a qcow2 image: the file {what}; check the path, or add --format raw if it is raw"
         )
     if len(data) < _V2_LENGTH:
@@ -194,7 +197,8 @@ def parse_header(data: bytes, file_size: int, *, backed: bool = False) -> Header
         raise _bad(f"its length ({fields.length} bytes) exceeds the cluster")
     if len(data) < min(span, file_size):
         raise ValueError(f"parse_header needs the first {span} bytes")
-    extensions = tuple(_read_extensions(data[:span], fields.length))
+    extensions = tuple(_read_extensions(data[:span], fields))
+    _check_extensions(extensions)
     _check_geometry(fields, file_size)
     return Header(
         version=fields.version,
@@ -223,7 +227,7 @@ def check_l1_span(offset: int, entries: int, cluster_size: int, file_size: int, 
         raise _bad(f"the L1 table of {whose} has {entries} entries, over the limit of 4194304")
     if offset % cluster_size:
         raise _bad(f"the L1 table of {whose} is at {offset}, which is not cluster aligned")
-    if entries and (offset == 0 or offset + 8 * entries > file_size):
+    if offset >> 63 or (entries and (offset == 0 or offset + 8 * entries > file_size)):
         raise _bad(
             f"the L1 table of {whose} ({8 * entries} bytes at {offset}) is not inside the file"
             f" of {file_size} bytes, which may have been cut off"
@@ -288,7 +292,7 @@ def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
         )
     unknown = bits & ~(_READABLE | _DATA_FILE)
     if unknown:
-        names = ", ".join(_name_features(unknown, data, fields.length))
+        names = ", ".join(_name_features(unknown, data, fields))
         raise UnsupportedImageError(
             f"the image uses unknown incompatible features: {names}; convert it with the program that made it"
         )
@@ -314,10 +318,10 @@ def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
         raise _bad("it claims a raw external data file and has none")
 
 
-def _name_features(bits: int, data: bytes, length: int) -> Iterator[str]:
+def _name_features(bits: int, data: bytes, fields: _Fields) -> Iterator[str]:
     """Yield a text for each bit that is set, with its name if the image's own (untrusted) table has one."""
     known: dict[int, str] = {}
-    for extension in _read_extensions(data, length):
+    for extension in _read_extensions(data, fields):
         if extension.kind == _FEATURE_NAMES:
             table = extension.data[: 128 * _FEATURE_ENTRY]
             for at in range(0, len(table) - _FEATURE_ENTRY + 1, _FEATURE_ENTRY):
@@ -328,17 +332,33 @@ def _name_features(bits: int, data: bytes, length: int) -> Iterator[str]:
             yield f"bit {bit} ({known[bit]})" if bit in known else f"bit {bit}"
 
 
-def _read_extensions(data: bytes, start: int) -> Iterator[Extension]:
-    """Yield the extensions up to the terminator or, as QEMU accepts, the end of the cluster."""
-    while start + 8 <= len(data):
+def _read_extensions(data: bytes, fields: _Fields) -> Iterator[Extension]:
+    """Yield the extensions up to the terminator or, as QEMU accepts, the end of their room.
+
+    That is the name of the backing file, or the end of the cluster. As for QEMU, a few bytes before it that
+    hold no extension are damage, and so is a terminator that claims more bytes than there are.
+    """
+    start, end = fields.length, min(fields.backing_offset or len(data), len(data))
+    while start < end:
+        if start + 8 > end:
+            raise _bad(f"its header extensions end {end - start} bytes into another one")
         kind, length = struct.unpack_from(">II", data, start)
+        start += 8
+        if length > end - start:
+            raise _bad(f"header extension {kind:#010x} ({length} bytes) runs past the room for extensions")
         if kind == 0:
             return
-        start += 8
-        if length > len(data) - start:
-            raise _bad(f"header extension {kind:#010x} ({length} bytes) runs past the cluster")
         yield Extension(kind, data[start : start + length])
         start += -(-length // 8) * 8
+
+
+def _check_extensions(extensions: Iterable[Extension]) -> None:
+    """Raise DamagedImageError for what QEMU refuses; what is in bitmaps is no concern of the volume."""
+    for extension in extensions:
+        if extension.kind == _BACKING_FORMAT and len(extension.data) > _BACKING_FORMAT_LIMIT:
+            raise _bad(f"the name of its backing file's format has {len(extension.data)} bytes, over 15")
+        if extension.kind == _CRYPTO:  # an image with encryption has been refused already
+            raise _bad("it has a header extension for encryption, and no encryption")
 
 
 def _check_geometry(fields: _Fields, file_size: int) -> None:
@@ -355,9 +375,9 @@ def _check_geometry(fields: _Fields, file_size: int) -> None:
         raise _bad(f"its reference count table is at {fields.refcount_offset}, outside the file")
     if fields.snapshot_count > _SNAPSHOTS_LIMIT:
         raise _bad(f"it claims {fields.snapshot_count} internal snapshots, over 65536")
-    if fields.snapshot_count and (
-        fields.snapshots_offset % cluster or not 0 < fields.snapshots_offset < file_size
-    ):
+    if fields.snapshots_offset % cluster or fields.snapshots_offset >> 63:
+        raise _bad(f"its snapshot table is at {fields.snapshots_offset}, which no table can be")
+    if fields.snapshot_count and not 0 < fields.snapshots_offset < file_size:
         raise _bad(f"its snapshot table is at {fields.snapshots_offset}, outside the file")
     check_l1_span(fields.l1_offset, fields.l1_size, cluster, file_size, "the volume")
     needed = -(-fields.size // (cluster * cluster // entry))

@@ -7,14 +7,16 @@ Rules:
   `writer_present` shows which of the two applies; an `ImageLock` keeps two runs off one image, and can keep
   new writers away.
 - Only qemu changes an existing qcow2 file. We only read those, and write new ones (`qcow2/`).
-- An image is named to qemu as a whole node in JSON, so nothing is probed and no other file is opened.
+- An image is given to qemu as a whole node in JSON, so nothing is probed and no other file is opened; and as
+  the descriptor that was locked, never by its name.
 - Answers from qemu, from a guest's agent and from images are not trusted; they are limited in size and time.
 - A guest that was frozen is thawed whatever happens.
 
 | module | what it is |
 |---|---|
 | `image_lock.py` | our lock on an image, and qemu's locks that show its users |
-| `open_files.py` | who else has a file or block device open: processes, loop devices |
+| `open_files.py` | `refuse_held`: who else can write to a file or block device, in whatever way |
+| `interrupts.py` | signals are postponed while a program is being started |
 | `programs.py` | running a program to its end; `RunProgram`, which a caller can replace |
 | `qemu_img.py` | internal snapshots by qemu-img |
 | `monitor.py` | `Monitor`: internal snapshots by the qemu process that has the image open |

@@ -9,8 +9,9 @@ own freeze. This is the only module that imports libvirt.
 from __future__ import annotations
 
 import json
+import os
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,9 +135,13 @@ class Domain(Monitor):
             raise self.refusal_error(name, answer.get("error") if isinstance(answer, dict) else answer)
         return answer["return"]
 
-    def locate(self, name: str) -> str:
+    def locate(self, name: str) -> Sequence[str]:
         """See Monitor.locate: libvirt gives qemu absolute paths."""
-        return name
+        return [name]
+
+    def processes(self) -> Iterable[int]:
+        """See Monitor.processes: libvirt does not say which one it is."""
+        return [int(entry) for entry in os.listdir("/proc") if entry.isdigit()]
 
     def ask_agent(self, command: str, timeout: int) -> object:
         """Send the guest's agent a command and return its answer; IslandError after `timeout` seconds.

@@ -1,9 +1,13 @@
 """Internal snapshots of an image that no process has open, taken and deleted by qemu-img.
 
 qemu-img has no format option for its snapshot command (7.2), so the image is named as a whole node in JSON:
-format and protocol are given and nothing is probed, no character of the file's name is special, and a backing
-file that a hostile header names is not opened. See "blockdev options" in qemu's docs/tools/qemu-img.rst and
-BlockdevOptionsQcow2 in qapi/block-core.json.
+format and protocol are given and nothing is probed, and a backing file that a hostile header names is not
+opened. See "blockdev options" in qemu's docs/tools/qemu-img.rst and BlockdevOptionsQcow2 in
+qapi/block-core.json.
+
+The file is not given by its name, which can lead to another file by now, but as the descriptor that the
+caller has locked: qemu-img inherits it and opens /proc/self/fd/N, which the kernel resolves to that very
+file. (/dev/fdset/N is not possible: only a monitor can fill such a set.)
 """
 
 from __future__ import annotations
@@ -12,9 +16,10 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable, Sequence
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.qemu.programs import RunProgram, run_program
+from island_fast.qemu.programs import ProgramResult, copy_for_program, descriptor_path, run_program
 
 __all__ = ["QemuImg"]
 
@@ -31,38 +36,53 @@ _REFCOUNT_CACHE_BYTES = (64 << 20) - 1
 
 
 class QemuImg:
-    """Takes and deletes internal snapshots of qcow2 images that no process has open for writing.
+    """Takes and deletes internal snapshots of one qcow2 file that no process has open for writing.
 
-    `execute` runs the program; another `RunProgram` can run it elsewhere or with other rights.
-    ImageInUseError if a process has the image open. Every other failure is an IslandError (NotFoundError if
-    the image or the snapshot does not exist) of one sentence that ends in qemu's own words.
+    `fd` is the file, open for reading, and stays the caller's; `path` is what messages call it. `execute`
+    runs the program, like `run_program`. ImageInUseError if a process has the image open. Every other failure
+    is an IslandError (NotFoundError if the snapshot does not exist) of one sentence that ends in qemu's own
+    words.
     """
 
-    def __init__(self, execute: RunProgram = run_program, program: str = "qemu-img") -> None:
+    def __init__(
+        self,
+        fd: int,
+        path: str | os.PathLike[str],
+        execute: Callable[..., ProgramResult] = run_program,
+        program: str = "qemu-img",
+    ) -> None:
+        self._fd = fd
+        self._path = os.fspath(path)
         self._execute = execute
         self._program = program
 
-    def snapshot_create(self, path: str | os.PathLike[str], name: str) -> None:
+    def snapshot_create(self, name: str) -> None:
         """Take an internal snapshot of the whole image; on return it is in the file.
 
         qemu-img accepts a name that another snapshot already has, so the caller must pass a unique one.
         """
-        self._snapshot("-c", path, name, f"take internal snapshot {name!r} in")
+        self._snapshot("-c", name, f"take internal snapshot {name!r} in")
 
-    def snapshot_delete(self, path: str | os.PathLike[str], name: str) -> None:
+    def snapshot_delete(self, name: str) -> None:
         """Delete the internal snapshot of this name; NotFoundError if there is none.
 
         Of several with one name qemu-img deletes the first: check ids and times before calling this.
         """
-        self._snapshot("-d", path, name, f"delete internal snapshot {name!r} of")
+        self._snapshot("-d", name, f"delete internal snapshot {name!r} of")
 
-    def _snapshot(self, option: str, path: str | os.PathLike[str], name: str, task: str) -> None:
-        shown = os.fspath(path)
-        task = f"{task} image {shown!r}"
-        node = _image_node(shown)
-        command = [self._program, "snapshot", "-q", option, _check_name(name), node]
+    def _snapshot(self, option: str, name: str, task: str) -> None:
+        task = f"{task} image {self._path!r}"
+        with copy_for_program(self._fd) as fd:
+            name_there = descriptor_path(fd)
+            node = _image_node(name_there)
+            result = self._run([self._program, "snapshot", "-q", option, _check_name(name), node], fd, task)
+        if result.returncode:
+            raise _qemu_img_error(task, result.returncode, _error_text(result.stderr or "", name_there, node))
+
+    def _run(self, command: Sequence[str], fd: int, task: str) -> ProgramResult:
+        """Run qemu-img, which shall `task` and inherits `fd`; IslandError if it does not run to its end."""
         try:
-            result = self._execute(command)
+            return self._execute(command, files=[fd])
         except FileNotFoundError as error:
             raise IslandError(
                 f"the program {self._program!r}, which would {task}, is missing; "
@@ -78,8 +98,6 @@ class QemuImg:
             raise IslandError(
                 f"qemu-img could not be started to {task} ({reason}); check {self._program!r}"
             ) from error
-        if result.returncode:
-            raise _qemu_img_error(task, result.returncode, _error_text(result.stderr or "", shown, node))
 
 
 def _check_name(name: str) -> str:
@@ -95,17 +113,7 @@ def _check_name(name: str) -> str:
 
 
 def _image_node(path: str) -> str:
-    """Return the node that names a file to qemu literally (see the module's docstring).
-
-    UsageError if the name is not UTF-8, because JSON is.
-    """
-    try:
-        path.encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the path {path!r} is not UTF-8, so qemu cannot open it; "
-            f"rename it, or go without a pinned base (--no-pin)"
-        ) from error
+    """Return the node that names a file to qemu literally (see the module's docstring)."""
     node = {
         "driver": "qcow2",
         "backing": None,

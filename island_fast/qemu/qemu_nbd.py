@@ -1,8 +1,8 @@
 """Writing to a qcow2 that no process has open, as the client of a qemu-nbd that opens it.
 
 qemu does all of the format's work: clusters that internal snapshots share are written elsewhere, and
-reference counts stay right. The image is named as a whole node (see `qemu_img.py`), so nothing is probed and
-no second file is opened. The protocol is described in the NBD project's doc/proto.md.
+reference counts stay right. The image is given as a descriptor in a whole node (see `qemu_img.py`), so
+nothing is probed, and no other file is opened. The protocol is described in the NBD project's doc/proto.md.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Self
 
-from island_fast.errors import ImageInUseError, IslandError, UsageError
+from island_fast.errors import ImageInUseError, IslandError
 from island_fast.qemu.block_nodes import file_node, qcow2_node
+from island_fast.qemu.interrupts import hold_interrupts
 from island_fast.qemu.nbd_handshake import Client, shake_hands
-from island_fast.qemu.programs import TIMEOUT, error_text
+from island_fast.qemu.programs import TIMEOUT, copy_for_program, descriptor_path, error_text
 
 __all__ = ["Piece", "WritableImage", "open_for_writing"]
 
@@ -87,11 +88,12 @@ class _ErrorOutput:
 class WritableImage:
     """The volume of an image, `size` bytes, written through the qemu-nbd that has it open. Thread-safe.
 
-    Errors are IslandError with qemu's reason.
+    `process` is the pid of that qemu-nbd. Errors are IslandError with qemu's reason.
     """
 
-    def __init__(self, image: Path, client: Client) -> None:
+    def __init__(self, image: Path, client: Client, process: int) -> None:
         self.size = client.size
+        self.process = process
         self._image = image
         self._socket = client.socket
         self._lock = threading.Lock()
@@ -157,10 +159,11 @@ class WritableImage:
 
 
 @contextlib.contextmanager
-def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableImage]:
+def open_for_writing(fd: int, image: Path, size: int, cluster: int) -> Iterator[WritableImage]:
     """Have qemu open a qcow2 without a backing file for writing while the body runs.
 
-    `size`, of its volume, and `cluster` are in bytes. No other qemu can write to it meanwhile:
+    `fd` is the file, open for reading, and stays the caller's; `image` is what messages call it. `size`, of
+    its volume, and `cluster` are in bytes. No other qemu can write to it meanwhile:
     ImageInUseError if one has it open. Until the first write the file does not change. After a normal return
     everything that was written is on disk. If the body raises, or if this process is killed, the image is
     closed too, and is intact as a qcow2.
@@ -168,9 +171,12 @@ def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableI
     usual = len(tempfile.gettempdir()) <= _MAX_FOLDER
     with tempfile.TemporaryDirectory(prefix="island-nbd-", dir=None if usual else "/tmp") as folder:
         socket_path = Path(folder, "socket")
-        node = {**qcow2_node(size, cluster, False), "file": file_node(image, False)}
-        with _ErrorOutput() as errors, _run_qemu_nbd(image, node, socket_path, errors) as process:
-            disk = WritableImage(image, _connect_client(image, process, socket_path, errors))
+        with (
+            _ErrorOutput() as errors,
+            copy_for_program(fd) as copy,
+            _run_qemu_nbd(image, copy, qcow2_node(size, cluster, False), socket_path, errors) as process,
+        ):
+            disk = WritableImage(image, _connect_client(image, process, socket_path, errors), process.pid)
             try:
                 yield disk
                 disk.flush()
@@ -184,37 +190,35 @@ def open_for_writing(image: Path, size: int, cluster: int) -> Iterator[WritableI
 
 @contextlib.contextmanager
 def _run_qemu_nbd(
-    image: Path, node: object, socket_path: Path, errors: _ErrorOutput
+    image: Path, fd: int, volume: dict[str, object], socket_path: Path, errors: _ErrorOutput
 ) -> Iterator[subprocess.Popen[bytes]]:
     """Run qemu-nbd during the body; it ends when its client disconnects, or when this process dies."""
-    try:
-        str(image).encode()
-    except UnicodeEncodeError as error:
-        raise UsageError(
-            f"the path {str(image)!r} is not UTF-8, so qemu cannot open it; rename it"
-        ) from error
+    node = {**volume, "file": file_node(Path(descriptor_path(fd)), False)}
     start = ["setpriv", "--pdeathsig", "TERM"]
     command = [*start, "qemu-nbd", "-k", str(socket_path), "json:" + json.dumps(node)]
     environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ} | {"LC_ALL": "C"}
+    process: subprocess.Popen[bytes] | None = None
     try:
-        # SIGPIPE stays ignored: qemu-nbd must close the image even if nobody reads its output any more.
-        process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors.sink,
-            env=environment, start_new_session=True, restore_signals=False,
-        )  # fmt: skip
-    except FileNotFoundError as error:
-        raise _missing_program_error(image) from error
-    try:
+        with hold_interrupts():
+            # SIGPIPE stays ignored: qemu-nbd must close the image even if nobody reads its output any more.
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors.sink,
+                env=environment, start_new_session=True, restore_signals=False, pass_fds=[fd],
+            )  # fmt: skip
         errors.start_reading()
         yield process
-    except BaseException:
-        process.terminate()  # it closes the image before it ends
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_CLOSING)
-        process.kill()
+    except BaseException as error:
+        if process is not None:
+            process.terminate()  # it closes the image before it ends
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_CLOSING)
+            process.kill()
+        elif isinstance(error, FileNotFoundError):
+            raise _missing_program_error(image) from error
         raise
     finally:
-        process.wait()
+        if process is not None:
+            process.wait()
 
 
 def _connect_client(

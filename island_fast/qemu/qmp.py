@@ -12,7 +12,7 @@ import os
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from island_fast.errors import IslandError, NotFoundError
@@ -66,9 +66,14 @@ class Qmp(Monitor):
         pid: int = _PEER.unpack(peer)[0]
         return pid
 
-    def locate(self, name: str) -> str:
-        """See Monitor.locate: a relative name starts at that process's working directory."""
-        return name if os.path.isabs(name) else f"/proc/{self.peer_pid()}/cwd/{name}"
+    def locate(self, name: str) -> Sequence[str]:
+        """See Monitor.locate: in that process's root, and a relative name from its working directory."""
+        process = f"/proc/{self.peer_pid()}"
+        return [f"{process}/root{name}", name] if os.path.isabs(name) else [f"{process}/cwd/{name}"]
+
+    def processes(self) -> Iterable[int]:
+        """See Monitor.processes."""
+        return [self.peer_pid()]
 
     def _shake_hands(self) -> None:
         deadline = time.monotonic() + min(self._timeout, _HANDSHAKE_TIMEOUT)

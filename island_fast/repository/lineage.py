@@ -10,9 +10,9 @@ has not ended meanwhile. Protocol: docs/format.md, "Catalog".
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -22,14 +22,18 @@ from island_fast.errors import (
     ConflictError,
     DamagedError,
     DamagedObjectError,
+    IslandError,
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreRefusedError,
     UnsupportedObjectError,
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    KNOWN_WRITE_FEATURES,
     Event,
+    ObjectsSwept,
     OwnerChanged,
     Packs,
     Record,
@@ -40,11 +44,12 @@ from island_fast.formats.catalog import (
     decode_record,
     encode_record,
 )
-from island_fast.formats.frame import Kind, Section, json_bytes, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, seal
 from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
+from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import ObjectInfo, Store
 from island_fast.stores.checked_read import get_checked
@@ -55,6 +60,8 @@ __all__ = ["Lineage"]
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
 _STOP = re.compile(r"([0-9]{6})-stop")
 _LAST = 10**8  # comes after every number of a record
+_EPOCHS_BELIEVED = 16  # ends that are believed without being read
+_LOG = logging.getLogger(__name__)
 
 _Look = Callable[[str], ObjectInfo | None]
 """How the store is asked whether there is an object: `Store.peek`, or `Store.head` where absence decides."""
@@ -180,6 +187,37 @@ class Lineage:
                 self._read_on(self.store.head if sure else self.store.peek)
             yield
 
+    def refresh_to_read(self) -> None:
+        """Refresh; first settle a record of unknown outcome, if that can be done now.
+
+        Reading needs no writing: if the store does not take the record within seconds, or local state cannot
+        be written, a warning says which change it is.
+        """
+        if not self.files.pending.all():
+            self.refresh()
+            return
+        try:
+            with self.files.lock(), self.store.hurry():
+                self._settle()
+        except (IslandError, OSError):
+            self.refresh()
+            self._warn_of_pending()
+        else:
+            self.refresh()
+
+    def _warn_of_pending(self) -> None:
+        """Log the changes that the catalog does not show, and that may be made yet."""
+        at = (self._position.epoch, self._position.number) if self._position else (0, -1)
+        for last, data in self.files.pending.all():
+            with contextlib.suppress(DamagedObjectError):
+                record, _ = decode_record(f"{self.name}/catalog/{last}", data, SnapshotNumbers())
+                if record.epoch == at[0] and record.number > at[1]:
+                    _LOG.warning(
+                        "volume %s: the outcome of %s is unknown; it is not shown, and may be done by the "
+                        "next command of this host that can write to %s",
+                        self.name, _describe(record.event), self.store.location,
+                    )  # fmt: skip
+
     # Names of objects.
 
     def manifest_name(self, row: SnapshotRow) -> str:
@@ -209,13 +247,14 @@ class Lineage:
         name = self.manifest_name(row)
 
         def check(data: Buffer) -> tuple[Manifest, Buffer]:
-            manifest, checksum = decode(name, data)
+            most = len(self.state.packs) if row.id in self.state.live else None
+            manifest, checksum = decode(name, data, most)
             if checksum.hex() != row.checksum or manifest.snapshot != row.id:
                 raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
             return manifest, data
 
         try:
-            manifest, data = get_checked(self.store, name, check)
+            manifest, data = get_checked(self.store, name, check, limit=row.manifest_size)
         except ObjectMissingError as error:
             self.refresh()
             if row.id not in self.state.live:
@@ -294,6 +333,8 @@ class Lineage:
         listed = self._find_listed()
         epoch, seen = listed or (0, None)
         while self._has_ended(epoch, self.store.peek):
+            if epoch % _EPOCHS_BELIEVED == _EPOCHS_BELIEVED - 1:
+                self._require_ended(epoch)
             epoch, seen = epoch + 1, None
         last = self._find_last(epoch, seen)
         if last is None and epoch:  # stopped, and its adopter got no further
@@ -303,6 +344,18 @@ class Lineage:
             raise DamagedObjectError(
                 f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
             )
+
+    def _require_ended(self, epoch: int) -> None:
+        """Raise a StoreError if the end of an epoch is said to be there and cannot be read."""
+        signs = {stop_name(self.name, epoch): Kind.STOP, catalog_name(self.name, epoch + 1, 0): Kind.RECORD}
+        for name, kind in signs.items():
+            with contextlib.suppress(ObjectMissingError):
+                self.store.get(name, newest=True, limit=LIMITS[kind].size)
+                return
+        raise StoreError(
+            f"{self.store.location} shows the end of epoch {epoch} of volume {self.name} and cannot send it; "
+            "check the store, and the proxies between it and this host"
+        )
 
     def _find_listed(self) -> tuple[int, int] | None:
         """Return epoch and number of the newest record in a listing; it can be late, so more can exist."""
@@ -365,7 +418,8 @@ class Lineage:
             return _Fetched(*decode_record(name, data, self.numbers), len(copy), stored=True), copy
 
         try:
-            found, fetched = get_checked(self.store, name, check, newest=True)
+            limit = LIMITS[Kind.RECORD].size
+            found, fetched = get_checked(self.store, name, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
         self.files.cache.write(name, fetched)
@@ -518,12 +572,13 @@ class Lineage:
             writer=self.writer,
             host=at.host,
             previous=at.checksum,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=at.seed,
             event=event,
             state=checkpoint,
         )
         after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
+        record = replace(record, write_features=after.write_features)
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -547,7 +602,7 @@ class Lineage:
 
     def _require_known_features(self) -> None:
         """Raise an UnsupportedObjectError if the newest record has write features that are not known here."""
-        if self._at.write_features:
+        if self._at.write_features & ~KNOWN_WRITE_FEATURES:
             raise UnsupportedObjectError(
                 f"volume {self.name} is written by a newer island; this version can only read it"
             )
@@ -564,9 +619,12 @@ class Lineage:
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
             if not self.store.peek(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": time.time_ns()})
+                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
-                with contextlib.suppress(ConflictError):  # stopped by another: its next epoch decides
+                with (
+                    contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
+                    self.store.use_reserve(),
+                ):
                     self.store.put(ended, parts)
         self._read_as_far_as_listed()
         at = self._at
@@ -598,18 +656,21 @@ class Lineage:
             writer=self.writer,
             host=os.uname().nodename,
             previous=previous,
-            time=time.time_ns(),
+            time=read_clock(),
             seed=seed,
             event=OwnerChanged(),
             state=state,
+            write_features=state.write_features,
         )
         self._append(record)
 
     def _append(self, record: Record) -> None:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
-        self.files.pending.add(name.rpartition("/")[2], data)
-        self._send(name, data)
+        frees = isinstance(record.event, ObjectsSwept) or (record.epoch > 0 and record.number == 0)
+        with self.store.use_reserve() if frees else contextlib.nullcontext():
+            self.files.pending.add(name.rpartition("/")[2], data)
+            self._send(name, data, sent_before=False)
         if self._has_ended(record.epoch, self.store.peek):
             self.files.pending.remove(name.rpartition("/")[2])
             self._position = None
@@ -622,8 +683,12 @@ class Lineage:
         self.files.cache.write(name, data)
         self.files.pending.remove(name.rpartition("/")[2])
 
-    def _send(self, name: str, data: bytes) -> None:
-        """PUT a record and read it back; ConflictError if the name holds another writer's bytes."""
+    def _send(self, name: str, data: bytes, *, sent_before: bool) -> None:
+        """PUT a record and read it back; ConflictError if the name holds another writer's bytes.
+
+        A record that the store refuses for certain is forgotten, unless it may have been `sent_before`: what
+        was refused now can have been stored then.
+        """
 
         def check(found: Buffer) -> bool:
             if found == data:
@@ -632,7 +697,7 @@ class Lineage:
             return False
 
         try:
-            self.store.put(name, [data])
+            self._put(name, data, sent_before)
             same = get_checked(self.store, name, check, newest=True)
         except ConflictError:
             same = False
@@ -647,6 +712,18 @@ class Lineage:
                 f"volume {self.name} was written by another host at the same moment; run the command "
                 f"again, and see 'island list --volume {self.name}'"
             )
+
+    def _put(self, name: str, data: bytes, sent_before: bool) -> None:
+        """PUT a record; see `_send`."""
+        try:
+            self.store.put(name, [data])
+        except ConflictError:
+            raise
+        except IslandError as error:
+            unknown = isinstance(error, StoreError) and not isinstance(error, StoreRefusedError)
+            if not unknown and not sent_before:
+                self.files.pending.withdraw(name.rpartition("/")[2])
+            raise
 
     def _settle(self) -> None:
         """Send records of unknown outcome again, the same bytes under the same names.
@@ -666,8 +743,11 @@ class Lineage:
                 if record.number:
                     raise self._older_repository_error(before, "is missing from")
             else:
-                with contextlib.suppress(ConflictError):
-                    self._send(name, data)
+                with (
+                    contextlib.suppress(ConflictError),
+                    self.store.use_reserve(),
+                ):  # without it nothing can follow
+                    self._send(name, data, sent_before=True)
             self.files.pending.remove(last)
 
     def _name_before(self, record: Record) -> str | None:
@@ -675,6 +755,18 @@ class Lineage:
         if record.number:
             return catalog_name(self.name, record.epoch, record.number - 1)
         return stop_name(self.name, record.epoch - 1) if record.epoch else None
+
+
+def _describe(event: Event) -> str:
+    """Return what a record does, in words."""
+    match event:
+        case SnapshotAdded():
+            return f"snapshot {event.snapshot.id}"
+        case SnapshotsDeleted():
+            return f"the delete of snapshot {' '.join(event.deleted)}"
+        case OwnerChanged():
+            return "an adoption"
+    return "a sweep"
 
 
 def _parse_name(name: str) -> tuple[int, int]:

@@ -9,6 +9,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/sweep         held while the lineage is swept
     <repository id>/<lineage>/image         the image that the lineage belongs to
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
+    <repository id>/<lineage>/deleting/<id> a snapshot that a delete took out and has not reported yet
     <repository id>/<lineage>/running/<id>  a snapshot in progress, locked by its process
     <repository id>/<lineage>/accounted     ids whose objects are garbage if no record names them
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
@@ -27,11 +28,12 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from island_fast.arrays import Buffer
 from island_fast.errors import IslandError
-from island_fast.files import sync_folder
+from island_fast.files import make_folders, sync_folder
 from island_fast.formats.names import manifest_name
 
 __all__ = [
@@ -44,10 +46,13 @@ __all__ = [
     "Registration",
     "Registrations",
     "SentPack",
+    "StartedDelete",
+    "StartedDeletes",
     "default_root",
 ]
 
 _LEFTOVER_AGE = 86400.0  # seconds; nothing here takes this long to write
+_RETRIED_WITHIN = 86400.0  # seconds; a delete that comes later is not meant to repeat one that failed
 _LOG = logging.getLogger(__name__)
 
 
@@ -88,7 +93,7 @@ class LocalState:
         path = self.root / "writer"
         with _explain_errors(self.root):
             if not path.exists():
-                self.root.mkdir(mode=0o700, parents=True, exist_ok=True)
+                make_folders(self.root)
                 mine = path.with_name(f".writer.{os.urandom(4).hex()}")
                 _write_durably(mine, os.urandom(16).hex().encode())
                 with contextlib.suppress(FileExistsError):  # of two first runs one wins
@@ -100,13 +105,15 @@ class LocalState:
         """Return the files kept for `lineage` of the repository with id `repository`."""
         return LineageFiles(self.root / repository / lineage)
 
+    def lineage_names(self, repository: str) -> list[str]:
+        """Return the lineages of `repository` that this host keeps files for."""
+        folder = self.root / repository
+        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+
     def lineage_of(self, repository: str, image: Path) -> str | None:
         """Return the lineage of `repository` that `image` belongs to, if this host remembers exactly one."""
-        folder = self.root / repository
-        if not folder.is_dir():
-            return None
-        names = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-        mine = [n for n in names if LineageFiles(folder / n).image() == str(image)]
+        names = self.lineage_names(repository)
+        mine = [n for n in names if self.lineage(repository, n).image() == str(image)]
         return mine[0] if len(mine) == 1 else None
 
 
@@ -159,16 +166,20 @@ class LineageFiles:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.pending = PendingRecords(folder / "pending")
+        self.started_deletes = StartedDeletes(folder / "deleting")
         self.cache = ObjectCache(folder / "cache")
         self.notes = Notes(folder / "cache")
         self.accounted = AccountedIds(folder / "accounted")
         self.registrations = Registrations(folder / "running", self.notes, self.accounted)
 
     def make(self) -> None:
-        """Make the folders, private to their owner."""
+        """Make the folders, private to their owner, also what an earlier version left open."""
         with _explain_errors(self.folder):
-            for name in ("pending", "running", "cache"):
-                (self.folder / name).mkdir(mode=0o700, parents=True, exist_ok=True)
+            for name in ("pending", "deleting", "running", "cache"):
+                make_folders(self.folder / name)
+            for folder in (self.folder.parent, self.folder):
+                if folder.stat().st_mode & 0o077:
+                    folder.chmod(0o700)
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
         """Hold the lineage's lock: to follow its catalog, to plan by it, and to append to it."""
@@ -276,6 +287,56 @@ class PendingRecords:
         """Forget a record whose outcome is known."""
         with contextlib.suppress(FileNotFoundError):
             (self._folder / name).unlink()
+
+    def withdraw(self, name: str) -> None:
+        """Forget a record that was refused. On disk, too: nobody may send it after the host has crashed."""
+        with _explain_errors(self._folder.parent):
+            self.remove(name)
+            sync_folder(self._folder)
+
+
+@dataclass(frozen=True, slots=True)
+class StartedDelete:
+    """A snapshot that a delete is about to take out of the catalog, and the figures that it reports (bytes).
+
+    `newest`: it was the newest of its volume then, so VOLUME@latest meant it.
+    """
+
+    snapshot: str
+    newest: bool
+    unreferenced: int
+    freed: int
+
+
+class StartedDeletes:
+    """Deletes that no command has reported as done: where the outcome was unknown, or one after it failed.
+
+    Whoever runs such a command again means the same snapshots. One that is lost, or older than a day, is no
+    more than a delete that is not recognized.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def all(self) -> list[StartedDelete]:
+        """Return those of the last day, in their order."""
+        found = []
+        for path in self._folder.iterdir() if self._folder.is_dir() else []:
+            with contextlib.suppress(OSError, ValueError, TypeError):
+                at = path.stat().st_mtime
+                if not path.name.startswith(".") and time.time() - at < _RETRIED_WITHIN:
+                    found.append((at, StartedDelete(**json.loads(path.read_bytes()))))
+        return [started for _, started in sorted(found, key=itemgetter(0))]
+
+    def add(self, started: StartedDelete) -> None:
+        """Keep `started` on disk, before its record is sent."""
+        with _explain_errors(self._folder.parent):
+            _write_durably(self._folder / started.snapshot, json.dumps(asdict(started)).encode())
+
+    def remove(self, snapshot: str) -> None:
+        """Forget a delete: its command reports it, or it was refused."""
+        with contextlib.suppress(OSError):
+            (self._folder / snapshot).unlink()
 
 
 class AccountedIds:
@@ -428,7 +489,7 @@ class Notes:
         path = self._folder / name
         temporary = path.with_name(f".{path.name}.{os.urandom(4).hex()}")
         with contextlib.suppress(OSError):
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folders(path.parent)
             with open(temporary, "xb", opener=_private) as file:
                 file.write(data)
             os.replace(temporary, path)

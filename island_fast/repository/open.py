@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,9 @@ from island_fast.errors import (
     UsageError,
 )
 from island_fast.formats.catalog import SnapshotRow
-from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, read_json, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.repository.clock import read_clock
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import Store
@@ -38,7 +38,7 @@ from island_fast.stores.open import open_store
 if TYPE_CHECKING:
     from island_fast.stores.rate_limit import RateLimiters
 
-__all__ = ["FoundSnapshot", "RepositoryBase"]
+__all__ = ["FoundSnapshot", "Reference", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
@@ -89,6 +89,7 @@ class RepositoryBase:
         *,
         state: LocalState | str | os.PathLike[str] | None = None,
         create: bool = False,
+        shared: bool = False,
         variables: str = "",
         workers: int | None = None,
         meters: RateLimiters | None = None,
@@ -96,17 +97,18 @@ class RepositoryBase:
         """Open the repository at `url`: a directory's path, or swift://CONTAINER/PREFIX.
 
         With `create`, a repository that does not exist yet is made by the first snapshot, or the first copy
-        to it: in a new or empty directory, or at an empty prefix of a container. `state` is the folder of
-        this host's local state (default: that of the command, see ISLAND_STATE). The credentials for Swift
-        are in the usual environment variables (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if
-        that is given. At most `workers` threads work on blocks at a time (default: automatic). No
-        configuration file is read. `meters` is internal: the command limits its rates with it.
+        to it: in a new or empty directory, or at an empty prefix of a container. If that is a directory,
+        `shared` lets its group read it. `state` is the folder of this host's local state (default: that of
+        the command, see ISLAND_STATE). The credentials for Swift are in the usual environment variables
+        (ST_*, OS_*, OS_CLOUD), whose names begin with `variables` if that is given. At most `workers` threads
+        work on blocks at a time (default: automatic). No configuration file is read. `meters` is internal:
+        the command limits its rates with it.
 
         NotFoundError if there is no repository, or no container; UsageError if `url` is not valid; StoreError
         if the store cannot be reached, or rejects the credentials; DamagedError if the object `repository` is
         missing or damaged; UnsupportedObjectError if a newer version made it.
         """
-        store = open_store(os.fspath(url), create_ok=create, variables=variables)
+        store = open_store(os.fspath(url), create_ok=create, shared=shared, variables=variables)
         if workers is not None:
             store.use_workers(workers)
         if meters is not None:
@@ -145,10 +147,11 @@ class RepositoryBase:
 
     def _read_id(self) -> str | None:
         def check(data: memoryview) -> dict[str, Any]:
-            return read_json(_NAME, open_frame(Kind.REPOSITORY, _NAME, data).section(_META, 1 << 20))
+            return open_frame(Kind.REPOSITORY, _NAME, data).json()
 
         try:
-            meta = get_checked(self.store, _NAME, check, newest=True)
+            limit = LIMITS[Kind.REPOSITORY].size
+            meta = get_checked(self.store, _NAME, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
@@ -170,7 +173,7 @@ class RepositoryBase:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": os.urandom(16).hex(), "created": time.time_ns(), "keys": []}
+        meta = {"id": os.urandom(16).hex(), "created": read_clock(), "keys": []}
         parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
         with contextlib.suppress(ConflictError):
             self.store.put(_NAME, parts)
@@ -210,7 +213,7 @@ class RepositoryBase:
         for name in sorted(filter(LINEAGE_PATTERN.fullmatch, self.store.folders(""))):
             lineage = self.lineage(name)
             try:
-                self._refresh(lineage)
+                lineage.refresh_to_read()
             except (DamagedError, RefusedError) as error:
                 yield lineage, error
             else:
@@ -219,7 +222,7 @@ class RepositoryBase:
     def refreshed_lineage(self, name: str) -> Lineage:
         """Return the lineage `name`, refreshed; it need not exist."""
         lineage = self.lineage(name)
-        self._refresh(lineage)
+        lineage.refresh_to_read()
         return lineage
 
     def existing_lineage(self, volume: str) -> Lineage:
@@ -231,15 +234,11 @@ class RepositoryBase:
             )
         return lineage
 
-    def _refresh(self, lineage: Lineage) -> None:
-        """Read the catalog; first settle a record of this host whose outcome is unknown."""
-        if lineage.files.pending.all():
-            with lineage.hold_lock():
-                return
-        lineage.refresh()
-
     def find(self, reference: str) -> FoundSnapshot:
-        """Return the snapshot that `reference` names: an id, a prefix of one, VOLUME@ID or VOLUME@latest."""
+        """Return the snapshot that `reference` names.
+
+        It is an id or a prefix of one, or VOLUME@ID, VOLUME@latest, VOLUME@label:TEXT or label:TEXT.
+        """
         (found,) = self.find_all([reference])
         return found
 
@@ -249,8 +248,8 @@ class RepositoryBase:
         The catalog of a volume is read once, however many references name it, and volumes are listed once.
         Snapshots of one volume share its lineage.
         """
-        asked = [_Reference.parse(text) for text in references]
-        found: dict[_Reference, list[FoundSnapshot]] = {one: [] for one in asked}
+        asked = [Reference.parse(text) for text in references]
+        found: dict[Reference, list[FoundSnapshot]] = {one: [] for one in asked}
         self.left_out = []
         volumes = dict.fromkeys(one.volume for one in asked if one.volume)
         named = {name: self.existing_lineage(name) for name in volumes}
@@ -267,44 +266,70 @@ class RepositoryBase:
         return [self._require_one(one, found[one], listed) for one in asked]
 
     def _require_one(
-        self, reference: _Reference, found: list[FoundSnapshot], listed: set[str]
+        self, reference: Reference, found: list[FoundSnapshot], listed: set[str]
     ) -> FoundSnapshot:
         """Return the only snapshot in `found`; raise an error, with the way out, if it is not one."""
         text, wanted = reference.text, reference.wanted
         if len(found) > 1:
-            raise UsageError(f"{text} could be {len(found)} snapshots; give more of the id")
+            raise UsageError(_describe_ambiguity(text, found))
         if not reference.at and self.left_out and not (found and SNAPSHOT_PATTERN.fullmatch(wanted)):
             raise self.left_out[0]  # a volume that was skipped can hold it, or another that begins like it
         if not found:
             if not reference.at and wanted in listed:
                 raise NotFoundError(f"{wanted} is a volume; write {wanted}@latest or {wanted}@ID")
-            raise NotFoundError(f"there is no snapshot {text} in {self.store.location}; see 'island list'")
+            if text == "latest":
+                raise NotFoundError("name the volume, as in VOLUME@latest; see 'island list'")
+            label = "" if _HEX.fullmatch(wanted) or wanted.startswith(_LABEL) else _LABEL + wanted
+            hint = f"; a label is written {reference.volume}@{label}" if reference.volume and label else ""
+            raise NotFoundError(
+                f"there is no snapshot {text} in {self.store.location}{hint}; see 'island list'"
+            )
         return found[0]
 
 
+_LABEL = "label:"
+_HEX = re.compile("[0-9a-f]*")
+_SHOWN = 3  # of several snapshots that a label could mean, the newest
+
+
 @dataclass(frozen=True, slots=True)
-class _Reference:
+class Reference:
     """What a user wrote to name a snapshot: `wanted` in `volume`, or anywhere if that is empty."""
 
     text: str
     volume: str
     at: bool  # it has an @
-    wanted: str  # an id, the beginning of one, or "latest"
+    wanted: str  # an id, the beginning of one, "latest", or "label:" and a label
 
     @classmethod
-    def parse(cls, text: str) -> _Reference:
+    def parse(cls, text: str) -> Reference:
         """Parse a reference; UsageError for an empty one."""
         volume, at, wanted = text.rpartition("@")
+        if text.startswith(_LABEL):
+            volume, at, wanted = "", "", text
+        elif (found := text.find(f"@{_LABEL}")) >= 0:  # a label can have an @, a volume cannot
+            volume, at, wanted = text[:found], "@", text[found + 1 :]
         if not at and not wanted:
-            raise UsageError("name a snapshot: an id, or VOLUME@ID, or VOLUME@latest")
+            raise UsageError("name a snapshot: an id, or VOLUME@ID, VOLUME@latest or VOLUME@label:TEXT")
         return cls(text, volume, bool(at), wanted)
 
     def select(self, lineage: Lineage) -> list[FoundSnapshot]:
         """Return the snapshots of `lineage` that it can mean."""
         if not self.wanted:
             return []
-        if self.at and self.wanted == "latest":
+        if self.wanted.startswith(_LABEL):
+            label = self.wanted.removeprefix(_LABEL)
+            rows = [row for row in lineage.state.live.values() if label and row.label == label]
+        elif self.at and self.wanted == "latest":
             rows = [row for row in (lineage.state.newest(),) if row]
         else:
             rows = [row for key, row in lineage.state.live.items() if key.startswith(self.wanted)]
         return [FoundSnapshot(lineage, row) for row in rows]
+
+
+def _describe_ambiguity(text: str, found: Sequence[FoundSnapshot]) -> str:
+    """Return that a reference fits several snapshots, and how to name one of them."""
+    if _LABEL not in text:
+        return f"{text} could be {len(found)} snapshots; give more of the id"
+    first = ", ".join(f"{one.lineage.name}@{one.row.id[:12]}" for one in found[-_SHOWN:])
+    return f"{len(found)} snapshots have that label; name one by its id, such as {first}"

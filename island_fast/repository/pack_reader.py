@@ -119,9 +119,10 @@ class PackReader:
         """Return the pack's index and the stored bytes of each of `slots` (ascending).
 
         If nearly all slots are wanted, the whole pack is read and its checksum verified. Else ranges are
-        read, merged over gaps <= `gap` (over larger ones, the smallest first, if the store takes fewer ranges
-        at once); then only the digests can verify the blocks. Ranges are also read from a pack that is not
-        whole any more, because these blocks can be: call `log_damage` once they are verified.
+        read, merged over gaps <= `gap`; then only the digests can verify the blocks. If the store takes fewer
+        ranges at once, further requests are made as long as each saves `Store.request_cost` bytes or more,
+        and the narrowest gaps that are left are read. Ranges are also read from a pack that is not whole any
+        more, because these blocks can be: call `log_damage` once they are verified.
         """
         total = self.locate(key).slots
         if slots.size + total // _SPARED >= total:
@@ -161,7 +162,8 @@ class PackReader:
         index = self.read_index_at(location)
         offsets, lengths = stored_ranges(index, wanted)
         ends = offsets + lengths
-        first = _range_starts(offsets[1:] - ends[:-1], gap, self._lineage.store.ranges_at_once)
+        store = self._lineage.store
+        first = _range_starts(offsets[1:] - ends[:-1], gap, store.ranges_at_once, store.request_cost)
         last = np.append(first[1:], offsets.size) - 1
         spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
         parts = self._read_ranges(location, [(int(o), int(n)) for o, n in spans])
@@ -186,6 +188,15 @@ class PackReader:
         """Return the index of the pack with this key."""
         return self.with_current_location(key, self.read_index_at)
 
+    def cached_index(self, key: int) -> Index | None:
+        """Return the index of the pack with this key if it is on this host; this makes no request."""
+        with contextlib.suppress(*UNREADABLE):
+            name = self.locate(key).name
+            with self._lock:
+                known = self._indexes.get(name)
+            return known or self._read_cached_index(name)
+        return None
+
     def read_index_at(self, location: PackLocation) -> Index:
         """Return the index of the pack at `location`, which the catalog need not name.
 
@@ -207,7 +218,10 @@ class PackReader:
         front = self._lineage.files.cache.read(name)
         if front is not None:
             with contextlib.suppress(*UNREADABLE):
-                return read_front(name, front)
+                index = read_front(name, front)
+                if len(front) > index.data_start:  # copies once kept more than the front
+                    self._lineage.files.cache.write(name, front[: index.data_start])
+                return index
         return None
 
     def _fetch_index(self, location: PackLocation) -> Index:
@@ -230,7 +244,9 @@ class PackReader:
             self._count(data.nbytes)
             return open_pack(location.name, data)
 
-        return get_checked(self._lineage.store, location.name, check, failed_reads=failed_reads)
+        return get_checked(
+            self._lineage.store, location.name, check, limit=location.size, failed_reads=failed_reads
+        )
 
     def _count(self, size: int) -> None:
         with self._lock:
@@ -238,11 +254,20 @@ class PackReader:
             self.fetched.bytes += size
 
 
-def _range_starts(gaps: Int64s, gap: int, most: int | None) -> Int64s:
-    """Return which blocks begin a range, with `gaps` bytes between them; at most `most`, if that is set."""
-    if most is not None and np.count_nonzero(gaps > gap) >= most:
-        gap = int(np.sort(gaps)[-most])
-    return np.flatnonzero(np.append(True, gaps > gap))
+def _range_starts(gaps: Int64s, gap: int, most: int | None, request_cost: int) -> Int64s:
+    """Return which blocks begin a range, with `gaps` bytes between them.
+
+    A range ends at each gap > `gap`. If one request takes at most `most` ranges, the widest gaps come first:
+    the first request leaves out `most` - 1 of them, and each further one up to `most`, which must add up to
+    `request_cost` bytes or more.
+    """
+    wide = np.flatnonzero(gaps > gap)
+    if most is not None and wide.size >= most:
+        wide = wide[np.argsort(-gaps[wide], kind="stable")]
+        saved = np.add.reduceat(gaps[wide], np.arange(most - 1, wide.size, most))  # by each further request
+        requests = 1 + int(np.count_nonzero(saved >= request_cost))
+        wide = np.sort(wide[: requests * most - 1])
+    return np.append(0, wide + 1)
 
 
 def group_by_pack(runs: Runs) -> Iterator[tuple[int, Runs]]:

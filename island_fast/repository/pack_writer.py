@@ -165,10 +165,11 @@ class PackWriter:
         header = PackHeader(self._header.lineage, self._header.snapshot, number, self._header.seed)
         name = pack_name(header.lineage, header.snapshot, number, self._attempt)
         try:
+            pieces = _pieces_in_order(pack, order)
             parts, size = seal_pack(
                 name,
                 header,
-                _pieces_in_order(pack, order),
+                pieces,
                 np.concatenate(pack.lengths)[order],
                 np.concatenate(pack.codecs)[order],
                 np.concatenate(pack.digests)[order],
@@ -177,7 +178,7 @@ class PackWriter:
         finally:
             self._buffers.put(pack.data)
         written = WrittenPack(number, self._attempt, name, size, pack.slots)
-        self._on_stored(written, blocks, b"".join(parts[:-1]))
+        self._on_stored(written, blocks, b"".join(parts[: len(parts) - len(pieces)]))
         return written
 
 

@@ -39,7 +39,14 @@ from island_fast.repository.pack_reader import PackReader, group_by_pack, unpack
 from island_fast.repository.pack_writer import BlockBatch, PackWriter, WrittenPack
 from island_fast.repository.workers import in_order, workers
 
-__all__ = ["SendResult", "compare_blocks", "copy_blocks", "restore_blocks", "send_blocks"]
+__all__ = [
+    "SendResult",
+    "compare_blocks",
+    "copy_blocks",
+    "find_differing",
+    "restore_blocks",
+    "send_blocks",
+]
 
 _BATCHES = 6  # that are read, or have been and wait: each is in memory
 _PACKS_FETCHED = 2  # that are fetched, or have been and wait: each is in memory
@@ -288,11 +295,7 @@ def compare_blocks(
     done, total = 0, data.count()
 
     def compare_batch(blocks: Int64s, rows: Bytes2D) -> tuple[Int64s, Int64s, int]:
-        read(blocks, rows)
-        digests, known, unread = expected.digests_of(blocks)
-        equal = (digest_blocks(rows, lineage.seed) == digests).all(axis=1)
-        differs = np.where(known, ~equal, ~_find_zeros(rows)) & ~unread
-        return blocks[differs], blocks[unread], blocks.size
+        return *find_differing(read, blocks, rows, expected, lineage.seed), blocks.size
 
     jobs = (partial(compare_batch, blocks, rows) for blocks, rows in _with_buffers(data))
     with workers(min(lineage.store.readers, _BATCHES), "compare") as pool:
@@ -302,3 +305,17 @@ def compare_blocks(
             done += size
             progress("compare", done * BLOCK_SIZE, total * BLOCK_SIZE)
     return differing, unknown
+
+
+def find_differing(
+    read: Read, blocks: Int64s, rows: Bytes2D, expected: ExpectedDigests, seed: int
+) -> tuple[Int64s, Int64s]:
+    """Read `blocks` into `rows`; return those that differ from `expected`, and those without a known digest.
+
+    A block of which nothing is expected should be zero.
+    """
+    read(blocks, rows)
+    digests, known, unread = expected.digests_of(blocks)
+    equal = (digest_blocks(rows, seed) == digests).all(axis=1)
+    differs = np.where(known, ~equal, ~_find_zeros(rows)) & ~unread
+    return blocks[differs], blocks[unread]

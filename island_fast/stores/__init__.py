@@ -6,7 +6,7 @@ rules:
 - An object has a name and bytes. It is written once: nothing ever replaces it, and a second `put` of the same
   name succeeds only with the same bytes.
 - After a StoreError of `put` the object may or may not exist. Only the same bytes may be sent to that name
-  again.
+  again. Only after a StoreRefusedError, which the store answers for certain, it does not and never will.
 - An object is missing only where the store confirms it (ObjectMissingError, or None from `head`). A listing
   can be late or incomplete, and proves nothing.
 - A store does not know what its objects mean, and verifies their length only. `get_checked` in
@@ -17,6 +17,7 @@ rules:
 | `base.py` | `Store`, and the rules for names, sizes and ranges |
 | `open.py` | from a URL to a store |
 | `directory.py` | a store in a directory |
+| `directory_reserve.py` | the file that keeps room in it for deletes |
 | `swift.py` | a store in a container of Swift: what each method of `Store` sends |
 | `swift_auth.py` | signing in: from environment variables to a token |
 | `swift_connection.py` | a pool of connections; what a failed request means; the only user of swiftclient |

@@ -10,6 +10,7 @@ import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
 
@@ -35,8 +36,8 @@ Range = tuple[int, int]
 Views = list[memoryview]
 """Buffers, in order. (In the body of a store class `list` is the method, hence this alias.)"""
 
-MAX_OBJECT = 4 << 30
-"""Largest size of an object, in bytes (Swift's own limit is 5 GiB). A larger one is refused, not read."""
+MAX_OBJECT = 1 << 30
+"""Largest size of an object of any kind, in bytes. A larger one is refused, not read."""
 
 _MAX_NAME = 600  # Swift allows 1024 bytes for prefix and name together
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._-]{1,200}"
@@ -86,15 +87,19 @@ def check_ranges(ranges: Sequence[Range]) -> None:
         end = offset + length
 
 
-def check_size(name: str, size: int, needed: int = 0) -> int:
-    """Return `size`, an object's; DamagedObjectError if it is below `needed` or above MAX_OBJECT."""
+def check_size(name: str, size: int, needed: int = 0, limit: int = MAX_OBJECT) -> int:
+    """Return `size`, an object's; DamagedObjectError if it is below `needed` or above `limit`.
+
+    No limit is above MAX_OBJECT.
+    """
+    limit = min(limit, MAX_OBJECT)
     if size < needed:
         raise DamagedObjectError(
             f"object {name} has {size} bytes instead of at least {needed}; it is damaged"
         )
-    if size > MAX_OBJECT:
+    if size > limit:
         raise DamagedObjectError(
-            f"object {name} has {size} bytes, more than any object of a repository; it is damaged"
+            f"object {name} has {size} bytes, more than the {limit} that it can have; it is damaged"
         )
     return size
 
@@ -124,6 +129,9 @@ class Store(ABC):
     ranges_at_once: int | None = None
     """The most ranges of an object that one request can ask for; None: any number."""
 
+    request_cost: int = 512 << 10
+    """How many bytes arrive in the time that one more request takes: gaps that add up to less are fetched."""
+
     uploads: int
     """How many large objects to send at the same time. More gain little, and each takes a pack's memory."""
 
@@ -145,14 +153,18 @@ class Store(ABC):
 
         The buffers must not change during the call and are not kept after it. If the name already has the
         same bytes the call succeeds; if it has others, it is a ConflictError. After a StoreError the object
-        may exist, or appear later: only the same bytes may be sent to that name again.
+        may exist, or appear later: only the same bytes may be sent to that name again. After a
+        StoreRefusedError (StoreFullError for want of room), and any other error of `put`, this call has
+        stored nothing, and nothing of it appears later.
         """
 
     @abstractmethod
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """Return all bytes of an object, in a buffer that the caller owns. Only their number is verified.
 
-        `newest` asks every replica. ObjectMissingError only if the object is confirmed to be absent.
+        `newest` asks every replica. ObjectMissingError only if the object is confirmed to be absent. An
+        object of more than `limit` bytes is not read, but a DamagedObjectError; MemoryBudgetError for one
+        that this host has no memory for.
         """
 
     @abstractmethod
@@ -186,6 +198,18 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; succeed if it is absent."""
+
+    def use_reserve(self) -> AbstractContextManager[None]:
+        """Let puts of the body use the room that the store keeps for what frees room, if it keeps any."""
+        return nullcontext()
+
+    def release_reserve(self) -> bool:
+        """Give up the room that the store keeps for what frees room; return whether there was any."""
+        return False
+
+    def hurry(self) -> AbstractContextManager[None]:
+        """Give up requests of the body within seconds: they may as well be made later. Not thread-safe."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do here
         """Close connections. No other call may be running, or follow."""

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from island_fast.errors import UNREADABLE
-from island_fast.stores.base import Store
+from island_fast.stores.base import MAX_OBJECT, Store
 
 __all__ = ["READS", "get_checked"]
 
@@ -33,6 +33,7 @@ def get_checked(
     name: str,
     check: Callable[[memoryview], T],
     *,
+    limit: int = MAX_OBJECT,
     newest: bool = False,
     failed_reads: int = 0,
 ) -> T:
@@ -41,12 +42,12 @@ def get_checked(
     The object is read at most READS times. If a later read is intact, a warning is logged that counts the
     damaged reads, `failed_reads` earlier ones of the caller included. If none is, the last exception of
     `check` is raised: DamagedObjectError, or UnsupportedObjectError, because a flipped bit can look like a
-    newer version. ObjectMissingError and StoreError as in `Store.get`.
+    newer version. ObjectMissingError, MemoryBudgetError and StoreError as in `Store.get`, and so is
+    `limit`: an object that is larger counts as damaged.
     """
     for reads_left in range(READS - 1, -1, -1):
-        data = store.get(name, newest=newest)
         try:
-            found = check(data)
+            found = check(store.get(name, newest=newest, limit=limit))
         except UNREADABLE:
             if not reads_left:
                 raise

@@ -2,7 +2,9 @@
 
 An object is written to a temporary file below `.tmp~` (no object can have that name), flushed, and then
 linked to its name, which fails if the name is taken. So a file with an object's name is always complete.
-Files are 0600 and directories 0700.
+What fails before the link has certainly not stored anything. Files are 0600 and directories 0700. If the
+store's directory has the setgid bit and its group may read it, the group may read everything: files are 0640
+and directories 2750.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import contextlib
 import errno
 import mmap
 import os
+import shlex
 import stat
 import threading
 import time
@@ -25,9 +28,14 @@ from island_fast.errors import (
     ObjectMissingError,
     RefusedError,
     StoreError,
+    StoreFullError,
+    StoreRefusedError,
+    UsageError,
 )
 from island_fast.files import FOLDER_FLAGS, link_new, make_folder, open_fd, write_scratch
+from island_fast.memory import require_memory
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -39,14 +47,18 @@ from island_fast.stores.base import (
     flat_views,
     is_name,
 )
+from island_fast.stores.directory_reserve import FULL, Reserve
 
 __all__ = ["DirectoryStore"]
 
 _SCRATCH = ".tmp~"
 _LEFTOVER_AGE = 86400.0  # seconds; no put takes this long
 _TRIES = 5  # at a put whose folder is removed again and again
+_SHARED = stat.S_ISGID | stat.S_IRGRP | stat.S_IXGRP
 _COMPARED_AT_ONCE = 1 << 20  # bytes
 _MAPPED = 1 << 20  # bytes; buffers from here on are mapped, not allocated
+# Errors of link(2) after which the name is not there, on whatever file system; others may come of a network.
+_REFUSALS = (*FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP, errno.ENOENT)
 # O_NONBLOCK: if the file is a pipe, open() would wait for its other end.
 _READ_FLAGS = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
 
@@ -57,7 +69,7 @@ class DirectoryStore(Store):
     A missing directory is a NotFoundError; with `create_ok` the first `put` creates it, and until then the
     store is empty. Ages are by this host's clock. A deletion is not flushed: after a crash of the host the
     object can be back. A name cannot be both an object and a folder. A symbolic link in place of an object is
-    refused.
+    refused. `shared` makes a new store that its group may read, see above.
     """
 
     grace = 0.0
@@ -65,16 +77,37 @@ class DirectoryStore(Store):
     uploads = 3  # each waits for two fsyncs
     downloads = min(os.cpu_count() or 1, 4)  # these wait for nothing; more would only get in each other's way
 
-    def __init__(self, path: str, *, create_ok: bool = False) -> None:
+    def __init__(self, path: str, *, create_ok: bool = False, shared: bool = False) -> None:
         self.location = path
         self._root = os.path.abspath(os.path.expanduser(path))
         self._folders_lock = threading.Lock()
         self._known_folders: set[str] = set()  # folders that exist and are flushed
+        self._reserve = Reserve(self._root, os.path.join(self._root, _SCRATCH))
+        self._reserve_lent = False
         self._identity = self._identify()  # None until the directory is created
         if self._identity is None and not create_ok:
             raise NotFoundError(
                 f"directory {path} does not exist; check the path and whether its disk is mounted"
             )
+        self._shared = self._is_shared()
+        if shared and not self._shared:
+            self._share()
+
+    def _is_shared(self) -> bool:
+        """Return whether the directory exists, and its group may read it and what is made in it."""
+        return self._identity is not None and os.stat(self._root).st_mode & _SHARED == _SHARED
+
+    def _share(self) -> None:
+        """Have the group of a store without objects read what will be in it."""
+        if self._identity is not None:
+            if any(is_name(entry.name) for entry in self._scan_folder("")):
+                where = shlex.quote(self._root)
+                raise UsageError(
+                    f"{self.location} exists and is not shared; run chmod -R g+rX {where} and "
+                    f"find {where} -type d -exec chmod g+s {{}} + instead"
+                )
+            os.chmod(self._root, 0o2750)
+        self._shared = True
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put. Other processes can put the same name meanwhile."""
@@ -83,7 +116,12 @@ class DirectoryStore(Store):
         try:
             created = self._publish(path, content)
         except OSError as error:
-            self._raise_translated(error)
+            if not (error.errno in FULL and self._reserve_lent and self._reserve.release()):
+                self._raise_translated(error, StoreRefusedError)
+            try:
+                created = self._publish(path, content)
+            except OSError as again:
+                self._raise_translated(again, StoreRefusedError)
         if not created and not self._holds(name, content):
             raise ConflictError(
                 f"object {name} in {self.location} already holds other bytes, and none is ever overwritten; "
@@ -93,7 +131,8 @@ class DirectoryStore(Store):
     def _publish(self, path: str, content: Views) -> bool:
         """Create the file `path` with `content`, durably; return False if the name is taken.
 
-        A deletion can remove the folder just before it is used; then everything is done again.
+        An OSError says that it was not created; if that is unknown, it is a StoreError. A deletion can remove
+        the folder just before it is used; then everything is done again.
         """
         for _ in range(_TRIES - 1):
             with contextlib.suppress(FileNotFoundError):
@@ -103,15 +142,40 @@ class DirectoryStore(Store):
 
     def _publish_once(self, path: str, content: Views) -> bool:
         # The object's folder comes after the scratch file: a full disk must not leave even an empty folder.
-        scratch = write_scratch(self._ensure_folder(os.path.join(self._root, _SCRATCH)), content)
+        scratch = write_scratch(
+            self._ensure_folder(os.path.join(self._root, _SCRATCH)), content, group_readable=self._shared
+        )
         try:
             with open_fd(self._ensure_folder(os.path.dirname(path)), FOLDER_FLAGS) as fd:
-                created = link_new(scratch, path)
-                os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
+                try:
+                    created = link_new(scratch, path)
+                except OSError as error:
+                    if error.errno in _REFUSALS:
+                        raise
+                    self._raise_translated(error)
+                try:
+                    os.fsync(fd)  # also if the name was taken: whoever took it may not have flushed yet
+                except OSError as error:
+                    self._raise_translated(error)
         finally:
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(OSError):  # the first put of a process removes what is left
                 os.unlink(scratch)
         return created
+
+    @contextlib.contextmanager
+    def use_reserve(self) -> Iterator[None]:
+        """See Store.use_reserve. One thread at a time."""
+        self._reserve.release_if_short()
+        self._reserve_lent = True
+        try:
+            yield
+        finally:
+            self._reserve_lent = False
+            self._reserve.make()
+
+    def release_reserve(self) -> bool:
+        """See Store.release_reserve. The first put of the next process makes it again, as large as it can."""
+        return self._reserve.release()
 
     def _ensure_folder(self, path: str) -> str:
         """Create folder `path` and everything above it, unless it is known; flush; return `path`."""
@@ -129,19 +193,20 @@ class DirectoryStore(Store):
         else:
             self._make_with_parents(os.path.dirname(path))
             if path == os.path.join(self._root, _SCRATCH):
-                _make_first_folder(path)
+                _make_first_folder(path, self._shared)
+                self._reserve.make()
             else:
-                make_folder(path)
+                make_folder(path, group_readable=self._shared)
         self._known_folders.add(path)
 
     def _make_root(self) -> None:
-        self._check_root()
+        self._check_root(StoreRefusedError)
         if self._identity is None:
             missing = [self._root]
             while not os.path.isdir(os.path.dirname(missing[-1])):
                 missing.append(os.path.dirname(missing[-1]))
             for folder in reversed(missing):
-                _make_first_folder(folder)
+                _make_first_folder(folder, self._shared and folder == self._root)
             self._identity = self._identify()
 
     def _identify(self) -> tuple[int, int] | None:
@@ -158,10 +223,10 @@ class DirectoryStore(Store):
             raise NotFoundError(f"{self.location} is not a directory; name the directory of a repository")
         return status.st_dev, status.st_ino
 
-    def _check_root(self) -> None:
-        """Raise StoreError if the directory is gone: objects are not absent then, and nothing may be put."""
+    def _check_root(self, kind: type[StoreError] = StoreError) -> None:
+        """Raise `kind` if the directory is gone: objects are not absent then, and nothing may be put."""
         if self._identity is not None and self._identify() != self._identity:
-            raise StoreError(
+            raise kind(
                 f"directory {self.location} was replaced or unmounted during this command; check whether its "
                 "disk is mounted"
             )
@@ -188,10 +253,11 @@ class DirectoryStore(Store):
                     offset += piece.nbytes
         return True
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get. There is one replica."""
         with self._open_object(name) as (fd, size):
-            return _read_ranges(fd, name, [(0, check_size(name, size))])[0]
+            require_memory(f"object {name}", check_size(name, size, limit=limit))
+            return _read_ranges(fd, name, [(0, size)])[0]
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. Exactly the ranges are read."""
@@ -273,7 +339,7 @@ class DirectoryStore(Store):
             self._check_root()
             return
         except OSError as error:
-            self._raise_translated(error)
+            self._raise_translated(error, StoreRefusedError if error.errno in _REFUSALS else StoreError)
         folder = os.path.dirname(path)
         with contextlib.suppress(OSError):  # usually: it is not empty
             while folder != self._root:
@@ -284,8 +350,8 @@ class DirectoryStore(Store):
     def _path(self, name: str) -> str:
         return os.path.join(self._root, check_name(name))
 
-    def _raise_translated(self, error: OSError) -> NoReturn:
-        """Raise `error`, the file system's, as an error for the user."""
+    def _raise_translated(self, error: OSError, kind: type[StoreError] = StoreError) -> NoReturn:
+        """Raise `error`, the file system's, as an error for the user, in most cases of class `kind`."""
         what, location = error.filename or self.location, self.location
         match error.errno:
             case errno.ELOOP | errno.ENOTDIR | errno.EISDIR:
@@ -294,6 +360,7 @@ class DirectoryStore(Store):
                     "or use another directory"
                 ) from error
             case errno.ENOSPC | errno.EDQUOT:
+                kind = StoreFullError if kind is StoreRefusedError else kind
                 text = f"no space is left for {location}; free some or raise the quota, then try again"
             case errno.EROFS:
                 text = f"{location} is on a read-only file system; remount it for writing"
@@ -306,15 +373,15 @@ class DirectoryStore(Store):
                 )
             case _:
                 text = f"{what}: {error.strerror or error}; check the disk of {location}"
-        raise StoreError(text) from error
+        raise kind(text) from error
 
 
-def _make_first_folder(folder: str) -> None:
+def _make_first_folder(folder: str, group_readable: bool) -> None:
     """Create a folder of a new repository; if that is forbidden, the user chose the wrong directory."""
     try:
-        make_folder(folder)
+        make_folder(folder, group_readable=group_readable)
     except PermissionError as error:
-        raise StoreError(
+        raise StoreRefusedError(
             f"{os.path.dirname(folder)} cannot be written; use -r to name a directory that you can write to"
         ) from error
 

@@ -10,10 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from island_fast.arrays import Buffer
-from island_fast.stores.base import ObjectInfo, Range, Store, Views, flat_views
+from island_fast.stores.base import MAX_OBJECT, ObjectInfo, Range, Store, Views, flat_views
 
 __all__ = ["RateLimitedStore", "RateLimiter", "RateLimiters"]
 
@@ -82,6 +83,7 @@ class RateLimitedStore(Store):
         self.grace = store.grace
         self.range_gap = store.range_gap
         self.ranges_at_once = store.ranges_at_once
+        self.request_cost = store.request_cost
         self.uploads = store.uploads
         self.downloads = store.downloads
         self.readers = store.readers
@@ -91,10 +93,10 @@ class RateLimitedStore(Store):
         self._up.wait(sum(view.nbytes for view in flat_views(parts)))
         self._store.put(name, parts)
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get."""
         self._down.wait()
-        data = self._store.get(name, newest=newest)
+        data = self._store.get(name, newest=newest, limit=limit)
         self._down.count(data.nbytes)
         return data
 
@@ -122,6 +124,18 @@ class RateLimitedStore(Store):
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._store.delete(name)
+
+    def use_reserve(self) -> AbstractContextManager[None]:
+        """See Store.use_reserve."""
+        return self._store.use_reserve()
+
+    def release_reserve(self) -> bool:
+        """See Store.release_reserve."""
+        return self._store.release_reserve()
+
+    def hurry(self) -> AbstractContextManager[None]:
+        """See Store.hurry."""
+        return self._store.hurry()
 
     def close(self) -> None:
         """See Store.close."""

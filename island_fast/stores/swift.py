@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
@@ -18,10 +19,13 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreFullError,
     UsageError,
 )
+from island_fast.memory import require_memory
 from island_fast.stores import swift_ranges
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -35,7 +39,13 @@ from island_fast.stores.base import (
 )
 from island_fast.stores.retry import RetryableError, RetryPolicy
 from island_fast.stores.swift_auth import SwiftAuth, auth_from_environment
-from island_fast.stores.swift_connection import Connection, HttpError, SwiftConnectionPool, none_if_status
+from island_fast.stores.swift_connection import (
+    BROKEN,
+    Connection,
+    HttpError,
+    SwiftConnectionPool,
+    none_if_status,
+)
 from island_fast.stores.swift_pace import PacedBody
 
 __all__ = ["SwiftStore"]
@@ -95,6 +105,10 @@ class SwiftStore(Store):
             raise
         return store
 
+    def hurry(self) -> contextlib.AbstractContextManager[None]:
+        """See Store.hurry."""
+        return self._pool.hurry()
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()
@@ -142,6 +156,9 @@ class SwiftStore(Store):
                 self._put_once(connection, name, content, only_if_absent=not stored)
             except HttpError as error:
                 unsure = False  # If-None-Match of the next attempt shows it
+                if error.http_status == 413:
+                    size = sum(view.nbytes for view in content)
+                    raise StoreFullError(self._explain_full(connection, name, size, error)) from error
                 if error.http_status != 412:
                     raise
                 if not self._holds(connection, name, content):
@@ -176,6 +193,31 @@ class SwiftStore(Store):
         if answer["status"] != 201:
             raise RetryableError(f"{answer['status']} instead of 201")
 
+    def _explain_full(self, connection: Connection, name: str, size: int, error: HttpError) -> str:
+        """Return why an object of `size` bytes has no room, and what it needs, as far as Swift says."""
+        asked = {
+            f"container {self._container}": lambda: connection.head_container(self._container),
+            "the account": connection.head_account,
+        }
+        quotas = []
+        for what, ask in asked.items():
+            with contextlib.suppress(HttpError, *BROKEN):  # not everybody may ask
+                head = ask()
+                kind = "account" if what == "the account" else "container"
+                quota = _parse_number(head, f"x-{kind}-meta-quota-bytes")
+                used = _parse_number(head, f"x-{kind}-bytes-used")
+                if quota is not None and used is not None and used + size > quota:
+                    more = used + size - quota
+                    quotas.append(
+                        f"the quota of {what} is {quota} bytes and {used} are used: raise it by {more} bytes"
+                    )
+        need = " and ".join(quotas) or f"raise the quota by {size} bytes"
+        return (
+            f"put {name}: Swift has no room for these {size} bytes ({error.http_status} "
+            f"{error.http_reason}); {need}, or free some: a delete and a sweep need room for one record "
+            "each, usually a few KB"
+        )
+
     def _holds(self, connection: Connection, name: str, content: Views) -> bool:
         """Return whether the object exists with exactly these bytes; ConflictError if it has others.
 
@@ -193,10 +235,15 @@ class SwiftStore(Store):
         etag = head.get("etag", "").strip('"')
         if etag == md5.hexdigest() and _parse_number(head, "content-length") == size:
             return True
-        answer = none_if_status(404, lambda: self._get_once(connection, name, full, dict(_NEWEST), 0))
-        if answer is None:
-            return False
-        if not _is_concatenation(answer.body, content):
+        try:
+            answer = none_if_status(404, lambda: self._get_once(connection, name, full, dict(_NEWEST), size))
+        except DamagedObjectError:  # it is longer than what was sent
+            same = False
+        else:
+            if answer is None:
+                return False
+            same = _is_concatenation(answer.body, content)
+        if not same:
             raise ConflictError(
                 f"object {name} in {self.location} already holds other bytes, and none is ever "
                 "overwritten; look for another writer of this repository"
@@ -214,9 +261,9 @@ class SwiftStore(Store):
 
     # -- reading
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         """See Store.get. The length is compared with what Swift announced."""
-        return self._fetch(name, None, 0, newest=newest).body
+        return self._fetch(name, None, limit, newest=newest).body
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         """See Store.get_ranges. One request asks for up to 49 ranges that do not touch each other."""
@@ -268,9 +315,10 @@ class SwiftStore(Store):
         return found
 
     def _fetch(self, name: str, wanted: str | None, limit: int, newest: bool = False) -> _Answer:
-        """GET an object until the answer is 200, 206 with at most `limit` bytes, or 416.
+        """GET an object until the answer is 200, 206 or 416, with at most `limit` bytes.
 
-        ObjectMissingError once its absence is confirmed. `wanted` is the Range header.
+        ObjectMissingError once its absence is confirmed. `wanted` is the Range header; if Swift sends the
+        whole object all the same, `limit` does not hold for it.
         """
         full = self._full_name(name)
         misses = 0
@@ -308,13 +356,14 @@ class SwiftStore(Store):
         size = _parse_number(got, "content-length")
         if size is None or status not in (200, 206 if "Range" in headers else 200):
             raise RetryableError(f"{status} with {size} bytes")
-        check_size(name, size)
+        check_size(name, size, limit=MAX_OBJECT if "Range" in headers else limit)
+        require_memory(f"object {name}", size)
         if status == 206 and size > limit:
             raise StoreError(
                 f"get {name}: Swift sends {size} bytes although at most {limit} were asked for; check the "
                 "proxies between it and this host"
             )
-        data = body.read()
+        data = body.read(size + 1)  # not more, whatever the server sends
         if len(data) != size:
             raise RetryableError(f"{len(data)} of {size} bytes")
         return _Answer(status, got, memoryview(data))

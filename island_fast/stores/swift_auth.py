@@ -19,7 +19,7 @@ from keystoneauth1 import exceptions, loading, plugin, token_endpoint
 from keystoneauth1.session import Session
 
 from island_fast.errors import StoreError
-from island_fast.stores.retry import RetryableError
+from island_fast.stores.retry import RetryableError, parse_retry_after
 
 __all__ = ["TIMEOUT", "SwiftAuth", "Token", "auth_from_environment", "silence_logger", "walk_causes"]
 
@@ -120,7 +120,8 @@ class SwiftAuth:
         except _SILENCE as error:
             reasons = (cause.strerror for cause in walk_causes(error) if isinstance(cause, OSError))
             reason = next(filter(None, reasons), _short_name(error))
-            raise RetryableError(f"{reason} at the sign-in with {self.source}") from None
+            wait = parse_retry_after(str(getattr(error, "retry_after", "")))
+            raise RetryableError(f"{reason} at the sign-in with {self.source}", wait) from None
         except exceptions.SSLError:
             raise StoreError(
                 f"the certificate of the server in {self.source} cannot be verified; set "
@@ -193,8 +194,11 @@ def _auth_from_variables(environ: Mapping[str, str]) -> SwiftAuth:
     OS_AUTH_TYPE). StoreError that says what to set if credentials are missing or incomplete.
     """
     silence_logger("keystoneauth", logging.ERROR)
+    for name in ("OS_STORAGE_URL", "OS_AUTH_URL", "ST_AUTH"):
+        _check_url(name, environ.get(name) or "")
     url, token = environ.get("OS_STORAGE_URL"), environ.get("OS_AUTH_TOKEN")
     if url and token:
+        _check_printable("OS_AUTH_TOKEN", token)
         auth: plugin.BaseAuthPlugin = token_endpoint.Token(url, token)
         return SwiftAuth(_session(auth, environ), Service(url=url), "OS_STORAGE_URL and OS_AUTH_TOKEN")
     if environ.get("ST_AUTH"):
@@ -204,6 +208,20 @@ def _auth_from_variables(environ: Mapping[str, str]) -> SwiftAuth:
     if environ.get("OS_AUTH_URL"):
         return _auth_from_keystone(environ)
     raise StoreError(f"there are no credentials for Swift; {_HOW}")
+
+
+def _check_url(name: str, url: str) -> None:
+    """Raise StoreError, which does not quote it, if a variable's value cannot be a URL."""
+    try:
+        _ = urlsplit(url).port
+    except ValueError:
+        raise StoreError(f"{name} is not a valid URL; correct it") from None
+
+
+def _check_printable(name: str, value: str) -> None:
+    """Raise StoreError, which does not quote it, if no HTTP header can hold a variable's value."""
+    if not (value.isascii() and value.isprintable()):
+        raise StoreError(f"{name} has a line break or another character that no header can hold; correct it")
 
 
 def _auth_from_tempauth(environ: Mapping[str, str]) -> SwiftAuth:
@@ -257,6 +275,10 @@ def _auth_from_cloud(name: str) -> SwiftAuth:
     try:
         cloud = OpenStackConfig().get_one(cloud=name)
         session = cloud.get_session()
+    except (TypeError, ValueError, AttributeError) as error:  # a part of the file has another type
+        raise StoreError(
+            f"OS_CLOUD {name} cannot be used ({_short_name(error)}); correct clouds.yaml"
+        ) from None
     except (ConfigException, exceptions.AuthPluginException) as error:
         raise StoreError(f"OS_CLOUD {name} cannot be used ({error}); correct clouds.yaml") from None
     session.timeout = session.timeout or TIMEOUT

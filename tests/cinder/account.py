@@ -20,7 +20,7 @@ _SUDOERS = Path("/etc/sudoers.d")
 _PREFIX = "island-test-"
 _PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _PROGRAMS = ("api", "backup", "manage", "scheduler", "volume")
-_AS_ROOT = ("cinder-rootwrap", "privsep-helper")
+_AS_ROOT = ("cinder-rootwrap", "privsep-helper", "island-loop")
 
 
 class Account:

@@ -49,6 +49,11 @@ def test_signatures_are_those_that_cinder_calls() -> None:
     assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
 
 
+def test_answers_that_cinder_relies_on() -> None:
+    done = python("tests/cinder/answers.py")
+    assert (done.returncode, done.stdout) == (0, ""), done.stdout + done.stderr
+
+
 def test_cinders_own_compliance_suite() -> None:
     done = python("-c", COMPLIANCE)
     assert done.returncode == 0, done.stderr

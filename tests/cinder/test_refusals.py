@@ -58,7 +58,7 @@ def without_filters(services: Services) -> Iterator[None]:
 def test_filters_that_are_not_installed(services: Services) -> None:
     with without_filters(services):
         said = refusal(services)
-    assert "losetup could not be started to make a loop device over" in said
+    assert "island-loop could not be started to make a loop device over" in said
     assert "(no filter matched); put island.filters where rootwrap looks for filters" in said
 
 

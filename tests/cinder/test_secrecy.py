@@ -16,7 +16,7 @@ _HOST = "hosts"
 
 
 def test_no_secret_is_told(services: Services) -> None:
-    """Neither in an argument of any program, nor in a log, though that of the service says all it can."""
+    """Neither in an argument or the environment of any program, nor in a log that says all it can."""
     swift, user = services.swift(), services.account.ids[0]
     cloud = services.run(host=_HOST, backend=services.island(host=_HOST), defaults={"debug": True})
     volume = cloud.create_volume(host=_HOST)
@@ -29,12 +29,14 @@ def test_no_secret_is_told(services: Services) -> None:
 
     def is_taken() -> bool:
         seen[:] = arguments(user)
+        seen.extend(environments(user))
         return any("island_fast snapshot" in words and volume.id in words for words in seen)
 
     wait_for("the snapshot is taken", is_taken, lambda: cloud.why(snapshot))
     cloud.await_snapshot(snapshot, "available")
     with_daemon = [words for words in arguments(user) if "qemu-storage-daemon" in words]
     assert with_daemon
+    with_daemon += environments(user)
     child = cloud.create_volume(snapshot_id=snapshot.id)
     cloud.detach(cloud.attach(child, cloud.connector(_HOST)), child)
     guest.write(attached.device, 0, guest.noise("more", 1 << 20))
@@ -57,6 +59,15 @@ def arguments(user: int) -> list[str]:
     for pid in processes(user):
         with contextlib.suppress(OSError):
             found.append(Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode())
+    return found
+
+
+def environments(user: int) -> list[str]:
+    """The environment of every process of a user, as it was when the process started."""
+    found = []
+    for pid in processes(user):
+        with contextlib.suppress(OSError):
+            found.append(Path(f"/proc/{pid}/environ").read_bytes().decode())
     return found
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.api import Repository
+from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.text import printable
 from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
@@ -21,10 +23,10 @@ pytestmark = qemu.needs_qemu
 
 BAD_IMAGES: dict[str, tuple[int, str]] = {
     "missing": (3, "check the path"),
-    "empty": (6, "the file is empty"),
+    "empty": (4, "the file is empty"),
     "cut in the header": (6, "ends inside the header"),
     "cut in the tables": (6, "restore it from a good copy"),
-    "text": (6, "not a qcow2 image"),
+    "text": (4, "not a qcow2 image"),
     "folder": (4, "not a regular file"),
     "pipe": (4, "not a regular file"),
     "below a file": (1, "Not a directory"),
@@ -156,7 +158,7 @@ def test_an_image_that_may_not_be_read(island: Island, monkeypatch: pytest.Monke
 
 def test_an_ambiguous_beginning(island: Island, disk: Path) -> None:
     seen: set[str] = set()
-    while (first := island.text("snapshot", disk, "-q")[0]) not in seen:
+    while (first := island.json("snapshot", disk)["snapshot"][0]) not in seen:
         seen.add(first)
     assert "give more of the id" in island.fails(2, "show", first)
     assert "give more of the id" in island.fails(2, "delete", f"disk@{first}")
@@ -289,6 +291,48 @@ def test_a_full_repository(island: Island, disk: Path, tmp_path: Path, small_dis
     assert (again["rule"], again["parent"], again["blocks_changed"]) == ("table-diff", first, 32)
 
 
+def test_a_full_repository_can_be_freed(
+    island: Island, disk: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    """To the last byte, by what others have there, too."""
+    place = small_disk("small", 24 * MIB)
+    repository = place / "repository"
+    taken = [island.json("-r", repository, "snapshot", disk)["snapshot"]]
+    for seed in (2, 3):
+        qemu.noise(disk, MIB, 3 * MIB, seed)
+        taken.append(island.json("-r", repository, "snapshot", disk)["snapshot"])
+    fill(place)
+    done = island("-r", repository, "delete", taken[0])
+    assert (done.code, done.out) == (5, "")
+    assert "run the command again at once" in done.err
+    assert island.text("-r", repository, "list", "-q").split() == taken, "a refusal is an outcome"
+    island.text("-r", repository, "restore", "disk@latest", tmp_path / "out", "-q")
+    assert island.json("-r", repository, "delete", taken[0])[0]["snapshot"] == taken[0]
+    fill(place)
+    assert island.json("-r", repository, "retain", "--keep-last", "1")[0]["deleted"] == 1
+    assert island.text("-r", repository, "list", "-q").split() == taken[2:]
+    assert island.json("-r", repository, "sweep")[0]["bytes_freed"] > 5 * MIB
+    qemu.noise(disk, MIB, 3 * MIB, 4)
+    island.json("-r", repository, "snapshot", disk)
+    assert (repository / ".reserve~").stat().st_size == MIB
+
+
+def test_a_repository_that_became_read_only(
+    island: Island, disk: Path, tmp_path: Path, small_disk: SmallDisk
+) -> None:
+    place = small_disk("small", 24 * MIB)
+    repository = place / "repository"
+    taken = [island.json("-r", repository, "snapshot", disk)["snapshot"] for _ in range(2)]
+    subprocess.run(["mount", "-o", "remount,ro", place], check=True)
+    for verb in (["delete", "disk@latest"], ["retain", "--keep-last", "1"]):
+        assert "read-only" in island.fails(5, "-r", repository, *verb)
+    assert island.text("-r", repository, "list", "-q").split() == taken
+    island.text("-r", repository, "restore", "disk@latest", tmp_path / "out", "-q")
+    island.text("-r", repository, "verify", "--all", "-q")
+    subprocess.run(["mount", "-o", "remount,rw", place], check=True)
+    assert island.text("-r", repository, "list", "-q").split() == taken
+
+
 def test_a_full_target(island: Island, disk: Path, small_disk: SmallDisk) -> None:
     island("snapshot", disk)
     place = small_disk("small", 2 * MIB)
@@ -371,6 +415,8 @@ def test_error_names_are_those_of_the_errors(island: Island, disk: Path) -> None
     assert name("snapshot") == name("snapshot", disk, "--volume", "a/b") == "usage"
     assert name("-r", "swift://box/x", "list") == "store"
     disk.write_bytes(b"")
+    assert name("snapshot", disk) == "unsupported-image"
+    disk.write_bytes(b"QFI\xfb")
     assert name("snapshot", disk) == "damaged-image"
 
 
@@ -411,3 +457,28 @@ def test_a_target_in_no_folder(island: Island, disk: Path, tmp_path: Path) -> No
 def test_a_copy_to_nowhere(island: Island, disk: Path) -> None:
     island.json("snapshot", disk)
     assert "--to names no repository" in island.fails(2, "copy", "--all", "--to", "")
+
+
+@pytest.mark.parametrize(
+    "value", ["hunter2secret", "hunter2secret\nsecond line"], ids=["plain", "with a break"]
+)
+def test_a_traceback_that_is_asked_for_shows_no_credentials(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    """Libraries quote what they were given, as it is or as Python writes it; URLs hold passwords too."""
+    monkeypatch.setenv("ISLAND_DEBUG", "1")
+    for name in ("OS_PASSWORD", "ISLAND_TO_ST_KEY"):
+        monkeypatch.setenv(name, value)
+        capsys.readouterr()
+
+        def fail(_: Run) -> None:
+            raise ValueError(
+                f"Invalid header {value.encode()!r} for {value}, http://u:{'p4ss' + 'w0rd'}@swift/"
+            )
+
+        run_to_exit_code(fail)
+        said = capsys.readouterr().err
+        assert "Traceback" in said
+        assert "hunter2secret" not in said
+        assert "p4ssw0rd" not in said
+        monkeypatch.delenv(name)

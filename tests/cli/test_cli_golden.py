@@ -17,9 +17,9 @@ from tests.cli.conftest import MIB, Island
 from tests.support import qemu
 
 GOLDEN = Path(__file__).with_name("golden.json")
-UNSTEADY = {  # as manifests have ids and times in them, and file systems their own mind
+UNSTEADY = {  # as manifests have ids and times in them, file systems their own mind, and samples are drawn
     *("bytes", "bytes_freed", "bytes_read", "bytes_removed", "bytes_rewritten", "bytes_stored"),
-    *("bytes_unreferenced", "file_size", "size"),
+    *("blocks_sampled", "bytes_unreferenced", "file_size", "size"),
 }
 APART = {"completion"}  # which answers with a script
 
@@ -73,6 +73,8 @@ def answers(island: Island, folder: Path) -> dict[str, Any]:
     told["restore --onto --dry-run"] = island.json("restore", "disk@latest", "--onto", back, "--dry-run")
     told["restore --onto"] = island.json("restore", "disk@latest", "--onto", back)
     told["retain --dry-run"] = island.json("retain", "--keep-last", 1, "--dry-run")
+    told["keep"] = island.json("keep", "disk@latest")
+    told["keep --release"] = island.json("keep", "disk@latest", "--release")
     told["delete --dry-run"] = island.json("delete", "disk@latest", "--dry-run")
     told["delete"] = island.json("delete", told["list"][0]["snapshot"])
     told["sweep --dry-run"] = island.json("sweep", "--dry-run")

@@ -55,7 +55,7 @@ def interrupted_snapshot(island: Island, image: Path, *signals: signal.Signals) 
             process.send_signal(number)
         time.sleep(0.01)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (128 + signals[0], b"")
     return one_sentence(err.decode())
 
 
@@ -104,7 +104,7 @@ def test_what_waits_for_its_turn_ends_at_once(island: Island, large: Path) -> No
     wait_until(lambda: packs(island), process)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (128 + signal.SIGINT, b"")
     assert one_sentence(err.decode()).startswith("interrupted; no snapshot was made")
     assert packs(island) == 1
     assert pins(large) == []
@@ -126,7 +126,7 @@ def test_the_third_ctrl_c_ends_it_at_once(island: Island, large: Path) -> None:
             process.send_signal(signal.SIGINT)
         time.sleep(0.002)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (128 + signal.SIGINT, b"")
     assert b"Traceback" not in err
     deadline = time.monotonic() + 30
     while island("snapshot", large).code == 4:  # a qemu-img that was begun goes on to its end
@@ -147,7 +147,7 @@ def test_an_interrupted_restore_leaves_no_file(
     wait_until(lambda: list(folder.iterdir()), process)
     process.send_signal(number)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, out) == (1, b"")
+    assert (process.returncode, out) == (128 + number, b"")
     assert one_sentence(err.decode()) == f"interrupted; {folder / 'out.qcow2'} was not made"
     assert list(folder.iterdir()) == []
 
@@ -170,10 +170,10 @@ def test_as_json(island: Island, large: Path) -> None:
     wait_until(lambda: packs(island), process)
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (1, b"")
+    assert (process.returncode, err) == (143, b"")
     assert out == (
         b'{"error": "interrupted", "message": "interrupted; no snapshot was made, earlier ones are '
-        b'unchanged; what was sent is kept for the next one", "exit_code": 1}\n'
+        b'unchanged; what was sent is kept for the next one", "exit_code": 143}\n'
     )
 
 
@@ -185,7 +185,8 @@ def test_a_signal_that_is_ignored_stays_ignored(island: Island, large: Path) -> 
     process.send_signal(signal.SIGHUP)
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (0, b"")
-    assert len(out.strip()) == 32
+    assert out == b""
+    assert len(island.json("list")) == 1
 
 
 def test_no_lock_stays_taken() -> None:

@@ -25,7 +25,8 @@ def test_the_whole_round(
     monkeypatch.setenv("ISLAND_REPOSITORY", url)
     first = island.json("snapshot", disk)
     second = island.json("snapshot", disk)
-    assert (second["rule"], second["bytes_read"], second["objects_written"]) == ("table-diff", 0, 2)
+    assert (second["rule"], second["objects_written"]) == ("table-diff", 2)
+    assert second["bytes_read"] <= second["blocks_sampled"] << 16
     assert [one["snapshot"] for one in island.json("list")] == [first["snapshot"], second["snapshot"]]
     island("restore", "disk@latest", tmp_path / "out")
     qemu.compare(disk, tmp_path / "out", other_format="qcow2")

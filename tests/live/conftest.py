@@ -33,7 +33,7 @@ def missing() -> str:
     for node in ("/dev/fuse", "/dev/loop-control") if KIND == "loop" else ():
         if not os.path.exists(node):
             return f"this machine has no {node}"
-    for program in ("qemu-storage-daemon", "qemu-io", "fusermount3", "losetup", "mke2fs", "setpriv"):
+    for program in ("qemu-storage-daemon", "qemu-io", "fusermount3", "mke2fs", "setpriv"):
         if shutil.which(program) is None:
             return f"{program} is not installed (scripts/install_packages qemu daemon fuse mkfs)"
     return ""

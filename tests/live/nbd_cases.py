@@ -28,7 +28,7 @@ class CutOffError(BaseException):
 def it_is_right_and_is_chosen(host: Host) -> None:
     """The whole self-test, with the split of rights; what wants root's is allowed by the filters' names."""
     assert host.exports.call("choose_kind", host.images) == "nbd"
-    assert {command[0] for command in host.exports.became_root} == {"island-nbd", "chown"}
+    assert {command[0] for command in host.exports.became_root} == {"island-nbd"}
     assert list(host.images.iterdir()) == []
 
 

@@ -130,6 +130,8 @@ def test_a_volume_that_was_exported_otherwise_stays_as_it_is(root_host: Host) ->
         ["release", "/dev/nbd0"],
         ["abandon", "{backing}/../../{backing}"],
         ["destroy", "{backing}"],
+        ["exercise", "{backing}"],
+        ["bench", "{backing}", "-c", "1", "-d", "1", "-s", "1", "-S", "1"],
     ],
 )
 def test_root_s_program_takes_nothing_else(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,7 +146,7 @@ def test_root_s_program_says_whose_it_is(capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_root_s_program_connects_to_the_folder_s_owner_alone(
-    served: Daemon, capsys: pytest.CaptureFixture[str]
+    served: Daemon, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     os.chown(served.folder, USER, USER)
     try:
@@ -152,6 +154,10 @@ def test_root_s_program_connects_to_the_folder_s_owner_alone(
         assert "another user" in capsys.readouterr().err
     finally:
         os.chown(served.folder, 0, 0)
+    (tmp_path / served.folder.name).symlink_to(served.folder)
+    other = tmp_path / served.folder.name / "nbd" / served.backing().name
+    assert nbd_root.main(["connect", str(other), str(SIZE)]) == 1
+    assert "symbolic link" in capsys.readouterr().err
     assert nbd_root.main(["connect", str(served.backing()), str(SIZE + 512)]) == 1
     assert f"has {SIZE} bytes" in capsys.readouterr().err
 
@@ -164,10 +170,20 @@ def test_a_kernel_without_the_driver_is_named(
     assert "module nbd is not loaded, or" in capsys.readouterr().err
 
 
-def test_the_program_that_root_runs_needs_little() -> None:
+@pytest.mark.parametrize(
+    "module, more",
+    [
+        ("loop_root", []),
+        (
+            "nbd_root",
+            ["island_fast.qemu", "island_fast.qemu.nbd_handshake", "island_fast.cinder.attach.nbd_netlink"],
+        ),
+    ],
+)
+def test_the_program_that_root_runs_needs_little(module: str, more: list[str]) -> None:
     """It starts for every attach and detach: the standard library, and none of the layers above."""
     program = (
-        f"import sys; sys.path.insert(0, {str(machine.ROOT)!r}); import island_fast.cinder.attach.nbd_root;"
+        f"import sys; sys.path.insert(0, {str(machine.ROOT)!r}); import island_fast.cinder.attach.{module};"
         "print([m for m in sys.modules if 'island' in m or 'numpy' in m])"
     )
     done = subprocess.check_output([sys.executable, "-I", "-S", "-c", program], text=True)
@@ -175,10 +191,13 @@ def test_the_program_that_root_runs_needs_little() -> None:
         "island_fast",
         "island_fast.cinder",
         "island_fast.cinder.attach",
-        "island_fast.qemu",
-        "island_fast.qemu.nbd_handshake",
-        "island_fast.cinder.attach.nbd_netlink",
-        "island_fast.cinder.attach.nbd_root",
+        "island_fast.files",
+        "island_fast.cinder.attach.block_device",
+        "island_fast.errors",
+        "island_fast.cinder.attach.exercise",
+        "island_fast.cinder.attach.fuse_export",
+        *more,
+        f"island_fast.cinder.attach.{module}",
     ]
     assert done.strip() == str(names)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.attach import daemon, selftest
+from island_fast.cinder.attach import daemon, selftest, speed
 from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.selftest import choose_kind, measure_speed
 from island_fast.cinder.attach.speed import SHAPES, Speed
@@ -50,7 +50,7 @@ def test_a_device_is_measured_and_nothing_is_left(host: Host, memory: Path) -> N
     assert list(memory.iterdir()) == []
     assert [Path(f"/dev/{KIND}{n}").stat().st_uid for n in range(2)] == before
     if isinstance(host.exports, Remote):
-        assert {command[0] for command in host.exports.became_root} <= {"losetup", "chown", "island-nbd"}
+        assert {command[0] for command in host.exports.became_root} <= {"island-loop", "island-nbd"}
 
 
 def test_a_device_that_is_slow_is_warned_of(
@@ -68,6 +68,9 @@ def test_a_device_that_is_slow_is_warned_of(
 
     monkeypatch.setattr(Daemon, "_write_script", write_throttled)
     monkeypatch.setattr(selftest, "check_data_path", lambda *_: None)  # hundreds of requests
+    monkeypatch.setattr(
+        speed, "_RUN", 0.5
+    )  # more than the few requests that the throttle lets through at once
     places = root_host.run, root_host.links, memory
     monkeypatch.setattr(selftest, "KINDS", ("loop",))
     with caplog.at_level(logging.WARNING, selftest.__name__):

@@ -18,7 +18,15 @@ from tests.live.booted import boot, ground
 from tests.support import qemu
 
 UNITS = ROOT / "docs/systemd"
-SERVICES = ["island-snapshot@.service", "island-retain.service", "island-sweep.service"]
+SERVICES = [
+    "island-snapshot@.service",
+    "island-retain.service",
+    "island-sweep.service",
+    "island-verify.service",
+    "island-copy.service",
+    "island-snapshot-domain@.service",
+]
+REPORT = "island-failed@.service"
 TIMERS = [name.replace(".service", ".timer") for name in SERVICES]
 MOST_EXPOSED = 35  # of 100, by systemd's count; a service that says nothing has 96
 
@@ -66,6 +74,8 @@ told["missing"] = start(instance("island-snapshot@.service", image + ".not"))
 told["state"] = sorted(path.name for path in Path("/var/lib/island").iterdir())
 told["retain"] = start("island-retain.service")
 told["sweep"] = start("island-sweep.service")
+told["verify"] = start("island-verify.service")
+told["copy"] = start("island-copy.service")
 told["inside"], told["outside"] = start("inside.service"), start("outside.service")
 timers = ["island-retain.timer", "island-sweep.timer", instance("island-snapshot@.timer", image)]
 told["timers"] = [start(timer)["ActiveState"] for timer in timers]
@@ -91,19 +101,22 @@ def units(folder: Path) -> Path:
         "/etc/island": str(folder),
         "/srv/snapshots": str(folder / "repository"),
     }
-    for name in [*SERVICES, *TIMERS]:
+    for name in [*SERVICES, *TIMERS, REPORT]:
         text = (UNITS / name).read_text()
         for place, mine in places.items():
             assert (place in text) == (name in SERVICES)
             text = text.replace(place, mine)
+        if name == REPORT:  # no journal runs there
+            assert "logger -p daemon.err -t island" in text
+            text = text.replace("logger -p daemon.err -t island", f">>{folder}/reports echo")
         (folder / name).write_text(text)
     return folder
 
 
 def test_systemd_has_nothing_to_say_against_them(units: Path) -> None:
     found = {path.name for path in UNITS.iterdir()}
-    assert found == {*SERVICES, *TIMERS, "README.md"}
-    for name in [*SERVICES, *TIMERS]:
+    assert found == {*SERVICES, *TIMERS, REPORT, "README.md"}
+    for name in [*SERVICES, *TIMERS, REPORT]:
         done = subprocess.run(
             ["systemd-analyze", "verify", "--man=no", units / name],
             capture_output=True,
@@ -137,6 +150,7 @@ def test_a_real_systemd_runs_them(units: Path) -> None:
     image.chmod(0o600)
     (units / "repository").mkdir()
     (units / "config.toml").write_text(CONFIGURATION.format(folder=units))
+    (units / "environment").write_text(f"ISLAND_COPY_TO={units}/repository/far\n")
     places = {"folder": str(units), "path": os.environ["PATH"], "python": sys.executable}
     (units / "check.service").write_text(CHECK.format(**places))
     (units / "check.py").write_text(SCRIPT.format(folder=str(units), image=str(image)))
@@ -151,10 +165,13 @@ def test_a_real_systemd_runs_them(units: Path) -> None:
     boot(units, "check.service", units / "told.json", copy)
     told = json.loads((units / "told.json").read_text())
     well = {"Result": "success", "ExecMainStatus": "0", "ActiveState": "inactive"}
-    assert [told[step] for step in ("first", "second", "retain", "sweep")] == [well] * 4, (
-        units / "log"
-    ).read_text()
+    assert [told[step] for step in ("first", "second", "retain", "sweep", "verify", "copy")] == (
+        [well] * 6
+    ), (units / "log").read_text()
     assert told["missing"]["Result"] != "success"
+    reports = (units / "reports").read_text()
+    assert "my\\x20images" in reports
+    assert reports.count(" failed: see journalctl") == 2, "the missing image, and the one that is confined"
     assert (told["inside"], told["outside"]["Result"]) == (well, "exit-code"), "they are confined"
     assert not (units / "probe").exists()
     assert "writer" in told["state"], "local state is where the command looks for it"

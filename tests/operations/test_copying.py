@@ -20,6 +20,7 @@ from island_fast.errors import (
 from island_fast.formats.pack import read_front
 from island_fast.repository import streams
 from island_fast.repository.local_state import LocalState
+from island_fast.repository.pack_reader import PackReader
 from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot
 from island_fast.results import Copied
 from tests.operations.conftest import PACK, check
@@ -106,6 +107,38 @@ def test_blocks_travel_as_they_are_stored(
     assert ours.rows.tobytes() == theirs.rows.tobytes()
     tails = [bytes(s.objects[i.name].data[i.data_start :]) for s, i in ((store, ours), (far_store, theirs))]
     assert tails[0] == tails[1]
+
+
+@pytest.mark.usefixtures("small_packs")
+def test_this_host_keeps_the_fronts_of_packs_alone(
+    repository: Repository, far: Repository, far_store: MemoryStore, image: Path
+) -> None:
+    """However many pieces a pack was put together from, no stored block stays in local state."""
+    repository.snapshot(image)
+    for part in range(6):
+        for block in (part, 16 + part):
+            qemu.noise(image, block * BLOCK, BLOCK, 3 + block)
+        repository.snapshot(image)
+    repository.delete([one.snapshot for one in repository.snapshots()[:-1]])
+    (copied,) = repository.copy(far, ["vol@latest"])
+    cache = far.lineage("vol").files.cache
+    names = packs(far_store, copied.snapshot)
+    assert len(names) > 2
+    for name in names:
+        front = cache.read(name)
+        assert front is not None
+        assert len(front) == read_front(name, far_store.objects[name].data).data_start
+
+
+def test_a_whole_pack_in_local_state_is_cut_to_its_front(repository: Repository, image: Path) -> None:
+    """Earlier copies kept whole packs there."""
+    repository.snapshot(image)
+    lineage = repository.existing_lineage("vol")
+    (name,) = lineage.pack_names(lineage.state.packs)
+    kept = lineage.files.cache.read(name)
+    lineage.files.cache.write(name, repository.store.get(name))
+    PackReader(lineage).read_index(int(lineage.state.packs.key[0]))
+    assert lineage.files.cache.read(name) == kept
 
 
 def test_what_is_there_is_not_sent_again(
@@ -403,11 +436,11 @@ def test_a_snapshot_that_is_deleted_meanwhile(
     taken = repository.snapshot(image)
     real = MemoryStore.get
 
-    def get(store: MemoryStore, name: str, *, newest: bool = False) -> memoryview:
+    def get(store: MemoryStore, name: str, **how: Any) -> memoryview:
         if "/packs/" in name and repository.snapshots():
             repository.delete([taken.snapshot])
             repository.sweep()
-        return real(store, name, newest=newest)
+        return real(store, name, **how)
 
     monkeypatch.setattr(MemoryStore, "get", get)
     assert repository.copy(far, [taken.snapshot]) == []

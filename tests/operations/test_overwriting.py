@@ -302,12 +302,12 @@ def fail_after(writes: int, patch: pytest.MonkeyPatch, error: BaseException) -> 
     """Let the store fail when so many packs were fetched."""
     real, left = MemoryStore.get, [writes]
 
-    def get(store: MemoryStore, name: str, *, newest: bool = False) -> memoryview:
+    def get(store: MemoryStore, name: str, **how: Any) -> memoryview:
         if "/packs/" in name:
             left[0] -= 1
             if left[0] < 0:
                 raise error
-        return real(store, name, newest=newest)
+        return real(store, name, **how)
 
     patch.setattr(MemoryStore, "get", get)
 
@@ -527,7 +527,7 @@ def test_a_qemu_that_says_too_much_and_knows_no_credentials(
 @pytest.mark.parametrize("flags, what", [(os.O_RDONLY, "reading"), (os.O_RDWR, "writing")])
 def test_a_target_that_cannot_be_opened_says_for_what(tmp_path: Path, flags: int, what: str) -> None:
     with pytest.raises(IslandError, match=f"none cannot be opened for {what}: .*; run as a user"):
-        target_module._open_raw_target(tmp_path / "none", flags, False)
+        target_module._open_raw_target(tmp_path / "none", 9999, flags, False)
 
 
 # What is refused.

@@ -399,7 +399,7 @@ def test_an_adoption_whose_stop_was_lost_before_it_finished_is_given_up(
     repository.snapshot(image)
     other = Repository(store, LocalState(tmp_path / "other"))
     with monkeypatch.context() as patch:
-        patch.setattr(Lineage, "_send", lambda self, name, data: (_ for _ in ()).throw(ConnectionError))
+        patch.setattr(Lineage, "_send", lambda *_, **__: (_ for _ in ()).throw(ConnectionError))
         with pytest.raises(ConnectionError):
             other.adopt("vol")
     del store.objects["vol/catalog/000000-stop"]

@@ -18,7 +18,7 @@ from island_fast.formats.catalog import CHECKPOINT_EVERY
 from island_fast.operations.verify import CheckItem, select_for_reading
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Damage, Verified
-from island_fast.stores.base import ObjectInfo, Range, Views
+from island_fast.stores.base import MAX_OBJECT, ObjectInfo, Range, Views
 from island_fast.stores.checked_read import READS
 from tests.operations.conftest import PACK, in_small_packs
 from tests.support.memory_store import MemoryStore, Stored
@@ -35,9 +35,9 @@ class NamedCalls(MemoryStore):
         super().__init__()
         self.by_name: Counter[tuple[str, str]] = Counter()
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         self.by_name["get", name] += 1
-        return super().get(name, newest=newest)
+        return super().get(name, newest=newest, limit=limit)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         self.by_name["get_ranges", name] += 1

@@ -17,6 +17,8 @@ from island_fast.errors import (
     NotFoundError,
     ObjectMissingError,
     StoreError,
+    StoreFullError,
+    StoreRefusedError,
     UsageError,
 )
 from island_fast.stores.open import open_store
@@ -392,6 +394,73 @@ def test_what_cannot_pass_is_told_at_once(swift: SwiftServer, store: SwiftStore)
         with pytest.raises(StoreError, match=hint):
             store.put("object", [b"x"])
         assert swift.count("PUT") == 1
+
+
+def test_a_refused_write_is_certain(swift: SwiftServer, store: SwiftStore):
+    """Of reading there is nothing to be certain of."""
+    for status in (400, 403, 411, 413, 422):
+        swift.calm()
+        swift.inject(Fault("answer", status, times=9, path="object"))
+        for write in (lambda: store.put("object", [b"x"]), lambda: store.delete("object")):
+            with pytest.raises(StoreRefusedError):
+                write()
+        with pytest.raises(StoreError) as caught:
+            store.get("object")
+        assert not isinstance(caught.value, StoreRefusedError)
+
+
+@pytest.mark.parametrize(
+    "earlier",
+    [Fault("lose", method="PUT"), Fault("lie", 503, method="PUT"), Fault("answer", 408, method="PUT")],
+    ids=["lost", "half stored", "timeout"],
+)
+def test_a_refusal_after_a_try_of_unknown_outcome_is_not_certain(
+    swift: SwiftServer, store: SwiftStore, earlier: Fault
+):
+    swift.inject(earlier, Fault("answer", 403, path="object", times=9, skip=0))
+    with pytest.raises(StoreError, match="outcome is unknown") as caught:
+        store.put("object", [b"x"])
+    assert not isinstance(caught.value, StoreRefusedError)
+
+
+def test_a_try_that_reached_nobody_is_certain(swift_store: OpenSwift):
+    """The proxy is away; so it was before and after the container was asked for."""
+    with SwiftServer() as other, pytest.MonkeyPatch.context() as patch:
+        for key, value in other.environment().items():
+            patch.setenv(key, value)
+        other.create_container("box")
+        with SwiftStore.open("box", BRIEF) as store:
+            store.put("one", [b"x"])
+            other.stop_server("proxy")
+            with pytest.raises(StoreRefusedError, match="has not answered"):
+                store.put("two", [b"x"])
+            with pytest.raises(StoreError) as caught:
+                store.head("one")
+            assert not isinstance(caught.value, StoreRefusedError)
+
+
+def test_a_quota_says_what_it_lacks(swift: SwiftServer, store: SwiftStore):
+    container = store.location.split("/")[2]
+    store.put("one", [b"x" * 1000])
+    swift.fill_quota(container, 10)
+    store.put("two", [b"x" * 10])
+    swift.fill_quota(container, 0)
+    with pytest.raises(StoreFullError, match=r"these 700 bytes .*is 1010 bytes and 1010 are used.* by 700"):
+        store.put("three", [b"x" * 700])
+    store.delete("one")
+    swift.fill_quota(container, None)
+    store.put("three", [b"x" * 700])
+
+
+def test_a_server_that_asks_for_hours_is_left(swift: SwiftServer, store: SwiftStore):
+    """The user comes back then, and is not kept waiting for minutes first."""
+    store.put("object", [b"x"])
+    for value, says in (("14400", "4 h"), ("900", "15 min")):
+        swift.calm()
+        swift.inject(Fault("answer", 429, method="GET", headers={"Retry-After": value}, times=99))
+        with pytest.raises(StoreError, match=f"come back in {says} .*then"):
+            store.get("object")
+        assert swift.count("GET") == 2
 
 
 def test_a_container_that_goes_away(swift: SwiftServer, store: SwiftStore):

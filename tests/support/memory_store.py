@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from island_fast.arrays import Buffer
 from island_fast.errors import ConflictError, DamagedObjectError, ObjectMissingError
 from island_fast.stores.base import (
+    MAX_OBJECT,
     ObjectInfo,
     Range,
     Store,
@@ -17,6 +18,7 @@ from island_fast.stores.base import (
     check_name,
     check_prefix,
     check_ranges,
+    check_size,
     flat_views,
 )
 
@@ -57,8 +59,10 @@ class MemoryStore(Store):
         if stored.data != data:
             raise ConflictError(f"object {name} already holds other bytes; find the other writer")
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
-        return self._read("get", name)
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
+        data = self._read("get", name)
+        check_size(name, data.nbytes, limit=limit)
+        return data
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         check_ranges(ranges)

@@ -241,6 +241,15 @@ class SwiftServer:
         """Make a container in the test user's account."""
         self.put_raw(name, b"")
 
+    def fill_quota(self, container: str, room: int | None) -> None:
+        """Set a container's quota so that `room` bytes are left; with None remove it."""
+        url, token = self.sign_in()
+        path, who = f"{url.removeprefix(self.url)}/{container}", {"X-Auth-Token": token}
+        _, headers = self._request("HEAD", path, who)
+        quota = "" if room is None else str(int(headers["X-Container-Bytes-Used"]) + room)
+        status, _ = self._request("POST", path, {**who, "X-Container-Meta-Quota-Bytes": quota})
+        assert status == 204, status
+
     def create_other_container(self, name: str) -> None:
         """Make a container in the second account."""
         self.put_raw(name, b"", *self.other)
@@ -307,12 +316,15 @@ _SWIFT_CONF = {
 }
 _PROXY = {
     "pipeline:main": {
-        "pipeline": ("faults catch_errors gatekeeper healthcheck cache listing_formats tempauth proxy-server")
+        "pipeline": (
+            "faults catch_errors gatekeeper healthcheck cache listing_formats tempauth quotas proxy-server"
+        )
     },
     "filter:faults": _FAULTS,
     "filter:cache": {"paste.filter_factory": "swift_faults:make_cache_filter"},
     "filter:healthcheck": _HEALTH,
     "filter:catch_errors": {"use": "egg:swift#catch_errors"},
+    "filter:quotas": {"use": "egg:swift#container_quotas"},
     "filter:gatekeeper": {"use": "egg:swift#gatekeeper"},
     "filter:listing_formats": {"use": "egg:swift#listing_formats"},
     "filter:tempauth": {

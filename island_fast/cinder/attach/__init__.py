@@ -14,17 +14,22 @@ Where things are:
 
     exports.py        attach, detach, grow and stop a volume; `Exports` is what the rest of the package uses
     daemon.py         one volume's daemon; `process_lookup.py` finds it without waiting for it
-    loop_devices.py   loop devices; `mounts.py` lists and removes FUSE mounts
-    nbd_devices.py    kernel NBD devices. Its steps that need root are in `nbd_root.py`, the command
+    loop_devices.py   loop devices; `mounts.py` lists and removes FUSE mounts. The steps that need root are
+                      in `loop_root.py`, the command `island-loop`, which opens exports by `fuse_export.py`
+    nbd_devices.py    kernel NBD devices. The steps that need root are in `nbd_root.py`, the command
                       `island-nbd`, which speaks to the kernel by `nbd_netlink.py`
-    selftest.py       does the path keep data right (written by `block_device.py`); is it fast (`speed.py`)
+    selftest.py       does the path keep data right (written by root: `exercise.py`, `block_device.py`); is it
+                      fast (`speed.py`); does the host's udev leave it alone (`udev.py`)
 
 Rules:
 
 - All state is in the kernel, in the daemons and in two folders. A process that starts anew finds it there.
 - Root's rights are used only through `root=True`, and etc/rootwrap.d/island.filters pins every argument.
-- `nbd_root.py` runs as root: it imports only the standard library, `nbd_netlink.py` and
-  `qemu/nbd_handshake.py`. Never add another import to them.
+- `loop_root.py` and `nbd_root.py` run as root. They import only the standard library, `exercise.py`,
+  `block_device.py`, `fuse_export.py`, `nbd_netlink.py`, `qemu/nbd_handshake.py`, `errors.py` and `files.py`.
+  Never add another import to any of these.
+- Root follows no link of another user's, and no user but root ever gets a device of the kernel's common pool:
+  who once had one open could have the next file that root attaches.
 
 It may import `qemu/`, `qcow2/` and the rooms below them; the room above and `bench/` import it.
 """

@@ -22,7 +22,8 @@ from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
 from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
-from island_fast.qemu.programs import TIMEOUT, RunProgram
+from island_fast.files import make_folders
+from island_fast.qemu.programs import TIMEOUT, ProgramResult, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
@@ -115,6 +116,12 @@ class Exports:
         if not daemon.is_running():
             raise NotFoundError(f"volume {volume} is not served here; attach it first")
         return daemon
+
+    def run_as_root(self, volume: str, verb: str, *words: str) -> ProgramResult:
+        """Run a command of root's on a volume's device; only the self-test's volume has such commands."""
+        backing = self._daemon_of(volume).backing()
+        program = self._devices_for(backing).program
+        return self._execute([program, verb, str(backing), *words], root=True)
 
     def grow(self, volume: str, size: int) -> None:
         """Enlarge a volume that is served to `size` bytes, and its device with it. It never shrinks."""
@@ -243,8 +250,8 @@ class Exports:
     def _remove_leftovers(self, daemon: Daemon) -> None:
         """Remove what a dead daemon left. Whoever has its device open keeps it, and gets errors."""
         self._link_path(daemon.volume).unlink(missing_ok=True)
-        for device in self._loops.find(daemon.disk):
-            self._loops.abandon(device)
+        if self._loops.find(daemon.disk):
+            self._loops.abandon(daemon.disk)
         unmount_dead(daemon.disk, self._execute)
         self._nbds.abandon(daemon.backing())
         daemon.forget_export()
@@ -261,7 +268,7 @@ class Exports:
         """Make the volume's link lead to the device, in one step, and return the link."""
         link = self._link_path(volume)
         if _read_link(link) != device:
-            self._links.mkdir(mode=0o755, parents=True, exist_ok=True)
+            make_folders(self._links, 0o755)
             scratch = link.with_name(f".{volume}")
             scratch.unlink(missing_ok=True)
             scratch.symlink_to(device)
@@ -325,7 +332,8 @@ def _resolve_plain(folder: Path) -> Path:
 def _make_private_folder(folder: Path) -> None:
     """Make a volume's folder and its parent; raise RefusedError if other users have access to the parent."""
     run = folder.parent
-    run.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folders(run.parent, 0o755)  # also that of the links, which Nova reads
+    run.mkdir(mode=0o700, exist_ok=True)
     if stat.S_IMODE(run.stat().st_mode) & 0o077:
         raise RefusedError(f"other users have access to the folder {str(run)!r}; give it mode 0700")
     folder.mkdir(mode=0o700, exist_ok=True)

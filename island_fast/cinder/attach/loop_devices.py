@@ -1,4 +1,4 @@
-"""Loop devices in front of volumes' exports, made and removed with root's rights.
+"""Loop devices in front of volumes' exports: the kind for hosts without kernel NBD.
 
 A loop device is found by the name of the file that it stands on, as the kernel shows it. Its number means
 nothing: the kernel gives it to the next caller. The other kind of device is in `nbd_devices.py`.
@@ -9,28 +9,28 @@ from __future__ import annotations
 import os
 import re
 import stat
+import subprocess
 import time
 from pathlib import Path
 
+from island_fast.cinder.attach.loop_root import HELD, devices_over
 from island_fast.cinder.attach.mounts import mounted_devices
 from island_fast.errors import ImageInUseError, IslandError
 from island_fast.qemu.open_files import SYSFS_BLOCK, read_sysfs
 from island_fast.qemu.programs import RunProgram, check_run
 
-__all__ = ["LoopDevices", "check_node", "in_use_error", "is_mounted"]
+__all__ = ["LoopDevices", "check_node", "is_mounted", "release_device"]
 
 _NAME = re.compile(r"/dev/(loop\d+)")
+_PROGRAM = "island-loop"
 _SECTOR = 512  # bytes, the unit of sysfs for every device
-_RELEASE_TIMEOUT = 3.0  # seconds; udev opens every device that changes, for a moment
-_STEP = 0.05
+_STEP = 0.05  # seconds between two looks
 
 
 class LoopDevices:
-    """The loop devices of this host that stand on volumes' exports.
+    """The loop devices of this host that stand on volumes' exports. `island-loop` does what needs root."""
 
-    They are buffered, because direct I/O over the FUSE export of QEMU 7.2 corrupts data, as `selftest.py`
-    shows.
-    """
+    program = _PROGRAM
 
     def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
@@ -38,80 +38,50 @@ class LoopDevices:
     def find(self, file: Path) -> list[Path]:
         """Return the devices over `file`, except those that go as soon as their last user closes them."""
         return [
-            Path("/dev", entry.name)
-            for entry in sorted(SYSFS_BLOCK.glob("loop*"))
-            if read_sysfs(entry / "loop/backing_file") == str(file)
-            and read_sysfs(entry / "loop/autoclear") == "0"
+            Path("/dev", name)
+            for name in devices_over(file)
+            if read_sysfs(SYSFS_BLOCK / name / "loop/autoclear") == "0"
         ]
 
     def stands_on(self, device: Path, file: Path) -> bool:
         """Return whether the device of this name stands on `file` now."""
         name = _NAME.fullmatch(str(device))
-        return name is not None and read_sysfs(SYSFS_BLOCK / name[1] / "loop/backing_file") == str(file)
+        return name is not None and name[1] in devices_over(file)
 
     def attach(self, file: Path, size: int) -> Path:
         """Make a device over `file`, which must have `size` bytes and a live daemon, and return its path.
 
-        Checks the file before and the device after, because losetup accepts a dead file. If a check fails,
-        raises IslandError and leaves no device.
+        Checks the file before and the device after. If a check fails, raises IslandError and leaves no
+        device.
         """
         self._check_file(file, size)
-        device = self._set_up(file)
+        task = f"make a loop device over {str(file)!r}"
+        output = self._run_as_root(task, "attach", str(file)).strip()
         try:
-            self._check_device(device, file, size)
+            if not _NAME.fullmatch(output):
+                raise IslandError(f"{_PROGRAM} made a device over {str(file)!r}, but printed {output[:80]!r}")
+            self._check_device(Path(output), file, size)
         except BaseException:
-            self._detach(device)
+            self.abandon(file)
             raise
-        return device
+        return Path(output)
 
     def release(self, device: Path, file: Path) -> None:
-        """Remove the device; raise ImageInUseError, and leave the device as it was, if it is open.
+        """Remove the device; raise ImageInUseError, and leave the device as it was, if it is open."""
+        release_device(self._execute, [_PROGRAM, "release", str(file)], device, HELD)
 
-        The kernel does not refuse to detach a device that is open: it detaches it when the last user closes
-        it. So this waits to see whether the device goes, and if it does not, makes it stay again.
-        """
-        if is_mounted(device):
-            raise in_use_error(device, "it is mounted or part of another device")
-        for _ in range(3):
-            self._detach(device)
-            if self._wait_until_gone(device, file):
-                return
-            again = self._set_up(file)
-            if again == device:
-                raise in_use_error(device, "a guest or another program has it open")
-            device = again  # the old one went just now, and this new one is unknown to everybody
-        raise in_use_error(device, "the kernel does not remove it")
-
-    def abandon(self, device: Path) -> None:
-        """Remove a device whose file is dead, now or when its last user closes it."""
-        self._detach(device)
+    def abandon(self, file: Path) -> None:
+        """Remove every device over a file, now or when its last user closes it."""
+        self._run_as_root(f"detach the devices over {str(file)!r}", "abandon", str(file))
 
     def grow(self, device: Path, file: Path, size: int) -> None:
         """Enlarge the device to its file's new size, `size` bytes; raise IslandError if that fails."""
         self._check_file(file, size, timeout=30.0)
-        command = ["losetup", "--set-capacity", str(device)]
-        check_run(self._execute, command, f"let {device} grow", root=True)
+        self._run_as_root(f"let {device} grow", "grow", str(file))
         self._check_device(device, file, size)
 
-    def _set_up(self, file: Path) -> Path:
-        command = ["losetup", "--find", "--show", "--nooverlap", "--direct-io=off", str(file)]
-        task = f"make a loop device over {str(file)!r}"
-        output = check_run(self._execute, command, task, root=True).strip()
-        if not _NAME.fullmatch(output):
-            raise IslandError(f"losetup made a loop device over {str(file)!r}, but printed {output[:80]!r}")
-        return Path(output)
-
-    def _detach(self, device: Path) -> None:
-        check_run(self._execute, ["losetup", "--detach", str(device)], f"detach {device}", root=True)
-
-    def _wait_until_gone(self, device: Path, file: Path) -> bool:
-        """Wait until the device is gone, and return whether it is."""
-        deadline = time.monotonic() + _RELEASE_TIMEOUT
-        while self.stands_on(device, file):
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(_STEP)
-        return True
+    def _run_as_root(self, task: str, *words: str) -> str:
+        return check_run(self._execute, [_PROGRAM, *words], task, root=True)
 
     def _check_file(self, file: Path, size: int, timeout: float = 0.0) -> None:
         """Raise IslandError unless the file has `size` bytes, or has them before the timeout.
@@ -160,6 +130,23 @@ def check_node(device: Path) -> None:
         raise IslandError(f"the node {device} leads to another device; let udev or devtmpfs make the nodes")
 
 
-def in_use_error(device: Path, why: str) -> ImageInUseError:
+def release_device(execute: RunProgram, command: list[str], device: Path, held: int) -> None:
+    """Remove a device by a command of root's; raise ImageInUseError if it is in use.
+
+    `held` is the exit status of the command if the device is open.
+    """
+    if is_mounted(device):
+        raise _in_use_error(device, "it is mounted or part of another device")
+    try:
+        done = execute(command, root=True)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise IslandError(f"{device} cannot be removed: {error}") from error
+    if done.returncode == held:
+        raise _in_use_error(device, "a guest or another program has it open")
+    if done.returncode:
+        raise IslandError(f"{device} cannot be removed: {done.stderr.strip()}")
+
+
+def _in_use_error(device: Path, why: str) -> ImageInUseError:
     """Return the error that says why a device cannot be removed."""
     return ImageInUseError(f"{device} cannot be removed, because {why}; end that and try again")

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 from pathlib import Path
 
-from island_fast.cinder.attach.loop_devices import check_node, in_use_error, is_mounted
+from island_fast.cinder.attach.loop_devices import check_node, release_device
 from island_fast.cinder.attach.nbd_root import HELD, devices_over
 from island_fast.errors import IslandError
 from island_fast.qemu.open_files import read_sysfs
@@ -34,6 +33,8 @@ _MIN_KERNEL = (5, 14)  # the first Linux that keeps a name with a device
 
 class NbdDevices:
     """The NBD devices of this host that stand on volumes' exports. `island-nbd` does what needs root."""
+
+    program = _PROGRAM
 
     def __init__(self, execute: RunProgram) -> None:
         self._execute = execute
@@ -67,16 +68,7 @@ class NbdDevices:
 
     def release(self, device: Path, backing: Path) -> None:
         """Remove the device; raise ImageInUseError, and leave the device as it was, if it is open."""
-        if is_mounted(device):
-            raise in_use_error(device, "it is mounted or part of another device")
-        try:
-            done = self._execute([_PROGRAM, "release", str(backing)], root=True)
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise IslandError(f"{device} cannot be removed: {error}") from error
-        if done.returncode == HELD:
-            raise in_use_error(device, "a guest or another program has it open")
-        if done.returncode:
-            raise IslandError(f"{device} cannot be removed: {done.stderr.strip()}")
+        release_device(self._execute, [_PROGRAM, "release", str(backing)], device, HELD)
 
     def abandon(self, backing: Path) -> None:
         """Disconnect every device over an export; whoever has one open gets errors."""

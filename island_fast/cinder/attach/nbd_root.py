@@ -6,6 +6,12 @@
     island-nbd loosen BACKING          make requests wait from now on when the connection breaks
     island-nbd resume BACKING SIZE     give a loosened device a new connection and a new size
 
+and for the volume of the self-test alone (`exercise.py`; exit status 4 if data is wrong):
+
+    island-nbd exercise BACKING        write to its device in every way, and print digests of what it holds
+    island-nbd digest BACKING          print the digests of what its device holds
+    island-nbd bench BACKING OPTIONS   run qemu-img bench on its device
+
 BACKING is a path FOLDER/VOLUME/nbd/TOKEN. Its parent is the socket of the daemon. The whole path is the name
 that the kernel keeps with the device and shows in sysfs, so no command takes a device's number, which can be
 another device's by now. nbd-client cannot replace this command: it sets no such name, it cannot take a free
@@ -29,7 +35,17 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+from island_fast.cinder.attach.exercise import (
+    BENCH_OPTIONS,
+    DAMAGED,
+    VOLUME,
+    exercise,
+    read_digests,
+    run_bench,
+)
+from island_fast.cinder.attach.fuse_export import open_folder
 from island_fast.cinder.attach.nbd_netlink import NbdNetlink
+from island_fast.errors import DamagedError
 from island_fast.qemu.nbd_handshake import Client, shake_hands
 
 __all__ = ["EXPORT", "HELD", "devices_over", "main"]
@@ -76,17 +92,31 @@ def main(words: Sequence[str] | None = None) -> int:
     if list(words) in (["--help"], ["-h"]):
         print(_USAGE)
         return 0
-    command, backing, *more = [*words, "", ""]
-    sizes = [int(word) for word in more if re.fullmatch(r"[1-9][0-9]{0,18}", word)]
-    wanted = {"connect": 1, "resume": 1, "release": 0, "abandon": 0, "loosen": 0}.get(command)
-    if wanted != len(sizes) or len([w for w in more if w]) != wanted or not _BACKING.fullmatch(backing):
+    command, backing, *more = [*words, "", ""][: max(2, len(words))]
+    if not _BACKING.fullmatch(backing) or not _fits(command, more, Path(backing).parts[-3]):
         print(_USAGE, file=sys.stderr)
         return 2
     try:
-        return _COMMANDS[command](Path(backing), *sizes)
+        if command == "bench":
+            _bench(Path(backing), more)
+        return _COMMANDS[command](Path(backing), *map(int, more))
+    except DamagedError as error:
+        print(error, file=sys.stderr)
+        return DAMAGED
     except OSError as error:
         print(error.strerror or error, file=sys.stderr)
         return 1
+
+
+def _fits(command: str, more: Sequence[str], volume: str) -> bool:
+    """Return whether a command takes these words, and may be used on this volume."""
+    if command in ("connect", "resume"):
+        return len(more) == 1 and re.fullmatch(r"[1-9][0-9]{0,18}", more[0]) is not None
+    if command in ("release", "abandon", "loosen"):
+        return not more
+    if command in ("exercise", "digest"):
+        return not more and volume == VOLUME
+    return command == "bench" and volume == VOLUME and BENCH_OPTIONS.fullmatch(" ".join(more)) is not None
 
 
 def _connect(backing: Path, size: int) -> int:
@@ -175,16 +205,52 @@ def _read_first_page(name: str, answers: list[str]) -> None:
 
 
 @contextlib.contextmanager
+def _own_device(backing: Path) -> Iterator[tuple[Path, int]]:
+    """Yield the self-test's device, and a descriptor of it; while that is open, its number is not reused."""
+    for name in devices_over(backing):
+        device = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            if name in devices_over(backing):
+                yield Path("/dev", name), device
+                return
+        finally:
+            os.close(device)
+    raise OSError(errno.ENODEV, "the volume of the self-test has no device")
+
+
+def _exercise(backing: Path) -> int:
+    with _own_device(backing) as (path, _):
+        print(*exercise(path))
+    return 0
+
+
+def _digest(backing: Path) -> int:
+    with _own_device(backing) as (path, _):
+        print(*read_digests(path))
+    return 0
+
+
+def _bench(backing: Path, options: Sequence[str]) -> None:
+    with _own_device(backing) as (path, device):
+        os.set_inheritable(device, True)
+        run_bench(path, options)
+
+
+@contextlib.contextmanager
 def _connect_to_daemon(backing: Path, size: int) -> Iterator[Client]:
     """Connect to the daemon's NBD server; yield the connection, which closes when the body ends.
 
-    Raises PermissionError if another user than the owner of the volume's folder runs the server.
+    Raises PermissionError if another user than the owner of the volume's folder runs the server, or if a link
+    leads to that folder.
     """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection:
+    with (
+        open_folder(backing.parent.parent) as folder,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as connection,
+    ):
         connection.settimeout(_HANDSHAKE_TIMEOUT)
-        connection.connect(str(backing.parent))
+        connection.connect(f"/proc/self/fd/{folder}/{backing.parent.name}")
         _, uid, _ = _PEER.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER.size))
-        if uid != os.stat(backing.parent.parent).st_uid:
+        if uid != os.fstat(folder).st_uid:
             raise PermissionError(
                 errno.EPERM, f"{backing.parent} is served by another user than the owner of its folder"
             )
@@ -215,6 +281,8 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "abandon": _abandon,
     "loosen": _loosen,
     "resume": _resume,
+    "exercise": _exercise,
+    "digest": _digest,
 }
 
 

@@ -1,45 +1,42 @@
 """Test whether this host can attach volumes, and whether their data path keeps data right.
 
 Some data paths in the field corrupt data: a loop device with direct I/O over the FUSE export of QEMU 7.2, and
-holes punched through that export. So the self-test writes to a volume of its own in every way that a guest
-or a file system has, and compares it with a model: through the device, and in the image.
+holes punched through that export. So the self-test has root write to a volume of its own in every way that a
+guest or a file system has (`exercise.py`), and compares it with a model: through the device, and in the
+image.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import random
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
-from island_fast.cinder.attach.block_device import BlockDevice
 from island_fast.cinder.attach.daemon import SYSTEMD
+from island_fast.cinder.attach.exercise import BLOCK, DAMAGED, SIZE, VOLUME, digest
 from island_fast.cinder.attach.exports import KINDS, Exports
 from island_fast.cinder.attach.mounts import file_system_type
 from island_fast.cinder.attach.nbd_devices import check_kernel
 from island_fast.cinder.attach.speed import Speed, describe_slowness, measure
+from island_fast.cinder.attach.udev import require_rule
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.image import Image
-from island_fast.qemu.programs import RunProgram, check_run
+from island_fast.qemu.open_files import read_sysfs
+from island_fast.qemu.programs import ProgramResult, RunProgram, check_run, error_text
 
-__all__ = ["check_data_path", "choose_kind", "measure_speed"]
+__all__ = ["VOLUME", "check_data_path", "choose_kind", "measure_speed"]
 
 _LOG = logging.getLogger(__name__)
-VOLUME = "5e1f7e57-0000-4000-8000-000000000000"
-"""The volume of every self-test. The next test removes what a killed one left."""
-
-_SIZE = 32 << 20  # bytes
 _SPEED_SIZE = 16 << 20  # bytes
-_STEPS = 400
-_LONGEST = 256 << 10  # bytes of one request
-_SECTOR = 512  # bytes
+_LOOP_MAX_PART = Path("/sys/module/loop/parameters/max_part")
 _IN_MEMORY = ("tmpfs", "ramfs")
 _FUSE_CONF = Path("/etc/fuse.conf")
 _SBIN = ":/usr/local/sbin:/usr/sbin:/sbin"  # programs for root are found by root's PATH
@@ -72,12 +69,12 @@ def check_data_path(run: Path, links: Path, images: Path, execute: RunProgram, k
     _check_host(links, kind)
     exports = Exports(run, links, execute, kind)
     exports.stop(VOLUME)
-    with _create_image(images, "qcow2", _SIZE, execute) as image:
+    with _create_image(images, "qcow2", SIZE, execute) as image:
         try:
-            model = _write_and_read(exports, image, execute, kind)
+            wanted = _write_and_read(exports, image, kind)
         finally:
             exports.stop(VOLUME)
-        _require_equal(_read_image(image), model, "in the image", kind)
+        _require_equal(digest(_read_image(image)), wanted, "in the image", kind)
         check = ["qemu-img", "check", "-q", "-f", "qcow2", str(image)]
         check_run(execute, check, "find the image of the self-test intact")
 
@@ -96,8 +93,8 @@ def measure_speed(run: Path, links: Path, images: Path, execute: RunProgram, kin
         _create_image(images, "compared", _SPEED_SIZE, execute) as compared,
     ):
         try:
-            with _own_device(exports.attach(VOLUME, image).resolve(), execute) as device:
-                return list(measure(device, compared, execute))
+            device = exports.attach(VOLUME, image).resolve()
+            return list(measure(device, compared, _let_root_open(device, exports, execute)))
         finally:
             exports.stop(VOLUME)
 
@@ -144,7 +141,7 @@ def _check_host(links: Path, kind: str) -> None:
         programs.append(("island-nbd", "island-fast"))
     else:
         _check_nodes()
-        programs += [("fusermount3", "fuse3"), ("losetup", "mount")]
+        programs += [("fusermount3", "fuse3"), ("island-loop", "island-fast")]
     for program, package in programs:
         if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
             raise IslandError(f"the program {program} is missing; install the package {package}")
@@ -166,98 +163,66 @@ def _check_nodes() -> None:
             raise IslandError(
                 f"there is no {node}; load the module {module}, or give the container this device"
             )
+    if read_sysfs(_LOOP_MAX_PART) not in ("", "0"):
+        raise IslandError(
+            "the module loop reads the partition tables that tenants wrote; load it with max_part=0, "
+            "by a line 'options loop max_part=0' in /etc/modprobe.d"
+        )
     if not os.access("/dev/fuse", os.R_OK | os.W_OK):
         raise IslandError("this user cannot open /dev/fuse; give it mode 0666, as udev does")
 
 
-def _write_and_read(exports: Exports, image: Path, execute: RunProgram, kind: str) -> bytearray:
-    """Write in all ways, read through the same device and through a new one; return what must be there."""
-    dice = random.Random(1)
-    model = bytearray(_SIZE)
-    with _open_device(exports.attach(VOLUME, image), execute) as device:
-        for step in range(_STEPS):
-            _change_at_random(device, model, dice)
-            if step % 16 == 0:
-                begin = dice.randrange(_SIZE - _LONGEST) // _SECTOR * _SECTOR
-                stop = begin + _LONGEST
-                _require_equal(
-                    device.read_direct(begin, _LONGEST), model[begin:stop], "while it was written", kind
-                )
-        device.flush()
-        _require_equal(device.read_direct(0, _SIZE), model, "without the page cache", kind)
+def _write_and_read(exports: Exports, image: Path, kind: str) -> list[str]:
+    """Write in all ways, read through the same device and through a new one; return digests of the data."""
+    require_rule(exports.attach(VOLUME, image).resolve())
+    wanted = _run_on_device(exports, "exercise", kind).split()
     exports.detach(VOLUME)
-    with _open_device(exports.attach(VOLUME, image), execute) as device:
-        _require_equal(device.read(0, _SIZE), model, "after it was attached again", kind)
-    return model
+    exports.attach(VOLUME, image)
+    found = _run_on_device(exports, "digest", kind).split()
+    _require_equal(found, wanted, "after it was attached again", kind)
+    return wanted
 
 
-def _change_at_random(device: BlockDevice, model: bytearray, dice: random.Random) -> None:
-    """Send one random request to the device, and make the same change to the model."""
-    way = dice.choice(["write", "write", "direct", "direct", "zero", "hole", "discard", "flush"])
-    length = dice.choice([_SECTOR, 4096, 65536, _LONGEST, dice.randrange(1, _LONGEST)])
-    begin = dice.randrange(_SIZE - length)
-    if way != "write":
-        begin, length = begin // _SECTOR * _SECTOR, -(-length // _SECTOR) * _SECTOR
-    stop = begin + length
-    if way in ("write", "direct"):
-        data = dice.randbytes(length)
-        (device.write if way == "write" else device.write_direct)(begin, data)
-        model[begin:stop] = data
-    elif way == "zero":
-        device.zero(begin, length)
-        model[begin:stop] = bytes(length)
-    elif way == "hole":
-        if device.punch(begin, length):
-            model[begin:stop] = bytes(length)
-    elif way == "discard":
-        if device.discard(begin, length):
-            model[begin:stop] = _check_discarded(device.read_direct(begin, length), bytes(model[begin:stop]))
-    else:
-        device.flush()
-
-
-def _check_discarded(now: bytes, before: bytes) -> bytes:
-    """Return what a discard left: in each sector old data or zeros; raise DamagedError if anything else."""
-    rows = np.frombuffer(now, np.uint8).reshape(-1, _SECTOR)
-    old = np.frombuffer(before, np.uint8).reshape(-1, _SECTOR)
-    if np.any(rows.any(axis=1) & (rows != old).any(axis=1)):
-        raise DamagedError(
-            "the data path corrupts data: a discard changed data into other data; do not use it"
-        )
-    return now
-
-
-@contextmanager
-def _open_device(link: Path, execute: RunProgram) -> Iterator[BlockDevice]:
-    """Open the device that a link leads to."""
-    with _own_device(link.resolve(), execute) as device, BlockDevice(device) as opened:
-        yield opened
-
-
-@contextmanager
-def _own_device(device: Path, execute: RunProgram) -> Iterator[Path]:
-    """Make this user the owner of a device while the body runs; then the old owner has it back."""
-    owner = os.stat(device)
-    _change_owner(device, (os.geteuid(), os.getegid()), execute)
+def _run_on_device(exports: Exports, verb: str, kind: str) -> str:
+    """Let root work on the self-test's device; return the output. DamagedError if it finds wrong data."""
     try:
-        yield device
-    finally:
-        _change_owner(device, (owner.st_uid, owner.st_gid), execute)
+        done = exports.run_as_root(VOLUME, verb)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise IslandError(f"the self-test cannot {verb} its device of kind {kind}: {error}") from error
+    if done.returncode == DAMAGED:
+        raise _damage(kind, error_text(done.stderr))
+    if done.returncode:
+        raise IslandError(
+            f"the self-test cannot {verb} its device of kind {kind}: {error_text(done.stderr or '')}"
+        )
+    return done.stdout
 
 
-def _change_owner(device: Path, owner: tuple[int, int], execute: RunProgram) -> None:
-    """Give a device to a user and a group; root needs no change, because it can open any device."""
-    if os.geteuid() != 0:
-        command = ["chown", f"{owner[0]}:{owner[1]}", str(device)]
-        check_run(execute, command, f"change the owner of {device}", root=True)
+def _let_root_open(device: Path, exports: Exports, execute: RunProgram) -> RunProgram:
+    """Return `execute`, except that `qemu-img bench` on the self-test's device is run by root."""
+
+    def run(
+        command: Sequence[str], /, *, root: bool = False, env: Mapping[str, str] | None = None
+    ) -> ProgramResult:
+        if command[-1] != str(device):
+            return execute(command, root=root, env=env)
+        return exports.run_as_root(VOLUME, "bench", *command[2:10])
+
+    return run
 
 
-def _require_equal(found: bytes | bytearray, wanted: bytes | bytearray, where: str, kind: str) -> None:
-    if found != wanted:
-        differ = np.flatnonzero(np.frombuffer(found, np.uint8) != np.frombuffer(wanted, np.uint8))
-        raise DamagedError(
-            f"the data path of kind {kind} corrupts data: {len(differ)} bytes, from {differ[0]} on, differ "
-            f"from what was written ({where}); do not use it"
+def _damage(kind: str, what: str) -> DamagedError:
+    return DamagedError(f"the data path of kind {kind} corrupts data: {what}; do not use it")
+
+
+def _require_equal(found: Sequence[str], wanted: Sequence[str], where: str, kind: str) -> None:
+    """Compare digests of blocks."""
+    differ = [number for number, pair in enumerate(zip(found, wanted, strict=True)) if pair[0] != pair[1]]
+    if differ:
+        raise _damage(
+            kind,
+            f"{len(differ)} blocks of {BLOCK} bytes, from byte {differ[0] * BLOCK} on, differ from what was "
+            f"written ({where})",
         )
 
 
@@ -268,7 +233,7 @@ def _read_image(image: Path) -> bytes:
         blocks = np.arange(point.blocks)
         rows = np.empty((len(blocks), BLOCK_SIZE), np.uint8)
         PointReader(opened, point).read(blocks, rows)
-    return rows.tobytes()[:_SIZE]
+    return rows.tobytes()[:SIZE]
 
 
 def _read_lines(path: Path) -> list[str]:

@@ -27,7 +27,8 @@ ENOUGH = 0.5
 
 _PAIRS = 5
 _FEW = 3  # pairs; with so many, one that met a busy moment is not the median
-_LIMIT, _LIMIT_FOR_FEW = 0.4, 1.5  # seconds for one shape: once there are more than few pairs, and until then
+_LIMIT, _LIMIT_FOR_FEW = 0.4, 1.5  # seconds of requests: once there are more than few pairs, and until then
+_WAIT = 3.0  # seconds for one shape once there are more than few pairs: starting a program as root takes long
 _RUN = 0.05  # seconds that the slower side's run should take: `qemu-img bench` prints milliseconds
 _GROWTH = 64  # how many times longer a run can be than the one before it
 _TOOK = re.compile(r"Run completed in (\d+\.\d+) seconds")
@@ -125,12 +126,14 @@ def _measure_in_turn(
 ) -> list[tuple[float, float]]:
     """Return the rates of both sides, run by run in turn; runs get longer until times can be compared."""
     begun = time.monotonic()
-    count, found = shape.first, list[tuple[float, float]]()
+    count, found, spent = shape.first, list[tuple[float, float]](), 0.0
     while len(found) <= _PAIRS:
         turn = (0, 1) if len(found) % 2 else (1, 0)
         took = {side: _time_run(sides[side], shape, count, execute) for side in turn}
         found.append((count / took[0], count / took[1]))
-        if time.monotonic() - begun > (_LIMIT if len(found) > _FEW else _LIMIT_FOR_FEW):
+        spent += sum(took.values())
+        enough = len(found) > _FEW
+        if spent > (_LIMIT if enough else _LIMIT_FOR_FEW) or (enough and time.monotonic() - begun > _WAIT):
             break
         count = max(1, min(round(count * _RUN / max(took.values())), count * _GROWTH))
     return found[1:] or found

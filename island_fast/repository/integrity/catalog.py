@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from island_fast.errors import UNREADABLE, DamagedObjectError, ObjectMissingError
 from island_fast.formats.catalog import CHECKPOINT_EVERY, OwnerChanged, decode_record
+from island_fast.formats.frame import LIMITS, Kind
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.names import catalog_name
 from island_fast.repository.integrity.objects import CONTRADICTION, MISSING, ROT, Finding
@@ -68,7 +69,7 @@ def _read_record(lineage: Lineage, name: str) -> _StoredRecord | Finding:
         return _StoredRecord(checksum, None if begins else record.previous, bytes(data))
 
     try:
-        return get_checked(lineage.store, name, check, newest=True)
+        return get_checked(lineage.store, name, check, limit=LIMITS[Kind.RECORD].size, newest=True)
     except ObjectMissingError:
         return Finding(name, MISSING, f"record {name} is missing from {lineage.store.location}")
     except UNREADABLE as error:

@@ -30,6 +30,7 @@ from island_fast.formats.pack import (
 )
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.pack_reader import BATCH, PackLocation, PackReader
+from island_fast.stores.base import Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = [
@@ -148,9 +149,9 @@ class PackChecker:
         """Read the pack at `location`; ObjectMissingError if there is none."""
         store, name = self._lineage.store, location.name
         try:
-            _, data = get_checked(store, name, lambda found: open_pack(name, found))
+            _, data = get_checked(store, name, lambda found: open_pack(name, found), limit=location.size)
         except UNREADABLE as error:
-            data = store.get(name)
+            data = _read_at_most(store, name, location.size)
             return self._judge(key, location, data, self._kind_of_damage(location, data), str(error))
         return self._judge(key, location, data, "", "")
 
@@ -191,6 +192,14 @@ class PackChecker:
         lineage = self._lineage
         header = PackHeader(lineage.name, lineage.numbers.id(owner), number, lineage.seed)
         return index.header == header and len(index.rows) == location.slots
+
+
+def _read_at_most(store: Store, name: str, size: int) -> memoryview:
+    """Return what is stored of an object, and no more than `size` bytes of a larger one."""
+    try:
+        return store.get(name, limit=size)
+    except DamagedObjectError:
+        return store.get_ranges(name, [(0, size)])[0]
 
 
 def _read_index(name: str, data: memoryview | bytes | None) -> Index | None:
@@ -243,7 +252,8 @@ def check_manifest(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Findin
     name = lineage.manifest_name(row)
 
     def check(data: memoryview) -> None:
-        manifest, checksum = decode(name, data)
+        most = len(lineage.state.packs) if row.id in lineage.state.live else None
+        manifest, checksum = decode(name, data, most)
         if checksum.hex() != row.checksum or manifest.snapshot != row.id:
             raise DamagedObjectError(f"manifest {name} is not the one that its catalog record names")
 
@@ -252,13 +262,14 @@ def check_manifest(lineage: Lineage, row: SnapshotRow, *, whole: bool) -> Findin
             info = lineage.store.head(name)
             whole = info is None or info.size != row.manifest_size
         if whole:
-            get_checked(lineage.store, name, check)
+            get_checked(lineage.store, name, check, limit=row.manifest_size)
         return None
     except ObjectMissingError:
         kind, message = MISSING, f"manifest {name} is missing from {lineage.store.location}"
     except UNREADABLE as error:
         kind, message = ROT, str(error)
-        with contextlib.suppress(ObjectMissingError):
-            kind = TRUNCATED if lineage.store.get(name).nbytes < row.manifest_size else ROT
+        with contextlib.suppress(ObjectMissingError, DamagedObjectError):
+            there = _read_at_most(lineage.store, name, row.manifest_size)
+            kind = TRUNCATED if there.nbytes < row.manifest_size else ROT
     lineage.refresh()
     return Finding(name, kind, message, snapshot=row.id) if row.id in lineage.state.live else None

@@ -16,6 +16,7 @@ from island_fast.qemu.image_lock import writer_present
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.directory import DirectoryStore
+from island_fast.stores.directory_reserve import RESERVE
 from tests.faults.crash.processes import VOLUME, World, copy, set_back, wait_until
 from tests.faults.crash.starts import LATER, STRANGER, registrations
 from tests.faults.crash.watched import WatchedStore
@@ -107,7 +108,8 @@ def nothing_is_left(world: World, state: str) -> None:
     with opened(world.repository, world.state(state)) as repository:
         (lineage,) = repository.lineages()
         needed = _needed(lineage)
-        assert {name for name in files if not _RECORD.fullmatch(name)} - _scratch(files) == needed
+        kept = {name for name in files if not _RECORD.fullmatch(name)} - {RESERVE}
+        assert kept - _scratch(files) == needed
         assert not lineage.files.pending.all()
         assert not lineage.files.registrations.all()
     set_back([world.repository / name for name in _scratch(files)], LATER)

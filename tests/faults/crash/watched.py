@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from island_fast.arrays import Buffer
 from island_fast.stores import directory
-from island_fast.stores.base import ObjectInfo, Range, Store, Views
+from island_fast.stores.base import MAX_OBJECT, ObjectInfo, Range, Store, Views
 
 T = TypeVar("T")
 
@@ -91,8 +91,8 @@ class WatchedStore(Store):
         finally:
             directory.link_new = really
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
-        return self._do("get", name, lambda: self._inner.get(name, newest=newest))
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
+        return self._do("get", name, lambda: self._inner.get(name, newest=newest, limit=limit))
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         return self._do("get_ranges", name, lambda: self._inner.get_ranges(name, ranges))

@@ -131,7 +131,8 @@ class Machine(RuleBasedStateMachine):
             assert snapshot not in volume.gone, "the id of a deleted snapshot was used again"
             volume.certain[snapshot] = content
         else:
-            volume.doubts.append(Doubt(writer, content))
+            if not outcome.refused:
+                volume.doubts.append(Doubt(writer, content))
             self.expected(outcome, volume, allowed and sure and not nested)
         return outcome
 
@@ -149,7 +150,8 @@ class Machine(RuleBasedStateMachine):
                 volume.seen.pop(snapshot, None)
                 volume.gone.add(snapshot)
         else:
-            volume.doubts.append(Doubt(writer, deleted=snapshots))
+            if not (outcome.refused and len(snapshots) == 1):  # else those before it are gone
+                volume.doubts.append(Doubt(writer, deleted=snapshots))
             self.expected(outcome, volume, allowed and sure and not nested)
         return outcome
 

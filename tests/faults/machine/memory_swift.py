@@ -110,11 +110,13 @@ class Account:
         if len(up) < 2:
             raise refusal(503, "Service Unavailable")
 
-    def delete(self, name: str, away: set[int]) -> None:
+    def delete(self, name: str, away: set[int], unknown: bool) -> None:
+        """Leave tombstones. An object that is `unknown` to all but its writer needs no grace."""
         up = self._up(away)
         found = any((c := self.nodes[n].get(name)) and c.data is not None for n in up)
         copy = Copy(self.next_stamp(), self.now, None)
-        self.youngest = min(self.youngest, self.now - self.first.get(name, 0.0))
+        if not unknown:
+            self.youngest = min(self.youngest, self.now - self.first.get(name, 0.0))
         for node in up:
             self._keep(node, name, copy)
         self._row(name, None)

@@ -30,7 +30,8 @@ VERBS = ("snapshot", "delete", "dry run", "sweep", "adopt", "restore", "list")
 FAULTS = (
     process.CRASH_BEFORE, process.CRASH_AFTER, process.LOST, process.FAILED,
     process.EXPIRED, process.LATE, process.DUPLICATE, process.STALE, process.CUT,
-    process.LISTING, process.DENIED, process.SWAPPED, process.AGED, process.RACE, *process.HARD,
+    process.LISTING, process.DENIED, process.SWAPPED, process.AGED, process.REFUSED, process.RACE,
+    *process.HARD,
 )  # fmt: skip
 INTRUDERS = tuple(dict.fromkeys(COMMITTING + ADOPTING + READING))
 
@@ -101,6 +102,48 @@ def interruptions() -> None:
                     life.end()
                 finally:
                     life.world.close()
+
+
+def refusals() -> None:
+    """A record is refused: at once, after a try whose outcome is unknown, or when it is sent again."""
+    at_once = (Fault(process.REFUSED, "record"),)
+    after_a_try = (Fault(process.LATE, "record"), Fault(process.REFUSED, "record"))
+    unknown = (Fault(process.LATE_OUTAGE, "record"),)
+    for verb in ("snapshot", "delete", "sweep", "adopt"):
+        for luck in (1, 2, 3):
+            for faults, again in ((at_once, ()), (after_a_try, ()), (unknown, at_once)):
+                life = Machine()
+                try:
+                    life.begin(seed=luck, young=False)
+                    host = life.hosts[0]
+                    life.snapshot(0, {0: 11}, 0, {}, False, ())
+                    life.look_again()
+                    if verb == "snapshot":
+                        life.snapshot(0, {0: 12}, 0, {}, False, _fresh(faults))
+                    elif verb == "delete":
+                        life.delete(0, [1], False, _fresh(faults))
+                    elif verb == "adopt":
+                        life.adopt_at(life.hosts[1], life.volumes[0], _fresh(faults))
+                    else:
+                        life.delete(0, [0], False, ())
+                        life.sweep(0, 0, 30, _fresh(faults))
+                    life.look_again()
+                    if again:  # whoever only looks goes on
+                        listed = life.run(
+                            host, "list", life.volumes[0], lambda r: r.snapshots(), _fresh(again)
+                        )
+                        assert listed.done, f"reading wants to write: {listed.error!r}"
+                        life.look_again()
+                    life.everyone_looks(0)
+                    life.account.land(9)
+                    life.look_again()
+                    life.end()
+                finally:
+                    life.world.close()
+
+
+def _fresh(faults: tuple[Fault, ...]) -> tuple[Fault, ...]:
+    return tuple(replace(fault) for fault in faults)
 
 
 def _at(kind: str) -> str:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.machine.machine import COUNTS, Machine
 from tests.faults.machine.process import CRASH_BEFORE, INTRUSION, Fault
-from tests.faults.machine.rounds import interruptions, march, never, round_of, table, tour
+from tests.faults.machine.rounds import interruptions, march, never, refusals, round_of, table, tour
 
 SEED = int(os.environ.get("MACHINE_SEED", "6"))
 LIVES = 30
@@ -33,6 +33,7 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     tour()
     march()
     interruptions()
+    refusals()
     round_of(SEED, LIVES)
     print(table())
     assert not never(), "these never happened, so nothing is known about them"

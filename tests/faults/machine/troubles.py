@@ -23,6 +23,7 @@ from tests.faults.machine.process import (
     LOST_OUTAGE,
     OUTAGE,
     RACE,
+    REFUSED,
     STALE,
     SWAPPED,
     Fault,
@@ -45,7 +46,7 @@ _INTO = ("record", "change", "change", "any", "get")
 _MILD = [
     (LOST, "change"), (LOST, "record"), (FAILED, "any"), (FAILED, "change"), (EXPIRED, "any"),
     (LATE, "put"), (LATE, "put"), (LATE, "record"), (DUPLICATE, "put"), (DUPLICATE, "put"),
-    (STALE, "plain"), (STALE, "plain"), (CUT, "get"), (LISTING, "list"),
+    (STALE, "plain"), (STALE, "plain"), (CUT, "get"), (LISTING, "list"), (REFUSED, "record"),
     (DENIED, "head"), (DENIED, "head"), (SWAPPED, "list"), (AGED, "list"),
 ]  # fmt: skip
 _FATAL = [

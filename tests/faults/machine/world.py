@@ -25,7 +25,7 @@ from typing import Any
 from unittest import mock
 
 from island_fast.api import Repository
-from island_fast.errors import DamagedError, IslandError, StoreError
+from island_fast.errors import DamagedError, IslandError, StoreError, StoreRefusedError
 from island_fast.images import open as source_module
 from island_fast.repository import local_state, pack_reader, pack_writer, workers
 from island_fast.repository.lineage import Lineage
@@ -122,7 +122,13 @@ class Outcome:
     @property
     def undisturbed(self) -> bool:
         """Whether nothing that happened explains a failure."""
-        return not (self.crashed or self.process.hard or self.process.intruded or self.process.misled)
+        process = self.process
+        return not (self.crashed or process.hard or process.intruded or process.refused or process.misled)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the command failed by a refusal: then what it was at has not happened, and never will."""
+        return self.process.refused and isinstance(self.error, StoreRefusedError)
 
 
 class World:
@@ -220,7 +226,8 @@ class World:
             for path, kept in images.items():
                 self.images[path].put_back(kept)
         if isinstance(outcome.error, StoreError):
-            assert outcome.process.hard, f"gave up although the store answered: {outcome.error}"
+            hindered = outcome.process.hard or outcome.process.refused
+            assert hindered, f"gave up although the store answered: {outcome.error}"
         return outcome
 
     def reader(self, name: str) -> Lineage:

@@ -38,7 +38,8 @@ def test_bytes_read_hashed_and_sent_are_those_that_changed(
     store.calls.clear()
     store.sent = 0
     taken = volume.snapshot(repository)
-    assert taken.bytes_read == hashed == changed * BLOCK
+    assert taken.bytes_read == hashed == (changed + taken.blocks_sampled) * BLOCK
+    assert 16 <= taken.blocks_sampled <= 32
     assert changed * BLOCK < store.sent < changed * BLOCK + 8192
     assert store.calls["put"] == taken.objects_written == 3
     assert store.calls["get"] == 1, "the record, read back"

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from island_fast.api import Repository
+from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import _range_starts
-from island_fast.stores.base import Range, Views
+from island_fast.stores.base import MAX_OBJECT, Range, Views
 from island_fast.stores.directory import DirectoryStore
 from tests.conftest import OpenSwift
 from tests.operations.cost.conftest import INCREMENTS, History, select_kind
@@ -27,9 +28,9 @@ class WatchedDirectory(DirectoryStore):
         super().__init__(str(path), create_ok=True)
         self.read: list[str] = []
 
-    def get(self, name: str, *, newest: bool = False) -> memoryview:
+    def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         self.read.append(name)
-        return super().get(name, newest=newest)
+        return super().get(name, newest=newest, limit=limit)
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
         self.read.append(name)
@@ -88,6 +89,7 @@ def test_a_store_that_takes_few_ranges_is_asked_once_too(
 
     monkeypatch.setattr(MemoryStore, "get_ranges", get_ranges)
     monkeypatch.setattr(MemoryStore, "ranges_at_once", 5)
+    monkeypatch.setattr(MemoryStore, "request_cost", 16 << 20)
     repository = Repository(history.deep, LocalState(history.state))
     history.deep.calls.clear()
     repository.restore("vol@latest", tmp_path / "few.raw", image_format="raw")
@@ -102,14 +104,57 @@ def test_a_store_that_takes_few_ranges_is_asked_once_too(
 @pytest.mark.parametrize("gap", [0, 10])
 def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None) -> None:
     gaps = np.random.default_rng(gap).integers(0, 60, 80)
-    starts = _range_starts(gaps, gap, most)
+    starts = _range_starts(gaps, gap, most, 1 << 20)
     assert starts[0] == 0
     assert most is None or len(starts) <= most
     split, joined = gaps[starts[1:] - 1], np.delete(gaps, starts[1:] - 1)
     assert split.min(initial=100) > gap
     if most is None or np.count_nonzero(gaps > gap) < most:
         assert joined.max(initial=0) <= gap
-    assert joined.max(initial=0) < split.min(initial=100)
+    else:
+        assert len(starts) == most
+    assert joined.max(initial=0) <= split.min(initial=100)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "cost", "ranges"),
+    [
+        ([9] * 51, 27, 49 + 3),  # a second request saves just what it costs
+        ([9] * 51, 28, 49),
+        ([9] * 100, 27, 2 * 49 + 3),
+        ([9] * 100, 28, 2 * 49),
+        ([99] * 48 + [9] * 100, 9 * 49, 3 * 49),
+        ([99] * 48 + [9] * 100, 9 * 49 + 1, 49),
+        ([9] * 48, 0, 49),
+        ([9] * 49, 10, 49),
+        ([], 0, 1),
+    ],
+)
+def test_a_further_request_is_made_for_bytes_enough(gaps: list[int], cost: int, ranges: int) -> None:
+    starts = _range_starts(np.array(gaps, np.int64), 1, 49, cost)
+    assert len(starts) == ranges
+    assert (np.diff(starts) > 0).all()
+
+
+def test_spread_blocks_of_a_pack_are_fetched_from_swift_without_the_rest(
+    swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path
+) -> None:
+    """Every fifth block of a pack: 52 of 256, so that all gaps are equal and more than a request can name."""
+    volume = tmp_path / "vol.raw"
+    content = np.random.default_rng(1).integers(0, 256, (256, BLOCK_SIZE), np.uint8)
+    volume.write_bytes(content)
+    repository = Repository(swift_store(), LocalState(tmp_path / "state"), create=True)
+    first = repository.snapshot(volume, image_format="raw").snapshot
+    content[np.arange(256) % 5 != 0] ^= 1
+    volume.write_bytes(content)
+    repository.snapshot(volume, image_format="raw")
+    swift.calm()
+    restored = repository.restore("vol@latest", tmp_path / "restored.raw", image_format="raw")
+    assert (tmp_path / "restored.raw").read_bytes() == volume.read_bytes()
+    asked = [request for request in swift.list_requests() if f"/packs/{first}/" in request["path"]]
+    assert [request["RANGE"].count(",") + 1 for request in asked] == [49, 3]
+    needed = 256 * BLOCK_SIZE
+    assert needed <= restored.bytes_read <= 1.01 * needed
 
 
 def test_the_history_is_long(history: History) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -49,6 +50,21 @@ def snapshot_names(path: Path) -> list[str]:
     return [snapshot["name"] for snapshot in json.loads(result.stdout).get("snapshots", [])]
 
 
+def snapshot_create(path: Path | str, name: str, *how: Any, **more: Any) -> None:
+    with open(path, "rb") as file:
+        QemuImg(file.fileno(), path, *how, **more).snapshot_create(name)
+
+
+def snapshot_delete(path: Path | str, name: str, *how: Any, **more: Any) -> None:
+    with open(path, "rb") as file:
+        QemuImg(file.fileno(), path, *how, **more).snapshot_delete(name)
+
+
+def file_at(path: Path) -> Path:
+    path.touch()
+    return path
+
+
 def program(path: Path, *lines: str) -> str:
     """A stand-in for qemu-img at `path`, made of shell lines."""
     path.write_text("\n".join(["#!/bin/sh", *lines, ""]))
@@ -66,13 +82,12 @@ def sentence(caught: pytest.ExceptionInfo[IslandError]) -> str:
 @needs_qemu
 def test_a_snapshot_is_created_and_deleted(qcow2: Path) -> None:
     qemu_io(qcow2, "write -q -P 1 0 1M")
-    images = QemuImg()
-    images.snapshot_create(qcow2, "island-a-1")
+    snapshot_create(qcow2, "island-a-1")
     qemu_io(qcow2, "write -q -P 2 0 1M")
-    images.snapshot_create(str(qcow2), "island-a-2")
+    snapshot_create(qcow2, "island-a-2")
     assert snapshot_names(qcow2) == ["island-a-1", "island-a-2"]
     size = qcow2.stat().st_size
-    images.snapshot_delete(qcow2, "island-a-1")
+    snapshot_delete(qcow2, "island-a-1")
     assert snapshot_names(qcow2) == ["island-a-2"]
     qemu_io(qcow2, "write -q -P 3 0 1M")
     assert qcow2.stat().st_size <= size + (64 << 10), "the old clusters were not used again"
@@ -88,9 +103,9 @@ def test_a_file_name_is_nothing_but_a_file_name(
     path = qcow2.rename(qcow2.with_name(name))
     monkeypatch.chdir(qcow2.parent)
     given = name if relative else str(path)
-    QemuImg().snapshot_create(given, "one")
+    snapshot_create(given, "one")
     assert snapshot_names(path) == ["one"]
-    QemuImg().snapshot_delete(given, "one")
+    snapshot_delete(given, "one")
     assert snapshot_names(path) == []
     assert os.listdir(qcow2.parent) == [name]
 
@@ -101,7 +116,7 @@ def test_a_file_name_cannot_choose_the_error(qcow2: Path, name: str) -> None:
     path = qcow2.with_name(name)
     path.write_bytes(b"no image" * 1000)
     with pytest.raises(IslandError) as caught:
-        QemuImg().snapshot_create(path, "one")
+        snapshot_create(path, "one")
     assert type(caught.value) is IslandError
     assert sentence(caught).endswith("Image is not in qcow2 format")
 
@@ -113,7 +128,7 @@ def test_a_path_is_what_the_caller_said_it_is(qcow2: Path, monkeypatch: pytest.M
     (qcow2.parent / "link").symlink_to(folder)
     shutil.move(qcow2, folder.parent / "disk.qcow2")
     monkeypatch.chdir(qcow2.parent)
-    QemuImg().snapshot_create("link/../disk.qcow2", "one")  # the kernel's "..", not the text's
+    snapshot_create("link/../disk.qcow2", "one")  # the kernel's "..", not the text's
     assert snapshot_names(folder.parent / "disk.qcow2") == ["one"]
 
 
@@ -123,28 +138,25 @@ def test_a_backing_file_in_the_header_is_not_opened(tmp_path: Path) -> None:
     overlay = create_qcow2(tmp_path / "disk.qcow2", SIZE, backing_file=backing, backing_fmt="qcow2")
     backing.unlink()
     os.mkfifo(backing)  # opening it would hang, or fail
-    QemuImg(partial(run_program, timeout=20)).snapshot_create(overlay, "one")
+    snapshot_create(overlay, "one", partial(run_program, timeout=20))
     backing.unlink()
     create_qcow2(backing, SIZE)
     assert snapshot_names(overlay) == ["one"]
 
 
 @needs_qemu
-def test_a_missing_snapshot_or_image_is_not_found(qcow2: Path) -> None:
-    QemuImg().snapshot_create(qcow2, "one")
+def test_a_missing_snapshot_is_not_found(qcow2: Path) -> None:
+    snapshot_create(qcow2, "one")
     for absent in ("two", "1"):  # "1" is the id of "one", and an id is not a name
         with pytest.raises(NotFoundError, match=f"snapshot '{absent}'.*snapshot not found"):
-            QemuImg().snapshot_delete(qcow2, absent)
-    with pytest.raises(NotFoundError, match=r"nothing.qcow2.*No such file") as caught:
-        QemuImg().snapshot_create(qcow2.with_name("nothing.qcow2"), "one")
-    sentence(caught)
+            snapshot_delete(qcow2, absent)
     assert snapshot_names(qcow2) == ["one"]
 
 
 @needs_storage_daemon
 def test_an_image_in_use_is_told_from_other_failures(qcow2: Path) -> None:
     with StorageDaemon(qcow2):
-        for change in (QemuImg().snapshot_create, QemuImg().snapshot_delete):
+        for change in (snapshot_create, snapshot_delete):
             with pytest.raises(ImageInUseError, match='Failed to get "write" lock') as caught:
                 change(qcow2, "one")
             assert "QMP socket" in sentence(caught)
@@ -158,7 +170,7 @@ def test_a_file_that_may_not_be_written_gives_one_sentence(qcow2: Path) -> None:
     if os.geteuid() == 0:  # root without the right to override
         command = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-dac_override"]
     with pytest.raises(IslandError, match="Permission denied") as caught:
-        QemuImg(lambda words, **how: run_program([*command, *words], **how)).snapshot_create(qcow2, "one")
+        snapshot_create(qcow2, "one", lambda words, **how: run_program([*command, *words], **how))
     sentence(caught)
 
 
@@ -176,7 +188,7 @@ def test_a_full_file_system_gives_one_sentence(tmp_path: Path) -> None:
         qemu_io(image, "write -q 0 64k")
         (room / "rest").write_bytes(bytes(os.statvfs(room).f_bavail * os.statvfs(room).f_bsize))
         with pytest.raises(IslandError, match=r"file system is full.*No space left") as caught:
-            QemuImg().snapshot_create(image, "one")
+            snapshot_create(image, "one")
         sentence(caught)
         (room / "rest").unlink()
         assert snapshot_names(image) == []
@@ -185,15 +197,15 @@ def test_a_full_file_system_gives_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_missing_program_names_the_package_and_the_way_out(tmp_path: Path) -> None:
-    images = QemuImg(program=str(tmp_path / "qemu-img"))
+    image = file_at(tmp_path / "disk.qcow2")
     with pytest.raises(IslandError, match=r"missing.*qemu-utils.*--no-pin") as caught:
-        images.snapshot_create(tmp_path / "disk.qcow2", "one")
+        snapshot_create(image, "one", program=str(tmp_path / "qemu-img"))
     sentence(caught)
 
 
 def test_a_program_that_cannot_start_gives_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(IslandError, match=r"could not be started.*Permission denied") as caught:
-        QemuImg(program=str(tmp_path)).snapshot_create(tmp_path / "disk.qcow2", "one")
+        snapshot_create(file_at(tmp_path / "disk.qcow2"), "one", program=str(tmp_path))
     sentence(caught)
 
 
@@ -201,7 +213,7 @@ def test_a_program_that_cannot_start_gives_one_sentence(tmp_path: Path) -> None:
 def test_a_crash_is_named_by_its_signal(tmp_path: Path, line: str) -> None:
     crasher = program(tmp_path / "crasher", "echo 'snapshot not found' >&2", line)
     with pytest.raises(IslandError, match=r"ended by SIGSEGV.*qemu-img check") as caught:
-        QemuImg(program=crasher).snapshot_delete(tmp_path / "disk.qcow2", "one")
+        snapshot_delete(file_at(tmp_path / "disk.qcow2"), "one", program=crasher)
     assert type(caught.value) is IslandError
     sentence(caught)
 
@@ -214,7 +226,7 @@ def test_what_qemu_says_becomes_one_bounded_line_without_warnings(tmp_path: Path
         "exit 1",
     )
     with pytest.raises(IslandError, match=r"disk': Could not do it: \?\[31m") as caught:
-        QemuImg(program=talker).snapshot_create(tmp_path / "disk", "one")
+        snapshot_create(file_at(tmp_path / "disk"), "one", program=talker)
     assert "old age" not in sentence(caught)
     assert "; Then this" in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -222,14 +234,13 @@ def test_what_qemu_says_becomes_one_bounded_line_without_warnings(tmp_path: Path
 
 def test_a_silent_failure_is_a_failure(tmp_path: Path) -> None:
     with pytest.raises(IslandError, match="no reason"):
-        QemuImg(program=program(tmp_path / "p", "exit 1")).snapshot_create(tmp_path / "d", "one")
+        snapshot_create(file_at(tmp_path / "d"), "one", program=program(tmp_path / "p", "exit 1"))
 
 
 def test_a_program_that_hangs_is_given_up(tmp_path: Path) -> None:
     sleeper = program(tmp_path / "sleeper", f"echo $$ > {tmp_path}/pid", "exec sleep 60")
-    images = QemuImg(partial(run_program, timeout=0.5), sleeper)
     with pytest.raises(IslandError, match=r"did not take internal snapshot .* stopped") as caught:
-        images.snapshot_create(tmp_path / "disk", "one")
+        snapshot_create(file_at(tmp_path / "disk"), "one", partial(run_program, timeout=0.5), sleeper)
     sentence(caught)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
@@ -238,38 +249,61 @@ def test_a_program_that_hangs_is_given_up(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a\0b", "x" * 256, "é" * 128, "\udcff"])
 def test_a_name_that_qemu_would_cut_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match="internal snapshot's name"):
-        QemuImg(_never).snapshot_create(tmp_path / "disk", name)
+        snapshot_create(file_at(tmp_path / "disk"), name, _never)
 
 
-def test_a_path_that_cannot_be_said_in_json_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="not UTF-8"):
-        QemuImg(_never).snapshot_create(os.fsdecode(b"/tmp/\xff"), "one")
+@needs_qemu
+def test_a_path_that_is_not_utf_8_is_only_a_path(qcow2: Path) -> None:
+    path = qcow2.rename(os.fsdecode(bytes(qcow2.parent) + b"/\xff"))
+    snapshot_create(path, "one")
+    assert snapshot_names(path.rename(qcow2)) == ["one"]
+
+
+@needs_qemu
+def test_what_a_name_leads_to_by_then_does_not_matter(qcow2: Path) -> None:
+    other = create_qcow2(qcow2.with_name("other.qcow2"), SIZE)
+    away = qcow2.with_name("away")
+
+    def swap_and_run(command: Sequence[str], **how: Any) -> subprocess.CompletedProcess[str]:
+        qcow2.rename(away)
+        qcow2.symlink_to(other)
+        return run_program(command, **how)
+
+    snapshot_create(qcow2, "one", swap_and_run)
+    assert (snapshot_names(away), snapshot_names(other)) == (["one"], [])
 
 
 @needs_qemu
 def test_the_longest_name_is_kept_whole(qcow2: Path) -> None:
-    QemuImg().snapshot_create(qcow2, "x" * 255)
+    snapshot_create(qcow2, "x" * 255)
     assert snapshot_names(qcow2) == ["x" * 255]
 
 
 @needs_qemu
 def test_a_name_is_no_option(qcow2: Path) -> None:
-    QemuImg().snapshot_create(qcow2, "-l")
+    snapshot_create(qcow2, "-l")
     assert snapshot_names(qcow2) == ["-l"]
 
 
 def test_another_runner_gets_the_whole_command(tmp_path: Path) -> None:
     commands: list[Sequence[str]] = []
 
-    def record(command: Sequence[str], /) -> subprocess.CompletedProcess[str]:
+    def record(command: Sequence[str], /, files: Sequence[int]) -> subprocess.CompletedProcess[str]:
         commands.append(command)
+        (fd,) = files
+        given.append(os.fstat(fd))
+        assert fd > 2, "none of the program's standard streams"
+        assert json.loads(command[-1][5:])["file"]["filename"] == f"/proc/self/fd/{fd}"
         return subprocess.CompletedProcess(command, 0)
 
-    QemuImg(record).snapshot_create(tmp_path / "disk", "one")
+    given: list[os.stat_result] = []
+    with open(file_at(tmp_path / "disk"), "rb") as file:
+        QemuImg(file.fileno(), tmp_path / "disk", record).snapshot_create("one")
+        assert os.path.samestat(os.fstat(file.fileno()), given[0])
     ((*words, node),) = commands
     assert words == ["qemu-img", "snapshot", "-q", "-c", "one"]
     said = json.loads(node.removeprefix("json:"))
-    assert said["file"] == {"driver": "file", "filename": str(tmp_path / "disk")}
+    assert said["file"]["driver"] == "file"
     assert said["driver"] == "qcow2"
     assert said["backing"] is None
 
@@ -312,7 +346,9 @@ def test_ctrl_c_in_the_terminal_leaves_a_whole_snapshot(qcow2: Path) -> None:
     slow = program(folder / "slow", f"touch {folder}/started", "sleep 0.5", 'exec qemu-img "$@"')
     script = (
         "import sys; from island_fast.qemu.qemu_img import QemuImg\n"
-        "QemuImg(program=sys.argv[1]).snapshot_create(sys.argv[2], 'one'); print('not reached')"
+        "file = open(sys.argv[2])\n"
+        "QemuImg(file.fileno(), sys.argv[2], program=sys.argv[1]).snapshot_create('one')\n"
+        "print('not reached')"
     )
     child = subprocess.Popen(
         [sys.executable, "-c", script, slow, qcow2],

@@ -173,19 +173,68 @@ def test_a_node_with_options_is_found_in_what_qemu_reports_of_it(qcow2: Path) ->
 
 
 @needs_storage_daemon
-def test_a_node_under_a_filter_is_refused_by_qemu_and_nothing_is_taken(qcow2: Path) -> None:
+@pytest.mark.parametrize("kinds", [["throttle"], ["copy-on-read"], ["raw"], ["copy-on-read", "throttle"]])
+def test_a_snapshot_goes_through_the_filters_above_the_image(qcow2: Path, kinds: list[str]) -> None:
     other = create_qcow2(qcow2.with_name("other.qcow2"), SIZE)
     options = [
         *["--object", "throttle-group,id=group"],
-        *["--blockdev", f"driver=qcow2,node-name=low,file.driver=file,file.filename={qcow2}"],
-        *["--blockdev", "driver=throttle,node-name=slow,throttle-group=group,file=low"],
+        *["--blockdev", f"driver=qcow2,node-name=n0,file.driver=file,file.filename={qcow2}"],
     ]
+    for number, kind in enumerate(kinds):
+        more = ",throttle-group=group" if kind == "throttle" else ""
+        options += ["--blockdev", f"driver={kind},node-name=n{number + 1},file=n{number}{more}"]
     with StorageDaemon(other, options=options) as daemon, Qmp(daemon.qmp_socket) as qmp:
         node = qmp.find_node(qcow2)
-        assert node == "low"
-        with pytest.raises(IslandError, match="root block node"):
-            qmp.snapshot_create(node, "one")
+        assert node == f"n{len(kinds)}"
+        qmp.snapshot_create(node, "one")
+        assert snapshots(qcow2) == [("1", "one")]
+        qmp.snapshot_delete(node, "1", "one")
     assert snapshots(qcow2) == []
+
+
+@needs_storage_daemon
+@pytest.mark.parametrize("what", ["mirror", "backup", "overlay"])
+def test_what_works_or_stands_on_the_image_is_named(qcow2: Path, what: str) -> None:
+    other = create_qcow2(qcow2.with_name("other.qcow2"), SIZE)
+    qemu_io(qcow2, "write -q -P 1 0 8M")
+    options = ["--blockdev", f"driver=qcow2,node-name=top,file.driver=file,file.filename={other}"]
+    with StorageDaemon(qcow2, options=options) as daemon, Qmp(daemon.qmp_socket) as qmp:
+        if what == "overlay":
+            qmp.command("blockdev-snapshot", {"node": "disk", "overlay": "top"})
+        else:
+            job = {"job-id": "job7", "device": "disk", "target": "top", "sync": "full", "speed": 1}
+            qmp.command(f"blockdev-{what}", job)
+        told = r"'top' \(qcow2\) on top" if what == "overlay" else "block job 'job7'.*wait until it has ended"
+        with pytest.raises(RefusedError, match=told):
+            qmp.find_node(qcow2)
+
+
+@needs_storage_daemon
+@needs_virtual_machine
+@pytest.mark.parametrize("name", ["/dev/fdset/7", "/dev/fd/{fd}", "/proc/self/fd/{fd}"])
+def test_an_image_that_was_given_as_a_descriptor_is_found(qcow2: Path, short_folder: Path, name: str) -> None:
+    other = create_qcow2(qcow2.with_name("other.qcow2"), SIZE)
+    monitor = short_folder / "qmp"
+    with qcow2.open("r+b") as file, other.open("r+b") as second:
+        words = [
+            *[VIRTUAL_MACHINE, "-machine", "none", "-nodefaults", "-display", "none"],
+            *["-add-fd", f"fd={second.fileno()},set=6"],
+            *(["-add-fd", f"fd={file.fileno()},set=7"] if "set" in name else []),
+            *["-blockdev", f"driver=file,node-name=f,filename={name.format(fd=file.fileno())},locking=on"],
+            *["-blockdev", "driver=qcow2,node-name=v,file=f"],
+            *["-qmp", f"unix:{monitor},server=on,wait=off"],
+        ]
+        machine = subprocess.Popen(words, stdin=subprocess.DEVNULL, pass_fds=[file.fileno(), second.fileno()])
+        try:
+            wait_for_socket(machine, monitor)
+            with Qmp(monitor) as qmp:
+                qmp.snapshot_create(qmp.find_node(qcow2), "one")
+                with pytest.raises(RefusedError, match="does not hold"):
+                    qmp.find_node(other)
+            assert snapshots(qcow2) == [("1", "one")]
+        finally:
+            machine.terminate()
+            machine.wait()
 
 
 @needs_storage_daemon
@@ -366,6 +415,8 @@ def test_an_answer_in_pieces_and_two_in_one_piece_are_read(
             connection.sendall(bytes([byte]))
         time.sleep(0.05)
         connection.sendall(b"\n")
+        connection.recv(65536)
+        connection.sendall(b'{"return": {"nodes": [], "edges": []}, "id": 3}\n')
         connection.recv(1)
 
     with Qmp(serve(script)) as qmp:
@@ -493,3 +544,38 @@ def test_every_failure_closes_the_socket(short_folder: Path) -> None:
         with pytest.raises(IslandError):
             Qmp(short_folder / "mute", timeout=0.1)
     assert os.listdir("/proc/self/fd") == before
+
+
+@pytest.mark.parametrize(
+    "graph",
+    [
+        "null",
+        '{"nodes": 7, "edges": [1]}',
+        '{"nodes": [{"id": 1, "type": "block-driver", "name": "n"}], "edges": [{"parent": 1, "child": 1}]}',
+        '{"nodes": [{"id": 1, "type": "block-driver", "name": "n"}, {"id": 2, "type": "block-driver", "name":'
+        ' "m"}], "edges": [{"parent": 1, "child": 2}, {"parent": 2, "child": 1}]}',
+    ],
+)
+def test_a_graph_without_sense_or_end_is_no_trap(
+    serve: Callable[[Script], Path], written: Path, graph: str
+) -> None:
+    nodes = [
+        {"drv": "qcow2", "node-name": "n", "file": str(written)},
+        {"drv": "throttle", "node-name": "m", "file": str(written)},
+    ]
+    replies = [f'{{"return": {one}, "id": %d}}\n' for one in (json.dumps(nodes), graph)]
+    with Qmp(serve(answering(*replies))) as qmp:
+        if "edges" in graph and "7" not in graph:
+            with pytest.raises(RefusedError, match="on top of image"):
+                qmp.find_node(written)
+        else:
+            assert qmp.find_node(written) == "n"
+
+
+def test_a_qemu_that_shows_no_graph_is_asked_for_the_node_itself(
+    serve: Callable[[Script], Path], written: Path
+) -> None:
+    nodes = json.dumps([{"drv": "qcow2", "node-name": "n", "file": str(written)}])
+    replies = [f'{{"return": {nodes}, "id": %d}}\n', '{"error": {"class": "CommandNotFound"}, "id": %d}\n']
+    with Qmp(serve(answering(*replies))) as qmp:
+        assert qmp.find_node(written) == "n"

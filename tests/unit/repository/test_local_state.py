@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.errors import IslandError
-from island_fast.repository.local_state import LineageFiles, LocalState, Registration
+from island_fast.repository.local_state import LineageFiles, LocalState, Notes, Registration
 
 ONE = Registration("a" * 32, 0, None)
 
@@ -19,6 +19,23 @@ def files(tmp_path: Path) -> LineageFiles:
     found = LocalState(tmp_path / "state").lineage("r" * 32, "vol")
     found.make()
     return found
+
+
+def test_every_folder_is_private_whatever_the_umask(tmp_path: Path) -> None:
+    """Those above the folder of the state too, and those that an earlier version left open."""
+    before = os.umask(0)
+    try:
+        one, other = (LocalState(tmp_path / name / "deep" / "state") for name in ("one", "other"))
+        one.lineage("r" * 32, "vol").make()
+        assert len(other.writer) == 32
+        Notes(tmp_path / "notes" / "deep").write("folder/name", b"")
+        old = LocalState(tmp_path / "old").lineage("r" * 32, "vol")
+        (old.folder / "cache").mkdir(parents=True)
+        old.make()
+    finally:
+        os.umask(before)
+    open_to_others = [path for path in tmp_path.rglob("*") if path.stat().st_mode & 0o077]
+    assert open_to_others == [tmp_path / "old", old.folder / "cache"]  # where others cannot get to
 
 
 def test_an_error_under_the_lock_stays_what_it_is(files: LineageFiles) -> None:

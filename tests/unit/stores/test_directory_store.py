@@ -25,6 +25,7 @@ from island_fast.errors import (
     StoreError,
 )
 from island_fast.stores.directory import DirectoryStore
+from island_fast.stores.directory_reserve import RESERVE
 
 NOBODY = 65534
 
@@ -40,7 +41,9 @@ def store(root: Path) -> DirectoryStore:
 
 
 def files_below(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
+    """Names of all files but the reserve, which comes with the first put."""
+    files = (path for path in folder.rglob("*") if not path.is_dir() and path.name != RESERVE)
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 @contextmanager
@@ -83,7 +86,8 @@ def test_everything_is_flushed_before_put_returns(
 
     monkeypatch.setattr(os, "fsync", record)
     store.put("a/b/one", [b"1"])
-    assert flushed == [".", "repository", "content", "repository", "repository/a", "repository/a/b"]
+    assert flushed[:3] == [".", "repository", "content"], "the last is the reserve"
+    assert flushed[3:] == ["content", "repository", "repository/a", "repository/a/b"]
     flushed.clear()
     store.put("a/b/two", [b"2"])
     assert flushed == ["content", "repository/a/b"]
@@ -350,8 +354,12 @@ def test_reading_in_pieces(store: DirectoryStore, root: Path, monkeypatch: pytes
 def test_an_object_of_impossible_size_is_not_read(store: DirectoryStore, root: Path):
     store.put("one", [b"1"])
     os.truncate(root / "one", 1 << 42)
-    with pytest.raises(DamagedObjectError, match="more than any object"):
+    with pytest.raises(DamagedObjectError, match="more than the 1073741824 that it can have"):
         store.get("one")
+    os.truncate(root / "one", 10)
+    with pytest.raises(DamagedObjectError, match="has 10 bytes, more than the 9 that"):
+        store.get("one", limit=9)
+    assert len(store.get("one", limit=10)) == 10
 
 
 def test_errors_are_of_the_tree(store: DirectoryStore):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
+from email.utils import formatdate
+
 import pytest
 
-from island_fast.stores.retry import RetryableError, RetryPolicy, retry
+from island_fast.stores.retry import RetryableError, RetryPolicy, parse_retry_after, retry
 
 
 class Clock:
@@ -79,6 +82,25 @@ def test_a_server_may_ask_for_more_time_within_bounds(clock: Clock):
     run(clock, Attempt(clock, 1, wait=7), RetryPolicy(total=300, first=1, longest=20))
     run(clock, Attempt(clock, 1, wait=3600), RetryPolicy(total=300, first=1, longest=20))
     assert clock.pauses == [7, 20]
+
+
+def test_a_server_that_twice_asks_for_longer_than_that_is_left(clock: Clock):
+    attempt = Attempt(clock, 10**6, wait=3600)
+    with pytest.raises(RetryableError, match="failure 2"):
+        run(clock, attempt, RetryPolicy(total=300, first=1, longest=20))
+    assert clock.pauses == [20]
+
+
+@pytest.mark.parametrize(
+    "value, seconds", [("", 0), ("7", 7), ("14400", 14400), ("soon", 0), ("-3", 0), ("9" * 40, 0), ("²", 0)]
+)
+def test_what_retry_after_asks_for(value: str, seconds: float):
+    assert parse_retry_after(value) == seconds
+
+
+def test_retry_after_can_be_a_date():
+    assert 3590 < parse_retry_after(formatdate(time.time() + 3600, usegmt=True)) <= 3600
+    assert parse_retry_after(formatdate(0, usegmt=True)) == 0
 
 
 def test_any_other_error_ends_it(clock: Clock):

@@ -1,0 +1,139 @@
+"""Files and volumes that are taken over, cut off at every step, and asked for again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from island_fast.cinder import manage
+from island_fast.cinder.manage import ManageableVolumes
+from island_fast.cinder.records import VolumeRecord, VolumeRecords
+from island_fast.cinder.volumes import Volumes
+from island_fast.errors import NotFoundError, RefusedError
+from island_fast.qcow2.header import MAX_VOLUME_SIZE
+from tests.cinder.volumes.conftest import MIB, Host, new_id
+from tests.cinder.volumes.test_volumes import content, made
+from tests.support import qemu
+
+GIB = 1 << 30
+LOOSE = {"source-name": "loose.qcow2"}
+STEPS: list[tuple[Any, str]] = [
+    (VolumeRecords, "create_folder"),
+    (manage, "link_new"),
+    (VolumeRecords, "write"),
+    (Path, "unlink"),
+    (manage, "sync_folder"),
+    (Volumes, "extend"),
+]
+
+
+class CutError(BaseException):
+    """Stands for the end of the process."""
+
+
+def loose(host: Host, data: bytes) -> Path:
+    folder = host.volumes.records.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / LOOSE["source-name"]
+    source = folder.parent / "source"
+    source.write_bytes(data)
+    qemu.create(file, GIB - 65536)
+    qemu.write_file(file, MIB, source)
+    return file
+
+
+def cut_off(place: Any, name: str, *, after: bool) -> Callable[..., Any]:
+    """The function, which ends the process before its first work or after it."""
+    real = getattr(place, name)
+
+    def work(*words: Any, **more: Any) -> Any:
+        if after:
+            real(*words, **more)
+        raise CutError
+
+    return work
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("place, name", STEPS, ids=[name for _, name in STEPS])
+@pytest.mark.parametrize("same", [True, False], ids=["same", "another"])
+def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
+    host: Host, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, same: bool
+) -> None:
+    loose(host, b"content")
+    manageable, first = ManageableVolumes(host.volumes), new_id()
+    with monkeypatch.context() as patched:
+        patched.setattr(place, name, cut_off(place, name, after=after))
+        with pytest.raises(CutError):
+            manageable.manage(first, LOOSE)
+    volume = first if same else new_id()
+    safe = [entry["reference"] for entry in manageable.list_volumes({}) if entry["safe_to_manage"]]
+    if LOOSE in safe or same:
+        manageable.manage(volume, LOOSE)
+    else:  # it has become a volume, and is listed as that
+        assert safe == [{"source-name": first}]
+        manageable.manage(volume, safe[0])
+    assert content(host, volume, 7) == b"content"
+    assert host.volumes.records.volumes() == [volume]
+    assert [entry.name for entry in host.volumes.records.folder.iterdir() if any(entry.iterdir())] == [volume]
+    assert host.volumes.records.image_path(volume).stat().st_nlink == 1
+    assert host.volumes.records.read(volume).size == GIB
+
+
+def test_a_volume_whose_renaming_was_cut_off_can_be_managed_again(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume, taken = made(host, b"content", GIB), new_id()
+    manageable = ManageableVolumes(host.volumes)
+    with monkeypatch.context() as patched:
+        patched.setattr(VolumeRecords, "rename", cut_off(VolumeRecords, "rename", after=True))
+        with pytest.raises(CutError):
+            manageable.manage(taken, {"source-name": volume})
+    manageable.manage(taken, {"source-name": volume})
+    assert content(host, taken, 7) == b"content"
+    with pytest.raises(NotFoundError):
+        manageable.manage(new_id(), {"source-name": volume})
+
+
+def test_a_volume_that_cinder_has_is_not_taken_away_from_it(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by its name, nor by that of the file that it was made of and that a cut left."""
+    loose(host, b"content")
+    first = new_id()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "unlink", cut_off(Path, "unlink", after=False))
+        with pytest.raises(CutError):
+            ManageableVolumes(host.volumes).manage(first, LOOSE)
+    careful = ManageableVolumes(host.volumes, lambda name: name == first)
+    for reference in ({"source-name": first}, LOOSE):
+        with pytest.raises(RefusedError, match=f"manages volume {first} already"):
+            careful.manage(new_id(), reference)
+    assert host.volumes.records.volumes() == [first]
+    assert content(host, first, 7) == b"content"
+
+
+def test_a_file_with_a_name_elsewhere_is_still_refused(host: Host) -> None:
+    file = loose(host, b"content")
+    (host.folder / "elsewhere").hardlink_to(file)
+    with pytest.raises(RefusedError, match="no other name"):
+        ManageableVolumes(host.volumes).manage(new_id(), LOOSE)
+    assert file.exists()
+
+
+def test_a_volume_over_the_limit_is_refused_before_it_exists(host: Host) -> None:
+    size, source = MAX_VOLUME_SIZE + GIB, made(host)
+    volume = new_id()
+    host.volumes.create(new_id(), VolumeRecord(MAX_VOLUME_SIZE))
+    before = host.volumes.records.volumes()
+    for call in (
+        lambda: host.volumes.create(volume, VolumeRecord(size)),
+        lambda: host.volumes.clone(source, volume, size),
+        lambda: host.volumes.extend(source, size),
+    ):
+        with pytest.raises(RefusedError, match=r"65537 GiB cannot be snapshotted.* at most 65536 GiB"):
+            call()
+    assert host.volumes.records.volumes() == before
