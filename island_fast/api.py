@@ -336,15 +336,22 @@ class Repository(RepositoryBase):
         return answers
 
     def sweep(
-        self, *, grace: float | None = None, dry_run: bool = False, progress: Progress = silent
+        self,
+        *,
+        grace: float | None = None,
+        unknown: bool = False,
+        dry_run: bool = False,
+        progress: Progress = silent,
     ) -> list[Swept]:
         """Remove the objects that no snapshot needs, from all volumes that this host owns.
 
         Objects younger than `grace` seconds, by the store's clock, stay (default: 24 hours in Swift, 0 in a
-        directory). A shorter grace is safe only if nothing else uses the repository meanwhile. With `dry_run`
-        nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also holds an
-        error for a volume with packs that could not be rewritten for want of room. ConflictError if other
-        hosts own all volumes.
+        directory). A shorter grace is safe only if nothing else uses the repository meanwhile. What no record
+        names is removed only if this host stored it, or an earlier record named it; the rest is counted, and
+        stays unless `unknown` is true: a former owner can have left it, and so can anybody else. With
+        `dry_run` nothing is changed. A volume that cannot be swept is skipped: see `left_out`, which also
+        holds an error for a volume with packs that could not be rewritten for want of room. ConflictError if
+        other hosts own all volumes.
         """
         from island_fast.operations.sweep import sweep
 
@@ -355,7 +362,7 @@ class Repository(RepositoryBase):
                 others.append(lineage.name)
                 continue
             with self._skip_if_unusable():
-                swept, errors = sweep(lineage, grace, dry_run, progress)
+                swept, errors = sweep(lineage, grace, dry_run, unknown, progress)
                 answers.append(swept)
                 self.left_out += errors
         self._refuse_if_all_are_others(others, bool(answers))
@@ -484,12 +491,14 @@ class Repository(RepositoryBase):
         """Make this host the owner of `volume`; the image of its next snapshot becomes the volume's image.
 
         The former owner's next change fails there with a ConflictError. NotFoundError if there is no such
-        volume.
+        volume; DamagedError, with nothing changed, if the store does not hold what this host knows of the
+        catalog, or does not give what its listing shows.
         """
         from island_fast.results import Adopted
 
         lineage = self.existing_lineage(volume)
         with lineage.hold_lock():
+            lineage.require_standing()
             lineage.adopt()
             lineage.files.set_image(None)
             self.remember()

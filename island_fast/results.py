@@ -327,7 +327,10 @@ class Usage(Answer):
 
 @dataclass(frozen=True, slots=True)
 class SweepStep(Answer):
-    """What a sweep does to an object, and why: "remove" it, or "rewrite" a pack without its dead slots."""
+    """What a sweep does to an object, and why.
+
+    "remove" it, "rewrite" a pack without its dead slots, or "keep" what it may not account for.
+    """
 
     action: str
     object: str
@@ -339,7 +342,8 @@ class SweepStep(Answer):
 class Swept(Answer):
     """What a sweep did to a volume, or with `dry_run` would do.
 
-    `bytes_freed` is `bytes_removed` less `bytes_rewritten`.
+    `bytes_freed` is `bytes_removed` less `bytes_rewritten`. `objects_unknown` counts what stays although no
+    record names it, because this host did not store it: another host may need it, or have left it.
     """
 
     volume: str
@@ -348,6 +352,8 @@ class Swept(Answer):
     bytes_removed: int
     bytes_rewritten: int
     bytes_freed: int
+    objects_unknown: int
+    bytes_unknown: int
     steps: tuple[SweepStep, ...]
 
 

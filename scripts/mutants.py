@@ -96,7 +96,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a sweep goes on in a later epoch": [
-        ("operations/sweep.py", "if self._lineage.epoch != epoch:", "if False:"),
+        ("operations/sweep.py", "if lineage.epoch != epoch:", "if False:"),
     ],
     "slots that die during a repack come back to life": [
         (
@@ -106,7 +106,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "a sweep takes objects of running snapshots for garbage": [
-        ("operations/sweep.py", "and snapshot not in running ", ""),
+        ("operations/sweep.py", "if snapshot in running or info.age < age:", "if info.age < age:"),
     ],
     "the base of a running snapshot may be deleted": [
         ("operations/delete.py", "if alive and registration.parent == snapshot:", "if False:"),
@@ -129,14 +129,14 @@ MISTAKES: dict[str, list[Edit]] = {
     "a writer does not look for the end of its epoch": [
         (
             "repository/lineage.py",
-            "        if self.store.head(stop_name(self.name, record.epoch)):\n",
+            "        if self._has_ended(record.epoch, self.store.peek):\n",
             "        if False:\n",
         ),
     ],
     "an adopter does not read the epoch to its end": [
         (
             "repository/lineage.py",
-            "        self._follow()\n        at = self._at\n",
+            "        self._read_as_far_as_listed()\n        at = self._at\n",
             "        at = self._at\n",
         ),
     ],
@@ -172,8 +172,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "the end of the catalog is taken from a listing": [
         (
             "repository/lineage.py",
-            "if not known and self.store.head(name) is None:",
-            "if not known and name not in [i.name for i in self.store.list(f'{self.name}/catalog/')]:",
+            "if look is not None and look(name) is None:",
+            "if look is not None and name not in [i.name for i in self.store.list(f'{self.name}/catalog/')]:",
         ),
     ],
     "a repack drops a slot too many": [
@@ -200,7 +200,8 @@ MISTAKES: dict[str, list[Edit]] = {
         ("repository/local_state.py", "[snapshot for snapshot in gone if self._age(snapshot) >= age]", "[]"),
     ],
     "a sweep does not heed the grace": [
-        ("operations/sweep.py", "info.age >= age:", "True:"),
+        ("operations/sweep.py", "if snapshot in running or info.age < age:", "if snapshot in running:"),
+        ("operations/sweep.py", "and info.age >= age\n", "\n"),
     ],
     "an id that is used up is gone on with": [
         ("repository/snapshot_writer.py", "    remove_used_registrations(lineage)\n", ""),
@@ -229,7 +230,46 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "garbage is never removed": [
-        ("operations/sweep.py", "info.age >= age:", "False:"),
+        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "elif False:"),
+    ],
+    "a stop is the only sign of the end of an epoch": [
+        (
+            "repository/lineage.py",
+            "signs = (stop_name(self.name, epoch), catalog_name(self.name, epoch + 1, 0))",
+            "signs = (stop_name(self.name, epoch),)",
+        ),
+        (
+            "repository/lineage.py",
+            "and not self._step(epoch + 1, 0, look):",
+            "and not (look(stop_name(self.name, epoch)) and self._step(epoch + 1, 0, look)):",
+        ),
+    ],
+    "what others stored is garbage": [
+        ("operations/sweep.py", "if snapshot not in accounted and not unknown:", "if False:"),
+    ],
+    "a listing alone makes garbage": [
+        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "else:"),
+    ],
+    "a listing of another prefix is believed": [
+        (
+            "stores/swift.py",
+            "if isinstance(path, str) and not path.startswith(self._prefix + prefix):",
+            "if False:",
+        ),
+    ],
+    "a repository older than local state is appended to": [
+        ("repository/lineage.py", "        if at.stored:\n            return\n", "        return\n"),
+    ],
+    "a snapshot inherits from one whose manifest is gone": [
+        ("operations/snapshot.py", "lineage.require_manifest(self._choice.parent)", "pass"),
+    ],
+    "a 404 to HEAD is believed at once, and an adopter does not list": [
+        ("stores/swift.py", "return self._head(name, _LOOKS)", "return self._head(name, 1)"),
+        (
+            "repository/lineage.py",
+            "while listed is not None and self._at.place < listed:",
+            "while False:",
+        ),
     ],
     "what a deleted snapshot wrote is not compared": [
         (

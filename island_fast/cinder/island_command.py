@@ -126,10 +126,16 @@ class IslandCommand:
             _LOG.info("nothing to sweep: %s", error)
             return
         for one in swept:
-            if one["steps"]:
+            if one["objects_removed"]:
                 _LOG.info(
                     "swept volume %s: %d objects removed, %d B freed",
                     *(one[key] for key in ("volume", "objects_removed", "bytes_freed")),
+                )
+            if one["objects_unknown"]:
+                _LOG.warning(
+                    "volume %s: kept %d objects (%d B) that no record names and this host did not store; see "
+                    "them with 'island sweep --dry-run', remove them with 'island sweep --unknown'",
+                    *(one[key] for key in ("volume", "objects_unknown", "bytes_unknown")),
                 )
 
     def _run(self, verb: str, *words: object, cancelled: Callable[[], bool] = lambda: False) -> Any:  # noqa: ANN401

@@ -28,16 +28,19 @@ __all__ = ["sweep"]
 @option(HOW, "--grace", metavar="TIME", callback=parse_span, show_default="24h in Swift, 0 in a directory",
         help="Keep objects younger than this, such as 24h, 90m, 3600s, 7d or 0. Less than the default is "
         "safe only while nothing else uses the repository.")  # fmt: skip
+@option(HOW, "--unknown", is_flag=True,
+        help="Also remove what no record names and this host did not store, such as what a former owner left "
+        "unfinished. See what it is with --dry-run first.")  # fmt: skip
 @dry_run_option()
 @add_limit_options
 @add_common_options
 @click.pass_obj
-def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
+def sweep(run: Run, grace: float | None, unknown: bool, dry_run: bool) -> None:
     """Remove what no snapshot needs any more, from the volumes that this host owns.
 
     A pack of which most is not needed is rewritten without the rest. --dry-run lists every object, and why it
-    would be removed or rewritten. A sweep can be interrupted and run again at any time; snapshots can be
-    taken while it runs.
+    would be removed, rewritten or kept. What no record names, and this host did not store, is reported and
+    stays. A sweep can be interrupted and run again at any time; snapshots can be taken while it runs.
 
     \b
     Example:
@@ -47,7 +50,7 @@ def sweep(run: Run, grace: float | None, dry_run: bool) -> None:
     if not dry_run:
         run.if_interrupted = lambda: "all snapshots are unchanged; the next sweep continues"
     with open_repository(run) as repository, run.progress() as progress:
-        swept = repository.sweep(grace=grace, dry_run=dry_run, progress=progress)
+        swept = repository.sweep(grace=grace, unknown=unknown, dry_run=dry_run, progress=progress)
         run.note_if_empty(swept, repository, "this host owns no volume")
     run.answer([one.as_json() for one in swept], "\n".join(_format_swept(swept, dry_run)))
     run.finish_with(repository.left_out)
@@ -61,10 +64,16 @@ def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
     for one in swept:
         for step in one.steps if dry_run else ():
             yield f"{step.action:7}  {size(step.bytes):>10}  {step.object}: {step.reason}"
-        if not one.objects_removed:
-            yield f"Volume {one.volume}: nothing to remove."
-            continue
         text = f"{remove} {count(one.objects_removed, 'object')} ({size(one.bytes_removed)})"
         if one.packs_repacked:
             text += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
-        yield f"Volume {one.volume}: {text}; {free} {size(one.bytes_freed)}."
+        if not one.objects_removed:
+            yield f"Volume {one.volume}: nothing to remove."
+        else:
+            yield f"Volume {one.volume}: {text}; {free} {size(one.bytes_freed)}."
+        if one.objects_unknown:
+            yield (
+                f"Volume {one.volume}: kept {count(one.objects_unknown, 'object')} "
+                f"({size(one.bytes_unknown)}) that no record names and this host did not store; see them "
+                "with --dry-run, remove them with --unknown."
+            )

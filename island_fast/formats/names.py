@@ -13,21 +13,23 @@ __all__ = [
     "is_object_name",
     "manifest_name",
     "pack_name",
+    "parse_snapshot",
     "stop_name",
 ]
 
 LINEAGE_PATTERN = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,128}")
 SNAPSHOT_PATTERN = re.compile(r"[0-9a-f]{32}")
-_BELOW_LINEAGE = re.compile(
-    r"catalog/[0-9]{6}-(?:[0-9]{8}|stop)|manifests/[0-9a-f]{32}-[0-9]+"
-    r"|packs/[0-9a-f]{32}/[0-9]+-[0-9]{8}(?:\.[0-9a-f]{16})?"
+_CATALOG = re.compile(r"catalog/[0-9]{6}-(?:[0-9]{8}|stop)")
+_NUMBER = r"(?:0|[1-9][0-9]*)"
+_STORED = re.compile(
+    rf"manifests/([0-9a-f]{{32}})-{_NUMBER}|packs/([0-9a-f]{{32}})/{_NUMBER}-[0-9]{{8,}}(?:\.[0-9a-f]{{16}})?"
 )
 
 
 def is_object_name(lineage: str, name: str) -> bool:
     """Return whether `name` is that of a record, a stop object, a manifest or a pack of `lineage`."""
     folder, _, below = name.partition("/")
-    return folder == lineage and _BELOW_LINEAGE.fullmatch(below) is not None
+    return folder == lineage and bool(_CATALOG.fullmatch(below) or _STORED.fullmatch(below))
 
 
 def catalog_name(lineage: str, epoch: int, number: int) -> str:
@@ -57,3 +59,9 @@ def pack_name(lineage: str, snapshot: str, number: int, attempt: int, suffix: in
     """Return the name of a pack; `suffix` is a random number, or 0 if it has not been written again."""
     ending = f".{suffix:016x}" if suffix else ""
     return f"{lineage}/packs/{snapshot}/{attempt}-{number:08d}{ending}"
+
+
+def parse_snapshot(lineage: str, name: str) -> str | None:
+    """Return the snapshot whose manifest or pack has this name in `lineage`; None for any other name."""
+    found = _STORED.fullmatch(name.removeprefix(f"{lineage}/")) if name.startswith(f"{lineage}/") else None
+    return (found[1] or found[2]) if found else None

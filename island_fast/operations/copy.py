@@ -186,6 +186,7 @@ class _CopyRun:
                 nearby = f"{near.store.location}/{near.name}"
                 far.files.set_image(ImageFile(nearby))  # so only its pins let images in
             self._check_far()
+            far.require_standing()
             running = [one.snapshot for one, alive in far.files.registrations.all() if alive]
             if row.id in running:
                 raise RefusedError(
@@ -198,9 +199,12 @@ class _CopyRun:
             attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
             if parent not in far.state.live:
                 parent = self._choose_parent(row)
-            registration = Registration(row.id, attempt, parent, far.epoch, copied=True)
+            at = far.newest_number
+            registration = Registration(row.id, attempt, parent, far.epoch, copied=True, record=at)
             if row.id in far.state.live:
                 return None, registration
+            if parent is not None:
+                far.require_manifest(far.state.live[parent])
             stack.enter_context(far.files.registrations.register(registration))
         writer = SnapshotWriter(far, registration)
         writer.objects += made

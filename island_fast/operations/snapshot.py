@@ -8,6 +8,7 @@ what a crash leaves at each step.
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import time
@@ -21,7 +22,7 @@ from island_fast import __version__
 from island_fast.arrays import Int64s
 from island_fast.dirtymap import DirtyMap, intersect_intervals, merge_intervals, subtract_intervals
 from island_fast.errors import IslandError, StoreRefusedError
-from island_fast.formats.catalog import SnapshotAdded
+from island_fast.formats.catalog import SnapshotAdded, SnapshotRow
 from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
@@ -40,6 +41,8 @@ from island_fast.repository.streams import send_blocks
 from island_fast.results_base import SnapshotTaken
 
 __all__ = ["Member", "PinMoment", "SnapshotRequest", "take_snapshot", "take_snapshots"]
+
+_LOG = logging.getLogger(__name__)
 
 
 def take_snapshot(
@@ -184,19 +187,23 @@ class _SnapshotRun:
     def _register(self, stack: ExitStack) -> None:
         """Create the lineage if it is new, choose parent and base, and register before the first object."""
         lineage = self._lineage
-        with lineage.hold_lock():
+        with lineage.hold_lock(just_read=True):
             made = not lineage.exists
             if made:
                 lineage.create()
             lineage.require_owner()
             if note := accept_image(lineage, self._source):
                 self._notes.append(note)
+            lineage.require_standing()
             lineage.files.set_image(find_image_file(self._source.path))
             before = find_interrupted(lineage)
             self._choice = choose_parent(lineage, self._source, self._request)
             parent = self._choice.parent.id if self._choice.parent else None
+            if self._choice.parent:
+                lineage.require_manifest(self._choice.parent)
             snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (make_id(), 0)
-            self._registration = Registration(snapshot, attempt, parent, lineage.epoch)
+            at = lineage.newest_number
+            self._registration = Registration(snapshot, attempt, parent, lineage.epoch, record=at)
             stack.enter_context(lineage.files.registrations.register(self._registration))
         self._writer = SnapshotWriter(lineage, self._registration)
         self._writer.objects += made
@@ -268,6 +275,8 @@ class _SnapshotRun:
         """Find what changed, send it and commit."""
         view = self._source.view(internal)
         parent, writer = self._parent_runs(), self._writer
+        if self._request.full and self._choice.parent:
+            check_packs(self._lineage, self._choice.parent)
         change = self._find_change(view, parent)
         change, whole = resend_damaged(self._lineage, change, parent)
         sent = send_blocks(
@@ -368,6 +377,20 @@ def _count_changed(stored: StoredSnapshot, parent: Runs, replaced: Int64s, block
         intersect_intervals(replaced, np.array([[0, blocks]])), stored.fresh.intervals()
     )
     return stored.fresh.blocks + sum(part.within(gone).blocks for part in parent.windows())
+
+
+def check_packs(lineage: Lineage, parent: SnapshotRow) -> None:
+    """Ask the store for each pack that `parent` needs; note, and log, those that are not there or damaged.
+
+    What only they hold is then not inherited.
+    """
+    from island_fast.repository.integrity.lineage import LineageCheck  # only a full scan on request needs it
+
+    check = LineageCheck(lineage, [parent], whole=False)
+    check.run([item for item in check.items() if item.key is not None], False, lambda item: None)
+    for finding in check.findings:
+        if finding.key is not None:
+            _LOG.warning("%s; what is lost of it is sent again", finding.message)
 
 
 def resend_damaged(lineage: Lineage, change: Change, parent: Runs) -> tuple[Change, Runs]:

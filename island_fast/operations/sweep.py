@@ -1,8 +1,10 @@
 """`sweep`: plan what one lineage no longer needs, and remove or rewrite it step by step.
 
 The plan is made from the catalog and a listing; no manifest is read. Doubt removes nothing. A listing only
-ever adds candidates, and these must be unknown to the catalog, belong to no registered snapshot, and be older
-than the grace. Rules: docs/format.md, "Delete and sweep".
+ever adds candidates, and these must be unknown to the catalog, belong to no registered snapshot, be left by a
+snapshot that this host can account for, and be older than the grace, as the store says of each by name. What
+else a listing shows is reported and stays, unless the caller wants it removed. Rules: docs/format.md, "Delete
+and sweep".
 
 Repacked packs are durable before the record that switches their names, and the record is durable before the
 first object is deleted. A sweep that was interrupted anywhere is simply run again. The lineage's lock is held
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
@@ -26,12 +29,12 @@ from numpy.typing import NDArray
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, IslandError, ObjectMissingError, StoreFullError
 from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
-from island_fast.formats.names import manifest_name
+from island_fast.formats.names import manifest_name, parse_snapshot
 from island_fast.formats.pack import ABSENT, Index, open_pack, seal_pack
 from island_fast.progress import Progress
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.liveness import rebase_rewritten
-from island_fast.repository.snapshot_writer import remove_used_registrations
+from island_fast.repository.snapshot_writer import named_ids, remove_used_registrations
 from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
@@ -41,43 +44,54 @@ __all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
+_UNKNOWN = "no record names it, and this host did not store it"
+_ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
 _LOG = logging.getLogger(__name__)
 
 
 def sweep(
-    lineage: Lineage, grace: float, dry_run: bool, progress: Progress
+    lineage: Lineage, grace: float, dry_run: bool, unknown: bool, progress: Progress
 ) -> tuple[Swept, list[IslandError]]:
-    """Sweep `lineage` as its owner, and return what was done; with `dry_run` only what would be done.
+    """Sweep `lineage`, just refreshed, as its owner; return what was done, or with `dry_run` would be.
 
-    Progress counts bytes rewritten and deleted. ConflictError, with nothing deleted, if another host adopted
-    the lineage meanwhile. A pack that cannot be read is not repacked, with a warning. Return also the error
-    if some could not be repacked for want of room.
+    With `unknown`, objects that this host cannot account for are removed, too. Progress counts bytes
+    rewritten and deleted. ConflictError, with nothing deleted, if another host adopted the lineage meanwhile,
+    or a listing shows records that cannot be read; DamagedObjectError if the store does not hold the newest
+    record that this host knows. A pack that cannot be read is not repacked, with a warning. Return also the
+    error if some could not be repacked for want of room.
     """
     done: list[SweepPlan] = []
     errors: list[IslandError] = []
     with lineage.files.lock_sweeps():
         if not dry_run:
             lineage.files.remove_leftovers()
-        with lineage.hold_lock():
+        with lineage.hold_lock(just_read=True):
             lineage.require_owner()
+            lineage.require_standing()
+            lineage.require_end_of_listing()
             remove_used_registrations(lineage)
             given_up = lineage.files.registrations.find_abandoned(max(grace, GARBAGE_AGE))
+            registered = {one.snapshot for one, _ in lineage.files.registrations.all()}
+            accounted = lineage.files.accounted.all() | named_ids(lineage) | registered
             if not dry_run:
+                lineage.files.accounted.add(accounted)
                 for snapshot in given_up:
                     lineage.files.registrations.remove(snapshot)
-            plan = plan_sweep(lineage, grace, given_up)
+            running = registered.difference(given_up)
+            plan = plan_sweep(lineage, grace, accounted, running, unknown)
         while not dry_run and plan.objects:
             run = _SweepRun(lineage, plan, progress)
             plan = run.run()
             done.append(plan)
             if run.lacking is not None and plan.objects:  # what was deleted has made room
                 with lineage.hold_lock():
-                    plan = plan_sweep(lineage, grace, given_up)
+                    plan = plan_sweep(lineage, grace, accounted, running, unknown)
             else:
                 errors += [run.lacking] if run.lacking is not None else []
                 break
     done = done or [plan]
     removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
+    left = done[-1].unknown
     answer = Swept(
         volume=lineage.name,
         objects_removed=sum(one.objects for one in done),
@@ -85,7 +99,12 @@ def sweep(
         bytes_removed=removed,
         bytes_rewritten=rewritten,
         bytes_freed=removed - rewritten,
-        steps=tuple(step for one in done for step in _list_steps(lineage, one)),
+        objects_unknown=len(left),
+        bytes_unknown=sum(info.size for info in left),
+        steps=(
+            *(step for one in done for step in _list_steps(lineage, one)),
+            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
+        ),
     )
     return answer, errors
 
@@ -95,13 +114,15 @@ class SweepPlan:
     """What a sweep of one lineage will do.
 
     `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
-    that no record names. Sizes are in bytes.
+    that no record names. `unknown` are those that stay, because this host cannot account for them either.
+    Sizes are in bytes.
     """
 
     gone: Packs
     repacked: Packs
     manifests: tuple[SnapshotRow, ...]
     garbage: tuple[ObjectInfo, ...]
+    unknown: tuple[ObjectInfo, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -121,22 +142,38 @@ class SweepPlan:
         return len(self.gone) + len(self.repacked) + len(self.manifests) + len(self.garbage)
 
 
-def plan_sweep(lineage: Lineage, grace: float, given_up: Collection[str] = ()) -> SweepPlan:
+def plan_sweep(
+    lineage: Lineage,
+    grace: float,
+    accounted: Collection[str] = (),
+    running: Collection[str] = (),
+    unknown: bool = False,
+) -> SweepPlan:
     """Plan what a sweep would do now. Under the lineage's lock, after `refresh`.
 
-    An object is removed only if the store says that it is older than `grace` seconds. The registrations of
-    the snapshots `given_up` no longer protect any object.
+    An object is removed only if the store says that it is older than `grace` seconds. Objects of the
+    snapshots `running` are no garbage; those of other snapshots than the `accounted` ones, and what has no
+    name of an object, only if `unknown` ones are to be removed.
     """
     ages = _Ages(lineage, grace)
     gone, repacked = lineage.state.packs_to_sweep()
     manifests = lineage.state.dropped.values()
+    garbage: list[ObjectInfo] = []
+    left: list[ObjectInfo] = []
+    age = max(grace, GARBAGE_AGE)
+    for info, snapshot in _find_unnamed(lineage):
+        if snapshot in running or info.age < age:
+            continue
+        if snapshot not in accounted and not unknown:
+            left.append(info)
+        elif _is_confirmed(lineage, info, age):
+            garbage.append(info)
     return SweepPlan(
         gone=gone.rows(ages.mask(lineage.pack_names(gone))),
         repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
         manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
-        garbage=tuple(
-            sorted(_find_garbage(lineage, max(grace, GARBAGE_AGE), given_up), key=lambda one: one.name)
-        ),
+        garbage=tuple(sorted(garbage, key=lambda one: one.name)),
+        unknown=tuple(sorted(left, key=lambda one: one.name)),
     )
 
 
@@ -170,18 +207,28 @@ class _Ages:
         return np.array([self.is_old(name) for name in names], np.bool_)
 
 
-def _find_garbage(lineage: Lineage, age: float, given_up: Collection[str]) -> Iterator[ObjectInfo]:
-    """Find packs and manifests that a listing shows, and that no record and no registration accounts for."""
-    state = lineage.state
-    named = set(lineage.pack_names(state.packs))
-    for row in [*state.live.values(), *state.dropped.values()]:
-        named.add(lineage.manifest_name(row))
-    running = {one.snapshot for one, _ in lineage.files.registrations.all()}.difference(given_up)
+def _find_unnamed(lineage: Lineage) -> Iterator[tuple[ObjectInfo, str | None]]:
+    """Yield what a listing shows below packs/ and manifests/ and no record names, with its snapshot's id.
+
+    The id is None if the name is not one of a pack or a manifest.
+    """
+    named = _list_named(lineage)
     for kind in ("packs", "manifests"):
         for info in lineage.store.list(f"{lineage.name}/{kind}/"):
-            snapshot = info.name.split("/")[2].partition("-")[0]
-            if info.name not in named and snapshot not in running and info.age >= age:
-                yield info
+            if info.name not in named:
+                yield info, parse_snapshot(lineage.name, info.name)
+
+
+def _list_named(lineage: Lineage) -> set[str]:
+    """Return the names of all packs and manifests that the state names."""
+    rows = [*lineage.state.live.values(), *lineage.state.dropped.values()]
+    return {*lineage.pack_names(lineage.state.packs), *map(lineage.manifest_name, rows)}
+
+
+def _is_confirmed(lineage: Lineage, listed: ObjectInfo, age: float) -> bool:
+    """Return whether the store says by name, too, that there is such an object, of that size and so old."""
+    info = lineage.store.head(listed.name)
+    return info is not None and info.size == listed.size and info.age >= age
 
 
 class _SweepRun:
@@ -205,15 +252,20 @@ class _SweepRun:
             unnamed = [*self._lineage.pack_names(renamed), *(info.name for info in self._plan.garbage)]
             if not unnamed:
                 raise
+            self._lineage.require_open()
             for name in unnamed:
                 self._lineage.store.delete(name)
             self.lacking = error if len(renamed) else self.lacking
             self._plan = replace(self._plan, repacked=readable.rows(np.zeros(len(readable), np.bool_)))
             self._record(epoch, renamed.rows(np.zeros(len(renamed), np.bool_)))
         doomed = list(self._list_doomed())
+        asked = time.monotonic()
         retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
         for name, size in doomed:
+            if time.monotonic() - asked > _ASKED_AGAIN:
+                self._lineage.require_open()
+                asked = time.monotonic()
             self._lineage.store.delete(name)
             self._report(size)
             if name not in kept:  # the base of a table diff may need it
@@ -221,14 +273,25 @@ class _SweepRun:
         return self._plan
 
     def _record(self, epoch: int, renamed: Packs) -> None:
-        """Append the sweep's record, if the lineage is still in `epoch`."""
-        with self._lineage.hold_lock():
-            if self._lineage.epoch != epoch:
+        """Append the sweep's record, if the lineage is still in `epoch`; leave out of the plan what is named.
+
+        Nothing is deleted before this, so it is the moment to look once more for the end of the epoch. The
+        plan can be of a catalog that was not read to its end.
+        """
+        lineage = self._lineage
+        with lineage.hold_lock(sure=True):
+            if lineage.epoch != epoch:
                 raise ConflictError(
-                    f"volume {self._lineage.name} was adopted during the sweep, so nothing was deleted; "
+                    f"volume {lineage.name} was adopted during the sweep, so nothing was deleted; "
                     "run it again"
                 )
-            self._append_record(renamed)
+            named = _list_named(lineage)
+            garbage = tuple(one for one in self._plan.garbage if one.name not in named)
+            self._plan = replace(self._plan, garbage=garbage)
+            if not self._append_record(renamed):
+                lineage.require_owner()
+                lineage.require_standing()
+                lineage.require_open()
 
     def _report(self, size: int) -> None:
         self._done += size
@@ -242,13 +305,15 @@ class _SweepRun:
         yield from ((info.name, info.size) for info in plan.garbage)
         yield from ((lineage.manifest_name(row), row.manifest_size) for row in plan.manifests)
 
-    def _append_record(self, renamed: Packs) -> None:
-        """Append the sweep's record, unless it would be empty."""
+    def _append_record(self, renamed: Packs) -> bool:
+        """Append the sweep's record, unless it would be empty; return whether it was appended."""
         lineage, plan = self._lineage, self._plan
         renamed = rebase_rewritten(lineage, plan.repacked, renamed)
-        if len(renamed) or plan.gone.key.size or plan.manifests:
-            swept = tuple(row.id for row in plan.manifests)
-            lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
+        if not (len(renamed) or plan.gone.key.size or plan.manifests):
+            return False
+        swept = tuple(row.id for row in plan.manifests)
+        lineage.append(ObjectsSwept(swept, renamed, plan.gone.key))
+        return True
 
     def _repack(self) -> tuple[Packs, Packs]:
         """Write packs again without their dead slots.

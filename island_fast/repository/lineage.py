@@ -1,9 +1,10 @@
 """Read one lineage's catalog, and append to it.
 
-Reading: records are fetched by exact name, beginning at the newest known checkpoint; the catalog ends at a
-confirmed absence, and an epoch at its stop object. Appending: only the lineage's owner does it, under its
-local lock; the bytes are on local disk before they are sent, are read back afterwards, and count only if the
-epoch has not been stopped meanwhile. Protocol: docs/format.md, "Catalog".
+Reading: records are fetched by exact name, beginning at the newest known checkpoint. An epoch is over if its
+stop object is there, or record 0 of the next one: no store is believed on the absence of one object alone.
+Appending: only the lineage's owner does it, under its local lock, on a newest record that the store still
+holds; the bytes are on local disk before they are sent, are read back afterwards, and count only if the epoch
+has not ended meanwhile. Protocol: docs/format.md, "Catalog".
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from island_fast.arrays import Buffer
@@ -50,7 +51,7 @@ from island_fast.formats.names import catalog_name, manifest_name, pack_name, st
 from island_fast.formats.runs import Runs
 from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState, StandingOn
-from island_fast.stores.base import Store
+from island_fast.stores.base import ObjectInfo, Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Lineage"]
@@ -58,12 +59,27 @@ __all__ = ["Lineage"]
 
 _LOG = logging.getLogger(__name__)
 _RECORD = re.compile(r"[0-9]{6}-[0-9]{8}")
+_STOP = re.compile(r"([0-9]{6})-stop")
+_LAST = 10**8  # comes after every number of a record
 _EPOCHS_BELIEVED = 16  # ends that are believed without being read
+
+_Look = Callable[[str], ObjectInfo | None]
+"""How the store is asked whether there is an object: `Store.peek`, or `Store.head` where absence decides."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetched:
+    """A record, its checksum, its size in bytes, and whether it came from the store or out of the cache."""
+
+    record: Record
+    checksum: str
+    size: int
+    stored: bool
 
 
 @dataclass(frozen=True, slots=True)
 class _CatalogPosition:
-    """A position in the catalog: the record applied last."""
+    """A position in the catalog: the record applied last. `stored`: the store is known to hold it."""
 
     epoch: int
     number: int
@@ -72,6 +88,13 @@ class _CatalogPosition:
     host: str
     seed: int
     write_features: int
+    size: int
+    stored: bool
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Epoch and number."""
+        return self.epoch, self.number
 
 
 class Lineage:
@@ -89,7 +112,7 @@ class Lineage:
         self.state = State()
         self._local_state = local_state
         self._position: _CatalogPosition | None = None
-        self._stopped = False  # the epoch has ended and no next one has begun
+        self._stopped: dict[int, bool] = {}  # by epoch: whether its stop was there when it was asked for
 
     @property
     def exists(self) -> bool:
@@ -129,6 +152,11 @@ class Lineage:
         return self._at.epoch
 
     @property
+    def newest_number(self) -> int:
+        """The number of the newest record, in its epoch."""
+        return self._at.number
+
+    @property
     def seed(self) -> int:
         """Seed of the digests of the lineage's blocks."""
         return self._at.seed
@@ -152,11 +180,18 @@ class Lineage:
         return self._position
 
     @contextlib.contextmanager
-    def hold_lock(self) -> Iterator[None]:
-        """Hold the lineage's local lock; first settle a record of unknown outcome, and read the catalog."""
+    def hold_lock(self, *, just_read: bool = False, sure: bool = False) -> Iterator[None]:
+        """Hold the lineage's local lock; first settle a record of unknown outcome, and read the catalog.
+
+        If it was `just_read`, only what other processes of this host appended since is read, from the cache.
+        If `sure`, the store must confirm that nothing comes after what was read.
+        """
         with self.files.lock():
             self._settle()
-            self.refresh()
+            if just_read and self.exists:
+                self._read_on(lambda name: None)
+            else:
+                self._read_on(self.store.head if sure else self.store.peek)
             self._check_local_state()
             yield
 
@@ -275,16 +310,28 @@ class Lineage:
     # Reading.
 
     def refresh(self) -> None:
-        """Read what was appended since the last time. A missing catalog is not an error: see `exists`."""
+        """Read what was appended since the last time. A missing catalog is not an error: see `exists`.
+
+        One look decides what is absent, so what was read can be old, and is never wrong. What must be the
+        newest is appended to, which the store then refuses, or is read in a `sure` way.
+        """
+        self._read_on(self.store.peek)
+
+    def _read_on(self, look: _Look) -> None:
+        """Apply the records after the present position; `look` finds out whether there are more."""
         if self._position is None:
             self._start()
-        while True:
-            self._follow()
-            if self._position is None:
+        while self._position is not None:
+            epoch, number = self._position.place
+            if not self._step(epoch, number + 1, look) and not self._step(epoch + 1, 0, look):
                 return
-            self._stopped = self.store.head(stop_name(self.name, self._position.epoch)) is not None
-            if not self._stopped or not self._enter(self._position.epoch + 1):
-                return
+
+    def _step(self, epoch: int, number: int, look: _Look | None) -> bool:
+        """Apply a record; return False if there is none. See `_fetch`."""
+        found = self._fetch(epoch, number, look)
+        if found is not None:
+            self._apply(epoch, number, found)
+        return found is not None
 
     def _start(self) -> None:
         """Go to the newest record that the cache knows, else to the newest that the store has."""
@@ -293,7 +340,7 @@ class Lineage:
             return
         listed = self._find_listed()
         epoch, seen = listed or (0, None)
-        while self.store.head(stop_name(self.name, epoch)):
+        while self._has_ended(epoch, self.store.peek):
             if epoch % _EPOCHS_BELIEVED == _EPOCHS_BELIEVED - 1:
                 self._require_ended(epoch)
             epoch, seen = epoch + 1, None
@@ -318,23 +365,33 @@ class Lineage:
             "check the store, and the proxies between it and this host"
         )
 
-    def _find_listed(self) -> tuple[int, int | None] | None:
+    def _find_listed(self) -> tuple[int, int] | None:
         """Return epoch and number of the newest record in a listing; it can be late, so more can exist."""
+        places = (place for place, _ in self._list_catalog() if place[1] < _LAST)
+        return max(places, default=None)
+
+    def _list_catalog(self) -> Iterator[tuple[tuple[int, int], str]]:
+        """Yield place and name of what a listing of catalog/ shows; a stop comes after all of its epoch."""
         folder = f"{self.name}/catalog/"
-        names = (info.name.removeprefix(folder) for info in self.store.list(folder))
-        return max((_parse_name(name) for name in names if _RECORD.fullmatch(name)), default=None)
+        for info in self.store.list(folder):
+            name = info.name.removeprefix(folder)
+            if _RECORD.fullmatch(name):
+                yield _parse_name(name), info.name
+            elif stop := _STOP.fullmatch(name):
+                yield (int(stop[1]), _LAST), info.name
 
     def _find_last(self, epoch: int, seen: int | None) -> int | None:
         """Find the last record of `epoch` by doubling and halving from `seen`; None if there is no record."""
         low, step = seen or 0, 1
 
         def exists(number: int) -> bool:
-            return self.store.head(catalog_name(self.name, epoch, number)) is not None
+            return self.store.peek(catalog_name(self.name, epoch, number)) is not None
 
-        if not exists(low):
-            if seen is not None:  # records are never deleted
-                raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
+        if seen is None and not exists(low):
             return None
+        if seen is not None and self.store.head(catalog_name(self.name, epoch, seen)) is None:
+            # Records are never deleted.
+            raise DamagedObjectError(f"volume {self.name}: catalog record {epoch}-{seen} is missing")
         while exists(low + step):
             low, step = low + step, 2 * step
         high = low + step
@@ -346,44 +403,27 @@ class Lineage:
     def _replay(self, epoch: int, last: int) -> bool:
         """Apply the records of `epoch` from its checkpoint up to `last`; return False if one is missing."""
         for number in range(last - last % CHECKPOINT_EVERY, last + 1):
-            found = self._fetch(epoch, number, known=True)
-            if found is None:
+            if not self._step(epoch, number, None):
                 self._position = None
                 return False
-            self._apply(epoch, number, *found)
         return True
 
-    def _follow(self) -> None:
-        """Apply the records after the present position."""
-        while self._position is not None:
-            number = self._position.number + 1
-            found = self._fetch(self._position.epoch, number)
-            if found is None:
-                return
-            self._apply(self._position.epoch, number, *found)
+    def _fetch(self, epoch: int, number: int, look: _Look | None) -> _Fetched | None:
+        """Return a record from cache or store; None if there is none.
 
-    def _enter(self, epoch: int) -> bool:
-        """Enter an epoch, whose first record carries the whole state; return False if it does not exist."""
-        found = self._fetch(epoch, 0)
-        if found is not None:
-            self._apply(epoch, 0, *found)
-        return found is not None
-
-    def _fetch(self, epoch: int, number: int, *, known: bool = False) -> tuple[Record, str] | None:
-        """Return a record and its checksum, from cache or store; None if the store confirms its absence.
-
-        Unless it is `known` to exist, a HEAD asks for it first: GET waits and retries before it reports that
-        an object is absent, and every verb looks for the end of a catalog.
+        Every verb looks for the end of a catalog, and GET waits and retries before it reports that an object
+        is absent. So `look` asks for the record first, and decides. It is None if the record must exist.
         """
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cache.read(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
-                return decode_record(name, data, self.numbers)
-        if not known and self.store.head(name) is None:
+                return _Fetched(*decode_record(name, data, self.numbers), len(data), stored=False)
+        if look is not None and look(name) is None:
             return None
 
-        def check(data: Buffer) -> tuple[tuple[Record, str], bytes]:
-            return decode_record(name, data, self.numbers), bytes(data)
+        def check(data: Buffer) -> tuple[_Fetched, bytes]:
+            copy = bytes(data)
+            return _Fetched(*decode_record(name, data, self.numbers), len(copy), stored=True), copy
 
         try:
             limit = LIMITS[Kind.RECORD].size
@@ -393,10 +433,10 @@ class Lineage:
         self.files.cache.write(name, fetched)
         return found
 
-    def _apply(self, epoch: int, number: int, record: Record, checksum: str) -> None:
+    def _apply(self, epoch: int, number: int, found: _Fetched) -> None:
         """Apply one record, which must follow the present position."""
         name = catalog_name(self.name, epoch, number)
-        position = self._position
+        position, record = self._position, found.record
         begins = isinstance(record.event, OwnerChanged)
         follows = position is None or record.previous == position.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
@@ -409,8 +449,101 @@ class Lineage:
             self._remember_deleted(record.event)
         self.state = record.apply_to(self.state)
         self._position = _CatalogPosition(
-            epoch, number, checksum, record.writer, record.host, record.seed, record.write_features
+            epoch, number, found.checksum, record.writer, record.host, record.seed, record.write_features,
+            found.size, found.stored,
+        )  # fmt: skip
+
+    def snapshots_added_since(self, number: int) -> set[str] | None:
+        """Return the ids of the snapshots that the records of this epoch after `number` added.
+
+        None if that cannot be known, because one of these records cannot be read.
+        """
+        added = set()
+        for after in range(number + 1, self._at.number + 1):
+            try:
+                found = self._fetch(self._at.epoch, after, None)
+            except UNREADABLE:
+                return None
+            if found is None:
+                return None
+            if isinstance(found.record.event, SnapshotAdded):
+                added.add(found.record.event.snapshot.id)
+        return added
+
+    # What is built upon, and what deletes.
+
+    def _has_ended(self, epoch: int, look: _Look) -> bool:
+        """Return whether an epoch is over: its stop is there, or record 0 of the next. Either can be lost."""
+        signs = (stop_name(self.name, epoch), catalog_name(self.name, epoch + 1, 0))
+        return any(look(name) for name in signs)
+
+    def is_stopped(self) -> bool:
+        """Return whether the epoch has ended and no next one has begun, as asked once for each epoch.
+
+        Whoever appends later finds out then whether it has ended since.
+        """
+        if self._position is None:
+            return False
+        epoch = self._position.epoch
+        if epoch not in self._stopped:
+            self._stopped[epoch] = self.store.peek(stop_name(self.name, epoch)) is not None
+        return self._stopped[epoch]
+
+    def require_standing(self) -> None:
+        """Raise a DamagedObjectError, with the way out, if the store does not hold the newest known record.
+
+        Then an older copy of the repository was put in its place, or the record was lost: what is appended,
+        or left out as known, would rest on nothing. The size tells another record; the chain of checksums
+        proves the rest to every reader.
+        """
+        at = self._at
+        if at.stored:
+            return
+        name = catalog_name(self.name, *at.place)
+        info = self.store.head(name)
+        if info is None or info.size != at.size:
+            raise self._older_repository_error(name, "is missing from" if info is None else "is another in")
+        self._position = replace(at, stored=True)
+
+    def _older_repository_error(self, name: str, how: str) -> DamagedObjectError:
+        return DamagedObjectError(
+            f"volume {self.name}: record {name}, which this host knows, {how} {self.store.location}, as in "
+            "an older copy of the repository, and nothing was changed; put the newer copy back, or if only "
+            "that record was lost, run 'island verify --all --heal'; to go on with the older copy, remove "
+            f"{self.files.folder / 'cache' / 'catalog'} and run 'island adopt {self.name}'"
         )
+
+    def require_manifest(self, row: SnapshotRow) -> None:
+        """Raise a DamagedObjectError, with the way out, if the store does not hold a manifest as it was.
+
+        It is that of a snapshot from which a new one inherits, which this host may know by its cache alone.
+        """
+        name = self.manifest_name(row)
+        info = self.store.head(name)
+        if info is None or info.size != row.manifest_size:
+            how = "is missing from" if info is None else "has another size in"
+            raise DamagedObjectError(
+                f"manifest {name} {how} {self.store.location}, and a new snapshot would inherit from its "
+                "snapshot, so nothing was stored; run 'island verify --all --heal', which puts this host's "
+                f"copy back, or delete the snapshot: island delete {self.name}@{row.id}"
+            )
+
+    def require_open(self) -> None:
+        """Raise a ConflictError if the epoch is over; the absence of both signs must be confirmed."""
+        if self._has_ended(self._at.epoch, self.store.head):
+            raise ConflictError(
+                f"volume {self.name} was adopted by another host meanwhile, so nothing more was deleted; see "
+                f"'island list --volume {self.name}'"
+            )
+
+    def require_end_of_listing(self) -> None:
+        """Raise a ConflictError if a listing shows anything of the catalog newer than what was read."""
+        place, name = max(self._list_catalog(), default=((0, 0), ""))
+        if place > self._at.place:
+            raise ConflictError(
+                f"volume {self.name}: {self.store.location} lists {name}, which is newer than what can be "
+                "read there, so nothing was deleted; run it again when all servers of the store answer"
+            )
 
     def _remember_deleted(self, event: SnapshotsDeleted) -> None:
         """Remember deleted snapshots whose manifests are cached: their pins stay bases of table diffs."""
@@ -443,6 +576,7 @@ class Lineage:
         outcome is unknown: then it is settled before anything else happens in the lineage.
         """
         self.require_owner()
+        self.require_standing()
         at = self._at
         record = Record(
             lineage=self.name,
@@ -464,7 +598,7 @@ class Lineage:
 
     def require_owner(self) -> None:
         """Raise a ConflictError, with the way out, unless this host owns the lineage."""
-        if self._stopped:
+        if self.is_stopped():
             raise ConflictError(
                 f"the adoption of volume {self.name} was interrupted; run 'island adopt {self.name}' "
                 "on the host that is to own it"
@@ -515,12 +649,14 @@ class Lineage:
         """Make this host the owner: end the epoch, read it to its end, begin the next. Under the lock.
 
         It is safe to repeat after an interruption. Records that the former owner appends later do not count.
-        A stop object of an earlier epoch that the store has lost is written again.
+        A stop object of an earlier epoch that the store has lost is written again. DamagedObjectError if a
+        listing shows newer records than can be read: what they name would be garbage from then on.
         """
         self._require_known_features()
+        self._read_as_far_as_listed()  # before the stop, which ends the former owner's work
         epoch = self._at.epoch
         for ended in [*self.stop_names, stop_name(self.name, epoch)]:
-            if not self.store.head(ended):
+            if not self.store.peek(ended):
                 meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
                 parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
                 with (
@@ -528,10 +664,26 @@ class Lineage:
                     self.store.use_reserve(),
                 ):
                     self.store.put(ended, parts)
-        self._follow()
+        self._read_as_far_as_listed()
         at = self._at
+        if at.epoch != epoch:
+            raise ConflictError(f"volume {self.name} was adopted by another host at the same moment")
         self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
-        self._stopped = False
+
+    def _read_as_far_as_listed(self) -> None:
+        """Read the catalog to its end, as the store confirms it, and at least as far as a listing shows."""
+        self._read_on(self.store.head)
+        listed = self._find_listed()
+        while listed is not None and self._at.place < listed:
+            epoch, number = self._at.place
+            following = (epoch, number + 1) if listed[0] == epoch else (epoch + 1, 0)
+            if not self._step(*following, None):
+                raise DamagedObjectError(
+                    f"volume {self.name}: {self.store.location} lists record "
+                    f"{catalog_name(self.name, *listed)}, and does not have "
+                    f"{catalog_name(self.name, *following)}; run it again when all of its servers answer"
+                )
+            self._read_on(self.store.head)
 
     def _begin_epoch(self, epoch: int, previous: str | None, seed: int, state: State) -> None:
         """Append the first record of an epoch: it makes this host the owner, and carries the whole state."""
@@ -557,17 +709,17 @@ class Lineage:
         with self.store.use_reserve() if frees else contextlib.nullcontext():
             self.files.pending.add(name.rpartition("/")[2], data)
             self._send(name, data, sent_before=False)
-        if self.store.head(stop_name(self.name, record.epoch)):
+        if self._has_ended(record.epoch, self.store.peek):
             self.files.pending.remove(name.rpartition("/")[2])
             self._position = None
             raise ConflictError(
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
-        applied, checksum = decode_record(name, data, self.numbers)
-        self._apply(record.epoch, record.number, applied, checksum)
+        found = _Fetched(*decode_record(name, data, self.numbers), len(data), stored=True)
+        self._apply(record.epoch, record.number, found)
         self.files.cache.write(name, data)
-        self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
+        self.files.set_newest_record(StandingOn(record.epoch, record.number, found.checksum))
         self.files.pending.remove(name.rpartition("/")[2])
 
     def _send(self, name: str, data: bytes, *, sent_before: bool) -> None:
@@ -613,7 +765,11 @@ class Lineage:
             raise
 
     def _settle(self) -> None:
-        """Send records of unknown outcome again, the same bytes under the same names."""
+        """Send records of unknown outcome again, the same bytes under the same names.
+
+        What each of them follows must still be there. If the stop is lost of the epoch that an adoption
+        ended, and its record 0 never arrived, the former owner can have gone on: the adoption is given up.
+        """
         for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
             try:
@@ -621,13 +777,24 @@ class Lineage:
             except DamagedObjectError:  # cut short before it was ever sent
                 self.files.pending.remove(last)
                 continue
-            with (
-                contextlib.suppress(ConflictError),
-                self.store.use_reserve(),
-            ):  # without it nothing can follow
-                self._send(name, data, sent_before=True)
-                self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
+            before = self._name_before(record)
+            if before and self.store.head(before) is None and self.store.head(name) is None:
+                if record.number:
+                    raise self._older_repository_error(before, "is missing from")
+            else:
+                with (
+                    contextlib.suppress(ConflictError),
+                    self.store.use_reserve(),
+                ):  # without it nothing can follow
+                    self._send(name, data, sent_before=True)
+                    self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
             self.files.pending.remove(last)
+
+    def _name_before(self, record: Record) -> str | None:
+        """Return the name of the object that was there before the record; None for a catalog's first one."""
+        if record.number:
+            return catalog_name(self.name, record.epoch, record.number - 1)
+        return stop_name(self.name, record.epoch - 1) if record.epoch else None
 
 
 def _describe(event: Event) -> str:

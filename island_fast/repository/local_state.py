@@ -13,6 +13,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
     <repository id>/<lineage>/deleting/<id> a snapshot that a delete took out and has not reported yet
     <repository id>/<lineage>/running/<id>  a snapshot in progress, locked by its process
+    <repository id>/<lineage>/accounted     ids whose objects are garbage if no record names them
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
     <repository id>/<lineage>/cache/retired/<id>                    a deleted snapshot whose pin can be left
@@ -27,7 +28,7 @@ import json
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from operator import itemgetter
 from pathlib import Path
@@ -40,6 +41,7 @@ from island_fast.repository.identity import Identity
 from island_fast.repository.known_repositories import KnownRepositories
 
 __all__ = [
+    "AccountedIds",
     "ImageFile",
     "LineageFiles",
     "LocalState",
@@ -145,7 +147,8 @@ class Registration:
     """A snapshot in progress, as written before its first object; or one that was deleted.
 
     `epoch` is the lineage's at that time: a registration of an earlier epoch never commits. `copied`: its
-    blocks come from another repository, whose snapshot has the same id.
+    blocks come from another repository, whose snapshot has the same id. `record` is the number of the newest
+    record at that time, None if it was not noted: only later ones can have used the id up.
     """
 
     snapshot: str
@@ -153,6 +156,7 @@ class Registration:
     parent: str | None
     epoch: int = 0
     copied: bool = False
+    record: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +203,8 @@ class LineageFiles:
         self.started_deletes = StartedDeletes(folder / "deleting")
         self.cache = ObjectCache(folder / "cache")
         self.notes = Notes(folder / "cache")
-        self.registrations = Registrations(folder / "running", self.notes)
+        self.accounted = AccountedIds(folder / "accounted")
+        self.registrations = Registrations(folder / "running", self.notes, self.accounted)
 
     def make(self) -> None:
         """Make the folders, private to their owner, also what an earlier version left open."""
@@ -397,12 +402,45 @@ class StartedDeletes:
             (self._folder / snapshot).unlink()
 
 
+class AccountedIds:
+    """The ids of snapshots that this host registered, or that the catalog named when it swept.
+
+    Only what these left behind is known to be garbage once no record names it. Ids are never removed: a
+    store can bring back what was deleted. One id is a line of the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def all(self) -> set[str]:
+        """Return the ids; none if the file cannot be read."""
+        try:
+            return {line for line in self._path.read_text("ascii", "replace").split("\n") if len(line) == 32}
+        except OSError:
+            return set()
+
+    def add(self, snapshots: Iterable[str]) -> None:
+        """Add ids, durably. Call it under the lineage's lock."""
+        new = set(snapshots) - self.all()
+        if not new:
+            return
+        with _explain_errors(self._path.parent):
+            fresh = not self._path.exists()
+            with open(self._path, "ab", opener=open_private) as file:
+                file.write("".join(f"\n{snapshot}\n" for snapshot in sorted(new)).encode("ascii"))
+                file.flush()
+                os.fsync(file.fileno())
+            if fresh:
+                sync_folder(self._path.parent)
+
+
 class Registrations:
     """Snapshots in progress, and the packs that the store has acknowledged for each."""
 
-    def __init__(self, folder: Path, notes: Notes) -> None:
+    def __init__(self, folder: Path, notes: Notes, accounted: AccountedIds) -> None:
         self._folder = folder
         self._notes = notes
+        self._accounted = accounted
 
     @contextlib.contextmanager
     def register(self, registration: Registration) -> Iterator[None]:
@@ -412,6 +450,7 @@ class Registrations:
         """
         snapshot = registration.snapshot
         path = self._folder / snapshot
+        self._accounted.add([snapshot])
         with _explain_errors(self._folder.parent):
             write_durably(path, json.dumps(asdict(registration)).encode())
             file = open(path, opener=open_private)  # noqa: SIM115 (held across the yield)
@@ -466,10 +505,13 @@ class Registrations:
     def find_interrupted(self, epoch: int, copied: str | None = None) -> Registration | None:
         """Return the newest of this epoch whose process has exited and that sent packs. Under the lock.
 
+        One without a `record` is not resumed: nothing says whether its id was used up since.
+
         That is an attempt at a snapshot of an image, or with `copied` at the copy of that snapshot: neither
         can resume the other.
         """
         found = [r for r, alive in self.all() if not alive and r.epoch == epoch and r.attempt >= 0]
+        found = [r for r in found if r.record is not None]
         meant = [r for r in found if r.copied == (copied is not None) and copied in (None, r.snapshot)]
         kept = [r for r in meant if self._notes.names(f"sent/{r.snapshot}")]
         return min(kept, key=lambda r: self._age(r.snapshot), default=None)
@@ -575,7 +617,8 @@ def _parse_registration(snapshot: str, text: bytes) -> Registration:
     try:
         value = json.loads(text)
         snapshot, attempt, epoch = str(value["snapshot"]), int(value["attempt"]), int(value["epoch"])
-        return Registration(snapshot, attempt, value["parent"], epoch, bool(value.get("copied")))
+        record = int(value["record"]) if value.get("record") is not None else None
+        return Registration(snapshot, attempt, value["parent"], epoch, bool(value.get("copied")), record)
     except (ValueError, KeyError, TypeError):
         return Registration(snapshot, -1, None)
 

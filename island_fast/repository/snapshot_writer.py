@@ -30,7 +30,7 @@ from island_fast.repository.pack_reader import PackLocation, PackReader
 from island_fast.repository.pack_writer import PackWriter, WrittenPack
 from island_fast.repository.streams import SendResult
 
-__all__ = ["SnapshotWriter", "StoredSnapshot", "find_interrupted", "remove_used_registrations"]
+__all__ = ["SnapshotWriter", "StoredSnapshot", "find_interrupted", "named_ids", "remove_used_registrations"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,14 +189,30 @@ def remove_used_registrations(lineage: Lineage) -> None:
     """Remove registrations of snapshots that were committed, which crashes and lost answers leave behind.
 
     Call it under the lineage's lock, and before a sweep removes the last trace of a deleted snapshot from the
-    state. Registrations of running processes stay: a snapshot that was deleted can be copied here again.
+    state. That trace can be gone already if local state is older than the repository: so the records that
+    came after the registration are asked, too. Registrations of running processes stay: a snapshot that was
+    deleted can be copied here again.
     """
-    state, files = lineage.state, lineage.files
-    owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
-    used = owners | set(state.live) | set(state.dropped) | {one.snapshot for one in files.deleted_snapshots()}
+    files = lineage.files
+    used = named_ids(lineage) | {one.snapshot for one in files.deleted_snapshots()}
     for registration, alive in files.registrations.all():
-        if registration.snapshot in used and not alive:
+        if not alive and (registration.snapshot in used or _was_added(lineage, registration)):
             files.registrations.remove(registration.snapshot)
+
+
+def named_ids(lineage: Lineage) -> set[str]:
+    """Return the ids of the snapshots that the state names: those live or dropped, and those with packs."""
+    state = lineage.state
+    owners = {lineage.numbers.id(int(owner)) for owner in distinct(state.packs.key >> PACK_BITS)}
+    return owners | set(state.live) | set(state.dropped)
+
+
+def _was_added(lineage: Lineage, registration: Registration) -> bool:
+    """Return whether a record after the registration can have added its snapshot, in the same epoch."""
+    if registration.epoch != lineage.epoch or registration.record is None:
+        return False  # it is not resumed
+    added = lineage.snapshots_added_since(registration.record)
+    return added is None or registration.snapshot in added
 
 
 class _KeptPacks:

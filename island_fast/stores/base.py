@@ -185,7 +185,15 @@ class Store(ABC):
 
     @abstractmethod
     def head(self, name: str) -> ObjectInfo | None:
-        """Describe the object `name`, asking every replica; None if none of them has it."""
+        """Describe the object `name`, asking every replica; None only if it is confirmed to be absent."""
+
+    def peek(self, name: str) -> ObjectInfo | None:
+        """Do the same, but believe the first answer that says that the object is absent.
+
+        It is for names that are expected to be free, where something else shows that the answer was false: a
+        `put` that is refused, or a second object that says the same.
+        """
+        return self.head(name)
 
     @abstractmethod
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

@@ -72,7 +72,7 @@ class RateLimiters:
 class RateLimitedStore(Store):
     """A store that transfers objects at the rate of `limiters`. Owns `store`.
 
-    Only the bytes of objects count: `head`, `list`, `folders` and `delete` are not limited.
+    Only the bytes of objects count: `head`, `peek`, `list`, `folders` and `delete` are not limited.
     """
 
     def __init__(self, store: Store, limiters: RateLimiters) -> None:
@@ -113,6 +113,10 @@ class RateLimitedStore(Store):
     def head(self, name: str) -> ObjectInfo | None:
         """See Store.head."""
         return self._store.head(name)
+
+    def peek(self, name: str) -> ObjectInfo | None:
+        """See Store.peek."""
+        return self._store.peek(name)
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See Store.list."""

@@ -51,7 +51,7 @@ from island_fast.stores.swift_pace import PacedBody
 __all__ = ["SwiftStore"]
 
 _NEWEST = {"X-Newest": "true"}  # asks every replica
-# Requests before a missing object (with X-Newest from the second on) or an invalid answer is believed.
+# Requests before a missing object (GET: with X-Newest from the second on) or an invalid answer is believed.
 _LOOKS = 3
 _STREAMED = 1 << 20  # any size will do: it keeps swiftclient from reading the body itself
 _CONTAINER = re.compile(r"(?!\.{1,2}\Z)[^/?#\x00-\x1f\x7f]{1,256}")
@@ -229,7 +229,11 @@ class SwiftStore(Store):
         )
 
     def _holds(self, connection: Connection, name: str, content: Views) -> bool:
-        """Return whether the object exists with exactly these bytes; ConflictError if it has others."""
+        """Return whether the object exists with exactly these bytes; ConflictError if it has others.
+
+        Proxies and gateways rewrite ETags (a weak one, a suffix of their own) and lengths, so an answer that
+        does not fit says nothing yet: then the bytes are read.
+        """
         full = self._full_name(name)
         head = none_if_status(404, lambda: connection.head_object(self._container, full, headers=_NEWEST))
         if head is None:
@@ -238,10 +242,18 @@ class SwiftStore(Store):
         for view in content:
             md5.update(view)
         size = sum(view.nbytes for view in content)
-        if (
-            head.get("etag", "").strip('"') != md5.hexdigest()
-            or _parse_number(head, "content-length") != size
-        ):
+        etag = head.get("etag", "").strip('"')
+        if etag == md5.hexdigest() and _parse_number(head, "content-length") == size:
+            return True
+        try:
+            answer = none_if_status(404, lambda: self._get_once(connection, name, full, dict(_NEWEST), size))
+        except DamagedObjectError:  # it is longer than what was sent
+            same = False
+        else:
+            if answer is None:
+                return False
+            same = _is_concatenation(answer.body, content)
+        if not same:
             raise ConflictError(
                 f"object {name} in {self.location} already holds other bytes, and none is ever "
                 "overwritten; look for another writer of this repository"
@@ -367,12 +379,25 @@ class SwiftStore(Store):
         return _Answer(status, got, memoryview(data))
 
     def head(self, name: str) -> ObjectInfo | None:
-        """See Store.head."""
+        """See Store.head. A 404 is believed after as many looks, with pauses, as one to a GET."""
+        return self._head(name, _LOOKS)
+
+    def peek(self, name: str) -> ObjectInfo | None:
+        """See Store.peek."""
+        return self._head(name, 1)
+
+    def _head(self, name: str, looks: int) -> ObjectInfo | None:
+        """Ask for an object until it is there, or was not there at so many `looks`."""
         full = self._full_name(name)
+        misses = 0
 
         def request(connection: Connection) -> ObjectInfo | None:
+            nonlocal misses
             head = none_if_status(404, lambda: connection.head_object(self._container, full, headers=_NEWEST))
             if head is None:
+                misses += 1
+                if misses < looks:
+                    raise RetryableError("404 Not Found")
                 return None
             size = _parse_number(head, "content-length")
             if size is None:
@@ -390,7 +415,7 @@ class SwiftStore(Store):
     def _list_objects(self, prefix: str) -> Iterator[ObjectInfo]:
         for now, row in self._list_rows(prefix, None):
             name, size = row.get("name"), row.get("bytes")
-            if isinstance(name, str) and name.startswith(self._prefix) and isinstance(size, int):
+            if isinstance(name, str) and isinstance(size, int):
                 name = name[len(self._prefix) :]
                 if is_name(name):
                     yield ObjectInfo(name, size, _age(now, _parse_iso_date(row.get("last_modified"))))
@@ -402,7 +427,7 @@ class SwiftStore(Store):
     def _list_folders(self, prefix: str) -> Iterator[str]:
         for _, row in self._list_rows(prefix, "/"):
             path = row.get("subdir")
-            if isinstance(path, str) and path.startswith(self._prefix + prefix):
+            if isinstance(path, str):
                 folder = path[len(self._prefix + prefix) : -1]
                 if is_name(folder):
                     yield folder
@@ -410,13 +435,23 @@ class SwiftStore(Store):
     def _list_rows(
         self, prefix: str, delimiter: str | None
     ) -> Iterator[tuple[datetime | None, Mapping[str, Any]]]:
-        """Iterate over all rows of a listing, each with Swift's time when its page was made."""
+        """Iterate over all rows of a listing, each with Swift's time when its page was made.
+
+        StoreError if a row is not below `prefix`: it is the answer to another request, and so is the rest.
+        """
         marker = ""
         while True:
             now, rows = self._list_page(self._prefix + prefix, delimiter, marker)
             if not rows:
                 return
             for row in rows:
+                path = row.get("name", row.get("subdir"))
+                if isinstance(path, str) and not path.startswith(self._prefix + prefix):
+                    raise StoreError(
+                        f"list {self.location}: Swift lists {path[:200]!r} for the prefix "
+                        f"{self._prefix + prefix!r}, which is the answer to another request; check the "
+                        "proxies and caches between it and this host"
+                    )
                 yield now, row
             last = rows[-1].get("name", rows[-1].get("subdir"))
             if not isinstance(last, str) or last.encode() <= marker.encode():
@@ -453,6 +488,16 @@ class SwiftStore(Store):
         if not isinstance(rows, Sequence) or not all(isinstance(row, Mapping) for row in rows):
             raise StoreError(f"list {self.location}: Swift's answer is not a listing; check its address")
         return _parse_http_date(head, "date"), rows
+
+
+def _is_concatenation(data: memoryview, parts: Views) -> bool:
+    """Return whether `data` is what `parts` are one after another. Nothing is copied."""
+    at = 0
+    for part in parts:
+        if data[at : at + part.nbytes] != part:
+            return False
+        at += part.nbytes
+    return at == data.nbytes
 
 
 def _parse_number(headers: Mapping[str, str], key: str) -> int | None:

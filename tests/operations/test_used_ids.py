@@ -152,3 +152,43 @@ def test_a_record_that_makes_a_snapshot_twice_is_not_sent(
         repository.snapshot(image)
     assert [name for name in before if "/catalog/" in name] == records
     check(repository, first, content, tmp_path)
+
+
+def test_an_id_that_was_used_up_after_local_state_was_kept_does_not_come_again(
+    repository: Repository, store: MemoryStore, tmp_path: Path
+) -> None:
+    """Local state is put back from a copy that was made while a snapshot stood interrupted.
+
+    Meanwhile the snapshot was finished, deleted and swept, so the state has no trace of it; other records
+    followed. A copy of it can still be elsewhere, under its id.
+    """
+    image = qemu.create(tmp_path / "vol.qcow2", 64 * MIB, lazy_refcounts="on")
+    qemu.noise(image, 0, 10 * PACK * BLOCK, 1)
+    repository.snapshot(image)
+    qemu.noise(image, 0, 10 * PACK * BLOCK, 2)
+    real, sent = MemoryStore.put, []
+
+    def put(self: MemoryStore, name: str, parts: list[bytes]) -> None:
+        if len(sent) == 3:
+            raise StoreError("the store does not answer")
+        real(self, name, parts)
+        sent.append(name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MemoryStore, "put", put)
+        with pytest.raises(StoreError):
+            repository.snapshot(image)
+    (interrupted,) = registered(repository)
+    kept = Path(shutil.copytree(repository.state.root, tmp_path / "kept"))
+    kept_image = Path(shutil.copy(image, tmp_path / "kept.qcow2"))
+    assert repository.snapshot(image).snapshot == interrupted
+    repository.delete([interrupted])
+    repository.sweep()
+    shutil.rmtree(repository.state.root)
+    shutil.copytree(kept, repository.state.root)
+    shutil.copy(kept_image, image)
+    Repository(store, repository.state).snapshots()  # a verb that only reads caches what came since
+    qemu.noise(image, 0, 4 * BLOCK, 3)
+    taken = Repository(store, repository.state).snapshot(image)
+    assert taken.snapshot != interrupted
+    check(repository, taken.snapshot, qemu.content(image), tmp_path)

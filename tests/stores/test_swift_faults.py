@@ -279,11 +279,64 @@ def test_absence_is_confirmed_by_every_replica(swift: SwiftServer, store: SwiftS
     assert [r.get("X_NEWEST") for r in swift.list_requests()] == [None, "true", "true"]
     swift.calm()
     assert store.head("object") is None
+    assert [(r["method"], r.get("X_NEWEST")) for r in swift.list_requests()] == [("HEAD", "true")] * 3
+    swift.calm()
+    assert store.peek("object") is None
     assert [(r["method"], r.get("X_NEWEST")) for r in swift.list_requests()] == [("HEAD", "true")]
     swift.calm()
     with pytest.raises(ObjectMissingError):
         store.get("object", newest=True)
     assert [r.get("X_NEWEST") for r in swift.list_requests()] == ["true"] * 3
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_passing_404_to_head_is_not_believed(swift: SwiftServer, store: SwiftStore, times: int):
+    store.put("object", CONTENT)
+    swift.inject(Fault("answer", 404, method="HEAD", times=times))
+    info = store.head("object")
+    assert info is not None
+    assert info.size == len(WHOLE)
+    assert swift.count("HEAD", "object") == times + 1
+    swift.inject(Fault("answer", 404, method="HEAD"))
+    assert store.peek("object") is None, "one look, for names that are expected to be free"
+
+
+@pytest.mark.parametrize("etag", ['W/"{}"', '"{}-gzip"', '"{}-1"', "", '"0123456789abcdef0123456789abcdef"'])
+def test_our_own_bytes_are_recognised_whatever_a_proxy_makes_of_the_etag(
+    swift: SwiftServer, store: SwiftStore, monkeypatch: pytest.MonkeyPatch, etag: str
+):
+    """An answer to a PUT is lost, so what is stored is compared with what was sent."""
+    real = client.Connection.head_object
+
+    def head_object(self: client.Connection, *args: object, **kwargs: object) -> dict[str, str]:
+        head = dict(real(self, *args, **kwargs))
+        return head | {"etag": etag.format(head["etag"].strip('"'))}
+
+    monkeypatch.setattr(client.Connection, "head_object", head_object)
+    swift.inject(Fault("lose", method="PUT"))
+    store.put("object", CONTENT)
+    assert store.get("object") == WHOLE
+    with pytest.raises(ConflictError, match="other bytes"):
+        store.put("object", [bytes(len(WHOLE))])
+    assert store.get("object") == WHOLE
+
+
+@pytest.mark.parametrize("answered", ["", "repository/b/"])
+def test_a_listing_of_another_prefix_is_no_listing(
+    swift: SwiftServer, store: SwiftStore, monkeypatch: pytest.MonkeyPatch, answered: str
+):
+    for name in ("a/one", "b/two"):
+        store.put(name, [b"x"])
+    real = client.Connection.get_container
+
+    def get_container(self: client.Connection, *args: object, **kwargs: object) -> object:
+        return real(self, *args, **kwargs | {"prefix": answered})
+
+    assert [info.name for info in store.list("a/")] == ["a/one"]
+    monkeypatch.setattr(client.Connection, "get_container", get_container)
+    for listing in (store.list, store.folders):
+        with pytest.raises(StoreError, match="the answer to another request"):
+            list(listing("a/"))
 
 
 def test_a_passing_404_is_not_believed(swift: SwiftServer, store: SwiftStore):

@@ -82,7 +82,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "copy": _copied,
     "snapshot": lambda repository, **words: repository.snapshot(**words).as_json(),
     "delete": lambda repository, snapshot: [one.as_json() for one in repository.delete([snapshot])],
-    "sweep": lambda repository: [one.as_json() for one in repository.sweep()],
+    "sweep": lambda repository, **words: [one.as_json() for one in repository.sweep(**words)],
     "restore": lambda repository, **words: repository.restore(**words).as_json(),
     "list": lambda repository: [one.as_json() for one in repository.snapshots()],
     "verify": lambda repository, **words: repository.verify(**words).as_json(),

@@ -18,7 +18,7 @@ from island_fast.repository.local_state import LocalState
 from island_fast.stores.directory import DirectoryStore
 from island_fast.stores.directory_reserve import RESERVE
 from tests.faults.crash.processes import VOLUME, World, copy, set_back, wait_until
-from tests.faults.crash.starts import LATER, registrations
+from tests.faults.crash.starts import LATER, STRANGER, registrations
 from tests.faults.crash.watched import WatchedStore
 from tests.support import qemu
 
@@ -93,9 +93,13 @@ def sweep_later(world: World, state: str) -> None:
     """Sweep when everything that is there now has become older than any limit."""
     set_back(registrations(world, state), LATER)
     with opened(world.repository, world.state(state), LATER) as repository:
-        repository.sweep()
+        (swept,) = repository.sweep()
+        left = [one.object for one in swept.steps if one.action == "keep"]
+        assert state != "state" or all(STRANGER in name for name in left), "it accounts for all it stored"
+        repository.sweep(unknown=True)
         (again,) = repository.sweep(dry_run=True)
         assert again.objects_removed == 0, "a sweep leaves nothing to the next one"
+        assert again.objects_unknown == 0
 
 
 def nothing_is_left(world: World, state: str) -> None:

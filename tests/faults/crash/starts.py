@@ -17,6 +17,7 @@ from tests.faults.crash.watched import BEFORE
 from tests.support import qemu
 
 DAY = 24 * 3600.0
+STRANGER = "c" * 32  # what has this in its name was stored by nobody knows whom
 LATER = DAY + 3600.0  # older than any limit
 
 
@@ -136,8 +137,8 @@ def dead_packs(world: World) -> Start:
     dies_before_its_manifest(world)
     set_back(registrations(world), LATER)
     for kind in ("packs", "manifests"):
-        (world.repository / VOLUME / kind / f"{'c' * 32}-0").write_bytes(b"left by nobody knows whom")
-    return past.start("sweep", {}, older=LATER, pins=2)
+        (world.repository / VOLUME / kind / f"{STRANGER}-0").write_bytes(b"left by nobody knows whom")
+    return past.start("sweep", {"unknown": True}, older=LATER, pins=2)
 
 
 def half_dead_packs(world: World) -> Start:

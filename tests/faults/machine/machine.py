@@ -18,6 +18,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from island_fast.dirtymap import BLOCK_SIZE
+from island_fast.errors import DamagedError
+from island_fast.formats.names import catalog_name, stop_name
+from island_fast.operations.sweep import sweep
+from island_fast.progress import silent
 from island_fast.repository.pack_reader import PackReader
 from island_fast.stores.swift import SwiftStore
 from tests.faults.machine.books import balanced, is_content, object_names, restored
@@ -32,16 +36,19 @@ HOUR = 3600.0
 MOST = 7  # live snapshots of a volume
 COUNTS: Counter[str] = Counter()  # of commands, their outcomes and faults, over all lives of this process
 
+LOST_STOP, STRANGER = "stops lost", "a stranger's object"
+PUT_BACK, RECORD_LOST, MANIFESTS_LOST = "an older copy put back", "newest record lost", "manifests lost"
 TIMES = {"an hour passes": HOUR, "a day passes": 25 * HOUR, "a week passes": 8 * DAY}
-CLONED, PUT_BACK = "state cloned", "state kept, or put back"
+CLONED, KEPT = "state cloned", "state kept, or put back"
 WEATHER = (
     "a host looks", "a host looks", "state lost", "caches lost", "late PUTs land", "late PUTs land",
-    "replication", "node away or back", "node away or back", CLONED, PUT_BACK, *TIMES,
+    "replication", "node away or back", "node away or back", CLONED, KEPT, LOST_STOP, STRANGER, *TIMES,
 )  # fmt: skip
 GOES_ON, NOT_SENT = "an interrupted snapshot goes on", "blocks that were not sent again"
 INTERRUPTIONS = (CRASH_BEFORE, CRASH_AFTER, LATE_OUTAGE, LOST_OUTAGE)
 MANY = {0: 11, 1: 12, 2: 13, 3: 14, 5: 11, 6: 12}
 WRITES = st.dictionaries(st.integers(0, 11), st.integers(HOLE, CONTENTS - 1), max_size=4)
+CHANGING = ("snapshot", "delete", "sweep", "adopt")
 VOLUMES = st.integers(0, 1)
 PICK = st.integers(0, MOST - 1)
 
@@ -55,7 +62,11 @@ class Machine(RuleBasedStateMachine):
         self.everything = True  # look at both volumes, whatever changed
         self.targets = 0
         self.kept: dict[int, list[list[Doubt]]] = {}  # by host whose state was kept: the doubts of then
-        self.put_back: set[int] = set()  # hosts; what was tried since can stand in the way of an attempt
+        self.aged: set[int] = (
+            set()
+        )  # hosts with an old state; what was tried since can stand in the way of an attempt
+        self.strangers: set[str] = set()
+        self.copy: Any = None  # of the repository, as it was once
         self.world: World | None = None
 
     @initialize(seed=st.integers(0, 1 << 16), young=st.sampled_from((False, False, False, True)))
@@ -129,7 +140,7 @@ class Machine(RuleBasedStateMachine):
         else:
             if not outcome.refused:
                 volume.doubts.append(Doubt(writer, content))
-            surprised = nested or host.number in self.put_back
+            surprised = nested or host.number in self.aged
             self.expected(outcome, volume, allowed and sure and not surprised)
         return outcome
 
@@ -152,11 +163,19 @@ class Machine(RuleBasedStateMachine):
             self.expected(outcome, volume, allowed and sure and not nested)
         return outcome
 
-    def sweep_at(self, host: Host, volume: Volume, faults: Any) -> Outcome:
-        """A sweep. A host that owns nothing, where there is something, has nothing to do and says so."""
+    def sweep_at(self, host: Host, volume: Volume, faults: Any, unknown: bool = False) -> Outcome:
+        """A sweep; only one that is to remove `unknown` objects touches those of a stranger.
+
+        A host that owns nothing, where there is something, has nothing to do and says so.
+        """
         existing = [each for each in self.volumes if each.exists]
         allowed = not existing or any(each.owner == host.state.writer for each in existing)
-        outcome = self.run(host, "sweep", volume, lambda repository: repository.sweep(), faults)
+        strangers = [name for name in sorted(self.strangers) if self.account.holds(name)]
+        outcome = self.run(
+            host, "sweep", volume, lambda repository: repository.sweep(unknown=unknown), faults
+        )
+        if not unknown and not outcome.process.intruded:
+            assert all(map(self.account.holds, strangers)), "a stranger's object was swept"
         for each in self.volumes:
             self.expected(outcome, each, allowed)
         return outcome
@@ -340,10 +359,13 @@ class Machine(RuleBasedStateMachine):
         self.look_again()
         self.delete(number, [MOST - 1], False, ())
 
-    @rule(host=VOLUMES, number=VOLUMES, hours=st.sampled_from((0, 2, 30, 100)), faults=troubles(COMMITTING))
-    def sweep(self, host: int, number: int, hours: int, faults: Any) -> None:
+    @rule(
+        host=VOLUMES, number=VOLUMES, hours=st.sampled_from((0, 2, 30, 100)), faults=troubles(COMMITTING),
+        unknown=st.sampled_from((False, False, False, True)),
+    )  # fmt: skip
+    def sweep(self, host: int, number: int, hours: int, faults: Any, unknown: bool = False) -> None:
         self.world.pass_time(hours * HOUR)
-        self.sweep_at(self.hosts[host], self.volumes[number], faults)
+        self.sweep_at(self.hosts[host], self.volumes[number], faults, unknown)
 
     @rule(number=VOLUMES, host=VOLUMES, moved=st.booleans(), faults=troubles(ADOPTING))
     def adopt(self, number: int, host: int, moved: bool, faults: Any) -> None:
@@ -385,7 +407,7 @@ class Machine(RuleBasedStateMachine):
     def quiet_sweep(self, host: Host, volume: Volume) -> None:
         self.world.pass_time(2 * DAY)
         self.account.catch_up()
-        self.sweep_at(host, volume, ())
+        self.sweep_at(host, volume, (), unknown=True)
 
     def everyone_looks(self, host: int) -> None:
         """A host with caches, which settles what it left, sees what one without them sees."""
@@ -410,7 +432,7 @@ class Machine(RuleBasedStateMachine):
             root.mkdir()
         elif what == CLONED:
             self.clone(number)
-        elif what == PUT_BACK:
+        elif what == KEPT:
             self.keep_or_put_back(number)
         elif what == "caches lost":
             for folder in root.glob("*/*/cache"):
@@ -421,6 +443,10 @@ class Machine(RuleBasedStateMachine):
             self.account.land(1 + node)
         elif what == "replication":
             self.account.replicate()
+        elif what == LOST_STOP:
+            self.lose_stops(self.volumes[number])
+        elif what == STRANGER:
+            self.strangers.add(self.account.plant(f"{PREFIX}/{self.volumes[number].name}/packs"))
         elif self.account.down:  # a node comes back with what it had
             self.account.down.clear()
         elif not self.account.thin():
@@ -444,7 +470,65 @@ class Machine(RuleBasedStateMachine):
         kept.rename(root)
         for volume, doubts in zip(self.volumes, self.kept.pop(number), strict=True):
             volume.doubts += doubts
-        self.put_back.add(number)
+        self.aged.add(number)
+
+    def lose_stops(self, volume: Volume) -> None:
+        """The store loses the stops of epochs that another has followed."""
+        for epoch in range(self.world.reader(volume.name).epoch if volume.exists else 0):
+            if self.holds(catalog_name(volume.name, epoch + 1, 0)):
+                self.account.lose(f"{PREFIX}/{stop_name(volume.name, epoch)}")
+
+    @rule(
+        number=VOLUMES, stranger=st.booleans(), verb=st.sampled_from(CHANGING),
+        what=st.sampled_from((PUT_BACK, PUT_BACK, RECORD_LOST, MANIFESTS_LOST)),
+    )  # fmt: skip
+    def put_back(self, number: int, stranger: bool, verb: str, what: str) -> None:
+        """For a moment the repository is older than what a host knows of it: that host changes nothing."""
+        volume, world = self.volumes[number], self.world
+        owner = self.owner(volume)
+        if owner is None or not volume.exists or not self.sure(volume):
+            return
+        if what == PUT_BACK and not self.copy:
+            return
+        host = self.hosts[1 - owner.number] if stranger and verb == "adopt" else owner
+        lineage = world.reader(volume.name)
+        newest = lineage.current_record_names[-1]
+        known = (world.files(host, volume.name) / "cache" / newest.partition("/")[2]).exists()
+        kept = self.account.keep()
+        if what == PUT_BACK:
+            self.account.put_back(self.copy)
+        elif what == RECORD_LOST:
+            self.account.lose(f"{PREFIX}/{newest}")
+        else:
+            for row in lineage.state.live.values():
+                self.account.lose(f"{PREFIX}/{lineage.manifest_name(row)}")
+        gone = not self.holds(newest) and known
+        if what == MANIFESTS_LOST:
+            gone = verb == "snapshot" and bool(lineage.state.live)
+        if gone and (verb != "delete" or volume.visible):
+            before = world.objects(volume.name)
+            refused = self.refuses(host, volume, verb)
+            assert world.objects(volume.name) == before, f"{verb} changed something although {what}"
+            assert refused, f"{verb} went well although {what}"
+            COUNTS[what] += 1
+        self.account.put_back(kept)
+        self.everything = True
+        if self.copy is None or what != PUT_BACK:
+            self.copy = kept
+
+    def refuses(self, host: Host, volume: Volume, verb: str) -> bool:
+        """Whether a command ends with damage. A sweep is of this volume alone: the other is as old."""
+        commands: dict[str, Any] = {
+            "snapshot": lambda r: r.snapshot(volume.path, volume=volume.name),
+            "delete": lambda r: r.delete([f"{volume.name}@{volume.visible[0]}"]),
+            "sweep": lambda r: sweep(r.existing_lineage(volume.name), r.store.grace, False, False, silent),
+            "adopt": lambda r: r.adopt(volume.name),
+        }
+        try:
+            self.world.run(host, commands[verb], [])
+        except DamagedError:
+            return True
+        return False
 
     # What must be true.
 
@@ -481,7 +565,7 @@ class Machine(RuleBasedStateMachine):
             volume.proved[snapshot] = names
         volume.exists = lineage.exists
         volume.owner = lineage.owner if lineage.exists else ""
-        volume.stopped = lineage._stopped
+        volume.stopped = lineage.is_stopped()
         if not self.in_doubt(volume):
             known = volume.certain | volume.seen
             volume.gone |= known.keys() - live.keys()

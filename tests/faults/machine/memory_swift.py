@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from swiftclient.exceptions import ClientException
 
@@ -162,6 +162,33 @@ class Account:
         if partial:
             rows = {name: row for name, row in rows.items() if self.random.random() < 0.6} | self.ghosts
         return {n: rows[n] for n in sorted(rows) if n.startswith(prefix) and n > marker}
+
+    # What happens to the store as a whole.
+
+    def keep(self) -> tuple[list[dict[str, Copy]], dict[str, tuple[int, float]], list[Any]]:
+        """What the nodes and the listing hold, for `put_back`."""
+        return [dict(node) for node in self.nodes], dict(self.rows), list(self.lagging)
+
+    def put_back(self, kept: tuple[list[dict[str, Copy]], dict[str, tuple[int, float]], list[Any]]) -> None:
+        nodes, rows, lagging = kept
+        self.nodes, self.rows, self.lagging = [dict(node) for node in nodes], dict(rows), list(lagging)
+
+    def lose(self, name: str) -> None:
+        """An object is gone, without a trace of its having been there."""
+        for node in self.nodes:
+            node.pop(name, None)
+        self.rows.pop(name, None)
+        self.lagging = [one for one in self.lagging if one[0] != name]
+
+    def plant(self, folder: str) -> str:
+        """Somebody else stores something below `folder`; its name."""
+        name = f"{folder}/{self.random.randbytes(16).hex()}/0-00000000"
+        copy = Copy(self.next_stamp(), self.now, b"of somebody else")
+        for node in self.nodes:
+            node[name] = copy
+        self.rows[name] = (len(b"of somebody else"), self.now)
+        self.first[name] = self.now
+        return name
 
     # What happens by itself.
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import requests
 from swiftclient.exceptions import ClientException
 
-from tests.faults.machine.memory_swift import NODES, Account, Copy, Late, refusal
+from tests.faults.machine.memory_swift import DAY, NODES, Account, Copy, Late, refusal
 
 T = TypeVar("T")
 
@@ -24,6 +24,7 @@ CRASH_BEFORE, CRASH_AFTER = "crash before the effect", "crash before the answer"
 LOST, FAILED, EXPIRED = "answer lost", "failed without effect", "token expired"
 LATE, DUPLICATE = "late PUT", "duplicate PUT"
 STALE, CUT, LISTING = "stale 404", "short body", "partial listing"
+DENIED, SWAPPED, AGED = "false 404 by HEAD", "listing of another prefix", "listing of wrong ages"
 OUTAGE, LOST_OUTAGE, LATE_OUTAGE = "outage", "answer lost, then outage", "late PUT, then outage"
 INTRUSION, RACE = "another process", "two PUTs at the same moment"
 REFUSED = "refused append"  # for certain: by a quota, or for want of rights
@@ -39,7 +40,7 @@ class Fault:
     """`kind` happens to `times` requests that `where` fits, after `skip` of them went well.
 
     `where`: any, put, get, head, delete, list; record (PUT of a catalog object), plain (GET without
-    X-Newest), change (PUT or DELETE). `what` names an intrusion.
+    X-Newest), change (PUT or DELETE). `what` names an intrusion, and the object that false 404s are about.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class Process:
     dead: bool = False
     hard: bool = False
     intruded: bool = False
+    misled: bool = False  # an object was denied, or a listing was another one: that explains a refusal
     refused: bool = False
     renewed: bool = False
     racing: Late | None = None  # a PUT that was admitted and is not stored yet, while another process runs
@@ -137,7 +139,8 @@ class Process:
                     self.account.counts[f"{INTRUSION}: {fault.what}"] += 1
                 continue
             fault.times -= 1
-            self.account.counts[fault.kind] += 1
+            if fault.kind != DENIED:  # counted where an object is denied that exists
+                self.account.counts[fault.kind] += 1
             return fault
         return None
 
@@ -190,8 +193,16 @@ class Connection:
         self, container: str, marker: str, limit: int | None, prefix: str, delimiter: str | None
     ) -> tuple[dict[str, str], list[dict[str, Any]]]:
         def effect(fault: Fault | None) -> tuple[dict[str, str], list[dict[str, Any]]]:
-            partial = fault is not None and fault.kind == LISTING
-            rows = self._account.listing(prefix, marker, partial)
+            kind = fault.kind if fault else ""
+            if kind == SWAPPED and prefix.count("/") == 3:
+                self._process.misled = self._process.hard = True
+                first, lineage, rest = prefix.split("/", 2)
+                other = "/".join([first, "beta" if lineage == "alpha" else "alpha", rest])
+                rows = self._account.listing(other, marker, False)
+                return {"date": _date(self._account.now)}, _rows(rows, other, delimiter, marker)
+            rows = self._account.listing(prefix, marker, kind == LISTING)
+            if kind == AGED:
+                rows = {name: (size, at - 1000 * DAY) for name, (size, at) in rows.items()}
             return {"date": _date(self._account.now)}, _rows(rows, prefix, delimiter, marker)
 
         return self._process.perform({"list"}, effect)
@@ -239,7 +250,21 @@ class Connection:
         newest = "X-Newest" in headers
 
         def effect(fault: Fault | None) -> dict[str, str]:
-            return self._described(self._account.find(name, newest, self._process.away))
+            denies = fault is not None and fault.kind == DENIED
+            try:
+                found = self._account.find(name, newest, self._process.away)
+            except ClientException:
+                if fault is not None and denies:
+                    fault.times += 1  # there is nothing to deny
+                raise
+            if fault is not None and denies and fault.what in ("", name):
+                fault.what = name  # at a second time the same one is denied
+                self._process.misled = True
+                self._account.counts[DENIED] += 1
+                raise refusal(404, "Not Found")
+            if fault is not None and denies:
+                fault.times += 1
+            return self._described(found)
 
         return self._process.perform({"head"}, effect)
 

@@ -10,7 +10,18 @@ from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis.stateful import run_state_machine_as_test
 
 from tests.faults.machine import process
-from tests.faults.machine.machine import COUNTS, GOES_ON, INTERRUPTIONS, MANY, NOT_SENT, WEATHER, Machine
+from tests.faults.machine.machine import (
+    COUNTS,
+    GOES_ON,
+    INTERRUPTIONS,
+    MANIFESTS_LOST,
+    MANY,
+    NOT_SENT,
+    PUT_BACK,
+    RECORD_LOST,
+    WEATHER,
+    Machine,
+)
 from tests.faults.machine.process import Fault
 from tests.faults.machine.troubles import ADOPTING, COMMITTING, READING
 
@@ -20,7 +31,8 @@ VERBS = ("snapshot", "delete", "dry run", "sweep", "adopt", "restore", "list")
 FAULTS = (
     process.CRASH_BEFORE, process.CRASH_AFTER, process.LOST, process.FAILED,
     process.EXPIRED, process.LATE, process.DUPLICATE, process.STALE, process.CUT,
-    process.LISTING, process.REFUSED, process.RACE, *process.HARD,
+    process.LISTING, process.DENIED, process.SWAPPED, process.AGED, process.REFUSED, process.RACE,
+    *process.HARD,
 )  # fmt: skip
 INTRUDERS = tuple(dict.fromkeys(COMMITTING + ADOPTING + READING))
 
@@ -166,7 +178,8 @@ def old_states() -> None:
 
 def _at(kind: str) -> str:
     """What a fault must be planted in to happen in `_met`."""
-    places = {process.STALE: "plain", process.CUT: "plain", process.LISTING: "list"}
+    places = {process.STALE: "plain", process.CUT: "plain", process.DENIED: "head"}
+    places |= dict.fromkeys((process.LISTING, process.SWAPPED, process.AGED), "list")
     return places.get(kind, "record")
 
 
@@ -210,6 +223,7 @@ def table(counts: Counter[str] = COUNTS) -> str:
 def never(counts: Counter[str] = COUNTS) -> list[str]:
     """Commands, faults, intrusions and events that did not happen at all."""
     intruders = [f"another process: {what}" for what in INTRUDERS if "same moment" not in what]
-    happened = {what: counts[what] for what in (*FAULTS, *WEATHER, *intruders, GOES_ON, NOT_SENT)}
+    older = (PUT_BACK, RECORD_LOST, MANIFESTS_LOST)
+    happened = {what: counts[what] for what in (*FAULTS, *WEATHER, *intruders, *older, GOES_ON, NOT_SENT)}
     happened |= {f"{verb}: done": counts[f"{verb}: done"] for verb in VERBS}
     return sorted(what for what, count in happened.items() if not count)

@@ -7,9 +7,11 @@ import random
 from hypothesis import strategies as st
 
 from tests.faults.machine.process import (
+    AGED,
     CRASH_AFTER,
     CRASH_BEFORE,
     CUT,
+    DENIED,
     DUPLICATE,
     EXPIRED,
     FAILED,
@@ -23,6 +25,7 @@ from tests.faults.machine.process import (
     RACE,
     REFUSED,
     STALE,
+    SWAPPED,
     Fault,
 )
 
@@ -44,6 +47,7 @@ _MILD = [
     (LOST, "change"), (LOST, "record"), (FAILED, "any"), (FAILED, "change"), (EXPIRED, "any"),
     (LATE, "put"), (LATE, "put"), (LATE, "record"), (DUPLICATE, "put"), (DUPLICATE, "put"),
     (STALE, "plain"), (STALE, "plain"), (CUT, "get"), (LISTING, "list"), (REFUSED, "record"),
+    (DENIED, "head"), (DENIED, "head"), (SWAPPED, "list"), (AGED, "list"),
 ]  # fmt: skip
 _FATAL = [
     (CRASH_BEFORE, "any"), (CRASH_BEFORE, "change"), (CRASH_BEFORE, "record"), (CRASH_AFTER, "change"),

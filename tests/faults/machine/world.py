@@ -123,7 +123,8 @@ class Outcome:
     @property
     def undisturbed(self) -> bool:
         """Whether nothing that happened explains a failure."""
-        return not (self.crashed or self.process.hard or self.process.intruded or self.process.refused)
+        process = self.process
+        return not (self.crashed or process.hard or process.intruded or process.refused or process.misled)
 
     @property
     def refused(self) -> bool:
@@ -239,6 +240,7 @@ class World:
         with self.account.by(Process(self.account)):
             lineage = self._open(LocalState(NOWHERE)).lineage(name)
             lineage.refresh()
+            lineage.is_stopped()
         return lineage
 
     # What happens to hosts.
