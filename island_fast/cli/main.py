@@ -95,7 +95,7 @@ def island(context: click.Context) -> None:
       ISLAND_CONFIG          configuration file, for what is not set here
                              [default: ~/.config/island/config.toml]
       ISLAND_STATE           folder of local state: locks and caches
-      ISLAND_TRUST_SIZES=1   read what claims more memory than this host has for it
+      ISLAND_TRUST_SIZES=1   read what claims more memory than there is for it
       ISLAND_DEBUG=1         show the traceback of an error
       ST_AUTH ST_USER ST_KEY, OS_* or OS_CLOUD
                              credentials for Swift

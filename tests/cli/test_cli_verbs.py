@@ -45,7 +45,7 @@ KEYS = {
     ],
     "copy": [
         *["snapshot", "volume", "parent", "label", "volume_size", "copied", "blocks_sent", "blocks_kept"],
-        *["bytes_read", "bytes_stored", "objects_written", "seconds"],
+        *["bytes_read", "bytes_stored", "objects_written", "seconds", "deleted"],
     ],
     "keep": ["snapshot", "volume", "keep"],
     "retain": ["volume", "kept", "deleted", "bytes_unreferenced", "bytes_freed", "snapshots"],
