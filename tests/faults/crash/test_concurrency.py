@@ -248,7 +248,7 @@ def came_after(two: Actor, one: Actor) -> bool:
 
 
 def test_an_image_that_takes_the_volumes_place_waits_for_the_lineages_lock(world: World) -> None:
-    """Two images of one lineage are refused; one that was renamed over the other is the image from then on."""
+    """Two images of one lineage are refused; one that was renamed over the other is the image now."""
     past = Branches(world)
     one = past.holding_the_lock()
     first = qemu.content(world.image)
