@@ -249,10 +249,14 @@ class _SweepRun:
         try:
             self._record(epoch, renamed)
         except StoreFullError as error:  # so it is certain that no record names what was just written
+            with self._lineage.files.lock():
+                self._lineage.refresh()  # the record that was refused can be an earlier command's
+            self._lineage.require_open()
+            named = _list_named(self._lineage)
             unnamed = [*self._lineage.pack_names(renamed), *(info.name for info in self._plan.garbage)]
+            unnamed = [name for name in unnamed if name not in named]
             if not unnamed:
                 raise
-            self._lineage.require_open()
             for name in unnamed:
                 self._lineage.store.delete(name)
             self.lacking = error if len(renamed) else self.lacking
