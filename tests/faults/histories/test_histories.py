@@ -102,7 +102,7 @@ class Life:
             self.image, volume=self.repository.lineage("volume").name, full=full, label="x"
         )
         self.check_candidates(taken.parent, self.changes.pop())
-        assert not taken.notes
+        assert all("is the image of volume" in note for note in taken.notes), "it was moved: see go_back"
         self.truth[taken.snapshot] = bytes(self.bytes)
         self.rules.append(taken.rule)
 
