@@ -41,6 +41,7 @@ class Life:
         extended = "on" if self.clusters >= 16384 and self.draw.random() < 0.3 else "off"
         qemu.create(self.image, size, cluster_size=self.clusters, lazy_refcounts="on", extended_l2=extended)
         self.truth: dict[str, bytes] = {}
+        self.times_back = 0
         self.rules: list[str] = []
         self.changes: list[Change] = []
         real = Qcow2Source.find_change
@@ -129,7 +130,8 @@ class Life:
         """Work goes on in an image restored from some snapshot: a branch, unless it is the newest."""
         if self.truth:
             snapshot = self.draw.choice(sorted(self.truth))
-            target = self.work / f"back{len(list(self.work.iterdir()))}.qcow2"
+            self.times_back += 1
+            target = self.work / f"back{self.times_back}.qcow2"
             self.repository.restore(snapshot, target)
             self.image.unlink()
             self.image = target
