@@ -89,8 +89,8 @@ class Life:
         del self.truth[snapshot]
         return told
 
-    def sweep(self, progress: Progress = silent) -> Swept:
-        (swept,) = self.repository().sweep(progress=progress)
+    def sweep(self, progress: Progress = silent, *, unknown: bool = False) -> Swept:
+        (swept,) = self.repository().sweep(unknown=unknown, progress=progress)
         return swept
 
     # How it should be.
