@@ -248,13 +248,9 @@ class _CopyRun:
         after = self._find_next(row)
         place = rows.index(after) if after else len(rows)
         around = [one.id for one in rows[max(place - 1, 0) : place + 1]]
-        others = [
-            one
-            for one in [base, *around]
-            if one is not None and one in far and (one in same or one not in near)
-        ]
+        others = [one for one in [base, *around] if one is not None and one in far]
         if relative is not None and relative in _iterate_ancestry(near, row):
-            others = [one for one in others if one not in near]
+            others = [one for one in others if one not in same]
         candidates = list(dict.fromkeys([relative, *others] if relative else others))
         if len(candidates) <= 1:
             return candidates[0] if candidates else None
