@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import pytest
 
@@ -189,8 +189,8 @@ def test_what_comes_damaged_is_read_again_and_told(
     taken = Repository(store, LocalState(tmp_path / "one"), create=True).snapshot(image)
     real, spoilt = MemoryStore.get, []
 
-    def get(self: MemoryStore, name: str, *, newest: bool = False) -> memoryview:
-        data = real(self, name, newest=newest)
+    def get(self: MemoryStore, name: str, **how: Any) -> memoryview:
+        data = real(self, name, **how)
         if kind in name and len(spoilt) < times:
             spoilt.append(name)
             return memoryview(bytes(data[:-1]) + bytes([data[-1] ^ 1]))
