@@ -66,11 +66,15 @@ def insert_output(text: str, outputs: list[str]) -> str:
 
 
 def is_alike(one: str, other: str) -> bool:
-    """Return whether two lines differ only in ids, dates, times, and sizes by at most a tenth."""
+    """Return whether two lines differ only in ids, dates, times, samples, and sizes by at most a tenth."""
     lines = [re.sub(r"\b[0-9a-f]{8,32}\b", "ID", line) for line in (one, other)]
     lines = [re.sub(r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\dZ?", "DATE", line) for line in lines]
     lines = [re.sub(r"\b\d+(\.\d+)? (ms|s)\b", "TIME", line) for line in lines]
     lines = [re.sub(r'("seconds": )[\d.]+', r"\1TIME", line) for line in lines]
+    lines = [re.sub(r"[\d.]+ [KM]iB; \d+ unchanged blocks compared", "SAMPLE", line) for line in lines]
+    lines = [
+        re.sub(r'("blocks_sampled": )\d+, ("bytes_read": )\d+', r"\1SAMPLE, \2SAMPLE", line) for line in lines
+    ]
     lines = [re.sub(r"\s+", " ", line).rstrip() for line in lines]
     numbers = [[float(n) for n in re.findall(r"\d+(?:\.\d+)?", line)] for line in lines]
     shape = [re.sub(r"\d+(?:\.\d+)?", "N", line) for line in lines]
