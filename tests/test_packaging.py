@@ -128,8 +128,8 @@ def test_wheels_take_snapshots_without_tree_and_compiler(sdist: Path, wheel: Pat
     for number, island in enumerate(islands):
         place = island("python", "-c", "from island_fast import _diff; print(_diff.__file__)")
         assert place.startswith(str(island.folder))
-        taken = ("snapshot", "../disk.raw", "--format", "raw", "--volume", number, "--quiet")
-        assert len(island("island", *taken).strip()) == 32
+        taken = ("snapshot", "../disk.raw", "--format", "raw", "--volume", number)
+        assert island("island", *taken, "--quiet") == ""
     assert islands[0]("island", "--version") == f"island {__version__}, digests by {HASH_KERNEL}\n"
     assert islands[1]("island", "--version") == f"island {__version__}, digests by python-xxhash\n"
     for number, island in enumerate(reversed(islands)):
