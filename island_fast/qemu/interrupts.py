@@ -49,10 +49,7 @@ def hold_interrupts() -> Iterator[None]:
         yield
         return
     if not _Held.depth:
-        for number in _SIGNALS:
-            if callable(handler := signal.getsignal(number)):
-                _Held.before[number] = handler
-                signal.signal(number, _note)
+        _note_signals()
     _Held.depth += 1
     try:
         yield
@@ -62,18 +59,42 @@ def hold_interrupts() -> Iterator[None]:
             _put_back()
 
 
+def _note_signals() -> None:
+    """Have all signals noted; if a handler raises meanwhile, put back those that were replaced.
+
+    Signals are blocked, but one can come to another thread, and its handler runs in this one.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        for number in _SIGNALS:
+            if callable(handler := signal.getsignal(number)):
+                _Held.before[number] = handler
+                signal.signal(number, _note)
+    except BaseException:
+        _put_back()
+        raise
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def _put_back() -> None:
     """Put the handlers back, then call those for which a signal came; raise the first error of one."""
     errors: list[BaseException] = []
     handlers = dict(_Held.before)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     while _Held.before:
-        number, handler = next(iter(_Held.before.items()))
         try:
+            number, handler = next(iter(_Held.before.items()))
             signal.signal(number, handler)
             del _Held.before[number]
         except BaseException as error:  # noqa: BLE001  # of a handler that is back already
             errors.append(error)
     received, _Held.received = _Held.received, []
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+    except BaseException as error:  # noqa: BLE001  # the same
+        errors.append(error)
     for number in received:
         try:
             handlers[number](number, sys._getframe())

@@ -144,6 +144,7 @@ def test_in_other_threads_nothing_changes() -> None:
     assert found == [signal.default_int_handler]
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one in a __del__
 def test_a_flood_of_signals_loses_neither_handlers_nor_programs(tmp_path: Path) -> None:
     """Whenever one comes, the handler is back afterwards, and the program has ended or never began."""
     script = (
