@@ -34,13 +34,15 @@ if TYPE_CHECKING:
 
 __all__ = ["FullUsageError", "Run", "enclose", "run_to_exit_code"]
 
-
 _PRINTED_AT_ONCE = 64 << 10  # characters
-
-
 _CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", re.IGNORECASE)
 _SHORT = 3  # characters; a value that short is part of too many words
 _USER_INFO = re.compile(r"://[^/\s@'\"]*@")
+_QUOTED_COMMAND = re.compile(
+    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
+    r"(?! --help)[^'\n]*)'"
+)
+"""Verbs on a repository, quoted as a command to run."""
 
 
 @dataclass(slots=True)
@@ -138,13 +140,6 @@ class Run:
             return text
         place = shlex.quote(self.location)
         return _QUOTED_COMMAND.sub(lambda found: f"'{found[1]} -r {place}'", text)
-
-
-_QUOTED_COMMAND = re.compile(
-    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
-    r"(?! --help)[^'\n]*)'"
-)
-"""Verbs on a repository, quoted as a command to run."""
 
 
 def enclose(begin: str, between: str, end: str, parts: Iterable[str]) -> Iterator[str]:

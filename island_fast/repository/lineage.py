@@ -525,7 +525,7 @@ class Lineage:
             raise DamagedObjectError(
                 f"manifest {name} {how} {self.store.location}, and a new snapshot would inherit from its "
                 "snapshot, so nothing was stored; run 'island verify --all --heal', which puts this host's "
-                f"copy back, or delete the snapshot: island delete {self.name}@{row.id}"
+                f"copy back, or delete the snapshot: 'island delete {self.name}@{row.id}'"
             )
 
     def require_open(self) -> None:
