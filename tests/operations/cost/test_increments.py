@@ -17,7 +17,7 @@ BLOCK = 65536
 EDITED = 12
 
 
-@pytest.mark.parametrize("blocks", [64, 1024])
+@pytest.mark.parametrize("blocks", [256, 4096])
 def test_bytes_read_hashed_and_sent_are_those_that_changed(
     blocks: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
