@@ -373,7 +373,8 @@ class Repository(RepositoryBase):
         if others and not worked and not self.left_out:
             raise ConflictError(
                 f"nothing was done in {self.store.location}, because other hosts or users own its volumes "
-                f"({', '.join(others)}); run it where they are owned, or if that is gone, 'island adopt' them"
+                f"({', '.join(others)}); run it there, or if that host is gone, run "
+                f"'island adopt {others[0]}' here"
             )
 
     def copy(

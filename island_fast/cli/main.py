@@ -68,7 +68,7 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
     subcommand_metavar="VERB [ARGS]...",
 )
 @add_common_options
-@option(OUTPUT, "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+@option(OUTPUT, "--version", is_flag=True, expose_value=False, callback=_print_version,
         help="Print the version, and what computes digests.")  # fmt: skip
 @click.pass_context
 def island(context: click.Context) -> None:

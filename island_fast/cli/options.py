@@ -59,10 +59,11 @@ _OTHER = "ISLAND_TO_"
 
 
 def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has."""
+    """Add the options that every verb has. Those that --version answers by are eager, so they come first."""
     for add in (
         option(
-            OUTPUT, "-q", "--quiet", is_flag=True, expose_value=False, callback=_store_option("quiet"),
+            OUTPUT, "-q", "--quiet", is_flag=True, is_eager=True, expose_value=False,
+            callback=_store_option("quiet"),
             help="Print nothing if all is well; list and show print ids.",
         ),
         option(
@@ -71,7 +72,7 @@ def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Report progress as lines of JSON on standard error.",
         ),
         option(
-            OUTPUT, "--json", is_flag=True, expose_value=False, callback=_store_option("json"),
+            OUTPUT, "--json", is_flag=True, is_eager=True, expose_value=False, callback=_store_option("json"),
             help="Print the answer as one JSON value.",
         ),
         option(

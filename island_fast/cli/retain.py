@@ -12,7 +12,7 @@ from island_fast.cli.config import KEEP_RULES
 from island_fast.cli.help import WHAT, option, verb
 from island_fast.cli.options import add_common_options, dry_run_option, open_repository, volume_option
 from island_fast.cli.run import Run
-from island_fast.cli.text import SHORT_ID, count, printable, size, table
+from island_fast.cli.text import SHORT_ID, after_grace, count, printable, size, table
 
 if TYPE_CHECKING:
     from island_fast.results import Retained
@@ -74,7 +74,8 @@ def retain(context: click.Context, /, volume: str | None, dry_run: bool, **keeps
     with open_repository(run) as repository, run.progress() as progress:
         retained = repository.retain(keep, volume=volume, dry_run=dry_run, progress=progress)
         run.note_if_empty(retained, repository, "this host owns no volume")
-    lines = [_format_rules(context, keeps), *_format_retained(retained, dry_run)] if retained else []
+    lines = [_format_rules(context, keeps)] if retained else []
+    lines += _format_retained(retained, dry_run, repository.store.grace)
     run.answer([one.as_json() for one in retained], "\n".join(lines))
     run.finish_with(repository.left_out)
 
@@ -95,7 +96,7 @@ def _format_rules(context: click.Context, keeps: dict[str, int]) -> str:
     return f"Rules: {', '.join(rules)}."
 
 
-def _format_retained(retained: Sequence[Retained], dry_run: bool) -> Iterator[str]:
+def _format_retained(retained: Sequence[Retained], dry_run: bool, grace: float) -> Iterator[str]:
     """Yield a table of each volume's snapshots, and a sentence."""
     deletes, frees = ("would be deleted", "would then free") if dry_run else ("deleted", "will free")
     for one in retained:
@@ -116,7 +117,8 @@ def _format_retained(retained: Sequence[Retained], dry_run: bool) -> Iterator[st
             if one.deleted:
                 yield (
                     f"Volume {one.volume}: {one.kept} of {count(len(one.snapshots), 'snapshot')} kept, "
-                    f"{one.deleted} {deletes}; 'island sweep' {frees} {size(one.bytes_freed)}."
+                    f"{one.deleted} {deletes}; 'island sweep' {frees} {size(one.bytes_freed)}"
+                    f"{after_grace(grace)}."
                 )
             else:
                 yield f"Volume {one.volume}: all {count(one.kept, 'snapshot')} kept."

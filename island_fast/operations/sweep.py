@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, IslandError, ObjectMissingError, StoreFullError
 from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
@@ -39,12 +40,13 @@ from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
+__all__ = ["GARBAGE_AGE", "SweepPlan", "Waiting", "plan_sweep", "sweep"]
 
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
 _UNKNOWN = "no record names it, and this host did not store it"
+_YOUNG = "no snapshot needs it, but it is younger than the grace"
 _ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
 _LOG = logging.getLogger(__name__)
 
@@ -91,7 +93,7 @@ def sweep(
                 break
     done = done or [plan]
     removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
-    left = done[-1].unknown
+    left, waiting = done[-1].unknown, done[-1].waiting
     answer = Swept(
         volume=lineage.name,
         objects_removed=sum(one.objects for one in done),
@@ -101,12 +103,27 @@ def sweep(
         bytes_freed=removed - rewritten,
         objects_unknown=len(left),
         bytes_unknown=sum(info.size for info in left),
+        objects_waiting=len(waiting),
+        bytes_waiting=sum(one.freed for one in waiting),
         steps=(
             *(step for one in done for step in _list_steps(lineage, one)),
+            *(SweepStep("keep", one.name, one.size, _YOUNG) for one in waiting),
             *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
         ),
     )
     return answer, errors
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An object that a sweep will remove or rewrite when it is old enough.
+
+    `size` is what it takes now, and `freed` what the sweep will free of that.
+    """
+
+    name: str
+    size: int
+    freed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +132,7 @@ class SweepPlan:
 
     `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
     that no record names. `unknown` are those that stay, because this host cannot account for them either.
-    Sizes are in bytes.
+    `waiting` are those that stay only because they are younger than the grace. Sizes are in bytes.
     """
 
     gone: Packs
@@ -123,6 +140,7 @@ class SweepPlan:
     manifests: tuple[SnapshotRow, ...]
     garbage: tuple[ObjectInfo, ...]
     unknown: tuple[ObjectInfo, ...] = ()
+    waiting: tuple[Waiting, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -157,7 +175,9 @@ def plan_sweep(
     """
     ages = _Ages(lineage, grace)
     gone, repacked = lineage.state.packs_to_sweep()
-    manifests = lineage.state.dropped.values()
+    old_gone, old_repacked = (ages.mask(lineage.pack_names(packs)) for packs in (gone, repacked))
+    dropped = lineage.state.dropped.values()
+    old_manifests = {row.id for row in dropped if ages.is_old(lineage.manifest_name(row))}
     garbage: list[ObjectInfo] = []
     left: list[ObjectInfo] = []
     age = max(grace, GARBAGE_AGE)
@@ -169,12 +189,28 @@ def plan_sweep(
         elif _is_confirmed(lineage, info, age):
             garbage.append(info)
     return SweepPlan(
-        gone=gone.rows(ages.mask(lineage.pack_names(gone))),
-        repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
-        manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
+        gone=gone.rows(old_gone),
+        repacked=repacked.rows(old_repacked),
+        manifests=tuple(row for row in dropped if row.id in old_manifests),
         garbage=tuple(sorted(garbage, key=lambda one: one.name)),
         unknown=tuple(sorted(left, key=lambda one: one.name)),
+        waiting=(
+            *_list_waiting(lineage, gone.rows(~old_gone), gone.size[~old_gone]),
+            *_list_waiting(lineage, repacked.rows(~old_repacked), repacked.dead[~old_repacked]),
+            *(
+                Waiting(lineage.manifest_name(row), row.manifest_size, row.manifest_size)
+                for row in dropped
+                if row.id not in old_manifests
+            ),
+        ),
     )
+
+
+def _list_waiting(lineage: Lineage, packs: Packs, freed: Int64s) -> Iterator[Waiting]:
+    """Yield packs that are too young, each with what a sweep will free of it."""
+    sizes = zip(packs.size.tolist(), freed.tolist(), strict=True)
+    for name, (size, less) in zip(lineage.pack_names(packs), sizes, strict=True):
+        yield Waiting(name, size, less)
 
 
 def _list_steps(lineage: Lineage, plan: SweepPlan) -> Iterator[SweepStep]:

@@ -221,8 +221,8 @@ class Lineage:
                 record, _ = decode_record(f"{self.name}/catalog/{last}", data, SnapshotNumbers())
                 if record.epoch == at[0] and record.number > at[1]:
                     _LOG.warning(
-                        "volume %s: the outcome of %s is unknown; it is not shown, and may be done by the "
-                        "next command of this host that can write to %s",
+                        "volume %s: the outcome of %s is unknown; it is not shown, and may be carried out by "
+                        "the next command of this host that can write to %s",
                         self.name, _describe(record.event), self.store.location,
                     )  # fmt: skip
 
@@ -502,7 +502,8 @@ class Lineage:
         name = catalog_name(self.name, *at.place)
         info = self.store.head(name)
         if info is None or info.size != at.size:
-            raise self._older_repository_error(name, "is missing from" if info is None else "is another in")
+            how = "is missing from" if info is None else "has another size in"
+            raise self._older_repository_error(name, how)
         self._position = replace(at, stored=True)
 
     def _older_repository_error(self, name: str, how: str) -> DamagedObjectError:

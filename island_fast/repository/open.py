@@ -98,8 +98,8 @@ class RepositoryBase:
                 "its disk or put it back, or give --create to begin another one there"
             )
         raise RefusedError(
-            f"{location} holds another repository than the one in which this host has stored snapshots "
-            "before; mount the right disk, or give --create to use this one, too"
+            f"{location} holds a different repository from the one in which this host has stored snapshots "
+            "before; mount the right disk, or give --create to use this one as well"
         )
 
     def remember(self) -> None:

@@ -135,7 +135,7 @@ def test_an_image_that_is_replaced_goes_on(repository: Repository, image: Path, 
     (tmp_path / "compact.qcow2").rename(image)
     taken = repository.snapshot(image)
     assert (taken.volume, taken.rule) == ("vol", "full-scan")
-    assert "is another file than at the last snapshot" in taken.notes[0]
+    assert "is not the file of the last snapshot" in taken.notes[0]
     assert repository.snapshot(image).notes == ()
 
 
@@ -380,7 +380,7 @@ def test_another_repository_than_the_known_one_is_not_used_in_silence(image: Pat
     place.rename(tmp_path / "away")
     with Repository.open(place, state=tmp_path / "another", create=True) as repository:
         repository.snapshot(image, volume="theirs")
-    with pytest.raises(RefusedError, match=r"holds another repository.*--create"):
+    with pytest.raises(RefusedError, match=r"holds a different repository.*--create"):
         Repository.open(place, state=state, create=True)
     with Repository.open(place, state=state) as repository:
         assert len(repository.snapshots()) == 1, "it can be read"

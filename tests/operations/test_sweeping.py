@@ -374,3 +374,24 @@ def test_a_sweep_leaves_alone_what_a_running_snapshot_has_sent_however_old(
     taken = repository.snapshot(volume, progress=progress)
     assert [one.objects_removed for one in swept] == [0]
     check(repository, taken.snapshot, qemu.content(volume), tmp_path)
+
+
+def test_a_sweep_counts_what_is_too_young(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore(grace=86400.0)
+    repository = Repository(store, LocalState(tmp_path / "young"), create=True)
+    first = repository.snapshot(image).snapshot
+    qemu.noise(image, 0, 3 * MIB, 7)
+    repository.snapshot(image)
+    (deleted,) = repository.delete([first])
+    (would,) = repository.sweep(grace=0, dry_run=True)
+    assert would.packs_repacked
+    assert would.bytes_freed == deleted.bytes_freed
+    (swept,) = repository.sweep()
+    assert (swept.objects_removed, swept.objects_waiting) == (0, would.objects_removed)
+    assert swept.bytes_waiting == would.bytes_freed
+    assert {one.action for one in swept.steps} == {"keep"}
+    assert [one.object for one in swept.steps] == [one.object for one in would.steps]
+    (swept,) = repository.sweep(grace=0)
+    assert (swept.bytes_freed, swept.objects_waiting, swept.bytes_waiting) == (would.bytes_freed, 0, 0)
