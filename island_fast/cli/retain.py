@@ -19,19 +19,10 @@ if TYPE_CHECKING:
 
 __all__ = ["retain"]
 
-_RULE_HELP = (
-    "Keep the newest N.",
-    "Keep the newest of each of the last N hours that have a snapshot.",
-    "The same for days.",
-    "The same for weeks, which begin on Monday.",
-    "The same for months.",
-    "The same for years.",
-)
-
 
 def _add_keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each rule of a policy."""
-    for rule, text in reversed([*zip(KEEP_RULES, _RULE_HELP, strict=True)]):
+    for rule, text in reversed(KEEP_RULES.items()):
         command = option(
             WHAT, f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0,
             envvar=f"ISLAND_KEEP_{rule.upper()}", show_envvar=True, help=text,
