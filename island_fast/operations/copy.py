@@ -225,7 +225,7 @@ class _CopyRun:
             raise ConflictError(
                 f"volume {far.name} in {far.store.location} belongs to {far.owner_described}; "
                 f"{elsewhere}, or if that is gone, run "
-                f"'island -r {far.store.location} adopt {far.name}' here"
+                f"'island adopt {far.name}' here"
             )
         far.require_owner()
 

@@ -634,7 +634,8 @@ class Lineage:
             if not self._local_state.made_by_this_host:
                 _LOG.warning(
                     "another host writes volume %s as this one, from a copy of local state; this host gets "
-                    "an identity of its own, and owns no volume until 'island adopt' gives it one", self.name,
+                    "an identity of its own, and owns no volume until 'island adopt VOLUME' gives it one",
+                    self.name,
                 )  # fmt: skip
                 self._local_state.renew_writer()
                 return
