@@ -68,9 +68,9 @@ class Repository(RepositoryBase):
     `Repository.open(url)` opens one. It is a context manager, and not thread-safe. Several processes and
     hosts can work on one repository at the same time: docs/reliability.md.
 
-    A `reference` names a snapshot as on the command line: an id, an unambiguous beginning of one, VOLUME@ID
-    or VOLUME@latest. NotFoundError if there is no such snapshot, UsageError if several match. Sizes are in
-    bytes, times in seconds. The methods return the classes of `island_fast.results`.
+    A `reference` names a snapshot as on the command line: an id, an unambiguous beginning of one, VOLUME@ID,
+    VOLUME@latest or VOLUME@label:TEXT. NotFoundError if there is no such snapshot, UsageError if several
+    match. Sizes are in bytes, times in seconds. The methods return the classes of `island_fast.results`.
 
     Besides the errors that each method lists, all of them raise StoreError if the store cannot be reached,
     DamagedError if something that they need is damaged, RefusedError if continuing could lose or mix up data,

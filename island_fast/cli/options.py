@@ -241,7 +241,8 @@ def open_repository(
 
     if not run.location:
         raise UsageError(
-            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
+            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY, "
+            "or 'repository' at the top of the configuration file (see 'man island-config')"
         )
     return Repository.open(
         run.location, create=create, create_anew=create_anew, shared=shared, workers=run.workers,
