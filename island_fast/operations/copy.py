@@ -98,6 +98,8 @@ class _CopyRun:
         rows = [row for row in every if wanted is None or row.id in wanted]
         with self._far.hold_lock():
             self._check_far()
+            if self._far.exists:
+                self._far.require_standing()  # what this host alone remembers is no second copy
             there, same = self._far.state, self._same()
             answers = [_report_present(self._far, row) for row in rows if row.id in same]
             rows = [row for row in rows if row.id not in same]
