@@ -202,9 +202,14 @@ class Lineage:
         """Refresh; first settle a record of unknown outcome, if that can be done now.
 
         Reading needs no writing: if the store does not take the record within seconds, or local state cannot
-        be written, a warning says which change it is.
+        be written, a warning says which change it is. It needs no local state either: what another user keeps
+        there is not this one's to settle.
         """
-        if not self.files.pending.all():
+        try:
+            pending = self.files.pending.all()
+        except OSError:
+            pending = []
+        if not pending:
             self.refresh()
             return
         try:
