@@ -17,7 +17,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
     <repository id>/<lineage>/cache/retired/<id>                    a deleted snapshot whose pin can be left
-    <repository id>/<lineage>/cache/proved, damaged                 see health.py
+    <repository id>/<lineage>/cache/proved-<hash>, damaged-<hash>   see health.py
 """
 
 from __future__ import annotations
