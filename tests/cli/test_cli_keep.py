@@ -19,7 +19,7 @@ def take(island: Island, disk: Path, *labels: str) -> list[str]:
 def test_what_is_marked_is_not_deleted(island: Island, disk: Path) -> None:
     first, second, third = take(island, disk, "one", "two", "three")
     assert island.text("keep", first) == (
-        f"Snapshot {first} of volume disk is kept until 'island keep --release'.\n"
+        f"Snapshot {first} of volume disk is kept until 'island keep --release {first}'.\n"
     )
     assert "is marked to be kept" in island.fails(4, "delete", first)
     assert "is marked to be kept" in island.fails(4, "delete", "--dry-run", first)
