@@ -163,6 +163,11 @@ class Qcow2Source(Source):
         self.image.reload()
 
     @property
+    def fd(self) -> int:
+        """See Source.fd."""
+        return self.image.fd
+
+    @property
     def facts(self) -> Mapping[str, str]:
         """See Source.facts."""
         header = self.image.header

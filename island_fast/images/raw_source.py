@@ -86,6 +86,11 @@ class RawSource(Source):
             self._stack = stack.pop_all()
 
     @property
+    def fd(self) -> int:
+        """See Source.fd."""
+        return self._fd
+
+    @property
     def facts(self) -> Mapping[str, str]:
         """See Source.facts."""
         return {"format": "raw"}

@@ -90,6 +90,11 @@ class Source(ABC):
     path: Path
     _stack: ExitStack
 
+    @property
+    def fd(self) -> int:
+        """The descriptor of the image file or device, which stays the source's; -1 if there is none."""
+        return -1
+
     def __enter__(self) -> Self:
         return self
 

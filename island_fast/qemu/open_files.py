@@ -36,10 +36,10 @@ from pathlib import Path
 from island_fast.errors import ImageInUseError, IslandError
 from island_fast.qemu.programs import descriptor_path
 
-__all__ = ["SYSFS_BLOCK", "read_sysfs", "refuse_held"]
+__all__ = ["SYSFS_BLOCK", "SYSFS_DEVICES", "read_sysfs", "refuse_held"]
 
 SYSFS_BLOCK = Path("/sys/block")
-_SYSFS_DEVICES = Path("/sys/dev/block")
+SYSFS_DEVICES = Path("/sys/dev/block")
 _LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, 232  # linux/loop.h; bytes of struct loop_info64
 
 _PROC = Path("/proc")
@@ -200,7 +200,7 @@ def _find_mount(devices: set[Device]) -> str | None:
 
 def _overlapping(device: Device) -> set[Device]:
     """Return the devices that share bytes with one: itself, a disk's partitions, a partition's disk."""
-    place = _SYSFS_DEVICES / f"{device[0]}:{device[1]}"
+    place = SYSFS_DEVICES / f"{device[0]}:{device[1]}"
     found = {device}
     near = [place / "../dev"] if (place / "partition").exists() else place.glob("*/dev")
     for entry in near:
@@ -252,7 +252,7 @@ def _find_loops(wanted: _Wanted) -> Iterator[Path]:
 
 def _loop_file(device: Device) -> str | None:
     """Return the name of the file below a loop device; None for another device."""
-    return read_sysfs(_SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "loop/backing_file") or None
+    return read_sysfs(SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "loop/backing_file") or None
 
 
 def _stands_on(device: Path, wanted: _Wanted) -> bool:
