@@ -283,6 +283,8 @@ class _SnapshotRun:
             view.read, change.data, writer.known_blocks(whole), writer.pack_writer(), self._progress,
             compress=self._request.compress,
         )  # fmt: skip
+        base = self._choice.base.internal if self._choice.base else None
+        self._source.require_unchanged([] if internal is None else [internal, *([base] if base else [])])
         stored = writer.locate_blocks(sent, parent, change.replaced)
         replaced = subtract_intervals(change.replaced, sent.same.runs())
         pin = internal.identity if internal else self._pin_for_restores(created, view)

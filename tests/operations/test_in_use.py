@@ -10,7 +10,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -19,10 +20,12 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.images import qcow2_source
+from island_fast.images.unchanged import Unchanged
 from island_fast.operations.unpin import unpin
 from island_fast.qcow2.image import Image
 from island_fast.qemu import open_files
 from island_fast.qemu.programs import ProgramResult, run_program
+from island_fast.qemu.qmp import Qmp
 from tests.support import qemu
 from tests.support.daemon import StorageDaemon, needs_storage_daemon
 
@@ -140,6 +143,160 @@ def test_a_backing_file_in_use_is_refused(
     with held(raw, how) as told, pytest.raises(ImageInUseError, match=told):
         repository.snapshot(top, backing=[f"raw:{raw}"])
     repository.snapshot(top, backing=[f"raw:{raw}"])
+
+
+# What is changed while it is read.
+
+
+def once(work: Callable[[], object]) -> Callable[..., None]:
+    """A progress callback that does something when the first blocks are sent."""
+    done: list[bool] = []
+
+    def progress(phase: str, *_: object) -> None:
+        if phase == "send" and not done:
+            done.append(True)
+            work()
+
+    return progress
+
+
+def write_into(path: Path, offset: int, data: bytes = b"new") -> None:
+    """Write and close at once; the times of writing stay, those of changing cannot."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def changed_while_read(repository: Repository, *words: object, told: str, **options: object) -> None:
+    """Assert that a snapshot fails, that nothing of it is visible, and that the next one is good."""
+    work: Callable[[], object] = options.pop("work")  # type: ignore[assignment]
+    before = repository.snapshots()
+    with pytest.raises(ImageInUseError, match=told):
+        repository.snapshot(*words, progress=once(work), **options)  # type: ignore[arg-type]
+    assert repository.snapshots() == before
+    repository.snapshot(*words, **options)  # type: ignore[arg-type]
+
+
+def test_a_raw_image_that_is_changed_while_it_is_read(repository: Repository, raw: Path) -> None:
+    changed_while_read(
+        repository, raw, volume="vol", image_format="raw",
+        work=lambda: write_into(raw, 0), told=f"{raw} was changed while it was read",
+    )  # fmt: skip
+
+
+def test_an_image_without_a_pin_that_is_changed_while_it_is_read(
+    repository: Repository, tmp_path: Path
+) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.io(image, qemu.write(0, 2 * MIB, 1))
+    changed_while_read(
+        repository, image, pin=False,
+        work=lambda: write_into(image, image.stat().st_size - 512), told="was changed while it was read",
+    )  # fmt: skip
+
+
+def test_a_backing_file_that_is_changed_while_it_is_read(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    changed_while_read(
+        repository, top, backing=[f"raw:{raw}"],
+        work=lambda: write_into(raw, 0), told=f"{raw} was changed while it was read",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("which", ["own", "parent's"])
+def test_a_pin_that_is_deleted_while_it_is_read(repository: Repository, tmp_path: Path, which: str) -> None:
+    """Its clusters are free then, and the guest writes to them."""
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.io(image, qemu.write(0, 2 * MIB, 1))
+    if which == "parent's":
+        repository.snapshot(image)
+        qemu.io(image, qemu.write(0, MIB, 2))
+
+    def delete() -> None:
+        with Image.open(image) as opened:
+            pin = opened.snapshots[0 if which == "parent's" else -1]
+        qemu.run("qemu-img", "snapshot", "-d", pin.name, image)
+        qemu.io(image, qemu.write(0, 2 * MIB, 3))
+
+    changed_while_read(repository, image, work=delete, told="was deleted or changed while it was read")
+    taken = repository.snapshots()[-1]
+    qemu.compare(image, restore(repository, taken.snapshot, tmp_path))
+
+
+@needs_storage_daemon
+def test_a_pin_that_the_guest_s_process_deletes_while_it_is_read(
+    repository: Repository, tmp_path: Path
+) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.noise(image, 0, 2 * MIB)
+    with StorageDaemon(image) as daemon:
+
+        def delete() -> None:
+            with Image.open(image) as opened, Qmp(daemon.qmp_socket) as qmp:
+                pin = opened.snapshots[-1]
+                qmp.snapshot_delete(qmp.find_node(image), pin.id, pin.name)
+            daemon.write(0, MIB, 3)
+
+        changed_while_read(
+            repository, image, qmp=daemon.qmp_socket, work=delete, told="deleted or changed while it was read"
+        )
+
+
+def test_a_device_that_is_taken_while_it_is_read(repository: Repository, raw: Path) -> None:
+    device = Path(make_loop(raw))
+    holding = contextlib.ExitStack()
+    try:
+        with pytest.raises(ImageInUseError, match="is open in process"), holding:
+            repository.snapshot(
+                device, volume="vol", image_format="raw",
+                progress=once(lambda: holding.enter_context(held(device, "descriptor"))),
+            )  # fmt: skip
+        assert repository.snapshots() == []
+    finally:
+        qemu.run("losetup", "--detach", device)
+
+
+def test_a_backing_file_that_is_changed_within_the_step_of_its_times(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Old ext4, as ext3 and FAT, counts whole seconds."""
+    disk, folder = tmp_path / "fs", tmp_path / "mounted"
+    disk.write_bytes(bytes(32 * MIB))
+    qemu.run("mkfs.ext4", "-q", "-I", "128", disk)
+    device = make_loop(disk)
+    folder.mkdir()
+    qemu.run("mount", device, folder)
+    try:
+        base = folder / "base"
+        base.write_bytes(b"1" * 4 * MIB)
+        top = overlay(tmp_path / "top.qcow2", base, "raw")
+        wait_for_a_new_second()
+        write_into(base, 3 * MIB, b"2")
+        repository.snapshot(top, volume="vol", backing=[f"raw:{base}"])
+        write_into(base, 3 * MIB, b"3")
+        taken = repository.snapshot(top, volume="vol", backing=[f"raw:{base}"])
+        assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
+        assert repository.snapshot(top, volume="vol", backing=[f"raw:{base}"]).rule == "table-diff"
+    finally:
+        qemu.run("umount", folder)
+        qemu.run("losetup", "--detach", device)
+
+
+def wait_for_a_new_second() -> None:
+    time.sleep(1.005 - time.time() % 1)
+
+
+def test_a_time_in_the_future_shows_no_later_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with file.open("rb") as opened:
+        assert Unchanged(file, opened.fileno()).settled
+        monkeypatch.setattr(time, "time_ns", lambda: file.stat().st_ctime_ns - 10**10)
+        assert not Unchanged(file, opened.fileno()).settled
 
 
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
