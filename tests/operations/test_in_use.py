@@ -405,6 +405,88 @@ def test_a_disk_is_in_use_with_its_partition_and_a_loop_device_on_it(
         qemu.run("losetup", "--detach", disk)
 
 
+@pytest.mark.parametrize("kind", ["snapshot", "restore"])
+@pytest.mark.parametrize("below", ["loop device", "file"])
+def test_a_device_is_in_use_with_what_it_stands_on(
+    repository: Repository, raw: Path, below: str, kind: str
+) -> None:
+    """A loop device over a loop device over a file."""
+    lower = Path(make_loop(raw))
+    try:
+        upper = Path(make_loop(lower))
+        try:
+            work = {
+                "snapshot": lambda: repository.snapshot(upper, volume="vol", image_format="raw"),
+                "restore": lambda: repository.restore_onto("vol@latest", upper, image_format="raw"),
+            }
+            work["snapshot"]()
+            place = raw if below == "file" else lower
+            for how in ("descriptor", "mapped") if below == "file" else ("descriptor",):
+                with held(place, how) as told, pytest.raises(ImageInUseError, match=told):
+                    work[kind]()
+            for options in ([], ["--read-only"]) if kind == "restore" else ([],):
+                other = make_loop(place, *options)
+                with pytest.raises(ImageInUseError, match=f"in use by {other}"):
+                    work[kind]()
+                qemu.run("losetup", "--detach", other)
+            work[kind]()
+        finally:
+            qemu.run("losetup", "--detach", upper)
+    finally:
+        qemu.run("losetup", "--detach", lower)
+
+
+def test_a_device_is_in_use_with_what_is_mounted_below_it(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    lower = Path(make_loop(raw))
+    try:
+        upper = Path(make_loop(lower))
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        qemu.run("mkfs.ext4", "-q", lower)
+        qemu.run("mount", lower, folder)
+        try:
+            with pytest.raises(ImageInUseError, match=f"{upper} is on a device that is mounted at {folder}"):
+                repository.snapshot(upper, volume="vol", image_format="raw")
+        finally:
+            qemu.run("umount", folder)
+            repository.snapshot(upper, volume="vol", image_format="raw")
+            qemu.run("losetup", "--detach", upper)
+    finally:
+        qemu.run("losetup", "--detach", lower)
+
+
+def test_a_loop_device_over_a_file_whose_name_is_gone(repository: Repository, raw: Path) -> None:
+    one, other = make_loop(raw), make_loop(raw)
+    raw.unlink()
+    try:
+        with pytest.raises(ImageInUseError, match=f"in use by {other}"):
+            repository.snapshot(one, volume="vol", image_format="raw")
+    finally:
+        for device in (one, other):
+            qemu.run("losetup", "--detach", device)
+
+
+def test_the_devices_below_a_device_mapper_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """253:1 on 253:0 on the partition 8:1 of 8:0, which 253:2 is on, too."""
+    monkeypatch.setattr(open_files, "SYSFS_DEVICES", tmp_path)
+    for name in ("253:0/dm", "253:1/dm", "253:2/dm", "8:0/sda1", "253:0/slaves/sda1", "253:1/slaves/dm-0"):
+        (tmp_path / name).mkdir(parents=True)
+    for place, number in (("8:0/sda1", "8:1"), ("253:0/slaves/sda1", "8:1"), ("253:1/slaves/dm-0", "253:0")):
+        (tmp_path / place / "dev").write_text(f"{number}\n")
+    (tmp_path / "8:0/dev").write_text("8:0\n")
+    (tmp_path / "8:0/sda1/partition").write_text("1\n")
+    (tmp_path / "8:1").symlink_to("8:0/sda1")
+    status = os.stat_result((stat.S_IFBLK, *[0] * 9), {"st_rdev": os.makedev(253, 1)})
+    wanted = open_files._Wanted.of(status)
+    assert wanted.devices == {(253, 1)}
+    assert wanted.below == {(253, 0), (8, 1), (8, 0)}
+    disk = os.stat_result((stat.S_IFBLK, *[0] * 9), {"st_rdev": os.makedev(8, 0)})
+    assert wanted.is_hit(disk)
+    assert not wanted.is_hit(disk, near=True)  # who only reads the disk changes nothing
+
+
 # What a name leads to.
 
 
