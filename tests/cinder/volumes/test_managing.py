@@ -137,6 +137,8 @@ def test_a_volume_over_the_limit_is_refused_before_it_exists(host: Host) -> None
         with pytest.raises(RefusedError, match=r"65537 GiB cannot be snapshotted.* at most 65536 GiB"):
             call()
     assert host.volumes.records.volumes() == before
+    host.volumes.records.write(volume, VolumeRecord(size, made=True))  # of an earlier version
+    host.volumes.adopt_record(volume, VolumeRecord(size, made=True))
 
 
 def test_a_folder_of_volumes_belongs_to_one_service(host: Host, tmp_path: Path) -> None:
