@@ -155,6 +155,10 @@ class Volumes:
         sync_folder(image.parent)
         self.records.change(volume, size=size)
 
+    def hold_reference(self, name: str) -> AbstractContextManager[object]:
+        """Return a lock, to be held while what has this name is taken over: one caller at a time does that."""
+        return self._lock(f"manage-{name}")
+
     def clone(self, source: str, volume: str, size: int) -> None:
         """Create a volume with the present content of another one; nothing goes through the store."""
         _refuse_oversize(size)

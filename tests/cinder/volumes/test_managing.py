@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,33 @@ def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
     assert [entry.name for entry in host.volumes.records.folder.iterdir() if any(entry.iterdir())] == [volume]
     assert host.volumes.records.image_path(volume).stat().st_nlink == 1
     assert host.volumes.records.read(volume).size == GIB
+
+
+def test_of_two_calls_at_once_one_takes_a_file_over(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second would take the first one's for what a cut left."""
+    loose(host, b"content")
+    first, second = new_id(), new_id()
+    real, errors, others = VolumeRecords.write, [], []
+
+    def manage_second() -> None:
+        try:
+            ManageableVolumes(host.volumes).manage(second, LOOSE)
+        except NotFoundError as error:
+            errors.append(error)
+
+    def write(self: VolumeRecords, volume: str, record: VolumeRecord) -> None:
+        if not others:
+            others.append(threading.Thread(target=manage_second))
+            others[0].start()
+            others[0].join(1.0)
+        real(self, volume, record)
+
+    monkeypatch.setattr(VolumeRecords, "write", write)
+    ManageableVolumes(host.volumes).manage(first, LOOSE)
+    others[0].join()
+    assert len(errors) == 1
+    assert host.volumes.records.volumes() == [first]
+    assert content(host, first, 7) == b"content"
 
 
 def test_a_volume_whose_renaming_was_cut_off_can_be_managed_again(
