@@ -156,7 +156,7 @@ class Volumes:
         self.records.change(volume, size=size)
 
     def hold_reference(self, name: str) -> AbstractContextManager[object]:
-        """Return a lock, to be held while what has this name is taken over: one caller at a time does that."""
+        """Return the lock of taking over what has this name, which one caller at a time does."""
         return self._lock(f"manage-{name}")
 
     def clone(self, source: str, volume: str, size: int) -> None:

@@ -72,7 +72,7 @@ def test_a_hostile_table_of_counts_costs_no_more_than_the_file(tmp_path: Path) -
 def test_a_small_file_that_claims_to_be_huge_costs_little(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    """Its table names a block of counts for each 16 MiB of 8 TiB: the same one, or ones that are not stored."""
+    """Its table names a block of counts for each 16 MiB of 8 TiB: one for all, or ones not stored."""
     image = qemu.create(tmp_path / "huge.qcow2", 1 << 20, refcount_bits=8, cluster_size=4096)
     blocks, clusters = 1 << 19, 1 << 10
     places = np.full(blocks, 4096) if where == "one place" else (np.arange(blocks) + (1 << 20)) * 4096
