@@ -514,7 +514,9 @@ class Lineage:
         except UNREADABLE:
             found = "damaged"
         if found != at.checksum:
-            raise self._missing_record_error(name, "is missing from" if found is None else "is another one in")
+            raise self._missing_record_error(
+                name, "is missing from" if found is None else "is another one in"
+            )
         self._position = replace(at, stored=True)
 
     def require_known_history(self) -> None:
