@@ -388,7 +388,8 @@ def _report_present(far: Lineage, row: SnapshotRow) -> Copied:
         raise DamagedError(
             f"snapshot {row.id} of volume {far.name} in {far.store.location} is not a copy, but another one "
             f"that has its id, taken at {timestamp(copied.created)} and not at {timestamp(row.created)}; "
-            f"copy to another place, such as {far.store.location}/PREFIX, or delete that one there and copy this one by its id"
+            f"copy to another place, such as {far.store.location}/PREFIX, or delete that one there and copy "
+            "this one by its id"
         )
     return Copied(
         snapshot=row.id, volume=far.name, parent=copied.parent, label=copied.label,

@@ -44,6 +44,10 @@ __all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
+_MOST = 1 << 17
+"""How many objects that no record names one sweep removes, and how many others it lists: a store can claim
+any number, and each takes memory. The next sweep goes on."""
+
 _UNKNOWN = "no record names it, and this host did not store it"
 _ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
 _LOG = logging.getLogger(__name__)
@@ -91,7 +95,6 @@ def sweep(
                 break
     done = done or [plan]
     removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
-    left = done[-1].unknown
     answer = Swept(
         volume=lineage.name,
         objects_removed=sum(one.objects for one in done),
@@ -99,11 +102,11 @@ def sweep(
         bytes_removed=removed,
         bytes_rewritten=rewritten,
         bytes_freed=removed - rewritten,
-        objects_unknown=len(left),
-        bytes_unknown=sum(info.size for info in left),
+        objects_unknown=done[-1].unknown_objects,
+        bytes_unknown=done[-1].unknown_bytes,
         steps=(
             *(step for one in done for step in _list_steps(lineage, one)),
-            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
+            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in done[-1].unknown),
         ),
     )
     return answer, errors
@@ -114,8 +117,8 @@ class SweepPlan:
     """What a sweep of one lineage will do.
 
     `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
-    that no record names. `unknown` are those that stay, because this host cannot account for them either.
-    Sizes are in bytes.
+    that no record names. `unknown` are those that stay, because this host cannot account for them either: the
+    first ones listed, of `unknown_objects`. Sizes are in bytes.
     """
 
     gone: Packs
@@ -123,6 +126,8 @@ class SweepPlan:
     manifests: tuple[SnapshotRow, ...]
     garbage: tuple[ObjectInfo, ...]
     unknown: tuple[ObjectInfo, ...] = ()
+    unknown_objects: int = 0
+    unknown_bytes: int = 0
 
     @property
     def removed(self) -> int:
@@ -160,13 +165,16 @@ def plan_sweep(
     manifests = lineage.state.dropped.values()
     garbage: list[ObjectInfo] = []
     left: list[ObjectInfo] = []
+    objects = size = 0
     age = max(grace, GARBAGE_AGE)
     for info, snapshot in _find_unnamed(lineage):
         if snapshot in running or info.age < age:
             continue
         if snapshot not in accounted and not unknown:
-            left.append(info)
-        elif _is_confirmed(lineage, info, age):
+            objects, size = objects + 1, size + info.size
+            if len(left) < _MOST:
+                left.append(info)
+        elif len(garbage) < _MOST and _is_confirmed(lineage, info, age):
             garbage.append(info)
     return SweepPlan(
         gone=gone.rows(ages.mask(lineage.pack_names(gone))),
@@ -174,6 +182,8 @@ def plan_sweep(
         manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
         garbage=tuple(sorted(garbage, key=lambda one: one.name)),
         unknown=tuple(sorted(left, key=lambda one: one.name)),
+        unknown_objects=objects,
+        unknown_bytes=size,
     )
 
 
