@@ -345,7 +345,8 @@ class Swept(Answer):
     """What a sweep did to a volume, or with `dry_run` would do.
 
     `bytes_freed` is `bytes_removed` less `bytes_rewritten`. `objects_unknown` counts what stays although no
-    record names it, because this host did not store it: another host may need it, or have left it.
+    record names it, because this host did not store it: another host may need it, or have left it. At most
+    131072 of those are among the `steps`, and no sweep removes more objects that no record names.
     `objects_waiting` counts what stays although no snapshot needs it, because it is younger than the grace;
     a later sweep frees `bytes_waiting` of it.
     """

@@ -45,6 +45,10 @@ __all__ = ["GARBAGE_AGE", "SweepPlan", "Waiting", "plan_sweep", "sweep"]
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
+_MOST = 1 << 17
+"""How many objects that no record names one sweep removes, and how many others it lists: a store can claim
+any number, and each takes memory. The next sweep goes on."""
+
 _UNKNOWN = "no record names it, and this host did not store it"
 _YOUNG = "no snapshot needs it, but it is younger than the grace"
 _ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
@@ -93,7 +97,7 @@ def sweep(
                 break
     done = done or [plan]
     removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
-    left, waiting = done[-1].unknown, done[-1].waiting
+    waiting = done[-1].waiting
     answer = Swept(
         volume=lineage.name,
         objects_removed=sum(one.objects for one in done),
@@ -101,14 +105,14 @@ def sweep(
         bytes_removed=removed,
         bytes_rewritten=rewritten,
         bytes_freed=removed - rewritten,
-        objects_unknown=len(left),
-        bytes_unknown=sum(info.size for info in left),
+        objects_unknown=done[-1].unknown_objects,
+        bytes_unknown=done[-1].unknown_bytes,
         objects_waiting=len(waiting),
         bytes_waiting=sum(one.freed for one in waiting),
         steps=(
             *(step for one in done for step in _list_steps(lineage, one)),
             *(SweepStep("keep", one.name, one.size, _YOUNG) for one in waiting),
-            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
+            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in done[-1].unknown),
         ),
     )
     return answer, errors
@@ -131,8 +135,9 @@ class SweepPlan:
     """What a sweep of one lineage will do.
 
     `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
-    that no record names. `unknown` are those that stay, because this host cannot account for them either.
-    `waiting` are those that stay only because they are younger than the grace. Sizes are in bytes.
+    that no record names. `unknown` are those that stay, because this host cannot account for them either: the
+    first ones listed, of `unknown_objects`. `waiting` are those that stay only because they are younger than
+    the grace. Sizes are in bytes.
     """
 
     gone: Packs
@@ -140,6 +145,8 @@ class SweepPlan:
     manifests: tuple[SnapshotRow, ...]
     garbage: tuple[ObjectInfo, ...]
     unknown: tuple[ObjectInfo, ...] = ()
+    unknown_objects: int = 0
+    unknown_bytes: int = 0
     waiting: tuple[Waiting, ...] = ()
 
     @property
@@ -180,13 +187,16 @@ def plan_sweep(
     old_manifests = {row.id for row in dropped if ages.is_old(lineage.manifest_name(row))}
     garbage: list[ObjectInfo] = []
     left: list[ObjectInfo] = []
+    objects = size = 0
     age = max(grace, GARBAGE_AGE)
     for info, snapshot in _find_unnamed(lineage):
         if snapshot in running or info.age < age:
             continue
         if snapshot not in accounted and not unknown:
-            left.append(info)
-        elif _is_confirmed(lineage, info, age):
+            objects, size = objects + 1, size + info.size
+            if len(left) < _MOST:
+                left.append(info)
+        elif len(garbage) < _MOST and _is_confirmed(lineage, info, age):
             garbage.append(info)
     return SweepPlan(
         gone=gone.rows(old_gone),
@@ -194,6 +204,8 @@ def plan_sweep(
         manifests=tuple(row for row in dropped if row.id in old_manifests),
         garbage=tuple(sorted(garbage, key=lambda one: one.name)),
         unknown=tuple(sorted(left, key=lambda one: one.name)),
+        unknown_objects=objects,
+        unknown_bytes=size,
         waiting=(
             *_list_waiting(lineage, gone.rows(~old_gone), gone.size[~old_gone]),
             *_list_waiting(lineage, repacked.rows(~old_repacked), repacked.dead[~old_repacked]),

@@ -13,6 +13,7 @@ from island_fast.api import Repository
 from island_fast.errors import ConflictError, DamagedError, StoreError
 from island_fast.formats.catalog import decode_record, encode_record
 from island_fast.formats.keys import SnapshotNumbers
+from island_fast.operations import sweep
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import ObjectInfo
@@ -186,6 +187,21 @@ def test_what_others_stored_is_reported_and_goes_only_when_that_is_asked_for(
         assert {(step.action, step.object) for step in swept.steps} == {("keep", name) for name in strange}
     assert repository.sweep(unknown=True)[0].objects_removed == 5
     assert not store.objects.keys() & set(strange)
+
+
+def test_a_store_that_lists_any_number_of_objects_costs_bounded_memory(
+    store: MemoryStore, repository: Repository, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of ten million took gigabytes."""
+    monkeypatch.setattr(sweep, "_MOST", 3)
+    repository.snapshot(image)
+    for number in range(7):
+        store.put(f"vol/packs/{'c' * 32}/0-{number:08d}", [b"of somebody else"])
+    store.now += 2 * DAY
+    (swept,) = repository.sweep()
+    assert (swept.objects_unknown, swept.bytes_unknown, len(swept.steps)) == (7, 7 * 16, 3)
+    removed = [repository.sweep(unknown=True)[0].objects_removed for _ in range(4)]
+    assert removed == [3, 3, 1, 0]
 
 
 def test_what_a_snapshot_of_this_host_left_is_garbage_when_its_registration_is_long_gone(
