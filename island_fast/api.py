@@ -498,7 +498,8 @@ class Repository(RepositoryBase):
         from island_fast.results import Adopted
 
         lineage = self.existing_lineage(volume)
-        with lineage.hold_lock():
+        lineage.require_standing()  # before anything is given up
+        with lineage.hold_lock(give_up=True):
             lineage.require_standing()
             lineage.adopt()
             lineage.files.set_image(None)

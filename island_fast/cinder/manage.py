@@ -71,6 +71,11 @@ class ManageableVolumes:
             record = VolumeRecord(self.snapshot_size(reference) * _GIB, origin=snapshot)
             self._volumes.create(volume, record, at_once=True)
             return
+        with self._volumes.hold_reference(name):
+            self._manage_local(volume, name, reference)
+
+    def _manage_local(self, volume: str, name: str, reference: Mapping[str, str]) -> None:
+        """Make `volume` of another volume or a file; the caller holds the reference's lock."""
         records = self._local_records()
         if volume in records and name not in records and not (self._volumes.records.folder / name).exists():
             size = _to_gib(records[volume].size) * _GIB  # an earlier call came this far

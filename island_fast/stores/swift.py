@@ -44,6 +44,7 @@ from island_fast.stores.swift_connection import (
     Connection,
     HttpError,
     SwiftConnectionPool,
+    is_refusal,
     none_if_status,
 )
 from island_fast.stores.swift_pace import PacedBody
@@ -173,7 +174,7 @@ class SwiftStore(Store):
                     raise
                 if not self._holds(connection, name, content):
                     raise RetryableError("412 for an object that does not exist") from error
-                self._put_once(connection, name, content, only_if_absent=False)
+                self._put_again(connection, name, content)
 
         self._pool.call(f"put {name}", send, writes=True)
 
@@ -202,6 +203,22 @@ class SwiftStore(Store):
             raise RetryableError("404 Not Found") from error
         if answer["status"] != 201:
             raise RetryableError(f"{answer['status']} instead of 201")
+
+    def _put_again(self, connection: Connection, name: str, content: Views) -> None:
+        """Send a PUT for an object that is there, and may be on one replica only; see `_put_once`.
+
+        If Swift refuses it, the object is there all the same: the outcome is unknown.
+        """
+        try:
+            self._put_once(connection, name, content, only_if_absent=False)
+        except HttpError as error:
+            if is_refusal(error.http_status):
+                raise StoreError(
+                    f"put {name}: Swift has the object and refuses to store it on all its disks "
+                    f"({error.http_status} {error.http_reason}), so the outcome is unknown; run it again "
+                    "when it does"
+                ) from error
+            raise
 
     def _explain_full(self, connection: Connection, name: str, size: int, error: HttpError) -> str:
         """Return why an object of `size` bytes has no room, and what it needs, as far as Swift says."""

@@ -156,6 +156,17 @@ def test_412_for_an_object_that_is_not_there_is_tried_again(swift: SwiftServer, 
     assert store.get("object") == b"mine"
 
 
+@pytest.mark.parametrize("status", [403, 409, 413])
+def test_an_object_that_is_there_was_not_refused(swift: SwiftServer, swift_store: OpenSwift, status: int):
+    """Something on the way sends a PUT twice: our bytes are there, and the second copy finds no room."""
+    store = swift_store(patience=BRIEF)
+    store.put("object", [b"mine"])
+    swift.inject(Fault("answer", status, method="PUT", path="object", skip=1, times=1000))
+    with pytest.raises(StoreError, match="unknown") as raised:
+        store.put("object", [b"mine"])
+    assert not isinstance(raised.value, StoreRefusedError)
+
+
 def test_it_gives_up_in_the_end_and_says_that_the_outcome_is_unknown(
     swift: SwiftServer, swift_store: OpenSwift
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,33 @@ def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
     assert host.volumes.records.read(volume).size == GIB
 
 
+def test_of_two_calls_at_once_one_takes_a_file_over(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second would take the first one's for what a cut left."""
+    loose(host, b"content")
+    first, second = new_id(), new_id()
+    real, errors, others = VolumeRecords.write, [], []
+
+    def manage_second() -> None:
+        try:
+            ManageableVolumes(host.volumes).manage(second, LOOSE)
+        except NotFoundError as error:
+            errors.append(error)
+
+    def write(self: VolumeRecords, volume: str, record: VolumeRecord) -> None:
+        if not others:
+            others.append(threading.Thread(target=manage_second))
+            others[0].start()
+            others[0].join(1.0)
+        real(self, volume, record)
+
+    monkeypatch.setattr(VolumeRecords, "write", write)
+    ManageableVolumes(host.volumes).manage(first, LOOSE)
+    others[0].join()
+    assert len(errors) == 1
+    assert host.volumes.records.volumes() == [first]
+    assert content(host, first, 7) == b"content"
+
+
 def test_a_volume_whose_renaming_was_cut_off_can_be_managed_again(
     host: Host, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +165,8 @@ def test_a_volume_over_the_limit_is_refused_before_it_exists(host: Host) -> None
         with pytest.raises(RefusedError, match=r"65537 GiB cannot be snapshotted.* at most 65536 GiB"):
             call()
     assert host.volumes.records.volumes() == before
+    host.volumes.records.write(volume, VolumeRecord(size, made=True))  # of an earlier version
+    host.volumes.adopt_record(volume, VolumeRecord(size, made=True))
 
 
 def test_a_folder_of_volumes_belongs_to_one_service(host: Host, tmp_path: Path) -> None:
