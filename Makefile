@@ -54,7 +54,7 @@ docs: $(VENV)/.documented  ## build the web site in build/docs; a broken link is
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 
-pages: $(VENV)/.installed  ## make the man pages, docs/commands.md and docs/reference.md again, from help texts and docstrings
+pages: $(VENV)/.installed  ## make the man pages, docs/commands.md, configuration.md and reference.md again, from help texts, keys and docstrings
 	$(BIN)/python -m scripts.pages
 
 clean:  ## remove everything that was built

@@ -39,10 +39,9 @@ _CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", 
 _SHORT = 3  # characters; a value that short is part of too many words
 _USER_INFO = re.compile(r"://[^/\s@'\"]*@")
 _QUOTED_COMMAND = re.compile(
-    r"(?<='island )(?=(?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
-    r"(?! --help))"
+    r"'island (snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b(?! --help)"
 )
-"""Where --repository goes in a quoted command with a verb on a repository."""
+"""The beginning of a quoted command with a verb on a repository."""
 
 
 @dataclass(slots=True)
@@ -144,8 +143,7 @@ class Run:
             location = named[0] if len(named) == 1 else None
         if location is None:
             return text
-        option = f"-r {shlex.quote(location)} "
-        return _QUOTED_COMMAND.sub(lambda _: option, text)
+        return _QUOTED_COMMAND.sub(lambda found: f"{found[0]} -r {shlex.quote(location)}", text)
 
 
 def _names(text: str, location: str) -> bool:

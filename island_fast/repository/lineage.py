@@ -515,7 +515,7 @@ class Lineage:
             found = "damaged"
         if found != at.checksum:
             raise self._missing_record_error(
-                name, "is missing from" if found is None else "is another one in"
+                name, "is missing from" if found is None else "is a different one in"
             )
         self._position = replace(at, stored=True)
 

@@ -79,7 +79,7 @@ def test_quoted_commands_can_be_pasted(island: Island, disk: Path, monkeypatch: 
     monkeypatch.delenv("ISLAND_REPOSITORY")
     first = island.json("-r", place, "snapshot", disk)["snapshot"]
     island.text("-r", place, "keep", first)
-    assert f"'island -r {place} keep --release disk@{first}'" in island("-r", place, "delete", first).err
+    assert f"'island keep -r {place} --release disk@{first}'" in island("-r", place, "delete", first).err
     monkeypatch.setenv("ISLAND_REPOSITORY", str(place))
     assert f"'island keep --release disk@{first}'" in island("delete", first).err
 
@@ -91,12 +91,12 @@ def test_quoted_commands_are_for_the_repository_in_question(
     first = island.json("-r", near, "snapshot", disk)["snapshot"]
     copy = ("-r", near, "copy", "--all", "--to", far)
     assert island(*copy).code == 0
-    assert f"see 'island -r '{near}' list'" in island("-r", near, "show", "ff").err
+    assert f"see 'island list -r '{near}''" in island("-r", near, "show", "ff").err
     monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "another"))
     assert island("-r", far, "adopt", "disk").code == 0
     monkeypatch.setenv("ISLAND_STATE", str(island.state))
-    assert f"run 'island -r {far} adopt disk' here" in island(*copy).err
-    assert f"run 'island -r {far} adopt disk' here" in island("-r", far, "delete", first).err
+    assert f"run 'island adopt -r {far} disk' here" in island(*copy).err
+    assert f"run 'island adopt -r {far} disk' here" in island("-r", far, "delete", first).err
 
 
 def test_warnings_quote_commands_that_can_be_pasted(
@@ -106,7 +106,7 @@ def test_warnings_quote_commands_that_can_be_pasted(
     assert island("-r", here, "snapshot", disk).code == 0
     shutil.copytree(island.state, tmp_path / "clone")
     monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "clone"))
-    assert f"until 'island -r {here} adopt VOLUME' gives it one\n" in island("-r", here, "sweep").err
+    assert f"until 'island adopt -r {here} VOLUME' gives it one\n" in island("-r", here, "sweep").err
 
 
 def test_a_file_that_is_no_qcow2_is_no_damage(island: Island, tmp_path: Path) -> None:
