@@ -147,6 +147,18 @@ class VolumeRecords:
             )
         return []
 
+    def unrecorded(self) -> list[str]:
+        """Return the names under which there is an image and no record."""
+        with contextlib.suppress(FileNotFoundError):
+            return [
+                name
+                for name in sorted(os.listdir(self.folder))
+                if VOLUME_PATTERN.fullmatch(name)
+                and self.image_path(name).exists()
+                and not (self.folder / name / "volume.json").exists()
+            ]
+        return []
+
     def read_all(self) -> Iterator[tuple[str, VolumeRecord]]:
         """Yield every volume with its record, except one that is removed meanwhile; errors as in `read`."""
         for volume in self.volumes():

@@ -155,6 +155,17 @@ class Volumes:
         sync_folder(image.parent)
         self.records.change(volume, size=size)
 
+    def record_lone_images(self) -> None:
+        """Make volumes of images that have no record and are the only name of their file.
+
+        Such a file was to be managed, and was renamed and not linked, before a cut.
+        """
+        for volume in self.records.unrecorded():
+            image = self.records.image_path(volume)
+            with self._lock(volume), contextlib.suppress(FileNotFoundError, NotFoundError):
+                if self._find_record(volume) is None and image.stat().st_nlink == 1:
+                    self.records.write(volume, VolumeRecord(volume_size(image), made=True))
+
     def hold_reference(self, name: str) -> AbstractContextManager[object]:
         """Return the lock of taking over what has this name, which one caller at a time does."""
         return self._lock(f"manage-{name}")
@@ -227,6 +238,7 @@ class Volumes:
 
     def give_back(self, volume: str) -> None:
         """Leave on this host's disk what was to be managed and was not; without an image nothing stays."""
+        self.record_lone_images()
         known = self._find_record(volume)
         if known is not None and known.made:
             self.stop(volume)

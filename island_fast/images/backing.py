@@ -154,8 +154,11 @@ class Chain:
             self._stack = stack.pop_all()
 
     def require_unchanged(self) -> None:
-        """Raise ImageInUseError if a file was changed since it was opened; call it after the last read."""
-        for one in self._unchanged:
+        """Raise ImageInUseError if a file was changed since it was opened; call it after the last read.
+
+        What nothing was read of may change: libvirt gives a base that guests share new owners and labels.
+        """
+        for one in self._unchanged if self.top and self.top.bytes_read else ():
             one.require()
 
     def close(self) -> None:

@@ -110,8 +110,8 @@ def refuse_held(
     `path` is for messages alone. With `to_write` the caller is about to write: then a loop device that only
     reads counts, too, and for a block device so does a process that only reads. `claimed`: this process holds
     the device exclusively, by `fd`. `ours` are sessions (setsid(2)) of our own programs, whose use does not
-    count. If some processes could not be examined, a warning is logged for a block device, where nothing else
-    shows its users.
+    count. If some processes could not be examined, a warning is logged, unless a lease shows that nobody
+    writes to the file.
     """
     status = os.fstat(fd)
     device = stat.S_ISBLK(status.st_mode)
@@ -150,7 +150,7 @@ def _find_holder(wanted: _Wanted, fd: int, device: bool, to_write: bool, ours: f
             "open for writing in a process of another user, or in use by the kernel; find it with "
             "'fuser' as root and stop that first"
         )
-    if hidden and device:
+    if hidden and lease is None and not ours:
         _LOG.warning(
             "cannot determine whether any of %d processes of other users has %s open; run as root to be sure",
             hidden,

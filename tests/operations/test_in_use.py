@@ -207,6 +207,29 @@ def test_a_backing_file_that_is_changed_while_it_is_read(
     )  # fmt: skip
 
 
+def test_a_backing_file_of_which_nothing_was_read_may_change(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    """Its owner, for example: libvirt sets it at each start of a guest that has the same base."""
+    os.truncate(raw, 0)
+    os.truncate(raw, 16 * MIB)
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    taken = repository.snapshot(top, backing=[f"raw:{raw}"], progress=once(lambda: raw.chmod(0o600)))
+    assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
+
+
+def test_what_cannot_be_asked_is_reported(
+    repository: Repository, raw: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a lease, as on a network file system, and with processes that only root may look into."""
+    monkeypatch.setattr(open_files, "_find_process", lambda *_: (None, 3))
+    repository.snapshot(raw, volume="vol", image_format="raw")
+    assert caplog.text == ""
+    monkeypatch.setattr(open_files, "_no_writer_by_lease", lambda _: None)
+    repository.snapshot(raw, volume="vol", image_format="raw")
+    assert f"any of 3 processes of other users has {raw} open; run as root" in caplog.text
+
+
 @pytest.mark.parametrize("which", ["own", "parent's"])
 def test_a_pin_that_is_deleted_while_it_is_read(repository: Repository, tmp_path: Path, which: str) -> None:
     """Its clusters are free then, and the guest writes to them."""

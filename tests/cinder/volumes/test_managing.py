@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -58,13 +60,25 @@ def cut_off(place: Any, name: str, *, after: bool) -> Callable[..., Any]:
     return work
 
 
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system where a file has one name."""
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("place, name", STEPS, ids=[name for _, name in STEPS])
 @pytest.mark.parametrize("same", [True, False], ids=["same", "another"])
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
-    host: Host, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, same: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, same: bool, links: bool
 ) -> None:
     loose(host, b"content")
+    if not links:
+        without_links(monkeypatch)
     manageable, first = ManageableVolumes(host.volumes), new_id()
     with monkeypatch.context() as patched:
         patched.setattr(place, name, cut_off(place, name, after=after))
@@ -109,6 +123,21 @@ def test_of_two_calls_at_once_one_takes_a_file_over(host: Host, monkeypatch: pyt
     assert len(errors) == 1
     assert host.volumes.records.volumes() == [first]
     assert content(host, first, 7) == b"content"
+
+
+def test_a_file_that_was_renamed_and_not_recorded_is_given_back(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new name is the only one that it has."""
+    loose(host, b"content")
+    volume = new_id()
+    without_links(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(VolumeRecords, "write", cut_off(VolumeRecords, "write", after=False))
+        with pytest.raises(CutError):
+            ManageableVolumes(host.volumes).manage(volume, LOOSE)
+    host.volumes.give_back(volume)
+    assert content(host, volume, 7) == b"content"
 
 
 def test_a_volume_whose_renaming_was_cut_off_can_be_managed_again(
