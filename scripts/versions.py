@@ -1,6 +1,6 @@
 """Run the README's two commands, `make demo` and `make test`, on another suite of Debian, in a chroot.
 
-    scripts/versions.py SUITE [WORD...]    a suite is trixie or sid; words are pytest's, such as tests/unit
+    scripts/versions.py SUITE [WORD...]    a suite is trixie or sid; words are for pytest alone: tests/unit
 
 Needs root and debootstrap. The chroot is build/versions/SUITE, of 4 GiB; it is made once and kept, with the
 packages and the virtual environment in it, until `make clean`. What runs there is a clone of the last commit
@@ -13,6 +13,7 @@ process. Tests see no network but loopback.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -51,19 +52,29 @@ find tmp -mindepth 1 -delete
 [ -n "$NETWORK" ] || ip link set lo up
 pivot_root . .outside
 umount -l /.outside
+rmdir /.outside
 cd "$CLONE"
 exec "$@"
 """
 
 
 def main() -> None:
-    """Make the chroot if need be, and run both commands in it; exit with the code of the one that fails."""
+    """Make the chroot if need be, and run both commands in it; exit with the code of the one that fails.
+
+    With words for pytest, the demo is left out.
+    """
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
     suite, *words = sys.argv[1:]
     if os.geteuid() != 0:
         sys.exit("a chroot needs root")
     top = TREE / "build/versions" / suite
+    top.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(top.parent / f"{suite}.lock", os.O_CREAT | os.O_RDWR)  # released when this process ends
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        sys.exit(f"another process uses {top}; wait for its end")
     if not (top / CLONE).is_dir():
         make_chroot(suite, top)
     copy_settings(top)
@@ -72,7 +83,8 @@ def main() -> None:
     for test, reason in NOT_CARRIED.items():
         print(f"  {test}: {reason}", flush=True)
     options = " ".join(f"--deselect {test}" for test in NOT_CARRIED)
-    run(top, ["make", "demo"], network=True)
+    if not words:
+        run(top, ["make", "demo"], network=True)
     run(top, ["make", "ready"], network=True)
     report_versions(top)
     run(top, ["make", "test", f"TESTS={' '.join(words)}"], {"PYTEST_ADDOPTS": options})
