@@ -39,7 +39,7 @@ mutants: $(VENV)/.tested  ## plant mistakes one at a time, and check that random
 
 versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or sid; TESTS="tests/unit" chooses
 	@scripts/install_packages debootstrap
-	@$(PYTHON) scripts/versions.py $(SUITE) $(TESTS)
+	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(TESTS)
 
 bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
 	@scripts/install_packages qemu daemon fuse fio peers

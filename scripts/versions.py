@@ -1,6 +1,7 @@
 """Run the README's two commands, `make demo` and `make test`, on another suite of Debian, in a chroot.
 
-    scripts/versions.py SUITE [WORD...]    a suite is trixie or sid; words are for pytest alone: tests/unit
+    scripts/versions.py SUITE [WORD...]            a suite is trixie or sid; words are for pytest: tests/unit
+    scripts/versions.py SUITE --target TARGET      make this target there instead, such as wheels
 
 Needs root and debootstrap. The chroot is build/versions/SUITE, of 4 GiB; it is made once and kept, with the
 packages and the virtual environment in it, until `make clean`. What runs there is a clone of the last commit
@@ -13,6 +14,7 @@ process. Tests see no network but loopback.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
 import shutil
@@ -63,9 +65,13 @@ def main() -> None:
 
     With words for pytest, the demo is left out.
     """
-    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
-    suite, *words = sys.argv[1:]
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("suite")
+    parser.add_argument("--target", default="test")
+    chosen, words = parser.parse_known_args()
+    suite = chosen.suite
     if os.geteuid() != 0:
         sys.exit("a chroot needs root")
     top = TREE / "build/versions" / suite
@@ -79,6 +85,9 @@ def main() -> None:
         make_chroot(suite, top)
     copy_settings(top)
     commit = clone(top / CLONE)
+    if chosen.target != "test":
+        run(top, ["make", chosen.target], network=True)
+        return
     print(f"{suite}, commit {commit[:12]}, not carried:", flush=True)
     for test, reason in NOT_CARRIED.items():
         print(f"  {test}: {reason}", flush=True)
