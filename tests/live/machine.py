@@ -17,6 +17,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GUEST = ROOT / "build/guest"
+# where Debian's packages have them, by version
+KERNELS = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
 BUSYBOX = ("bin/busybox", "usr/bin/busybox")
 VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 # in the order in which they need each other
@@ -57,7 +59,8 @@ def missing() -> str:
 
 
 def kernel() -> Path | None:
-    return next(iter(sorted(GUEST.glob("boot/vmlinuz-*"), reverse=True)), None)
+    found = [path for place in KERNELS for path in GUEST.glob(place)]
+    return max(found, default=None)
 
 
 def virtiofsd() -> str | None:
