@@ -6,7 +6,7 @@ INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help test quick check fuzz machine mutants bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test quick check fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -15,10 +15,12 @@ demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and sh
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: $(VENV)/.tested  ## run all tests, with a real qemu and a real Swift: under 20 minutes
+ready: $(VENV)/.tested  ## install everything that the tests need
 	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd udev fio peers libvirt
 	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
-	$(BIN)/pytest -n 2 --no-loadscope-reorder
+
+test: ready  ## run all tests, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
+	$(BIN)/pytest -n 2 --no-loadscope-reorder $(TESTS)
 
 quick: $(VENV)/.tested  ## run the unit and property tests and the rules of the code: seconds
 	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py
@@ -34,6 +36,10 @@ machine: $(VENV)/.tested  ## run random histories with crashes and faults, for M
 
 mutants: $(VENV)/.tested  ## plant mistakes one at a time, and check that random histories find each: half an hour
 	$(BIN)/python scripts/mutants.py
+
+versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or sid; TESTS="tests/unit" chooses
+	@scripts/install_packages debootstrap
+	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(TESTS)
 
 bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
 	@scripts/install_packages qemu daemon fuse fio peers

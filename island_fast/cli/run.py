@@ -18,6 +18,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -263,6 +265,8 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
             return _Failure("interrupted", f"interrupted; {run.if_interrupted()}", run.signals.exit_code)
         case _OutputError():
             return _Failure("output", _explain_output_error(error.__cause__))
+        case ImportError() if find_spec("island_fast._diff") is None:
+            return _Failure("not-built", _explain_missing_kernels())
         case OSError():
             return _Failure("system", _explain_os_error(error))
         case MemoryError():
@@ -297,6 +301,15 @@ def _explain_usage_error(error: click.ClickException) -> str:
     command = context.command_path if context else "island"
     see = " See" if text.endswith("?") else "; see"
     return f"{text[:1].lower()}{text[1:]}{see} '{command} --help'"
+
+
+def _explain_missing_kernels() -> str:
+    """Return why source without the compiled module runs: Python's own path begins with this folder."""
+    source, python = Path(__file__).parent.parent, ".".join(map(str, sys.version_info[:2]))
+    return (
+        f"{source} is source without a compiled module for Python {python}; run the installed island in "
+        f"another folder, or build the module with {shlex.join(['pip', 'install', '-e', str(source.parent)])}"
+    )
 
 
 def _explain_os_error(error: OSError) -> str:
