@@ -89,7 +89,7 @@ class SwiftServer:
     def _start(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="swift-", dir=_find_folder_with_xattrs()))
         names = ["proxy", *(f"{kind}-{n}" for n in range(1, self.nodes + 1) for kind in KINDS)]
-        self.ports = dict(zip(names, _find_free_ports(len(names)), strict=True))
+        self.ports = dict(zip(names, find_free_ports(len(names)), strict=True))
         _write_conf(self.root / "swift.conf", _SWIFT_CONF)
         rings = json.dumps([self.nodes, self.replicas, self.ports])
         subprocess.run([sys.executable, _PROGRAM, "rings", self.root, rings], check=True)
@@ -296,7 +296,7 @@ def _find_folder_with_xattrs() -> str:
     raise StartError("Swift needs a directory with extended attributes; set TMPDIR to one")
 
 
-def _find_free_ports(count: int) -> list[int]:
+def find_free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:
