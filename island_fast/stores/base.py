@@ -134,9 +134,6 @@ class Store(ABC):
     range_gap: int
     """The largest gap, in bytes, between two ranges that is cheaper to fetch than to split a request at."""
 
-    ranges_at_once: int | None = None
-    """The most ranges of an object that one request can ask for; None: any number."""
-
     request_cost: int = 512 << 10
     """How many bytes arrive in the time that one more request takes: gaps that add up to less are fetched."""
 
@@ -148,6 +145,14 @@ class Store(ABC):
 
     readers: int = os.cpu_count() or 1
     """How many threads hash and compress what is sent to this store, or compare what is stored in it."""
+
+    @property
+    def ranges_at_once(self) -> int | None:
+        """The most ranges of an object that one request can ask for; None: any number.
+
+        It can become less when the store's answers show that it takes fewer.
+        """
+        return None
 
     def use_workers(self, most: int) -> None:
         """Limit `readers`, `uploads` and `downloads` to `most` each, which is at least 1."""

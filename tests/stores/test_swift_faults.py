@@ -370,6 +370,46 @@ def test_a_server_that_ignores_ranges_is_understood(swift: SwiftServer, store: S
     assert swift.count("GET", "object") == 1
 
 
+def test_a_server_that_sends_the_first_range_only_is_asked_for_one_at_a_time(
+    swift: SwiftServer, store: SwiftStore
+):
+    store.put("object", CONTENT)
+    ranges = [(i * 1000, 10) for i in range(60)]
+    content = [WHOLE[o : o + n] for o, n in ranges]
+    swift.inject(Fault("first", method="GET", times=1000))
+    assert (store.get_ranges("object", ranges[:1]), store.ranges_at_once) == (content[:1], 49)
+    swift.calm()
+    swift.inject(Fault("first", method="GET", times=1000))
+    assert (store.get_ranges("object", ranges), store.ranges_at_once) == (content, 1)
+    asked = swift.list_requests()
+    singles = [f"bytes={o}-{o + n - 1}" for o, n in ranges]
+    assert asked[0]["RANGE"].count(",") == 48
+    assert sorted(request["RANGE"] for request in asked[1:]) == sorted(singles[1:])
+    assert len({request["port"] for request in asked}) <= 5
+    swift.calm()  # a server that could do better is not tried again
+    assert store.get_ranges("object", ranges) == content
+    assert sorted(request["RANGE"] for request in swift.list_requests()) == sorted(singles)
+    with pytest.raises(DamagedObjectError, match="object"):
+        store.get_ranges("object", [*ranges, (len(WHOLE) - 5, 6)])
+
+
+def test_failures_of_single_ranges_are_repeated_or_told(swift: SwiftServer, swift_store: OpenSwift):
+    store = swift_store(patience=BRIEF)
+    store.put("object", CONTENT)
+    ranges = [(i * 1000, 10) for i in range(60)]
+    broken = Fault("drop", method="GET", skip=7, times=3)
+    swift.inject(
+        broken, Fault("answer", 503, method="GET", skip=17), Fault("first", method="GET", times=1000)
+    )
+    assert store.get_ranges("object", ranges) == [WHOLE[o : o + n] for o, n in ranges]
+    assert store.ranges_at_once == 1
+    swift.calm()
+    swift.inject(Fault("answer", 503, method="GET", skip=20, times=1000))
+    with pytest.raises(StoreError, match="has not answered"):
+        store.get_ranges("object", ranges)
+    assert swift.count("GET") < 60 + 60
+
+
 def test_a_put_refuses_to_overwrite_from_its_first_try_on(swift: SwiftServer, store: SwiftStore):
     store.put("object", CONTENT)
     (asked,) = swift.list_requests()

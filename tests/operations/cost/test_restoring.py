@@ -8,8 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from island_fast.api import Repository
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import _range_starts
@@ -18,6 +21,7 @@ from island_fast.stores.directory import DirectoryStore
 from tests.conftest import OpenSwift
 from tests.operations.cost.conftest import INCREMENTS, History, select_kind
 from tests.support.memory_store import MemoryStore
+from tests.support.swift_faults import Fault
 from tests.support.swift_server import SwiftServer
 
 
@@ -100,11 +104,17 @@ def test_a_store_that_takes_few_ranges_is_asked_once_too(
     assert (tmp_path / "few.raw").read_bytes() == (tmp_path / "flat.raw").read_bytes()
 
 
+def place_blocks(gaps: Sequence[int] | Int64s, size: int) -> tuple[Int64s, Int64s]:
+    """The offsets and the ends of blocks of `size` bytes with these gaps between them."""
+    offsets = np.append(0, np.cumsum(np.array(gaps, np.int64) + size))
+    return offsets, offsets + size
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 49, None])
 @pytest.mark.parametrize("gap", [0, 10])
 def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None) -> None:
     gaps = np.random.default_rng(gap).integers(0, 60, 80)
-    starts = _range_starts(gaps, gap, most, 1 << 20)
+    starts = _range_starts(*place_blocks(gaps, 1 << 16), gap, most, 1 << 20)
     assert starts[0] == 0
     assert most is None or len(starts) <= most
     split, joined = gaps[starts[1:] - 1], np.delete(gaps, starts[1:] - 1)
@@ -131,7 +141,7 @@ def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None)
     ],
 )
 def test_a_further_request_is_made_for_bytes_enough(gaps: list[int], cost: int, ranges: int) -> None:
-    starts = _range_starts(np.array(gaps, np.int64), 1, 49, cost)
+    starts = _range_starts(*place_blocks(gaps, 1), 1, 49, cost)
     assert len(starts) == ranges
     assert (np.diff(starts) > 0).all()
 
@@ -155,6 +165,69 @@ def test_spread_blocks_of_a_pack_are_fetched_from_swift_without_the_rest(
     assert [request["RANGE"].count(",") + 1 for request in asked] == [49, 3]
     needed = 256 * BLOCK_SIZE
     assert needed <= restored.bytes_read <= 1.01 * needed
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 900), st.integers(1, 70)), min_size=1, max_size=100),
+    st.integers(0, 100),
+    st.integers(100, 2000),
+)
+def test_where_each_range_is_a_request_a_quarter_more_is_read_at_most(
+    blocks: list[tuple[int, int]], gap: int, cost: int
+) -> None:
+    """`blocks` are gaps, and the lengths of blocks after them."""
+    gaps, lengths = np.array(blocks, np.int64).T
+    ends = np.cumsum(gaps + lengths)
+    offsets = ends - lengths
+
+    def count_read(starts: Int64s) -> int:
+        return int((ends[np.append(starts[1:], ends.size) - 1] - offsets[starts]).sum())
+
+    starts = _range_starts(offsets, ends, gap, 1, cost)
+    without = count_read(_range_starts(offsets, ends, gap, None, cost))
+    assert count_read(starts) <= 1.25 * without
+    left_out = (offsets[1:] - ends[:-1])[starts[1:] - 1]
+    fetched = np.delete(offsets[1:] - ends[:-1], starts[1:] - 1)
+    assert fetched.max(initial=0) <= max(gap, left_out.min(initial=1000))
+    if left_out.size and left_out.min() < cost:
+        assert count_read(starts) + left_out.min() > 1.25 * without, "there is a request that need not be"
+
+
+@pytest.mark.swift_only("its answers are compared with Ceph's")
+@pytest.mark.parametrize("step", [None, 8, 3])
+def test_a_store_that_sends_the_first_range_only_costs_few_more_bytes(
+    history: History, swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path, step: int | None
+) -> None:
+    """A restore after 100 increments, and one that needs every `step`-th block of a pack."""
+    requests, received = [], []
+    for number, faults in enumerate(([], [Fault("first", method="GET", path="/packs/", times=10_000)])):
+        store = swift_store()
+        if step is None:
+            history.copy_into(store)
+        else:
+            take_every(
+                step, Repository(store, LocalState(tmp_path / f"taker-{number}"), create=True), tmp_path
+            )
+        repository = Repository(store, LocalState(tmp_path / f"stranger-{number}"))
+        swift.calm()
+        swift.inject(*faults)
+        result = repository.restore("vol@latest", tmp_path / f"{number}.raw", image_format="raw")
+        received.append(result.bytes_read)
+        requests.append(swift.count("GET", "/packs/"))
+    assert (tmp_path / "0.raw").read_bytes() == (tmp_path / "1.raw").read_bytes()
+    assert received[1] <= 1.25 * received[0]
+    assert requests[1] <= 5 * requests[0] if step is None else 256 // step + 4
+
+
+def take_every(step: int, repository: Repository, folder: Path) -> None:
+    """Take two snapshots; the second needs every `step`-th block of the first one's pack."""
+    content = np.random.default_rng(1).integers(0, 256, (256, BLOCK_SIZE), np.uint8)
+    volume = folder / "vol.raw"
+    volume.write_bytes(content)
+    repository.snapshot(volume, image_format="raw")
+    content[np.arange(256) % step != 0] ^= 1
+    volume.write_bytes(content)
+    repository.snapshot(volume, image_format="raw")
 
 
 def test_the_history_is_long(history: History) -> None:
