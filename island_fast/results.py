@@ -342,8 +342,10 @@ class SweepStep(Answer):
 class Swept(Answer):
     """What a sweep did to a volume, or with `dry_run` would do.
 
-    `bytes_freed` is `bytes_removed` less `bytes_rewritten`. `objects_unknown` counts what stays although no
-    record names it, because this host did not store it: another host may need it, or have left it.
+    `bytes_freed` is `bytes_removed` less `bytes_rewritten` and `bytes_kept`. `bytes_kept` is what the store
+    keeps of the removed objects, as versions or under a lock, as far as it says so or its own count shows it.
+    `objects_unknown` counts what stays although no record names it, because this host did not store it:
+    another host may need it, or have left it.
     """
 
     volume: str
@@ -351,6 +353,7 @@ class Swept(Answer):
     packs_repacked: int
     bytes_removed: int
     bytes_rewritten: int
+    bytes_kept: int
     bytes_freed: int
     objects_unknown: int
     bytes_unknown: int

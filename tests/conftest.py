@@ -44,6 +44,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """What takes longest begins first. With --ceph, say of each test whether it can be run there."""
     items.sort(key=lambda item: not item.nodeid.startswith(CINDER))
     if config.getoption("--ceph"):
+        config.hook.pytest_deselected(items=[item for item in items if not _uses_swift(item)])
         items[:] = [item for item in items if _uses_swift(item)]
     for item in items:
         if config.getoption("--ceph"):
@@ -56,10 +57,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _uses_swift(item: pytest.Item) -> bool:
-    """Whether a test asks for the Swift server, by itself or through a parameter's fixture."""
+    """Whether a test asks for the Swift server, as far as its fixtures, parameters and markers show it."""
     called = getattr(item, "callspec", None)
-    asked = called.params.values() if called else ()
-    return "swift_server" in getattr(item, "fixturenames", ()) or "swift" in asked
+    asked = [*getattr(item, "fixturenames", ()), *(called.params.values() if called else ())]
+    return "swift_server" in asked or "swift" in asked or item.get_closest_marker("uses_swift") is not None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -77,14 +78,17 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 @pytest.fixture(scope="session")
 def swift_server(request: pytest.FixtureRequest) -> Iterator[SwiftServer]:
     """A Swift with one replica, or with --ceph a Ceph."""
-    if request.config.getoption("--ceph"):
-        if lacking := ceph_server.missing():
-            pytest.fail(lacking)
-        with CephServer() as server:
-            yield server
-    else:
-        with SwiftServer() as server:
-            yield server
+    with make_swift_server(request.config) as server:
+        yield server
+
+
+def make_swift_server(config: pytest.Config, *, nodes: int = 1) -> SwiftServer:
+    """Return the server to be started: a Swift of so many nodes and replicas, or with --ceph a Ceph."""
+    if not config.getoption("--ceph"):
+        return SwiftServer(nodes=nodes, replicas=nodes)
+    if lacking := ceph_server.missing():
+        pytest.fail(lacking)
+    return CephServer()
 
 
 @pytest.fixture

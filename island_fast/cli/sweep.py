@@ -71,6 +71,11 @@ def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
             yield f"Volume {one.volume}: nothing to remove."
         else:
             yield f"Volume {one.volume}: {text}; {free} {size(one.bytes_freed)}."
+        if one.bytes_kept:
+            yield (
+                f"Volume {one.volume}: the store still holds these {size(one.bytes_kept)}, because it keeps "
+                "what is deleted as versions or under a lock, unless others stored as much meanwhile."
+            )
         if one.objects_unknown:
             yield (
                 f"Volume {one.volume}: kept {count(one.objects_unknown, 'object')} "

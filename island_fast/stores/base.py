@@ -154,6 +154,11 @@ class Store(ABC):
         """
         return None
 
+    @property
+    def keeps_deleted(self) -> bool:
+        """Whether the store says that it keeps what is deleted, as versions; it can do so without a word."""
+        return False
+
     def use_workers(self, most: int) -> None:
         """Limit `readers`, `uploads` and `downloads` to `most` each, which is at least 1."""
         self.readers, self.uploads, self.downloads = (
@@ -214,6 +219,13 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; succeed if it is absent."""
+
+    def count_bytes(self) -> int | None:
+        """Return how many bytes the store holds by its own count, with what it keeps of deleted objects.
+
+        It may be the count of more than this store's prefix. None if the store has none that follows at once.
+        """
+        return None
 
     def use_reserve(self) -> AbstractContextManager[None]:
         """Let puts of the body use the room that the store keeps for what frees room, if it keeps any."""

@@ -97,6 +97,11 @@ class RateLimitedStore(Store):
         """See Store.ranges_at_once."""
         return self._store.ranges_at_once
 
+    @property
+    def keeps_deleted(self) -> bool:
+        """See Store.keeps_deleted."""
+        return self._store.keeps_deleted
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
         self._up.wait(sum(view.nbytes for view in flat_views(parts)))
@@ -133,6 +138,10 @@ class RateLimitedStore(Store):
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._store.delete(name)
+
+    def count_bytes(self) -> int | None:
+        """See Store.count_bytes."""
+        return self._store.count_bytes()
 
     def use_reserve(self) -> AbstractContextManager[None]:
         """See Store.use_reserve."""

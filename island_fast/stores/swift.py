@@ -21,6 +21,7 @@ from island_fast.errors import (
     ObjectMissingError,
     StoreError,
     StoreFullError,
+    StoreRefusedError,
     UsageError,
 )
 from island_fast.memory import require_memory
@@ -85,6 +86,7 @@ class SwiftStore(Store):
         self._prefix = check_prefix(f"{prefix}/" if prefix else "")
         self._pool = SwiftConnectionPool(auth, policy)
         self._ranges_at_once = swift_ranges.RANGES_PER_REQUEST
+        self._container_head: Mapping[str, str] = {}
         self.location = f"swift://{container}/{prefix}".rstrip("/")
 
     @classmethod
@@ -126,6 +128,24 @@ class SwiftStore(Store):
         """See Store.ranges_at_once. 49; 1 once a server has answered several with the first of them only."""
         return self._ranges_at_once
 
+    @property
+    def keeps_deleted(self) -> bool:
+        """See Store.keeps_deleted. Of versions that were switched on over S3, Ceph's gateway says nothing."""
+        head = self._container_head
+        return head.get("x-versions-enabled", "").lower() == "true" or "x-history-location" in head
+
+    def count_bytes(self) -> int | None:
+        """See Store.count_bytes. Ceph's gateway counts at once; a second count shows that it is one."""
+        if "x-container-bytes-used-actual" not in self._container_head:
+            return None
+        try:
+            head = self._pool.call(
+                f"count {self.location}", lambda connection: connection.head_container(self._container)
+            )
+        except StoreError:  # it is only asked to be reported
+            return None
+        return _parse_number(head, "x-container-bytes-used")
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()
@@ -137,9 +157,15 @@ class SwiftStore(Store):
         """Return whether the container exists; it does not only if every replica says so."""
         for headers in ({}, _NEWEST):
             try:
-                connection.head_container(self._container, headers=headers)
+                self._container_head = connection.head_container(self._container, headers=headers)
                 return True
             except HttpError as error:
+                if error.http_status == 403:
+                    raise StoreRefusedError(
+                        f"container {self._container}: Swift refuses (403 {error.http_reason}); it is "
+                        "another account's, or this one has no role for it: choose another name, or ask for "
+                        "a role that can write to the container"
+                    ) from error
                 if error.http_status != 404:
                     raise
         return False

@@ -41,14 +41,13 @@ class CephServer(SwiftServer):
     is the same as in Swift. `s3_key` and `s3_secret` are its credentials for S3 at `s3_address`.
     """
 
+    patience = 60.0  # for half a minute after a gateway was killed, others wait for it to confirm changes
     s3_key = "tester"
     s3_secret = uuid.uuid4().hex
 
-    def __init__(self, **options: str) -> None:
-        """Make it; `options` are further settings of the gateway, such as rgw_swift_token_expiration."""
+    def __init__(self) -> None:
         super().__init__()
         self._system = os.environ.get("CEPH_ROOT", "")
-        self._options = options
 
     @property
     def s3_address(self) -> tuple[str, int]:
@@ -82,6 +81,14 @@ class CephServer(SwiftServer):
     def admin(self, *argv: str) -> str:
         """Run radosgw-admin, and return what it prints."""
         return self._run("radosgw-admin", *argv)
+
+    def await_server(self, name: str) -> None:
+        """Wait until a server that was started answers."""
+        self._wait_until_ready(name)
+
+    def set_option(self, name: str, value: object) -> None:
+        """Change a setting of the running gateway, such as rgw_swift_token_expiration."""
+        self._run("ceph", "daemon", f"{self._inside}/client.rgw.a.asok", "config", "set", name, str(value))
 
     def version(self) -> str:
         """Return the version, such as 16.2.15."""
@@ -148,7 +155,6 @@ class CephServer(SwiftServer):
                 # Quotas are enforced by numbers that would be ten minutes old.
                 "rgw bucket quota ttl": "0",
                 "rgw user quota bucket sync interval": "0",
-                **{key.replace("_", " "): value for key, value in self._options.items()},
             },
         }
         with open(self.root / "ceph.conf", "w") as file:

@@ -46,6 +46,7 @@ class SwiftServer:
     times. Servers have names such as "proxy" and "object-1".
     """
 
+    patience = 10.0  # seconds that a request of the tests themselves may take
     user = "test:tester"
     key = secrets.token_hex(16)  # random, so that a test that searches for it finds leaks
     other = ("other:keeper", secrets.token_hex(16))  # user and key of a second account
@@ -205,7 +206,7 @@ class SwiftServer:
         self._control("DELETE", server, CONTROL)
 
     def _control(self, method: str, name: str, path: str, body: str = "") -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports[name], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports[name], timeout=self.patience)
         try:
             connection.request(method, path, body)
             return connection.getresponse().read()
@@ -270,7 +271,7 @@ class SwiftServer:
     def _request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> tuple[int, Mapping[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=self.patience)
         try:
             connection.request(method, path, body, dict(headers))
             answer = connection.getresponse()
