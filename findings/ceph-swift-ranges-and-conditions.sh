@@ -4,7 +4,7 @@
 # the object. The S3 API of the same gateway refuses that PUT with 412, and answers two ranges as Swift's does.
 # OpenStack Swift 2.38 sends multipart/byteranges, and refuses the PUT with 412. 18.2.7 and 20.2.4 do as 16.2.15.
 # Output seen: the six lines at the end of this script. Needs root on Debian 12, for a mon, an osd and a gateway
-# in a temporary folder, and half a minute after the download (250 MB). Exit 77: it could not be run here.
+# in a temporary folder, and half a minute after the download (130 MB). Exit 77: it could not be run here.
 set -eu
 version=16.2.15+ds-0+deb12u2
 folder=$(mktemp -d)

@@ -38,7 +38,7 @@ BATCH = 32  # blocks that are read, hashed, compressed or decoded at a time: 2 M
 T = TypeVar("T")
 
 _INDEXES_KEPT = 64
-_EXCESS = 4  # Swift, which takes many ranges at once, would read less, but not by a quarter
+_EXCESS = 4  # bytes that are needed, for each that is read only to save a request
 _SPARED = 32  # a pack is fetched whole if at most one slot in this many is not wanted
 _LOG = logging.getLogger(__name__)
 

@@ -321,14 +321,16 @@ class SwiftStore(Store):
         while left:
             at_once = self._ranges_at_once
             if at_once == 1 and len(left) > 1:
-                found += self._fetch_singly(name, left, needed)
-                break
-            found += self._fetch_ranges(name, left[:at_once], needed)
+                got = self._fetch_singly(name, left, needed)
+            else:
+                got = self._fetch_ranges(name, left[:at_once], needed)
+            whole = [piece for piece in got if piece.start == 0 and piece.stop >= needed]
+            found = whole[:1] or found + got
             left = [one for one in left if sum(one) > found[-1].stop]
         return swift_ranges.select_ranges(found, ranges)
 
     def _fetch_singly(self, name: str, ranges: Sequence[Range], needed: int) -> list[swift_ranges.Piece]:
-        """Get the pieces that contain `ranges`, each by a request of its own, some at a time."""
+        """Get `ranges`, each by a request of its own, some at a time."""
         pool = ThreadPoolExecutor(min(len(ranges), _SINGLE_RANGES), thread_name_prefix="island-ranges")
         try:
             got = pool.map(lambda one: self._fetch_ranges(name, [one], needed), ranges)
@@ -337,7 +339,7 @@ class SwiftStore(Store):
             pool.shutdown(wait=True, cancel_futures=True)
 
     def _fetch_ranges(self, name: str, few: Sequence[Range], needed: int) -> list[swift_ranges.Piece]:
-        """Get the pieces that contain `few` ranges, or only the first of them if the server sends no more.
+        """Get `few` ranges, or only the first of them if the server sends no more, or the whole object.
 
         The object has at least `needed` bytes. An invalid answer can have been damaged on its way, so the
         request is repeated twice.
@@ -348,8 +350,8 @@ class SwiftStore(Store):
                 got = self._parse_answer(name, answer, needed)
                 if answer.status == 206 and swift_ranges.is_first_alone(answer.headers, got, few):
                     self._ranges_at_once = 1
-                else:
-                    swift_ranges.select_ranges(got, few)
+                    return got
+                views = swift_ranges.select_ranges(got, few)
             except ValueError as error:
                 if not tries_left:
                     raise StoreError(
@@ -358,7 +360,9 @@ class SwiftStore(Store):
                     ) from error
             else:
                 break
-        return got
+        if answer.status == 200:
+            return got
+        return [swift_ranges.Piece(one[0], view, None) for one, view in zip(few, views, strict=True)]
 
     def _parse_answer(self, name: str, answer: _Answer, needed: int) -> list[swift_ranges.Piece]:
         """Return the pieces of a range request's answer; ValueError if it is invalid.
