@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+WITH_SWIFT := tests/stores tests/faults tests/operations tests/cli
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help ready test quick check fuzz machine mutants versions bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test quick check ceph fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -27,6 +28,11 @@ quick: $(VENV)/.tested  ## run the unit and property tests and the rules of the 
 
 check: $(VENV)/.tested  ## check only the rules of the code: linting, types, imports between rooms
 	$(BIN)/pytest -q tests/test_source.py
+
+ceph: $(VENV)/.tested  ## run the tests of Swift with a real Ceph gateway: ten minutes; SUITE=trixie or sid takes the Ceph of that
+	@scripts/install_packages qemu $(if $(SUITE),debootstrap,ceph)
+	@$(if $(SUITE),$(PYTHON) scripts/ceph_suite.py $(SUITE) >/dev/null)
+	CEPH_ROOT=$(if $(SUITE),$(CURDIR)/build/ceph/$(SUITE)) $(BIN)/pytest --ceph $(or $(TESTS),$(WITH_SWIFT))
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)

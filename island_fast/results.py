@@ -344,11 +344,12 @@ class SweepStep(Answer):
 class Swept(Answer):
     """What a sweep did to a volume, or with `dry_run` would do.
 
-    `bytes_freed` is `bytes_removed` less `bytes_rewritten`. `objects_unknown` counts what stays although no
-    record names it, because this host did not store it: another host may need it, or have left it. At most
-    131072 of those are among the `steps`, and no sweep removes more objects that no record names.
-    `objects_waiting` counts what stays although no snapshot needs it, because it is younger than the grace;
-    a later sweep frees `bytes_waiting` of it.
+    `bytes_freed` is `bytes_removed` less `bytes_rewritten` and `bytes_kept`. `bytes_kept` is what the store
+    keeps of the removed objects, as versions or under a lock, as far as it says so or its own count shows it.
+    `objects_unknown` counts what stays although no record names it, because this host did not store it:
+    another host may need it, or have left it. At most 131072 of those are among the `steps`, and no sweep
+    removes more objects that no record names. `objects_waiting` counts what stays although no snapshot needs
+    it, because it is younger than the grace; a later sweep frees `bytes_waiting` of it.
     """
 
     volume: str
@@ -356,6 +357,7 @@ class Swept(Answer):
     packs_repacked: int
     bytes_removed: int
     bytes_rewritten: int
+    bytes_kept: int
     bytes_freed: int
     objects_unknown: int
     bytes_unknown: int

@@ -77,6 +77,11 @@ def _format_swept(swept: Sequence[Swept], dry_run: bool, grace: float) -> Iterat
             waiting = f"{count(one.objects_waiting, 'object')} ({size(one.bytes_waiting)})"
             text += f"; {waiting} {wait} {age(grace)} old (--grace)"
         yield f"Volume {one.volume}: {text}."
+        if one.bytes_kept:
+            yield (
+                f"Volume {one.volume}: the store still holds these {size(one.bytes_kept)}, because it keeps "
+                "what is deleted as versions or under a lock, unless others stored as much meanwhile."
+            )
         if one.objects_unknown:
             yield (
                 f"Volume {one.volume}: kept {count(one.objects_unknown, 'object')} "

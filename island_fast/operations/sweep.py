@@ -67,6 +67,7 @@ def sweep(
     error if some could not be repacked for want of room.
     """
     done: list[SweepPlan] = []
+    kept = 0
     errors: list[IslandError] = []
     with lineage.files.lock_sweeps():
         if not dry_run:
@@ -89,6 +90,7 @@ def sweep(
             run = _SweepRun(lineage, plan, progress)
             plan = run.run()
             done.append(plan)
+            kept += run.kept
             if run.lacking is not None and plan.objects:  # what was deleted has made room
                 with lineage.hold_lock():
                     plan = plan_sweep(lineage, grace, accounted, running, unknown)
@@ -104,7 +106,8 @@ def sweep(
         packs_repacked=sum(len(one.repacked) for one in done),
         bytes_removed=removed,
         bytes_rewritten=rewritten,
-        bytes_freed=removed - rewritten,
+        bytes_kept=kept,
+        bytes_freed=max(0, removed - rewritten - kept),
         objects_unknown=done[-1].unknown_objects,
         bytes_unknown=done[-1].unknown_bytes,
         objects_waiting=len(waiting),
@@ -280,7 +283,10 @@ def _is_confirmed(lineage: Lineage, listed: ObjectInfo, age: float) -> bool:
 
 
 class _SweepRun:
-    """A plan being carried out. `lacking` is the error if a pack found no room."""
+    """A plan being carried out.
+
+    `lacking` is the error if a pack found no room, `kept` how many bytes the store keeps of what it removed.
+    """
 
     def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
         self._lineage = lineage
@@ -288,6 +294,7 @@ class _SweepRun:
         self._progress = progress
         self._done, self._total = 0, plan.removed + plan.rewritten
         self.lacking: StoreFullError | None = None
+        self.kept = 0
 
     def run(self) -> SweepPlan:
         """Rewrite, record, delete; return the plan without the packs that could not be rewritten."""
@@ -314,6 +321,8 @@ class _SweepRun:
         asked = time.monotonic()
         retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
+        store = self._lineage.store
+        held = store.count_bytes() if doomed else None
         for name, size in doomed:
             if time.monotonic() - asked > _ASKED_AGAIN:
                 self._lineage.require_open()
@@ -322,6 +331,9 @@ class _SweepRun:
             self._report(size)
             if name not in kept:  # the base of a table diff may need it
                 self._lineage.files.cache.remove(name)
+        left = store.count_bytes() if held is not None else None
+        if store.keeps_deleted or (held is not None and left is not None and left >= held):
+            self.kept = self._plan.removed
         return self._plan
 
     def _record(self, epoch: int, renamed: Packs) -> None:

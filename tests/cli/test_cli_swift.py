@@ -11,7 +11,7 @@ import pytest
 from tests.cli.conftest import Island, pins
 from tests.support import qemu
 
-pytestmark = qemu.needs_qemu
+pytestmark = [qemu.needs_qemu, pytest.mark.uses_swift]
 
 
 @pytest.fixture
