@@ -196,14 +196,19 @@ def make_folders(path: str | os.PathLike[str], mode: int = 0o700) -> None:
 
     (The parents that os.makedirs and Path.mkdir create get whatever mode the umask leaves them.)
     """
-    try:
-        os.mkdir(path, mode)
-    except FileNotFoundError:
-        make_folders(os.path.dirname(os.path.abspath(path)), mode)
-        make_folders(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
+    for parents_exist in (False, True):
+        try:
+            os.mkdir(path, mode)
+        except FileNotFoundError:
+            if parents_exist:  # some file systems answer this where nothing can be made, such as /proc
+                raise
+            make_folders(os.path.dirname(os.path.abspath(path)), mode)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+            return
+        else:
+            return
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:

@@ -379,10 +379,13 @@ def open_damaged(kind: Kind, name: str, data: Buffer, sections: int) -> tuple[Fr
 
 
 def _inflate(name: str, stored: memoryview, size: int) -> bytes:
-    """Decompress a zstd frame, which must state that it holds `size` bytes before any memory is allocated."""
+    """Decompress one zstd frame, which must state that it holds `size` bytes, and nothing after it.
+
+    It states that before any memory is allocated.
+    """
     try:
         if zstandard.frame_content_size(stored) != size:
             raise DamagedObjectError(f"object {name} holds a section of the wrong length")
-        return zstandard.ZstdDecompressor().decompress(stored)
+        return zstandard.ZstdDecompressor().decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise DamagedObjectError(f"object {name} holds an unreadable section") from error

@@ -181,6 +181,7 @@ class Qcow2Source(Source):
             "format": "qcow2",
             "qcow2.version": str(header.version),
             "qcow2.cluster_bits": str(header.cluster_bits),
+            "consistency": "crash" if self._used_by_qemu else "offline",
         }
         return facts | ({_BACKING: self._chain.identity} if self._chain.identity else {})
 

@@ -89,7 +89,7 @@ def _delete_noted(lineage: Lineage, snapshot: str, newest: bool) -> Deleted:
     except IslandError as error:
         if _lacks_room(error) and lineage.store.release_reserve():
             raise StoreFullError(
-                f"no space was left for {lineage.store.location}; some that was kept for this is free now: "
+                f"no space was left for {lineage.store.location}; a reserve kept for this was just freed: "
                 "run the command again at once"
             ) from error
         raise

@@ -94,8 +94,8 @@ def accept_image(lineage: Lineage, source: Source) -> str | None:
         if not replaced or source.reason_not_pinnable is not None or holds_pin(source, lineage):
             return None
         return (
-            f"{here.path} is another file than at the last snapshot, and holds no pin of volume "
-            f"{lineage.name}, which it continues; if it is another guest's, use another --volume from now on"
+            f"{here.path} is not the file of the last snapshot of volume {lineage.name} and holds no pin of "
+            "it, so everything was read; if it belongs to another guest, use another --volume from now on"
         )
     if is_renamed(known, here) or _is_same_file(known, here):
         return None

@@ -174,5 +174,5 @@ def _reason_for_full_scan(source: Source, request: SnapshotRequest) -> str | Non
     if request.full:
         return "a full scan was requested"
     if request.at is None and not request.pin and not source.reason_not_pinnable:
-        return "without a pin, the image as it is cannot be compared with a pinned base"
+        return "a table diff compares two pins, and this snapshot takes none"
     return source.reason_not_pinnable

@@ -322,8 +322,8 @@ class _SnapshotRun:
             return change
         why = f"block {sample.differing} differs from the parent, which the tables do not show"
         self._notes.append(
-            f"{why}: the image was repaired, or written to by something else than qemu, since snapshot "
-            f"{self._registration.parent}; everything was read, and this snapshot is whole"
+            f"{why}: the image was repaired, or written to by something other than qemu, since snapshot "
+            f"{self._registration.parent}; everything was read, and this snapshot is complete"
         )
         return self._source.find_change(view, None, why, self._progress)
 
@@ -340,6 +340,8 @@ class _SnapshotRun:
             "consistency": "crash",
             **self._source.facts,
         }
+        if self._request.at is not None:
+            facts["consistency"] = "crash"  # a guest may have been running when that one was taken
         return Manifest(
             lineage=self._lineage.name,
             snapshot=self._id,

@@ -303,7 +303,7 @@ def _damage(
 
 def _advice(lineage: Lineage, finding: Finding) -> str:
     """Return what can be done about a finding that nobody tried to repair."""
-    command = f"'island verify --heal' on host {lineage.owner_hostname}, which owns the volume,"
+    command = f"'island verify --all --heal' on host {lineage.owner_hostname}, which owns the volume,"
     if finding.key is not None:
         return (
             f"{command} takes what is lost from the volume's image, if that still holds it; snapshots that "

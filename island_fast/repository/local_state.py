@@ -17,7 +17,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
     <repository id>/<lineage>/cache/retired/<id>                    a deleted snapshot whose pin can be left
-    <repository id>/<lineage>/cache/proved, damaged                 see health.py
+    <repository id>/<lineage>/cache/proved-<hash>, damaged-<hash>   see health.py
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ class LocalState:
 
     def lineage_names(self, repository: str) -> list[str]:
         """Return the lineages of `repository` that this host keeps files for."""
-        folder = self.root / repository
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+        with contextlib.suppress(OSError):
+            return sorted(entry.name for entry in os.scandir(self.root / repository) if entry.is_dir())
+        return []
 
     def images(self, repository: str) -> dict[str, ImageFile]:
         """Return the images that this host remembers for the lineages of `repository`."""
@@ -583,10 +584,10 @@ class Notes:
 
     def names(self, folder: str) -> list[str]:
         """Return the last components of the names of the files in `folder`, sorted."""
-        path = self._folder / folder
-        if not path.is_dir():
+        try:
+            return sorted(name for name in os.listdir(self._folder / folder) if not name.startswith("."))
+        except OSError:
             return []
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 
 class ObjectCache:
