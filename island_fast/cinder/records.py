@@ -73,9 +73,9 @@ class VolumeRecord:
 
     `lineage` holds the volume's snapshots; it is None before the first one. `origin` is the snapshot that the
     image is to be made from; it is None if the image is made already or is to be blank. With `passing`, that
-    snapshot was taken only to bring the volume to this host, and is deleted once the image is made. With
-    `made`, an image has been made; if the file is missing, it was lost. `label` is the label of the last
-    snapshot that was started.
+    snapshot was taken only to bring the volume to this host, and is deleted once the image is made; until
+    that is done, both stay beside `made`. With `made`, an image has been made; if the file is missing, it was
+    lost. `label` is the label of the last snapshot that was started.
     """
 
     size: int

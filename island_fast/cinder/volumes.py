@@ -125,21 +125,23 @@ class Volumes:
     def _ensure_image(self, volume: str) -> Path:
         """Do the work of `ensure_image`; the caller holds the volume's lock."""
         record, image = self.records.read(volume), self.records.image_path(volume)
-        if record.made:
+        if record.made and not image.exists():
+            raise NotFoundError(
+                f"{image} is gone: put it back, or revert volume {volume} to its newest snapshot"
+            )
+        if not record.made:
             if not image.exists():
-                raise NotFoundError(
-                    f"{image} is gone: put it back, or revert volume {volume} to its newest snapshot"
-                )
-            return image
-        if not image.exists():
-            if record.origin:
-                self._restore_image(volume, record.origin, pin=record.passing)
-            else:
-                self._images.create_blank(image, record.size)
-        if record.origin and record.passing:
+                if record.origin:
+                    self._restore_image(volume, record.origin, pin=record.passing)
+                else:
+                    self._images.create_blank(image, record.size)
+            # Before the snapshot goes that a migration took: an image that is not "made" can be made again.
+            origin = record.origin if record.passing else None
+            record = self.records.change(volume, origin=origin, made=True)
+        if record.origin:
             self.own_repository.adopt(record.origin.lineage)
             self.own_repository.delete(record.origin)
-        self.records.change(volume, origin=None, passing=False, made=True)
+            self.records.change(volume, origin=None, passing=False)
         return image
 
     def _restore_image(self, volume: str, snapshot: SnapshotRef, *, pin: bool) -> None:

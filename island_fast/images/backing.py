@@ -207,8 +207,8 @@ class Chain:
         beginning = xxhash.xxh3_128_hexdigest(os.pread(fd, _HASHED_BYTES, 0))
         # Programs can set the time of the last write, but only the kernel the time of the last change.
         times = [status.st_mtime_ns, status.st_ctime_ns]
-        # What a later change need not show in is never the same again.
-        unlike = [] if unchanged.settled else [os.urandom(16).hex()]
+        # What a later change need not show in is never the same again; of devices, the rule knows (`device`).
+        unlike = [] if unchanged.settled or path == self.device else [os.urandom(16).hex()]
         self._facts.append([*file, status.st_size, *times, beginning, *unlike])
 
 

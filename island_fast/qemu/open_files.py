@@ -130,7 +130,7 @@ def _find_holder(wanted: _Wanted, fd: int, device: bool, to_write: bool, ours: f
     lease = None if device or ours else _no_writer_by_lease(fd)
     if lease and not to_write:
         return None  # nobody has it open for writing, in whatever way
-    if claimed := _find_claim(wanted.claimable, wanted):
+    if claimed := _find_claim(wanted):
         return claimed
     for loop in _find_loops(wanted):
         if to_write or read_sysfs(SYSFS_BLOCK / loop.name / "ro") != "1":
@@ -190,12 +190,12 @@ def _refuse_mounted(path: Path, fd: int, status: os.stat_result) -> None:
         raise ImageInUseError(f"{path} is {what}; unmount it first") from error
 
 
-def _find_claim(devices: frozenset[Device], wanted: _Wanted) -> str | None:
+def _find_claim(wanted: _Wanted) -> str | None:
     """Return how one of the devices below a loop device is in exclusive use by something else, if one is."""
-    if devices and (where := _find_mount(set(devices))):
+    if wanted.claimable and (where := _find_mount(set(wanted.claimable))):
         return f"on a device that is mounted at {where}; unmount it first"
     known = wanted.devices | wanted.below
-    for device in sorted(devices):
+    for device in sorted(wanted.claimable):
         for holder in (SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "holders").glob("*"):
             if _numbers(holder) not in known:
                 return f"on a device that /dev/{holder.name} uses, too; remove that first"

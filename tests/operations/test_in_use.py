@@ -20,6 +20,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.images import qcow2_source
+from island_fast.images.backing import Backing, Chain
 from island_fast.images.unchanged import Unchanged
 from island_fast.operations.unpin import unpin
 from island_fast.qcow2.image import Image
@@ -597,6 +598,11 @@ def test_a_device_as_backing_file_is_always_read(repository: Repository, raw: Pa
         taken = repository.snapshot(top, volume="vol", backing=[f"raw:{device}"])
         assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
         assert f"{device} is a block device" in taken.reason
+        identities = set()
+        for _ in range(2):
+            with contextlib.closing(Chain([Backing("raw", Path(device))], None)) as chain:
+                identities.add(chain.identity)
+        assert len(identities) == 1  # or nothing could be compared with the snapshot
     finally:
         qemu.run("losetup", "--detach", device)
 

@@ -244,3 +244,28 @@ def test_an_image_that_a_cut_left_behind_is_not_what_a_volume_is_made_of(
     there.volumes.detach(volume)
     here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
     assert content(here, volume, 7) == b"changed"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_image_is_a_volume_before_the_snapshot_goes_that_brought_it(
+    new_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """A cut right beside the deletion, and then the volume is migrated on."""
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    real = IslandCommand.delete
+
+    def delete(self: IslandCommand, *words: object) -> None:
+        if after:
+            real(self, *words)  # type: ignore[arg-type]
+        raise CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IslandCommand, "delete", delete)
+        with pytest.raises(CutError):
+            there.volumes.attach(volume)
+    assert there.volumes.records.read(volume).made
+    here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
+    assert content(here, volume, 7) == b"content"
+    assert here.repositories[""].list_snapshots(volume) == []
