@@ -321,7 +321,7 @@ def parse_front(kind: Kind, name: str, front: Buffer) -> Frame:
     """
     view = memoryview(front).cast("B").toreadonly()
     if view.nbytes < HEADER_SIZE:
-        raise DamagedObjectError(f"object {name} is truncated; restore it or delete its snapshots")
+        raise DamagedObjectError(f"object {name} is truncated; it is damaged")
     magic, version, count, writing, features, length, oid, front_sum, checksum = _HEADER.unpack_from(view)
     if magic != kind.value:
         raise DamagedObjectError(f"object {name} is not a {kind.name.lower()}; it is damaged")
@@ -370,7 +370,7 @@ def open_damaged(kind: Kind, name: str, data: Buffer, sections: int) -> tuple[Fr
     """
     view = memoryview(data).cast("B").toreadonly()
     if view.nbytes < HEADER_SIZE + sections * _ENTRY.size:
-        raise DamagedObjectError(f"object {name} is truncated; restore it or delete its snapshots")
+        raise DamagedObjectError(f"object {name} is truncated; it is damaged")
     _, _, count, _, _, _, oid, front_sum, checksum = _HEADER.unpack_from(view)
     head = bytearray(view[: HEADER_SIZE + count * _ENTRY.size])
     head[_FRONT_SUM_AT:HEADER_SIZE] = bytes(HEADER_SIZE - _FRONT_SUM_AT)

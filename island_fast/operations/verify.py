@@ -47,7 +47,8 @@ __all__ = ["VerifyRequest", "select_for_reading", "verify"]
 
 _CATALOG_LOST = (
     "do not delete or sweep anything; the host that owns the volume may hold a copy of its catalog: run "
-    "'island verify --all --heal' there"
+    "'island verify --all --heal' there; if no host does, restore its snapshots with rescue.py, which comes "
+    "with island"
 )
 _INCOMPLETE = (
     "take a snapshot with --full, which stores what differs; this snapshot, and those taken since, stay wrong"

@@ -358,7 +358,9 @@ class Lineage:
             last = self._find_last(epoch, None)
         if last is not None and not self._replay(epoch, last):
             raise DamagedObjectError(
-                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
+                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}; run 'island "
+                "verify --all --heal' on the host that owns the volume, or if that is gone, restore its "
+                "snapshots with rescue.py, which comes with island"
             )
 
     def _require_ended(self, epoch: int) -> None:

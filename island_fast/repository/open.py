@@ -181,6 +181,11 @@ class RepositoryBase:
             meta = get_checked(self.store, _NAME, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
+        except DamagedObjectError as error:
+            raise DamagedObjectError(
+                f"{self.store.location}: {error}; put it back from a copy of the repository, and only that "
+                "object"
+            ) from error
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
         if meta.get("keys"):
