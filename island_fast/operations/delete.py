@@ -127,6 +127,8 @@ def delete_snapshot(lineage: Lineage, snapshot: str, *, note: bool = False, newe
     except StoreRefusedError:
         started.remove(snapshot)
         raise
+    if not note:
+        started.remove(snapshot)  # of a delete that did not get this far: it did not take the snapshot out
     lineage.files.registrations.remove(snapshot)  # a crash may have left it: that id is used up
     return deletion
 
