@@ -147,8 +147,8 @@ def _heal_catalog(lineage: Lineage) -> bool:
     interrupted. ConflictError unless this host is the owner; DamagedObjectError if the store holds another
     copy of the repository, with a history of its own.
     """
+    lineage.require_known_history()  # before anything is given up
     with lineage.hold_lock(give_up=True):
-        lineage.require_known_history()
         if _find_adopter(lineage) != lineage.writer:
             lineage.require_owner()
         lineage.adopt()

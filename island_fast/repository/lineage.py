@@ -532,10 +532,12 @@ class Lineage:
             found = None
             with contextlib.suppress(*UNREADABLE):
                 found = self._read_checksum(name)
-            if found is None:
+            if found is None:  # a listing can be late, and the record damaged
                 continue
-            known = self.files.cache.read(name)
-            if known is None or self._checksum(name, known) != found:
+            known = None
+            with contextlib.suppress(*UNREADABLE):
+                known = self._checksum(name, self.files.cache.read(name) or b"")
+            if known != found:
                 raise DamagedObjectError(
                     f"volume {self.name}: {self.store.location} holds record {name}, which this host does "
                     "not know, as another copy of the repository does, and nothing was changed; put the "

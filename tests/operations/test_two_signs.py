@@ -356,10 +356,19 @@ def copies(store: MemoryStore, repository: Repository, image: Path) -> tuple[dic
     return left, taken
 
 
+def _pending(store: MemoryStore) -> bytes:
+    """Return a record that was about to be appended to what the store holds."""
+    name, numbers = "vol/catalog/000001-00000001", SnapshotNumbers()
+    record, _ = decode_record(name, store.objects[name].data, numbers)
+    return encode_record("vol/catalog/000001-00000009", replace(record, number=9), numbers)[0]
+
+
 def test_healing_does_not_replace_a_history_that_this_host_does_not_know(
     store: MemoryStore, repository: Repository, copies: tuple[dict[str, Stored], str], tmp_path: Path
 ) -> None:
     """What the state knows and the store lacks could be repaired from the image. None of it may be."""
+    pending = repository.lineage("vol").files.pending
+    pending.add("000001-00000009", _pending(store))
     store.objects, taken = copies
     before = dict(store.objects)
     found = again(store, repository).verify(heal=True)
@@ -367,6 +376,7 @@ def test_healing_does_not_replace_a_history_that_this_host_does_not_know(
     assert not any(one.mended for one in found.damages)
     assert any("another copy of the repository" in one.remedy for one in found.damages)
     assert store.objects == before
+    assert pending.all(), "it can still be settled where it belongs"
     fresh = Repository(store, LocalState(tmp_path / "fresh"))
     assert taken in {one.snapshot for one in fresh.snapshots()}
 
