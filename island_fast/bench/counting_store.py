@@ -25,6 +25,7 @@ class CountingStore(Store):
         self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
         self.ranges_at_once = store.ranges_at_once
         self.request_cost = store.request_cost
+        self.known_to_refuse = store.refuses_overwrites()
         self._store = store
         self._late = late
 
