@@ -158,5 +158,5 @@ class Claim:
         return RefusedError(
             f"{host} is {self._doing}, or was when it was interrupted; run the command again when that is "
             f"done, or in {minutes} min, when its claim counts no more; if that host has been off for an "
-            f"hour, and stays off, remove the object {rival.name}"
+            f"hour, and stays off, remove the object {rival.name} from {self._store.location}"
         )

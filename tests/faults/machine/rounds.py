@@ -181,8 +181,7 @@ def old_states() -> None:
                 life.world.close()
 
 
-BEGUN = (process.CRASH_BEFORE, process.CRASH_AFTER, process.LATE_OUTAGE, process.LOST_OUTAGE, process.LATE,
-         process.REFUSED)  # fmt: skip
+BEGUN = (process.CRASH_AFTER, process.LATE_OUTAGE, process.DUPLICATE, process.REFUSED)
 
 
 def beginnings() -> None:
@@ -212,12 +211,13 @@ def _begin_twice(
     try:
         life.begin(seed=1, young=not epoch)
         volume = life.volumes[0]
-        _begin_at(life, volume, 1, faults)
+        _begin_at(life, volume, epoch, 1, faults)
         life.look_again()
         life.world.pass_time(minutes * 60.0)
         life.everything = True
         life.look_again()
-        _begin_at(life, volume, 0, meeting)
+        if not any(fault.what in HELD_UP for fault in faults):  # the other one is there already
+            _begin_at(life, volume, epoch, 0, meeting)
         life.look_again()
         for number in (0, 1):
             life.run(life.hosts[number], "list", volume, lambda r: r.snapshots(), ())
@@ -235,9 +235,9 @@ def _begin_twice(
         life.world.close()
 
 
-def _begin_at(life: Machine, volume: Volume, host: int, faults: tuple[Fault, ...]) -> None:
+def _begin_at(life: Machine, volume: Volume, epoch: int, host: int, faults: tuple[Fault, ...]) -> None:
     """A host makes the volume by its first snapshot, or adopts it."""
-    if volume.exists:
+    if epoch:
         life.adopt_at(life.hosts[host], volume, faults)
     else:
         life.take(life.hosts[host], volume, faults)
