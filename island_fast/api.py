@@ -178,7 +178,7 @@ class Repository(RepositoryBase):
         from island_fast.images.inspect import read_image_info
 
         path = Path(os.path.realpath(image))
-        info = read_image_info(path)
+        info = replace(read_image_info(path), refuses_overwrites=self.refuses_overwrites)
         if not self.exists:
             first = "it is the first snapshot of the volume"
             return replace(info, volume=volume or path.stem, next_rule=FULL_SCAN, next_reason=first)

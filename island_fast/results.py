@@ -409,7 +409,9 @@ class ImageInfo(Answer):
     """A description of a qcow2 image. Sizes are in bytes; `in_use` if a process has it open for writing.
 
     `next_rule` is how the next snapshot would find what changed, `next_reason` says why, and `pinned_base` is
-    the snapshot that the image would be compared with. They are None if no repository was asked.
+    the snapshot that the image would be compared with. `refuses_overwrites`: whether the repository's store
+    itself keeps a name from being used twice, if this host has asked it. They are None if no repository was
+    asked.
     """
 
     image: str
@@ -429,6 +431,7 @@ class ImageInfo(Answer):
     pinned_base: str | None = None
     next_rule: str | None = None
     next_reason: str | None = None
+    refuses_overwrites: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

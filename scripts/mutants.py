@@ -136,8 +136,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "an adopter does not read the epoch to its end": [
         (
             "repository/lineage.py",
-            "        self._read_as_far_as_listed()\n        at = self._at\n",
-            "        at = self._at\n",
+            "            self._read_as_far_as_listed()\n            at = self._at\n",
+            "            at = self._at\n",
         ),
     ],
     "local state that was put back goes on with what was in progress": [
@@ -162,8 +162,8 @@ MISTAKES: dict[str, list[Edit]] = {
     "a record that was refused only when it was sent again is forgotten": [
         (
             "repository/lineage.py",
-            "self._send(name, data, sent_before=True)",
-            "self._send(name, data, sent_before=False)",
+            "        self._send(name, data, sent_before=True)\n",
+            "        self._send(name, data, sent_before=False)\n",
         ),
     ],
     "a record is forgotten although an earlier try of it can have succeeded": [
@@ -274,6 +274,38 @@ MISTAKES: dict[str, list[Edit]] = {
             "while listed is not None and self._at.place < listed:",
             "while False:",
         ),
+    ],
+    "claims are listed before one's own is there": [
+        (
+            "repository/claims.py",
+            "            self._make()\n            try:\n                rivals = self._find_rivals()\n",
+            "            try:\n                rivals = self._find_rivals()\n                self._make()\n",
+        ),
+        ("repository/claims.py", "        if not seen:\n", "        if False:\n"),
+    ],
+    "the claims of others do not matter": [
+        ("repository/claims.py", "if writer == self._writer or (", "if True or ("),
+    ],
+    "claims on a later epoch are the rivals": [
+        ("repository/claims.py", "elif stem == self._stem:", "elif stem > self._stem:"),
+    ],
+    "a young claim counts no more": [
+        ("repository/claims.py", "EXPIRES = 5400.0", "EXPIRES = 1800.0"),
+    ],
+    "a winner withdraws although its record may be under way": [
+        ("repository/lineage.py", "            if not self._is_pending(epoch):\n", "            if True:\n"),
+    ],
+    "a first record is sent again without a claim": [
+        (
+            "repository/lineage.py",
+            "        if not record.number and not self.store.refuses_overwrites() and",
+            "        if False and not self.store.refuses_overwrites() and",
+        ),
+    ],
+    "nobody looks whether the epoch has begun": [
+        ("repository/claims.py", "taken = not rivals and is_taken()", "taken = False"),
+        ("repository/lineage.py", "            if at.epoch != epoch:\n", "            if False:\n"),
+        ("stores/swift.py", "looks=not self.known_to_refuse)", "looks=False)"),
     ],
     "what a deleted snapshot wrote is not compared": [
         (

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[0] = str(ROOT)
 
 from tests.faults.machine.rounds import (  # noqa: E402 (found in the tree that this file is in)
+    beginnings,
     interruptions,
     march,
     never,
@@ -52,7 +53,9 @@ def main() -> int:
                 interruptions()
                 refusals()
                 old_states()
+                beginnings()
             round_of(seed, options.lives, shrink=options.shrink)
+            round_of(seed, options.lives // 3, shrink=options.shrink, refuses=False)
         except Exception:  # noqa: BLE001 (every error is a finding)
             traceback.print_exc()
             print(f"FOUND: {describe_error()}\nrun it again: MACHINE_SEED={seed} make machine")

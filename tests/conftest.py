@@ -121,6 +121,7 @@ def swift_store(swift: SwiftServer) -> Iterator[OpenSwift]:
         container = f"box-{secrets.token_hex(4)}"
         swift.create_container(container)
         opened.append(SwiftStore.open(f"{container}/{prefix}", patience))
+        opened[-1].known_to_refuse = True  # as a repository knows it; else each PUT begins with a HEAD
         swift.calm()
         return opened[-1]
 

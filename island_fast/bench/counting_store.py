@@ -24,6 +24,7 @@ class CountingStore(Store):
         self.range_gap = store.range_gap
         self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
         self.request_cost = store.request_cost
+        self.known_to_refuse = store.refuses_overwrites()
         self._store = store
         self._late = late
 

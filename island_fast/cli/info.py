@@ -45,6 +45,13 @@ def info(run: Run, image: Path, volume: str | None, backing: tuple[str, ...]) ->
     run.answer(found.as_json(), _format_info(found))
 
 
+_OVERWRITING = {
+    True: "refused by the store",
+    False: "not refused by the store; hosts claim what they begin",
+    None: "",
+}
+
+
 def _format_info(found: ImageInfo) -> str:
     """Return what an image says of itself, and what its next snapshot would do."""
     rows = [
@@ -69,5 +76,6 @@ def _format_info(found: ImageInfo) -> str:
         ("goes to", found.volume or ""),
         ("pinned", found.pinned_base or ""),
         ("next", rule + printable(found.next_reason or "")),
+        ("overwriting", _OVERWRITING[found.refuses_overwrites]),
     ]
     return sheet(rows)

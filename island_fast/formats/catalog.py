@@ -44,6 +44,7 @@ from island_fast.qcow2.snapshots import PinnedBase
 
 __all__ = [
     "CHECKPOINT_EVERY",
+    "CLAIMED",
     "KNOWN_WRITE_FEATURES",
     "MOST_SWEPT",
     "Event",
@@ -63,7 +64,9 @@ __all__ = [
 
 CHECKPOINT_EVERY = 32
 _KEEPS = 1  # write feature: a live snapshot is marked to be kept, which an older writer would forget
-KNOWN_WRITE_FEATURES = _KEEPS
+CLAIMED = 2
+"""Write feature: nobody begins an epoch of the lineage, or writes in one, without a claim on it."""
+KNOWN_WRITE_FEATURES = _KEEPS | CLAIMED
 MOST_SWEPT = 1024
 """How many of the snapshots that sweeps removed a state remembers, the last ones."""
 

@@ -63,6 +63,7 @@ class Kind(enum.Enum):
     REPOSITORY = b"ISLANDRP"
     RECORD = b"ISLANDCR"
     STOP = b"ISLANDST"
+    CLAIM = b"ISLANDCL"
     MANIFEST = b"ISLANDMF"
     PACK = b"ISLANDPK"
 
@@ -78,6 +79,7 @@ class Limit:
 LIMITS: Mapping[Kind, Limit] = {
     Kind.REPOSITORY: Limit(size=2 << 20, json=1 << 20),
     Kind.STOP: Limit(size=128 << 10, json=64 << 10),
+    Kind.CLAIM: Limit(size=128 << 10, json=64 << 10),
     Kind.RECORD: Limit(size=1 << 30, json=64 << 20),
     Kind.MANIFEST: Limit(size=1 << 30, json=64 << 20),
     Kind.PACK: Limit(size=260 << 20, json=64 << 10),  # 4096 blocks as they are, with all around them

@@ -10,9 +10,12 @@ __all__ = [
     "LINEAGE_PATTERN",
     "SNAPSHOT_PATTERN",
     "catalog_name",
+    "claim_name",
+    "epoch_stem",
     "is_object_name",
     "manifest_name",
     "pack_name",
+    "parse_claim",
     "parse_snapshot",
     "stop_name",
 ]
@@ -20,6 +23,7 @@ __all__ = [
 LINEAGE_PATTERN = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,128}")
 SNAPSHOT_PATTERN = re.compile(r"[0-9a-f]{32}")
 _CATALOG = re.compile(r"catalog/[0-9]{6}-(?:[0-9]{8}|stop)")
+_CLAIM = re.compile(r"(repository|.+/catalog/[0-9]{6})-claim-([0-9a-f]{32})-([0-9a-f]{32})")
 _NUMBER = r"(?:0|[1-9][0-9]*)"
 _STORED = re.compile(
     rf"manifests/([0-9a-f]{{32}})-{_NUMBER}|packs/([0-9a-f]{{32}})/{_NUMBER}-[0-9]{{8,}}(?:\.[0-9a-f]{{16}})?"
@@ -48,6 +52,22 @@ def catalog_name(lineage: str, epoch: int, number: int) -> str:
 def stop_name(lineage: str, epoch: int) -> str:
     """Return the name of the object whose presence ends `epoch`."""
     return f"{lineage}/catalog/{epoch:06d}-stop"
+
+
+def epoch_stem(lineage: str, epoch: int) -> str:
+    """Return what the names of all records of `epoch`, of its stop and of the claims on it begin with."""
+    return catalog_name(lineage, epoch, 0).rpartition("-")[0]
+
+
+def claim_name(stem: str, writer: str, token: str) -> str:
+    """Return the name of a claim by `writer` on the names that begin with `stem`. `token`: 32 hex digits."""
+    return f"{stem}-claim-{writer}-{token}"
+
+
+def parse_claim(name: str) -> tuple[str, str, str] | None:
+    """Return stem, writer and token of the claim that has this name; None for any other name."""
+    found = _CLAIM.fullmatch(name)
+    return (found[1], found[2], found[3]) if found else None
 
 
 def manifest_name(lineage: str, snapshot: str, attempt: int) -> str:

@@ -39,7 +39,7 @@ from island_fast.repository.health import Health
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import ImageFile, Registration
 from island_fast.repository.pack_reader import PackReader, group_by_pack
-from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted
+from island_fast.repository.snapshot_writer import SnapshotWriter, find_interrupted, next_attempt
 from island_fast.repository.streams import copy_blocks
 from island_fast.results import Copied, timestamp
 
@@ -198,7 +198,7 @@ class _CopyRun:
             if before is None:
                 far.files.registrations.remove(row.id)  # notes of an earlier epoch would have the same id
             # A copy of this id can have been here before and been deleted; names must be new nevertheless.
-            attempt = before.attempt + 1 if before else int.from_bytes(os.urandom(6))
+            attempt = next_attempt(far, before) if before else int.from_bytes(os.urandom(6))
             if parent not in far.state.live:
                 parent = self._choose_parent(row)
             at = far.newest_number

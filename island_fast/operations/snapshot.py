@@ -36,7 +36,12 @@ from island_fast.repository.clock import read_clock
 from island_fast.repository.health import Health, has_known_damage
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
-from island_fast.repository.snapshot_writer import SnapshotWriter, StoredSnapshot, find_interrupted
+from island_fast.repository.snapshot_writer import (
+    SnapshotWriter,
+    StoredSnapshot,
+    find_interrupted,
+    next_attempt,
+)
 from island_fast.repository.streams import send_blocks
 from island_fast.results_base import SnapshotTaken
 
@@ -201,7 +206,7 @@ class _SnapshotRun:
             parent = self._choice.parent.id if self._choice.parent else None
             if self._choice.parent:
                 lineage.require_manifest(self._choice.parent)
-            snapshot, attempt = (before.snapshot, before.attempt + 1) if before else (make_id(), 0)
+            snapshot, attempt = (before.snapshot, next_attempt(lineage, before)) if before else (make_id(), 0)
             at = lineage.newest_number
             self._registration = Registration(snapshot, attempt, parent, lineage.epoch, record=at)
             stack.enter_context(lineage.files.registrations.register(self._registration))

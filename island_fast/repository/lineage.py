@@ -33,6 +33,7 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import (
     CHECKPOINT_EVERY,
+    CLAIMED,
     KNOWN_WRITE_FEATURES,
     Event,
     ObjectsSwept,
@@ -49,8 +50,9 @@ from island_fast.formats.catalog import (
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
-from island_fast.formats.names import catalog_name, manifest_name, pack_name, stop_name
+from island_fast.formats.names import catalog_name, epoch_stem, manifest_name, pack_name, stop_name
 from island_fast.formats.runs import Runs
+from island_fast.repository.claims import Claim
 from island_fast.repository.clock import read_clock
 from island_fast.repository.local_state import LocalState, StandingOn
 from island_fast.stores.base import ObjectInfo, Store
@@ -112,6 +114,7 @@ class Lineage:
         self.state = State()
         self._local_state = local_state
         self._position: _CatalogPosition | None = None
+        self._claim: Claim | None = None  # on the epoch that is being begun
         self._stopped: dict[int, bool] = {}  # by epoch: whether its stop was there when it was asked for
 
     @property
@@ -625,7 +628,8 @@ class Lineage:
         self.files.make()
         self._position = None
         seed = int.from_bytes(os.urandom(8)) >> 1 if seed is None else seed
-        self._begin_epoch(0, None, seed, State())
+        with self._claim_epoch(0):
+            self._begin_epoch(0, None, seed, State())
 
     def append(self, event: Event, checkpoint: State | None = None) -> None:
         """Append the record of `event`, which carries `checkpoint` if given. Under the lock, after `refresh`.
@@ -649,7 +653,7 @@ class Lineage:
             state=checkpoint,
         )
         after = record.apply_to(self.state)  # refuses what no reader would accept, before it is sent
-        record = replace(record, write_features=after.write_features)
+        record = replace(record, write_features=after.write_features | self._write_features)
         if record.number % CHECKPOINT_EVERY == 0:
             record = replace(record, state=after)
         self._append(record)
@@ -714,20 +718,25 @@ class Lineage:
         self._require_known_features()
         self._read_as_far_as_listed()  # before the stop, which ends the former owner's work
         epoch = self._at.epoch
-        for ended in [*self.stop_names, stop_name(self.name, epoch)]:
-            if not self.store.peek(ended):
-                meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
-                parts, _ = seal(Kind.STOP, ended, [Section(1, [meta])])
-                with (
-                    contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
-                    self.store.use_reserve(),
-                ):
-                    self.store.put(ended, parts)
-        self._read_as_far_as_listed()
-        at = self._at
-        if at.epoch != epoch:
-            raise ConflictError(f"volume {self.name} was adopted by another host at the same moment")
-        self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
+        with self._claim_epoch(epoch + 1):
+            for ended in [*self.stop_names, stop_name(self.name, epoch)]:
+                if not self.store.peek(ended):
+                    self._put_stop(ended, epoch)
+            self._read_as_far_as_listed()
+            at = self._at
+            if at.epoch != epoch:
+                raise ConflictError(f"volume {self.name} was adopted by another host at the same moment")
+            self._begin_epoch(epoch + 1, at.checksum, at.seed, self.state)
+
+    def _put_stop(self, name: str, epoch: int) -> None:
+        """Put a stop object; `epoch` is the present one."""
+        meta = json_bytes({"writer": self.writer, "epoch": epoch, "time": read_clock()})
+        parts, _ = seal(Kind.STOP, name, [Section(1, [meta])])
+        with (
+            contextlib.suppress(ConflictError),  # stopped by another: its next epoch decides
+            self.store.use_reserve(),
+        ):
+            self.store.put(name, parts)
 
     def _read_as_far_as_listed(self) -> None:
         """Read the catalog to its end, as the store confirms it, and at least as far as a listing shows."""
@@ -744,6 +753,48 @@ class Lineage:
                 )
             self._read_on(self.store.head)
 
+    @property
+    def _write_features(self) -> int:
+        """What the next writer must know, whatever the state is: claims, where nothing is refused."""
+        return 0 if self.store.refuses_overwrites() else CLAIMED
+
+    @contextlib.contextmanager
+    def _claim_epoch(self, epoch: int) -> Iterator[None]:
+        """Let the body, and no other writer anywhere, use the names of an epoch that has not begun.
+
+        ConflictError if another has begun it, RefusedError if another is about to. If the body fails, others
+        may come as soon as it is certain that no record was sent.
+        """
+        if self.store.refuses_overwrites():
+            yield
+            return
+        self._claim = self._win_claim(epoch)
+        if self._claim is None:
+            self._position = None
+            raise self._faster_writer_error()
+        try:
+            yield
+        except BaseException:
+            if not self._is_pending(epoch):
+                self._claim.withdraw()
+            raise
+        else:
+            self._claim.fulfil()
+        finally:
+            self._claim = None
+
+    def _win_claim(self, epoch: int) -> Claim | None:
+        """Return a claim on `epoch` that has won; None if the epoch has begun. See `Claim.win`."""
+        first = catalog_name(self.name, epoch, 0)
+        doing = f"{'adopting' if epoch else 'making'} volume {self.name}"
+        claim = Claim(self.store, epoch_stem(self.name, epoch), self.writer, doing)
+        return claim if claim.win(lambda: self.store.head(first) is not None) else None
+
+    def _is_pending(self, epoch: int) -> bool:
+        """Return whether the first record of `epoch` may have been sent, and its outcome is unknown."""
+        last = catalog_name(self.name, epoch, 0).rpartition("/")[2]
+        return any(name == last for name, _ in self.files.pending.all())
+
     def _begin_epoch(self, epoch: int, previous: str | None, seed: int, state: State) -> None:
         """Append the first record of an epoch: it makes this host the owner, and carries the whole state."""
         record = Record(
@@ -757,7 +808,7 @@ class Lineage:
             seed=seed,
             event=OwnerChanged(),
             state=state,
-            write_features=state.write_features,
+            write_features=state.write_features | self._write_features,
         )
         self._append(record)
 
@@ -765,6 +816,8 @@ class Lineage:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
         frees = isinstance(record.event, ObjectsSwept) or (record.epoch > 0 and record.number == 0)
+        if self._claim is not None:
+            self._claim.confirm()
         with self.store.use_reserve() if frees else contextlib.nullcontext():
             self.files.pending.add(name.rpartition("/")[2], data)
             self._send(name, data, sent_before=False)
@@ -806,10 +859,13 @@ class Lineage:
         if not same:
             self.files.pending.remove(name.rpartition("/")[2])
             self._position = None
-            raise ConflictError(
-                f"volume {self.name} was written by another host at the same moment; run the command "
-                f"again, and see 'island list --volume {self.name}'"
-            )
+            raise self._faster_writer_error()
+
+    def _faster_writer_error(self) -> ConflictError:
+        return ConflictError(
+            f"volume {self.name} was written by another host at the same moment; run the command "
+            f"again, and see 'island list --volume {self.name}'"
+        )
 
     def _put(self, name: str, data: bytes, sent_before: bool) -> None:
         """PUT a record; see `_send`."""
@@ -846,9 +902,20 @@ class Lineage:
                     contextlib.suppress(ConflictError),
                     self.store.use_reserve(),
                 ):  # without it nothing can follow
-                    self._send(name, data, sent_before=True)
+                    self._send_again(record, name, data)
                     self.files.set_newest_record(StandingOn(record.epoch, record.number, checksum))
             self.files.pending.remove(last)
+
+    def _send_again(self, record: Record, name: str, data: bytes) -> None:
+        """Send a record of unknown outcome; the first one of an epoch only with a claim on it."""
+        claim = None
+        if not record.number and not self.store.refuses_overwrites() and not self.store.peek(name):
+            claim = self._win_claim(record.epoch)
+        if claim is not None:
+            claim.confirm()
+        self._send(name, data, sent_before=True)
+        if claim is not None:
+            claim.fulfil()
 
     def _name_before(self, record: Record) -> str | None:
         """Return the name of the object that was there before the record; None for a catalog's first one."""

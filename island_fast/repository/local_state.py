@@ -109,10 +109,10 @@ class LocalState:
         for folder in sorted(self.root.glob("*/*/running")):
             LineageFiles(folder.parent).forget_progress()
 
-    def remember_repository(self, repository: str, place: str) -> None:
-        """Remember that the repository with the id `repository` is at `place`."""
+    def remember_repository(self, repository: str, place: str, refuses: bool | None = None) -> None:
+        """Remember that the repository with the id `repository` is at `place`; see KnownRepositories."""
         with _explain_errors(self.root):
-            self.repositories.remember(repository, place)
+            self.repositories.remember(repository, place, refuses)
 
     def lineage(self, repository: str, lineage: str) -> LineageFiles:
         """Return the files kept for `lineage` of the repository with id `repository`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -28,11 +28,12 @@ from island_fast.errors import (
 )
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
-from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN
+from island_fast.formats.names import LINEAGE_PATTERN, SNAPSHOT_PATTERN, parse_claim
+from island_fast.repository.claims import Claim
 from island_fast.repository.clock import read_clock
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
-from island_fast.stores.base import Store
+from island_fast.stores.base import PROBE, Store
 from island_fast.stores.checked_read import get_checked
 from island_fast.stores.open import open_store
 
@@ -43,6 +44,7 @@ __all__ = ["FoundSnapshot", "Reference", "RepositoryBase"]
 
 _NAME = "repository"
 _META = 1
+_PROBE = re.compile(re.escape(PROBE) + "[0-9a-f]{32}")
 _RECORD = re.compile(r".*/catalog/[0-9]{6}-[0-9]{8}")
 
 
@@ -69,6 +71,10 @@ class RepositoryBase:
         self.state = state
         self.left_out: list[IslandError] = []
         self._id = self._read_id()
+        if store.known_to_refuse is None:
+            store.on_answer = self._keep_answer
+            if self._id is not None:
+                store.known_to_refuse = state.repositories.refuses(self._id, store.place)
         if self._id is None and self._has_volumes():
             raise DamagedError(
                 f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
@@ -105,6 +111,16 @@ class RepositoryBase:
     def remember(self) -> None:
         """Remember in local state that this repository is at its place."""
         self.state.remember_repository(self.id, self.store.place)
+
+    def _keep_answer(self, refuses: bool) -> None:
+        """Remember what was found out about the store, which each host asks once."""
+        if self._id is not None:
+            self.state.remember_repository(self._id, self.store.place, refuses)
+
+    @property
+    def refuses_overwrites(self) -> bool | None:
+        """Whether the store itself keeps names from being overwritten; None if this host has not asked it."""
+        return self.store.known_to_refuse
 
     @classmethod
     def open(
@@ -196,7 +212,9 @@ class RepositoryBase:
 
     def _is_empty(self) -> bool:
         """Return whether a listing shows nothing: a repository is not made among objects of others."""
-        return not any(next(found, None) for found in (self.store.list(""), self.store.folders("")))
+        names = (info.name for info in self.store.list(""))
+        found = (name for name in names if not _is_of_nobody(name))
+        return next(found, None) is None and next(self.store.folders(""), None) is None
 
     def _has_volumes(self) -> bool:
         """Return whether a listing shows a catalog record, among whatever else is stored there."""
@@ -205,14 +223,36 @@ class RepositoryBase:
 
     def _create(self) -> str:
         """Write the object `repository`; the first of two creators wins."""
-        meta = {"id": os.urandom(16).hex(), "created": read_clock(), "keys": []}
-        parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes(meta)])])
-        with contextlib.suppress(ConflictError):
-            self.store.put(_NAME, parts)
+        asked = self.store.known_to_refuse is None
+
+        def make() -> dict[str, Any]:
+            return {"id": os.urandom(16).hex(), "created": read_clock()}
+
+        if self.store.refuses_overwrites():
+            self._put_repository(make())
+        else:
+            with self.state.repositories.begin(self.store.place, make) as begun:
+                self._put_claimed(begun)
         winner = self._read_id()  # the store can report success to both of two simultaneous creators
         if winner is None:
             raise StoreError(f"{self.store.location} does not show what was just written; try again")
+        if asked:
+            self.state.remember_repository(winner, self.store.place, self.store.known_to_refuse)
         return winner
+
+    def _put_claimed(self, begun: Mapping[str, Any]) -> None:
+        """Write the object `repository` as the only creator, unless another was faster."""
+        doing = f"making the repository {self.store.location}"
+        claim = Claim(self.store, _NAME, self.state.writer, doing)
+        if self._read_id() is None and claim.win(lambda: self._read_id() is not None):
+            claim.confirm()
+            self._put_repository(begun)
+            claim.fulfil()
+
+    def _put_repository(self, meta: Mapping[str, Any]) -> None:
+        parts, _ = seal(Kind.REPOSITORY, _NAME, [Section(_META, [json_bytes({**meta, "keys": []})])])
+        with contextlib.suppress(ConflictError):
+            self.store.put(_NAME, parts)
 
     # Finding.
 
@@ -318,6 +358,11 @@ class RepositoryBase:
                 f"there is no snapshot {text} in {self.store.location}{hint}; see 'island list'"
             )
         return found[0]
+
+
+def _is_of_nobody(name: str) -> bool:
+    """Return whether an object is what somebody left who found out about the store, or did not go on."""
+    return parse_claim(name) is not None or bool(_PROBE.fullmatch(name))
 
 
 _LABEL = "label:"

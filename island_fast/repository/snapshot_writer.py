@@ -7,6 +7,7 @@ parent's, and what an interrupted attempt has sent is not sent again.
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -30,7 +31,14 @@ from island_fast.repository.pack_reader import PackLocation, PackReader
 from island_fast.repository.pack_writer import PackWriter, WrittenPack
 from island_fast.repository.streams import SendResult
 
-__all__ = ["SnapshotWriter", "StoredSnapshot", "find_interrupted", "named_ids", "remove_used_registrations"]
+__all__ = [
+    "SnapshotWriter",
+    "StoredSnapshot",
+    "find_interrupted",
+    "named_ids",
+    "next_attempt",
+    "remove_used_registrations",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +67,7 @@ class SnapshotWriter:
         self._lineage = lineage
         self._registration = registration
         self._kept = _KeptPacks(lineage, registration.snapshot, self.packs)
+        lineage.store.refuses_overwrites()  # what is not known costs a request for each pack
 
     @property
     def _owner(self) -> int:
@@ -173,6 +182,15 @@ class SnapshotWriter:
             )
         if parent is not None and parent not in lineage.state.live:
             raise ConflictError(f"snapshot {parent} was deleted meanwhile; run it again")
+
+
+def next_attempt(lineage: Lineage, before: Registration) -> int:
+    """Return the number of the attempt that resumes `before`.
+
+    Local state that was put back does not know of later attempts. Where the store refuses no PUT, the numbers
+    of those are left out, unless by chance; all attempts of a snapshot still are within 2^20 of each other.
+    """
+    return before.attempt + 1 + (0 if lineage.store.refuses_overwrites() else random.randrange(1 << 12))
 
 
 def find_interrupted(lineage: Lineage, copied: str | None = None) -> Registration | None:

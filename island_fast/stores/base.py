@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Self
@@ -19,6 +19,7 @@ from island_fast.errors import DamagedObjectError, UsageError
 
 __all__ = [
     "MAX_OBJECT",
+    "PROBE",
     "ObjectInfo",
     "Range",
     "Store",
@@ -38,6 +39,9 @@ Views = list[memoryview]
 
 MAX_OBJECT = 1 << 30
 """Largest size of an object of any kind, in bytes. A larger one is refused, not read."""
+
+PROBE = "probe-"
+"""With 32 hex digits after it: the name that a store is asked with whether it `refuses_overwrites`."""
 
 _MAX_NAME = 600  # Swift allows 1024 bytes for prefix and name together
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._-]{1,200}"
@@ -143,6 +147,12 @@ class Store(ABC):
     downloads: int = 3
     """How many large objects to fetch at the same time."""
 
+    known_to_refuse: bool | None = True
+    """What `refuses_overwrites` returns, as far as it is known; None: the store was not asked yet."""
+
+    on_answer: Callable[[bool], None] = staticmethod(lambda refuses: None)
+    """Called with what `refuses_overwrites` found out."""
+
     readers: int = os.cpu_count() or 1
     """How many threads hash and compress what is sent to this store, or compare what is stored in it."""
 
@@ -165,15 +175,32 @@ class Store(ABC):
             min(most, count) for count in (self.readers, self.uploads, self.downloads)
         )
 
+    def refuses_overwrites(self) -> bool:
+        """Return whether the store itself refuses a PUT on a name that is taken. It is asked once.
+
+        Where it does not, `put` looks before it stores, which leaves a moment open, and a PUT that was held
+        up overwrites whatever is there by then: no two writers may use one name. StoreError if the store
+        does not answer.
+        """
+        if self.known_to_refuse is None:
+            self.known_to_refuse = self._try_to_overwrite()
+            self.on_answer(self.known_to_refuse)
+        return self.known_to_refuse
+
+    def _try_to_overwrite(self) -> bool:
+        """Find out what `refuses_overwrites` returns, for a store that does not know it."""
+        raise NotImplementedError
+
     @abstractmethod
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Store the concatenation of `parts` under `name`; durable on return.
 
         The buffers must not change during the call and are not kept after it. If the name already has the
-        same bytes the call succeeds; if it has others, it is a ConflictError. After a StoreError the object
-        may exist, or appear later: only the same bytes may be sent to that name again. After a
-        StoreRefusedError (StoreFullError for want of room), and any other error of `put`, this call has
-        stored nothing, and nothing of it appears later.
+        same bytes the call succeeds; if it has others, it is a ConflictError. (For certain only where the
+        store `refuses_overwrites`: elsewhere another writer can come between the look and the PUT.) After a
+        StoreError the object may exist, or appear later: only the same bytes may be sent to that name again.
+        After a StoreRefusedError (StoreFullError for want of room), and any other error of `put`, this call
+        has stored nothing, and nothing of it appears later.
         """
 
     @abstractmethod

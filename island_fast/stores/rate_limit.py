@@ -102,6 +102,18 @@ class RateLimitedStore(Store):
         """See Store.keeps_deleted."""
         return self._store.keeps_deleted
 
+    @property
+    def known_to_refuse(self) -> bool | None:
+        """See Store.known_to_refuse."""
+        return self._store.known_to_refuse
+
+    @known_to_refuse.setter
+    def known_to_refuse(self, known: bool | None) -> None:
+        self._store.known_to_refuse = known
+
+    def _try_to_overwrite(self) -> bool:
+        return self._store.refuses_overwrites()
+
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
         self._up.wait(sum(view.nbytes for view in flat_views(parts)))

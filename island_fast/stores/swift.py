@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from island_fast.memory import require_memory
 from island_fast.stores import swift_ranges
 from island_fast.stores.base import (
     MAX_OBJECT,
+    PROBE,
     ObjectInfo,
     Range,
     Store,
@@ -81,6 +83,7 @@ class SwiftStore(Store):
     range_gap = 64 << 10
     uploads = 2
     page_size: int | None = None
+    known_to_refuse = None
 
     def __init__(self, container: str, prefix: str, auth: SwiftAuth, policy: RetryPolicy) -> None:
         self._container = container
@@ -182,19 +185,23 @@ class SwiftStore(Store):
 
         If-None-Match keeps other bytes from being overwritten. It is not a lock: if several writers put the
         same name at the same moment, each can get a 201. A 503 can leave our bytes on one replica, where
-        If-None-Match finds them in later attempts; then they are sent without it.
+        If-None-Match finds them in later attempts; then they are sent without it. Ceph's gateway ignores
+        If-None-Match: unless the server is known to heed it, what the name holds is asked before each PUT.
 
         An attempt ends, whatever the server does. n bytes must be sent within the policy's allowance + n /
         rate. A server that stops reading is given up TIMEOUT seconds after the 256 KiB that are then under
         way (with TLS, after each 16 KiB of them), and one that does not answer after TIMEOUT seconds.
         """
-        content = flat_views(parts)
+        self._send(name, flat_views(parts), looks=not self.known_to_refuse)
+
+    def _send(self, name: str, content: Views, *, looks: bool) -> None:
+        """Do what `put` does; with `looks`, ask before each PUT what the name holds."""
         unsure = False
 
         def send(connection: Connection) -> None:
             nonlocal unsure
             # A broken connection can mean: stored, or refused so early that our sending broke it.
-            stored = unsure and self._holds(connection, name, content)
+            stored = (unsure or looks) and self._holds(connection, name, content)
             unsure = True
             try:
                 self._put_once(connection, name, content, only_if_absent=not stored)
@@ -252,6 +259,26 @@ class SwiftStore(Store):
                     "when it does"
                 ) from error
             raise
+
+    def _try_to_overwrite(self) -> bool:
+        """PUT other bytes on a new name that is taken. Two refusals are believed, and one success is."""
+        name = f"{PROBE}{os.urandom(16).hex()}"
+
+        def overwrite(connection: Connection) -> bool:
+            try:
+                self._put_once(connection, name, [memoryview(b"other")], only_if_absent=True)
+            except HttpError as error:
+                if error.http_status == 412:
+                    return False
+                raise
+            return True
+
+        self._send(name, [memoryview(b"first")], looks=False)
+        try:
+            return not any(self._pool.call(f"put {name}", overwrite, writes=True) for _ in range(2))
+        finally:
+            with contextlib.suppress(StoreError):  # no reader minds it
+                self.delete(name)
 
     def _explain_full(self, connection: Connection, name: str, size: int, error: HttpError) -> str:
         """Return why an object of `size` bytes has no room, and what it needs, as far as Swift says."""

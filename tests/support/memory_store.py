@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from island_fast.arrays import Buffer
@@ -35,10 +35,12 @@ class MemoryStore(Store):
     """Keeps `objects` by name; a test can read and damage them.
 
     `calls` counts calls by method, including refused ones; `sent` and `received` are bytes of objects. The
-    store's clock is `now`, in seconds; it changes only when the test sets it.
+    store's clock is `now`, in seconds; it changes only when the test sets it. One that `refuses` nothing
+    looks before it stores, and calls `before_put(name, data)` in between; `asked` counts how often it was
+    asked what it refuses.
     """
 
-    def __init__(self, *, grace: float = 0.0, location: str = "memory") -> None:
+    def __init__(self, *, grace: float = 0.0, location: str = "memory", refuses: bool = True) -> None:
         self.location = location
         self.grace = grace
         self.range_gap = 0
@@ -48,16 +50,37 @@ class MemoryStore(Store):
         self.sent = 0
         self.received = 0
         self.now = 0.0
+        self.asked = 0
+        self.before_put: Callable[[str, bytes], None] = lambda name, data: None
+        self._refuses = refuses
+        self.known_to_refuse = True if refuses else None
         self._lock = threading.Lock()
+
+    def _try_to_overwrite(self) -> bool:
+        self.asked += 1
+        return self._refuses
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         data = b"".join(flat_views(parts))
         with self._lock:
             self.calls["put"] += 1
             self.sent += len(data)
-            stored = self.objects.setdefault(check_name(name), Stored(data, self.now))
+            stored = self.objects.get(check_name(name))
+        if stored is not None and stored.data != data:
+            raise ConflictError(f"object {name} already holds other bytes; find the other writer")
+        if not self._refuses:
+            self.before_put(name, data)
+            self.overwrite(name, data)
+            return
+        with self._lock:
+            stored = self.objects.setdefault(name, Stored(data, self.now))
         if stored.data != data:
             raise ConflictError(f"object {name} already holds other bytes; find the other writer")
+
+    def overwrite(self, name: str, data: bytes) -> None:
+        """Store an object whatever is there, as a PUT does that arrives where nothing is refused."""
+        with self._lock:
+            self.objects[name] = Stored(data, self.now)
 
     def get(self, name: str, *, newest: bool = False, limit: int = MAX_OBJECT) -> memoryview:
         data = self._read("get", name)

@@ -28,7 +28,16 @@ from tests.faults.machine.books import balanced, is_content, object_names, resto
 from tests.faults.machine.memory_image import CONTENTS, HOLE, MemoryImage
 from tests.faults.machine.memory_swift import DAY, NODES, Late
 from tests.faults.machine.model import Doubt, Volume
-from tests.faults.machine.process import CRASH_AFTER, CRASH_BEFORE, LATE_OUTAGE, LOST_OUTAGE, Fault
+from tests.faults.machine.process import (
+    CRASH_AFTER,
+    CRASH_BEFORE,
+    DENIED,
+    LATE,
+    LATE_OUTAGE,
+    LOST_OUTAGE,
+    REFUSED,
+    Fault,
+)
 from tests.faults.machine.troubles import ADOPTING, COMMITTING, LATEST, READING, troubles
 from tests.faults.machine.world import PREFIX, Host, Outcome, World
 
@@ -48,13 +57,23 @@ GOES_ON, NOT_SENT = "an interrupted snapshot goes on", "blocks that were not sen
 INTERRUPTIONS = (CRASH_BEFORE, CRASH_AFTER, LATE_OUTAGE, LOST_OUTAGE)
 MANY = {0: 11, 1: 12, 2: 13, 3: 14, 5: 11, 6: 12}
 WRITES = st.dictionaries(st.integers(0, 11), st.integers(HOLE, CONTENTS - 1), max_size=4)
+LONG = ("a sweep a day later", "there and back")  # what takes longer than an hour
+BEGINNING = "a first snapshot by another host"
+HELD_UP = ("a first record that is held up",)
 CHANGING = ("snapshot", "delete", "sweep", "adopt")
 VOLUMES = st.integers(0, 1)
 PICK = st.integers(0, MOST - 1)
 
 
+def held_up(skip: int) -> tuple[Fault, ...]:
+    """A PUT of the catalog, after so many others, comes late, and its command fails and does not know."""
+    return Fault(LATE, "record", skip), Fault(REFUSED, "record", skip)
+
+
 class Machine(RuleBasedStateMachine):
     """See above. `initialize` begins a life, `teardown` ends it and looks at what is left."""
+
+    refusing = True  # the store, a PUT on a name that is taken
 
     def __init__(self) -> None:
         super().__init__()
@@ -72,7 +91,7 @@ class Machine(RuleBasedStateMachine):
     @initialize(seed=st.integers(0, 1 << 16), young=st.sampled_from((False, False, False, True)))
     def begin(self, seed: int, young: bool) -> None:
         """A new repository, or one with a few snapshots."""
-        self.world = World(seed, COUNTS)
+        self.world = World(seed, COUNTS, refuses=self.refusing)
         self.account = self.world.account
         self.hosts = self.world.hosts
         for volume in self.volumes:
@@ -99,6 +118,8 @@ class Machine(RuleBasedStateMachine):
     ) -> Outcome:
         """Run a command with faults; `volume` is the one that intruders meddle with."""
         planted = [replace(fault) for fault in faults]
+        if not self.refusing:
+            planted = [one for one in map(self._possible, planted) if one]
         outcome = self.world.run(host, command, planted, lambda what: self.intrude(what, host, volume), rival)
         ending = "crashed" if outcome.crashed else "failed" if outcome.error else "done"
         COUNTS[f"{verb}: {ending}"] += 1
@@ -111,11 +132,24 @@ class Machine(RuleBasedStateMachine):
 
     def sure(self, volume: Volume) -> bool:
         """Whether nothing that went before can still change the catalog."""
-        return not self.world.pending(volume.name) and not self.world.under_way(volume.name)
+        return not (
+            self.world.pending(volume.name)
+            or self.world.under_way(volume.name)
+            or self.world.claimed(volume.name)
+        )
+
+    def _possible(self, fault: Fault) -> Fault | None:
+        """The fault as a gateway can have it, which denies nothing twice; None for what is relied on.
+
+        A process does not stand still for an hour between two requests of an adoption.
+        """
+        if fault.kind == DENIED:
+            fault.times = 1
+        return None if fault.what in LONG else fault
 
     def owns(self, host: Host, volume: Volume) -> bool:
         if not volume.exists:
-            return host.number == volume.home
+            return host.number == volume.home or not self.refusing
         return volume.owner == host.state.writer and not volume.stopped
 
     def owner(self, volume: Volume) -> Host | None:
@@ -218,6 +252,13 @@ class Machine(RuleBasedStateMachine):
         other = self.hosts[1 - host.number]
         if what == "an adoption":
             return volume.exists and self.adopt_at(other, volume, ()).done
+        if what == BEGINNING:
+            self.take(other, volume, (), nested=True)
+            return True
+        if what in HELD_UP:
+            begin = self.adopt_at if volume.exists else self.take
+            begin(other, volume, held_up(1 + volume.exists))
+            return True
         if what == "an adoption at the same moment":
             running = self.account.acting[-1]
             running.racing = self.adopt_at(other, volume, (), running.racing).process.rival
@@ -466,6 +507,9 @@ class Machine(RuleBasedStateMachine):
             shutil.copytree(root, kept)
             self.kept[number] = [[replace(one, id=None) for one in each.doubts] for each in self.volumes]
             return
+        if not self.refusing:  # nothing of what comes later may be under way
+            self.account.land(len(self.account.late))
+            self.world.pass_time(HOUR)
         shutil.rmtree(root)
         kept.rename(root)
         for volume, doubts in zip(self.volumes, self.kept.pop(number), strict=True):
@@ -598,6 +642,8 @@ class Machine(RuleBasedStateMachine):
     def end(self) -> None:
         """Everything heals, days pass, the owners sweep: then nothing may be there that is not needed."""
         self.account.settled()
+        if not self.refusing:
+            self.world.pass_time(2 * HOUR)  # claims that are left over count no more
         for host in range(2):
             self.everyone_looks(host)
         self.everything = True
@@ -618,3 +664,9 @@ class Machine(RuleBasedStateMachine):
             if volume.exists:  # a first record that never arrived waits for the host's next snapshot
                 assert not self.world.pending(volume.name)
                 balanced(self.world, volume.name)
+
+
+class GatewayMachine(Machine):
+    """The same where the store refuses no PUT. Both hosts may begin a volume that is not there yet."""
+
+    refusing = False

@@ -37,11 +37,15 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Late:
-    """A PUT under way. With a `stamp` it was admitted before; without, If-None-Match is still to be asked."""
+    """A PUT under way. With a `stamp` it was admitted before; without, If-None-Match is still to be asked.
+
+    `at`: since when, if that matters.
+    """
 
     name: str
     data: bytes
     stamp: float | None
+    at: float = 0.0
 
 
 def refusal(status: int, reason: str = "", **headers: str) -> ClientException:
@@ -220,6 +224,13 @@ class Account:
             if stamps.count(max(stamps)) < 2:
                 return True
         return False
+
+    def hold(self, late: Late) -> None:
+        """Keep a PUT under way."""
+        self.late.append(late)
+
+    def land_due(self, by: float) -> None:
+        """Let arrive what cannot be under way any longer at the time `by`. Here there is no such limit."""
 
     def land(self, how_many: int) -> int:
         """The first PUTs under way arrive: those that were refused by now have no effect."""

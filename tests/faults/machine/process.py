@@ -80,6 +80,7 @@ class Process:
         if self.dead:
             raise Crash
         self.account.now += 0.02
+        self.account.land_due(self.account.now)
         self.back_in -= 1
         if self.back_in <= 0:
             self.away.clear()
@@ -100,7 +101,7 @@ class Process:
             if self.racing is None:
                 return None  # type: ignore[return-value]
         if kind in (LATE, LATE_OUTAGE) and late is not None:
-            self.account.late.append(self._maybe_admitted(late))
+            self.account.hold(self._maybe_admitted(late))
         if kind in (OUTAGE, LATE_OUTAGE):
             self._outage()
         if kind == LATE:
@@ -118,7 +119,7 @@ class Process:
         if kind in (LOST, LOST_OUTAGE):
             raise self._trouble()
         if kind == DUPLICATE and late is not None:
-            self.account.late.append(late)
+            self.account.hold(late)
         return answer
 
     def _due(self, tags: set[str]) -> Fault | None:

@@ -11,8 +11,10 @@ from hypothesis.stateful import run_state_machine_as_test
 
 from tests.faults.machine import process
 from tests.faults.machine.machine import (
+    BEGINNING,
     COUNTS,
     GOES_ON,
+    HELD_UP,
     INTERRUPTIONS,
     MANIFESTS_LOST,
     MANY,
@@ -20,8 +22,11 @@ from tests.faults.machine.machine import (
     PUT_BACK,
     RECORD_LOST,
     WEATHER,
+    GatewayMachine,
     Machine,
+    held_up,
 )
+from tests.faults.machine.model import Volume
 from tests.faults.machine.process import Fault
 from tests.faults.machine.troubles import ADOPTING, COMMITTING, READING
 
@@ -37,9 +42,9 @@ FAULTS = (
 INTRUDERS = tuple(dict.fromkeys(COMMITTING + ADOPTING + READING))
 
 
-def round_of(number: int, lives: int, *, shrink: bool = False) -> None:
+def round_of(number: int, lives: int, *, shrink: bool = False, refuses: bool = True) -> None:
     """Live so many lives; the seed `number` decides all of them. Without `shrink`, failures stay as met."""
-    life = seed(number)(type("Life", (Machine,), {}))
+    life = seed(number)(type("Life", (Machine if refuses else GatewayMachine,), {}))
     phases = (Phase.generate, Phase.shrink) if shrink else (Phase.generate,)
     run_state_machine_as_test(
         life,
@@ -174,6 +179,68 @@ def old_states() -> None:
                 life.end()
             finally:
                 life.world.close()
+
+
+BEGUN = (process.CRASH_AFTER, process.LATE_OUTAGE, process.DUPLICATE, process.REFUSED)
+
+
+def beginnings() -> None:
+    """Where no PUT is refused, an epoch is begun, and something goes wrong at one of its PUTs.
+
+    Another host begins the same one: in the middle, at once, when just under an hour has passed, or when the
+    claim of the first one has expired; and what was held up arrives as late as it can.
+    """
+    for epoch in (0, 1):
+        first_record = 1 + epoch  # after the claim, and the stop
+        for skip in range(first_record + 1):
+            for kind in BEGUN:
+                _begin_twice(epoch, (Fault(kind, "record", skip),))
+            for minutes in (0, 58, 95):
+                _begin_twice(epoch, held_up(skip), minutes)
+            for what in ("an adoption" if epoch else BEGINNING, *HELD_UP):
+                _begin_twice(epoch, (Fault(process.INTRUSION, "record", skip, what=what),))
+        # What was not sent is sent again when its claim is over, and another's record is under way.
+        _begin_twice(epoch, (Fault(process.OUTAGE, "record", first_record),), 95, held_up(first_record))
+
+
+def _begin_twice(
+    epoch: int, faults: tuple[Fault, ...], minutes: int = 0, meeting: tuple[Fault, ...] = ()
+) -> None:
+    """A host begins `epoch` and meets `faults`; `minutes` later another host does, `meeting` others."""
+    life = GatewayMachine()
+    try:
+        life.begin(seed=1, young=not epoch)
+        volume = life.volumes[0]
+        _begin_at(life, volume, epoch, 1, faults)
+        life.look_again()
+        life.world.pass_time(minutes * 60.0)
+        life.everything = True
+        life.look_again()
+        if not any(fault.what in HELD_UP for fault in faults):  # the other one is there already
+            _begin_at(life, volume, epoch, 0, meeting)
+        life.look_again()
+        for number in (0, 1):
+            life.run(life.hosts[number], "list", volume, lambda r: r.snapshots(), ())
+        life.everything = True
+        life.look_again()
+        for host in life.hosts:
+            if volume.exists and life.owns(host, volume):
+                life.take(host, volume, (), nested=True)
+        life.look_again()
+        life.world.pass_time(3600.0)
+        life.everything = True
+        life.look_again()
+        life.end()
+    finally:
+        life.world.close()
+
+
+def _begin_at(life: Machine, volume: Volume, epoch: int, host: int, faults: tuple[Fault, ...]) -> None:
+    """A host makes the volume by its first snapshot, or adopts it."""
+    if epoch:
+        life.adopt_at(life.hosts[host], volume, faults)
+    else:
+        life.take(life.hosts[host], volume, faults)
 
 
 def _at(kind: str) -> str:

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.machine.machine import COUNTS, Machine
-from tests.faults.machine.process import CRASH_BEFORE, INTRUSION, Fault
+from tests.faults.machine.machine import BEGINNING, COUNTS, Machine
+from tests.faults.machine.process import CRASH_BEFORE, DUPLICATE, INTRUSION, LATE, LATE_OUTAGE, Fault
 from tests.faults.machine.rounds import (
+    beginnings,
     interruptions,
     march,
     never,
@@ -25,6 +26,7 @@ from tests.faults.machine.rounds import (
 
 SEED = int(os.environ.get("MACHINE_SEED", "6"))
 LIVES = 30
+LIVES_AT_GATEWAY = 10
 
 
 @pytest.fixture
@@ -47,6 +49,17 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     round_of(SEED, LIVES)
     print(table())
     assert not never(), "these never happened, so nothing is known about them"
+
+
+def test_nothing_is_lost_where_no_put_is_refused() -> None:
+    """Behind a gateway like Ceph's, with PUTs of every kind that arrive up to an hour late."""
+    print(f"MACHINE_SEED={SEED}")
+    COUNTS.clear()
+    beginnings()
+    round_of(SEED, LIVES_AT_GATEWAY, refuses=False)
+    print(table())
+    for what in ("snapshot: failed", "adopt: failed", "adopt: done", LATE, LATE_OUTAGE, DUPLICATE, BEGINNING):
+        assert any(what in name for name, count in COUNTS.items() if count), f"{what} never happened"
 
 
 def test_a_snapshot_is_refused_if_its_lineage_went_away_and_came_back(machine: Machine) -> None:

@@ -35,6 +35,7 @@ from island_fast.stores import retry, swift_connection
 from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
 from island_fast.stores.swift_auth import Token
+from tests.faults.machine.memory_gateway import Gateway
 from tests.faults.machine.memory_image import MemoryImage, MemorySource
 from tests.faults.machine.memory_swift import Account, Late
 from tests.faults.machine.process import Connection, Crash, Fault, Process
@@ -135,8 +136,9 @@ class Outcome:
 class World:
     """The account, the hosts, the images by path, and the patches that put them in place."""
 
-    def __init__(self, seed: int, counts: Counter[str]) -> None:
-        self.account = Account(seed, counts)
+    def __init__(self, seed: int, counts: Counter[str], *, refuses: bool = True) -> None:
+        self.account = Account(seed, counts) if refuses else Gateway(seed, counts)
+        self._refuses = refuses
         self.images: dict[str, MemoryImage] = {}
         self.folder = Path(tempfile.mkdtemp(prefix="machine-", dir=SHM if SHM.is_dir() else None))
         self.hosts = [Host(number, self.folder / f"host{number}") for number in (0, 1)]
@@ -182,6 +184,7 @@ class World:
         replaced(Identity, "_is_copy", lambda identity, entry: False)  # no host sees another's disk
         replaced(os, "fsync", lambda fd: None)  # processes die here, hosts do not
         clock = SimpleNamespace(**{name: getattr(time, name) for name in ("time", "monotonic")})
+        clock.sleep = self.account.sleep
         clock.time_ns = lambda: int(self.account.now * 1e9)
         for name, module in sorted(sys.modules.items()):
             if name.startswith("island_fast.") and getattr(module, "time", None) is time:
@@ -193,6 +196,7 @@ class World:
 
     def _open(self, state: LocalState) -> Repository:
         store = SwiftStore(CONTAINER, PREFIX, Keys(), PATIENCE)  # type: ignore[arg-type]
+        store.known_to_refuse = self._refuses
         return Repository(store, state, create=True)
 
     def run(
@@ -262,6 +266,7 @@ class World:
 
     def pass_time(self, seconds: float) -> None:
         """Time passes for the store, listings mostly catch up; registrations, dated by files, grow older."""
+        self.account.land_due(self.account.now + seconds)
         self.account.now += seconds
         if self.account.random.random() < LISTED_BY_THEN:
             self.account.catch_up()
@@ -273,6 +278,10 @@ class World:
     def under_way(self, lineage: str) -> bool:
         """Whether some record may yet arrive."""
         return any(f"/{lineage}/catalog/" in late.name for late in self.account.late)
+
+    def claimed(self, lineage: str) -> bool:
+        """Whether a claim of somebody can be in the way."""
+        return any(f"/{lineage}/catalog/" in name and "-claim-" in name for name in self.account.rows)
 
     def pending(self, lineage: str) -> bool:
         """Whether some host has a record of unknown outcome."""
