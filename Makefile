@@ -31,7 +31,7 @@ check: $(VENV)/.tested  ## check only the rules of the code: linting, types, imp
 
 ceph: $(VENV)/.tested  ## run the tests of Swift with a real Ceph gateway: ten minutes; SUITE=trixie or sid takes the Ceph of that
 	@scripts/install_packages qemu $(if $(SUITE),debootstrap,ceph)
-	@$(if $(SUITE),$(PYTHON) scripts/ceph_suite.py $(SUITE) >/dev/null)
+	@$(if $(SUITE),$(PYTHON) -m scripts.ceph_suite $(SUITE) >/dev/null)
 	CEPH_ROOT=$(if $(SUITE),$(CURDIR)/build/ceph/$(SUITE)) $(BIN)/pytest --ceph $(or $(TESTS),$(WITH_SWIFT))
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
