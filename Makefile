@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/pip install --disable-pip-version-check
 LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+WITH_SWIFT := tests/stores tests/faults tests/operations tests/cli
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help test quick check fuzz machine mutants bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test quick check ceph fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -15,16 +16,23 @@ demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and sh
 help:  ## list these targets
 	@awk -F ':.*  ## ' '/^[a-z]+:.*  ## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-test: $(VENV)/.tested  ## run all tests, with a real qemu and a real Swift: under 20 minutes
+ready: $(VENV)/.tested  ## install everything that the tests need
 	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd udev fio peers libvirt
 	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
-	$(BIN)/pytest -n 2 --no-loadscope-reorder
+
+test: ready  ## run all tests, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
+	$(BIN)/pytest -n 2 --no-loadscope-reorder $(TESTS)
 
 quick: $(VENV)/.tested  ## run the unit and property tests and the rules of the code: seconds
 	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py
 
 check: $(VENV)/.tested  ## check only the rules of the code: linting, types, imports between rooms
 	$(BIN)/pytest -q tests/test_source.py
+
+ceph: $(VENV)/.tested  ## run the tests of Swift with a real Ceph gateway: ten minutes; SUITE=trixie or sid takes the Ceph of that
+	@scripts/install_packages qemu $(if $(SUITE),debootstrap,ceph)
+	@$(if $(SUITE),$(PYTHON) scripts/ceph_suite.py $(SUITE) >/dev/null)
+	CEPH_ROOT=$(if $(SUITE),$(CURDIR)/build/ceph/$(SUITE)) $(BIN)/pytest --ceph $(or $(TESTS),$(WITH_SWIFT))
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)
@@ -34,6 +42,10 @@ machine: $(VENV)/.tested  ## run random histories with crashes and faults, for M
 
 mutants: $(VENV)/.tested  ## plant mistakes one at a time, and check that random histories find each: half an hour
 	$(BIN)/python scripts/mutants.py
+
+versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or sid; TESTS="tests/unit" chooses
+	@scripts/install_packages debootstrap
+	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(TESTS)
 
 bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
 	@scripts/install_packages qemu daemon fuse fio peers
@@ -54,7 +66,7 @@ docs: $(VENV)/.documented  ## build the web site in build/docs; a broken link is
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo 'open build/docs/index.html'
 
-pages: $(VENV)/.installed  ## make the man pages, docs/commands.md and docs/reference.md again, from help texts and docstrings
+pages: $(VENV)/.installed  ## make the man pages, docs/commands.md, configuration.md and reference.md again, from help texts, keys and docstrings
 	$(BIN)/python -m scripts.pages
 
 clean:  ## remove everything that was built

@@ -106,7 +106,7 @@ def decode(name: str, codec: int, data: bytes, size: int) -> bytes:
     if codec == 1:
         try:
             if zstandard.frame_content_size(data) == size:
-                data = zstandard.ZstdDecompressor().decompress(data)
+                data = zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise Damaged(f"{name}: {error}") from error
     elif codec != 0:

@@ -68,9 +68,9 @@ class Repository(RepositoryBase):
     `Repository.open(url)` opens one. It is a context manager, and not thread-safe. Several processes and
     hosts can work on one repository at the same time: docs/reliability.md.
 
-    A `reference` names a snapshot as on the command line: an id, an unambiguous beginning of one, VOLUME@ID
-    or VOLUME@latest. NotFoundError if there is no such snapshot, UsageError if several match. Sizes are in
-    bytes, times in seconds. The methods return the classes of `island_fast.results`.
+    A `reference` names a snapshot as on the command line: an id, an unambiguous beginning of one, VOLUME@ID,
+    VOLUME@latest or VOLUME@label:TEXT. NotFoundError if there is no such snapshot, UsageError if several
+    match. Sizes are in bytes, times in seconds. The methods return the classes of `island_fast.results`.
 
     Besides the errors that each method lists, all of them raise StoreError if the store cannot be reached,
     DamagedError if something that they need is damaged, RefusedError if continuing could lose or mix up data,
@@ -373,7 +373,8 @@ class Repository(RepositoryBase):
         if others and not worked and not self.left_out:
             raise ConflictError(
                 f"nothing was done in {self.store.location}, because other hosts or users own its volumes "
-                f"({', '.join(others)}); run it where they are owned, or if that is gone, 'island adopt' them"
+                f"({', '.join(others)}); run it there, or if that host is gone, run "
+                f"'island adopt {others[0]}' here"
             )
 
     def copy(
@@ -497,7 +498,8 @@ class Repository(RepositoryBase):
         from island_fast.results import Adopted
 
         lineage = self.existing_lineage(volume)
-        with lineage.hold_lock():
+        lineage.require_standing()  # before anything is given up
+        with lineage.hold_lock(give_up=True):
             lineage.require_standing()
             lineage.adopt()
             lineage.files.set_image(None)

@@ -7,11 +7,13 @@ import ctypes
 import errno
 import os
 import stat
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 __all__ = [
     "FOLDER_FLAGS",
+    "birth_time",
     "find_extents",
     "link_new",
     "make_folder",
@@ -32,6 +34,8 @@ _MAX_BUFFERS = os.sysconf("SC_IOV_MAX")
 _NO_HARD_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 _AT_FDCWD = -100  # fcntl.h
 _RENAME_NOREPLACE = 1  # linux/fs.h
+_EMPTY_PATH = 0x1000  # AT_EMPTY_PATH
+_BIRTH, _STATX = 0x800, struct.Struct("I 76x qI 164x")  # linux/stat.h: STATX_BTIME; stx_mask and stx_btime
 _PUNCH_HOLE = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
 
 
@@ -107,6 +111,22 @@ def reserve_space(fd: int) -> None:
         call(fd, 0, 0, size)
 
 
+def birth_time(fd: int) -> int:
+    """Return when the file of a descriptor was created, in nanoseconds since 1970; 0 if that is not known.
+
+    A file system gives the inode of a deleted file to the next one, but not with the same time.
+    """
+    call = getattr(ctypes.CDLL(None), "statx", None)
+    if call is None:
+        return 0
+    call.argtypes = (ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_uint, ctypes.c_char_p)
+    buffer = ctypes.create_string_buffer(_STATX.size)
+    if call(fd, b"", _EMPTY_PATH, _BIRTH, buffer):
+        return 0
+    mask, seconds, nanoseconds = _STATX.unpack(buffer.raw)
+    return int(seconds * 10**9 + nanoseconds) if mask & _BIRTH else 0
+
+
 def punch_hole(fd: int, offset: int, length: int) -> bool:
     """Make a range of a file a hole, which reads as zeros.
 
@@ -176,14 +196,19 @@ def make_folders(path: str | os.PathLike[str], mode: int = 0o700) -> None:
 
     (The parents that os.makedirs and Path.mkdir create get whatever mode the umask leaves them.)
     """
-    try:
-        os.mkdir(path, mode)
-    except FileNotFoundError:
-        make_folders(os.path.dirname(os.path.abspath(path)), mode)
-        make_folders(path, mode)
-    except FileExistsError:
-        if not os.path.isdir(path):
-            raise
+    for parents_exist in (False, True):
+        try:
+            os.mkdir(path, mode)
+        except FileNotFoundError:
+            if parents_exist:  # some file systems answer this where nothing can be made, such as /proc
+                raise
+            make_folders(os.path.dirname(os.path.abspath(path)), mode)
+        except FileExistsError:
+            if not os.path.isdir(path):
+                raise
+            return
+        else:
+            return
 
 
 def sync_folder(path: str | os.PathLike[str]) -> None:

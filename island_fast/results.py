@@ -94,7 +94,8 @@ class Marked(Answer):
 class SnapshotShown(Snapshot):
     """A snapshot, and what deleting it would free: see `Deleted`; None if damage prevents the computation.
 
-    `consistency` is as in `DomainTaken`, and so are `domain`, `disk` and `group` for a running guest's disk.
+    `consistency` is as in `DomainTaken`, or "offline" if no process had the image open for writing. `domain`,
+    `disk` and `group` are as in `DomainTaken` for a running guest's disk.
     """
 
     bytes_unreferenced: int | None
@@ -213,7 +214,7 @@ class Deleted(Answer):
 
     `bytes_unreferenced` is the size of the snapshot's manifest and of the stored blocks that no other
     snapshot needs. `bytes_freed` is what the next sweep will remove because of this, less what it will
-    rewrite.
+    rewrite; what is younger than the grace (24 hours in Swift) waits for a later one.
     """
 
     snapshot: str
@@ -329,7 +330,8 @@ class Usage(Answer):
 class SweepStep(Answer):
     """What a sweep does to an object, and why.
 
-    "remove" it, "rewrite" a pack without its dead slots, or "keep" what it may not account for.
+    "remove" it, "rewrite" a pack without its dead slots, or "keep" what is younger than the grace, or what
+    this host cannot account for.
     """
 
     action: str
@@ -342,8 +344,12 @@ class SweepStep(Answer):
 class Swept(Answer):
     """What a sweep did to a volume, or with `dry_run` would do.
 
-    `bytes_freed` is `bytes_removed` less `bytes_rewritten`. `objects_unknown` counts what stays although no
-    record names it, because this host did not store it: another host may need it, or have left it.
+    `bytes_freed` is `bytes_removed` less `bytes_rewritten` and `bytes_kept`. `bytes_kept` is what the store
+    keeps of the removed objects, as versions or under a lock, as far as it says so or its own count shows it.
+    `objects_unknown` counts what stays although no record names it, because this host did not store it:
+    another host may need it, or have left it. At most 131072 of those are among the `steps`, and no sweep
+    removes more objects that no record names. `objects_waiting` counts what stays although no snapshot needs
+    it, because it is younger than the grace; a later sweep frees `bytes_waiting` of it.
     """
 
     volume: str
@@ -351,9 +357,12 @@ class Swept(Answer):
     packs_repacked: int
     bytes_removed: int
     bytes_rewritten: int
+    bytes_kept: int
     bytes_freed: int
     objects_unknown: int
     bytes_unknown: int
+    objects_waiting: int
+    bytes_waiting: int
     steps: tuple[SweepStep, ...]
 
 

@@ -230,7 +230,11 @@ MISTAKES: dict[str, list[Edit]] = {
         ),
     ],
     "garbage is never removed": [
-        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "elif False:"),
+        (
+            "operations/sweep.py",
+            "elif len(garbage) < _MOST and _is_confirmed(lineage, info, age):",
+            "elif False:",
+        ),
     ],
     "a stop is the only sign of the end of an epoch": [
         (
@@ -248,7 +252,7 @@ MISTAKES: dict[str, list[Edit]] = {
         ("operations/sweep.py", "if snapshot not in accounted and not unknown:", "if False:"),
     ],
     "a listing alone makes garbage": [
-        ("operations/sweep.py", "elif _is_confirmed(lineage, info, age):", "else:"),
+        ("operations/sweep.py", "elif len(garbage) < _MOST and _is_confirmed(lineage, info, age):", "else:"),
     ],
     "a listing of another prefix is believed": [
         (

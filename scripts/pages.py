@@ -1,9 +1,10 @@
 """Pages that are made from the code: `python scripts/pages.py` writes those that are out of date.
 
-docs/commands.md and man/*.1 come from the help texts, docs/reference.md from the docstrings of the Python
-API. They are committed, so that they can be read anywhere and packed without tools; tests/docs fails if one
-is out of date. click-man does not write the man pages, because it lets roff take a line that begins with a
-quote for a command, fills lines of tables and examples, and leaves out what is below the options.
+docs/commands.md and man/*.1 come from the help texts, docs/configuration.md and man/island-config.5 from
+the keys of the configuration file, docs/reference.md from the docstrings of the Python API. They are
+committed, so that they can be read anywhere and packed without tools; tests/docs fails if one is out of date.
+click-man does not write the man pages, because it lets roff take a line that begins with a quote for a
+command, fills lines of tables and examples, and leaves out what is below the options.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 
+from island_fast.cli.config import METERED, TABLES, Key
 from island_fast.cli.help import VerbGroup, option_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,9 +50,14 @@ def groups(lines: Iterable[str]) -> Iterator[tuple[str, list[str]]]:
     yield title, below
 
 
+def context_of(group: click.Group) -> click.Context:
+    """Return a context of `island`, with the names of its option --help."""
+    return click.Context(group, info_name="island", **group.context_settings)
+
+
 def verbs(group: click.Group) -> list[tuple[str, click.Command, click.Context]]:
     """Return each verb: its name, its command, and a context."""
-    above = click.Context(group, info_name="island")
+    above = context_of(group)
     named = [(name, group.commands[name]) for name in group.list_commands(above)]
     return [(name, verb, click.Context(verb, info_name=name, parent=above)) for name, verb in named]
 
@@ -73,7 +80,7 @@ def common(group: click.Group) -> Options:
     found = [options(verb, context) for _, verb, context in verbs(group)]
     return {
         name: [row for row in rows if all(row in one.get(name, []) for one in found)]
-        for name, rows in options(group, click.Context(group)).items()
+        for name, rows in options(group, context_of(group)).items()
     }
 
 
@@ -147,7 +154,7 @@ def index(group: VerbGroup) -> Iterator[str]:
 
 def commands(group: VerbGroup) -> str:
     """Return docs/commands.md."""
-    context = click.Context(group, info_name="island")
+    context = context_of(group)
     every = common(group)
     blocks = [
         MADE.format("the help texts"),
@@ -175,6 +182,7 @@ def commands(group: VerbGroup) -> str:
 
 # Man pages.
 
+_UNBROKEN = (".nh", ".ad l")  # words, and names of options, are not hyphenated, and gaps not stretched
 _SECTIONS = {"Example:": "EXAMPLES", "Environment:": "ENVIRONMENT", "Exit codes:": "EXIT STATUS"}
 
 
@@ -237,6 +245,7 @@ def man_page(name: str, command: click.Command, context: click.Context, version:
     lines = [
         '.\\" Made by scripts/pages.py from the help texts; change those, and run it.',
         f'.TH {roff(name.upper())} 1 "" "island {version}" "User Commands"',
+        *_UNBROKEN,
         ".SH NAME",
         f"{roff(name)} \\- {roff(first[0].lower() + first[1:])}",
         ".SH SYNOPSIS",
@@ -259,10 +268,96 @@ def man_pages(group: VerbGroup, version: str) -> Iterator[tuple[str, str]]:
         listing.append(f".SS {heading}")
         for verb in verbs_of_it:
             listing += [".TP", f"\\fBisland\\-{verb.name}\\fR(1)", roff(f"{summary(verb)}.")]
-    yield "island.1", man_page("island", group, click.Context(group, info_name="island"), version, listing)
-    see = [".SH SEE ALSO", "\\fBisland\\fR(1)"]
+    yield "island.1", man_page("island", group, context_of(group), version, listing)
+    see = [".SH SEE ALSO", "\\fBisland\\fR(1), \\fBisland\\-config\\fR(5)"]
     for name, verb, context in verbs(group):
         yield f"island-{name}.1", man_page(f"island-{name}", verb, context, version, see)
+
+
+# The configuration file.
+
+_CONFIGURATION = """
+    The file holds values for options that every call would repeat. It is in TOML, and need not exist.
+
+    It is the file that ISLAND_CONFIG names, otherwise $XDG_CONFIG_HOME/island/config.toml, otherwise
+    ~/.config/island/config.toml. The systemd units read /etc/island/config.toml. All commands of 'island'
+    read it except 'island completion'; the Python API and the Cinder driver do not.
+
+    An option on the command line takes precedence over its variable (ISLAND_...), the variable over the file,
+    and the file over the default. Each key is looked up by itself.
+
+    Keys that begin with keep- belong below a line [retain]; all others belong at the top, above that line. A
+    key that is unknown, misplaced or of another type, a file that ISLAND_CONFIG names and that does not
+    exist, and a file that anybody can write to are refused with exit code 2. Credentials do not belong in
+    this file: island takes them from the environment, or from clouds.yaml.
+
+    \b
+    Example:
+      repository = "swift://volumes/host7"
+      limit-upload = "10M"
+      [retain]
+      keep-daily = 7
+      keep-weekly = 4
+"""
+
+
+def where_a_key_is(table: str) -> str:
+    """Return the heading of the keys of a table of the configuration file."""
+    return f"Keys below a line [{table}]" if table else "Keys at the top of the file"
+
+
+def describe_key(name: str, table: str, key: Key) -> list[tuple[str, str]]:
+    """Return what there is to know about a key, as titles and texts."""
+    options = {"repository": "-r, --repository, of every verb", "compression": "--compression of snapshot"}
+    verbs_of_it = f"of {table}" if table else f"of {', '.join(METERED[:-1])} and {METERED[-1]}"
+    return [
+        ("value", key.values),
+        ("default", key.default),
+        ("example", f"{name} = {key.example}"),
+        ("option", options.get(name, f"--{name} {verbs_of_it}")),
+        ("variable", f"ISLAND_{name.upper().replace('-', '_')}"),
+    ]
+
+
+def configuration() -> str:
+    """Return docs/configuration.md."""
+    blocks = [
+        MADE.format("island_fast/cli/config.py"),
+        "# The configuration file",
+        "`man island-config` shows the same.",
+        *markdown(_CONFIGURATION),
+    ]
+    for table, keys in TABLES.items():
+        blocks.append(f"## {where_a_key_is(table)}")
+        for name, key in keys.items():
+            blocks += [f"### {name}", plain(key.text)]
+            blocks.append("\n".join(f"- {title}: `{it}`" for title, it in describe_key(name, table, key)))
+    return "\n\n".join(blocks) + "\n"
+
+
+def configuration_man_page(version: str) -> str:
+    """Return man/island-config.5."""
+    description, sections = body(_CONFIGURATION)
+    lines = [
+        '.\\" Made by scripts/pages.py from island_fast/cli/config.py; change that, and run it.',
+        f'.TH ISLAND\\-CONFIG 5 "" "island {version}" "File Formats"',
+        *_UNBROKEN,
+        ".SH NAME",
+        "island\\-config \\- configuration file of the command island",
+        ".SH SYNOPSIS",
+        roff("~/.config/island/config.toml"),
+        ".SH DESCRIPTION",
+        *description,
+        ".SH OPTIONS",
+    ]
+    for table, keys in TABLES.items():
+        lines.append(f".SS {where_a_key_is(table)}")
+        for name, key in keys.items():
+            lines += [".TP", f"\\fB{roff(name)}\\fR", roff(key.text)]
+            for title, it in describe_key(name, table, key):
+                lines += [".br", roff(f"{title}: {it}")]
+    lines += [*sections, ".SH SEE ALSO", "\\fBisland\\fR(1), \\fBisland\\-retain\\fR(1)"]
+    return "\n".join(lines) + "\n"
 
 
 # The Python API.
@@ -373,15 +468,20 @@ def pages() -> dict[Path, str]:
     from island_fast import __version__
     from island_fast.cli.main import island
 
-    made = {ROOT / "docs/commands.md": commands(island), ROOT / "docs/reference.md": reference()}
+    made = {
+        ROOT / "docs/commands.md": commands(island),
+        ROOT / "docs/configuration.md": configuration(),
+        ROOT / "docs/reference.md": reference(),
+        ROOT / "man/island-config.5": configuration_man_page(__version__),
+    }
     return made | {ROOT / "man" / name: text for name, text in man_pages(island, __version__)}
 
 
 def stale() -> list[Path]:
-    """Return pages that are out of date, and man pages of verbs that no longer exist."""
+    """Return pages that are out of date, and man pages of what no longer exists."""
     wanted = pages()
     wrong = [path for path, text in wanted.items() if not path.exists() or path.read_text() != text]
-    return wrong + [path for path in (ROOT / "man").glob("*.1") if path not in wanted]
+    return wrong + [path for path in (ROOT / "man").glob("*.[15]") if path not in wanted]
 
 
 def main() -> None:

@@ -89,7 +89,9 @@ def try_wheel(python: str, sdist: Path, wheel: Path, work: Path) -> str:
     ours = make_environment(python, work / "clean")
     path = os.pathsep.join([str(ours.parent), str(make_path_without_compilers(work / "programs"))])
     assert not any(shutil.which(name, path=path) for name in ("cc", "gcc", "c++", "clang", "ld"))
-    pip(ours, "install", "--only-binary", ":all:", wheel, *NEEDED_BY_TESTS, path=path)
+    # By name, as from dist/: pip itself must find that this wheel is for this interpreter.
+    found = ["--find-links", wheel.parent, f"island-fast=={wheel.name.split('-')[1]}"]
+    pip(ours, "install", "--only-binary", ":all:", *found, *NEEDED_BY_TESTS, path=path)
 
     shutil.unpack_archive(sdist, work / "unpacked", filter="data")
     tests = work / "outside"

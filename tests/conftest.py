@@ -1,4 +1,7 @@
-"""Fixtures for all tests. Swift is started for the first test that asks for it, once."""
+"""Fixtures for all tests. Swift is started for the first test that asks for it, once.
+
+With `--ceph` it is Ceph's object gateway instead, and only tests that need it and can run there are run.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import pytest
 from island_fast.stores.directory import DirectoryStore
 from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
+from tests.support import ceph_server
+from tests.support.ceph_server import CephServer
 from tests.support.swift_server import SwiftServer
 
 IMPATIENT = RetryPolicy(total=5.0, first=0.01, longest=0.1)
@@ -27,9 +32,35 @@ os.environ["PATH"] += (
 OpenSwift = Callable[..., SwiftStore]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest begins first."""
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--ceph",
+        action="store_true",
+        help="run the tests of Swift, and those alone, with a real Ceph gateway",
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What takes longest begins first. With --ceph, say of each test whether it can be run there."""
     items.sort(key=lambda item: not item.nodeid.startswith(CINDER))
+    if config.getoption("--ceph"):
+        config.hook.pytest_deselected(items=[item for item in items if not _uses_swift(item)])
+        items[:] = [item for item in items if _uses_swift(item)]
+    for item in items:
+        if config.getoption("--ceph"):
+            if mark := item.get_closest_marker("swift_only"):
+                item.add_marker(pytest.mark.skip(reason=f"not with Ceph: {mark.args[0]}"))
+            if mark := item.get_closest_marker("fails_with_ceph"):
+                item.add_marker(pytest.mark.xfail(reason=mark.args[0], strict=True))
+        elif item.get_closest_marker("ceph_only"):
+            item.add_marker(pytest.mark.skip(reason="with Ceph only: make ceph"))
+
+
+def _uses_swift(item: pytest.Item) -> bool:
+    """Whether a test asks for the Swift server, as far as its fixtures, parameters and markers show it."""
+    called = getattr(item, "callspec", None)
+    asked = [*getattr(item, "fixturenames", ()), *(called.params.values() if called else ())]
+    return "swift_server" in asked or "swift" in asked or item.get_closest_marker("uses_swift") is not None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -45,10 +76,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 @pytest.fixture(scope="session")
-def swift_server() -> Iterator[SwiftServer]:
-    """A Swift with one replica."""
-    with SwiftServer() as server:
+def swift_server(request: pytest.FixtureRequest) -> Iterator[SwiftServer]:
+    """A Swift with one replica, or with --ceph a Ceph."""
+    with make_swift_server(request.config) as server:
         yield server
+
+
+def make_swift_server(config: pytest.Config, *, nodes: int = 1) -> SwiftServer:
+    """Return the server to be started: a Swift of so many nodes and replicas, or with --ceph a Ceph."""
+    if not config.getoption("--ceph"):
+        return SwiftServer(nodes=nodes, replicas=nodes)
+    if lacking := ceph_server.missing():
+        pytest.fail(lacking)
+    return CephServer()
 
 
 @pytest.fixture

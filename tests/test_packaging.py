@@ -20,7 +20,7 @@ from island_fast._diff import HASH_KERNEL
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE_BY_SETUPTOOLS = ("PKG-INFO", "setup.cfg", "island_fast.egg-info/")
-MAN_PAGES = [*(ROOT / "man").glob("*.1")]
+MAN_PAGES = [*(ROOT / "man").glob("*.[15]")]
 SLOW = {"CPPFLAGS": "-DISLAND_FAST_PYTHON_XXHASH"}  # what a build is without xxhash.h
 
 
@@ -108,7 +108,7 @@ def test_the_wheel_holds_the_package_and_its_licences(wheel: Path) -> None:
     package -= {name for name in package if name.endswith((".pyx", ".pxi"))}
     (kernel,) = (name for name in inside if name.endswith(".so"))
     share = f"{about.removesuffix('dist-info/')}data/data/share/"
-    pages = {f"{share}man/man1/{page.name}" for page in MAN_PAGES}
+    pages = {f"{share}man/man{page.suffix[1:]}/{page.name}" for page in MAN_PAGES}
     assert pages
     rescue = {f"{share}island/{name}" for name in ("format.md", "rescue.py")}
     assert {name for name in inside if not name.startswith(about)} == package | pages | rescue | {kernel}

@@ -23,11 +23,15 @@ class CountingStore(Store):
         self.grace = store.grace
         self.range_gap = store.range_gap
         self.uploads, self.downloads, self.readers = store.uploads, store.downloads, store.readers
-        self.ranges_at_once = store.ranges_at_once
         self.request_cost = store.request_cost
         self.known_to_refuse = store.refuses_overwrites()
         self._store = store
         self._late = late
+
+    @property
+    def ranges_at_once(self) -> int | None:
+        """See Store.ranges_at_once."""
+        return self._store.ranges_at_once
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""

@@ -6,7 +6,7 @@ Only the image is replaced: packs, manifests, records and local state are writte
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -106,6 +106,9 @@ class SyntheticVolume(Source):
     def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
         """See Source.reason_unsound."""
         return None
+
+    def require_unchanged(self, internals: Sequence[InternalSnapshot]) -> None:
+        """Do nothing: nobody else has it."""
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""

@@ -8,7 +8,8 @@ A reference is one of
     {"source-name": LINEAGE@SNAPSHOT, "repository": R}  one in the repository called R in cinder.conf
 
 A file becomes an image in three steps: it gets a second name, that of the image; the volume gets its record;
-the first name goes. If that is cut off anywhere, the file can be managed again, as the same volume or as
+the first name goes. Where files cannot have two names, it is renamed, and an image without a record is given
+one later. If that is cut off anywhere, the file can be managed again, as the same volume or as
 another one. There is never more than one volume with the same file.
 """
 
@@ -71,6 +72,12 @@ class ManageableVolumes:
             record = VolumeRecord(self.snapshot_size(reference) * _GIB, origin=snapshot)
             self._volumes.create(volume, record, at_once=True)
             return
+        with self._volumes.hold_reference(name):
+            self._manage_local(volume, name, reference)
+
+    def _manage_local(self, volume: str, name: str, reference: Mapping[str, str]) -> None:
+        """Make `volume` of another volume or a file; the caller holds the reference's lock."""
+        self._volumes.record_lone_images()
         records = self._local_records()
         if volume in records and name not in records and not (self._volumes.records.folder / name).exists():
             size = _to_gib(records[volume].size) * _GIB  # an earlier call came this far
@@ -152,6 +159,7 @@ class ManageableVolumes:
 
         `known` are the volumes that Cinder has, from name to id.
         """
+        self._volumes.record_lone_images()
         entries = []
         for name, record in self._local_records().items():
             reason = "already managed" if name in known else None

@@ -73,9 +73,9 @@ class VolumeRecord:
 
     `lineage` holds the volume's snapshots; it is None before the first one. `origin` is the snapshot that the
     image is to be made from; it is None if the image is made already or is to be blank. With `passing`, that
-    snapshot was taken only to bring the volume to this host, and is deleted once the image is made. With
-    `made`, an image has been made; if the file is missing, it was lost. `label` is the label of the last
-    snapshot that was started.
+    snapshot was taken only to bring the volume to this host, and is deleted once the image is made; until
+    that is done, both stay beside `made`. With `made`, an image has been made; if the file is missing, it was
+    lost. `label` is the label of the last snapshot that was started.
     """
 
     size: int
@@ -145,6 +145,18 @@ class VolumeRecords:
                 if VOLUME_PATTERN.fullmatch(entry.name)
                 and os.path.exists(os.path.join(entry.path, "volume.json"))
             )
+        return []
+
+    def unrecorded(self) -> list[str]:
+        """Return the names under which there is an image and no record."""
+        with contextlib.suppress(FileNotFoundError):
+            return [
+                name
+                for name in sorted(os.listdir(self.folder))
+                if VOLUME_PATTERN.fullmatch(name)
+                and self.image_path(name).exists()
+                and not (self.folder / name / "volume.json").exists()
+            ]
         return []
 
     def read_all(self) -> Iterator[tuple[str, VolumeRecord]]:

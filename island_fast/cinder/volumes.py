@@ -65,6 +65,7 @@ class Volumes:
         self._lock = lock
         self._lazy = lazy
         self._users: Counter[str] = Counter()  # of each volume's daemon, besides its device
+        self._moving: set[str] = set()  # volumes whose image is about to be removed here
         self._aborted: set[str] = set()  # volumes whose running snapshot is to end
         self._copies: set[str] = set()  # internal snapshots that this process holds
 
@@ -89,11 +90,10 @@ class Volumes:
 
         Raises RefusedError if the volume is larger than this driver can snapshot.
         """
-        _refuse_oversize(record.size)
         with self._lock(volume):
-            with contextlib.suppress(NotFoundError):
-                self.records.read(volume)
+            if self._find_record(volume) is not None:
                 return
+            _refuse_oversize(record.size)
             self.records.write(volume, record)
         if at_once or not self._lazy:
             self.ensure_image(volume)
@@ -112,6 +112,8 @@ class Volumes:
             )
         if known is not None and record.origin and not known.made and known.origin != record.origin:
             with self._lock(volume):
+                # A cut can have left the image that the volume had when it was migrated away.
+                self.records.image_path(volume).unlink(missing_ok=True)
                 self.records.write(volume, record)
         self.create(volume, record)
 
@@ -123,21 +125,23 @@ class Volumes:
     def _ensure_image(self, volume: str) -> Path:
         """Do the work of `ensure_image`; the caller holds the volume's lock."""
         record, image = self.records.read(volume), self.records.image_path(volume)
-        if record.made:
+        if record.made and not image.exists():
+            raise NotFoundError(
+                f"{image} is gone: put it back, or revert volume {volume} to its newest snapshot"
+            )
+        if not record.made:
             if not image.exists():
-                raise NotFoundError(
-                    f"{image} is gone: put it back, or revert volume {volume} to its newest snapshot"
-                )
-            return image
-        if not image.exists():
-            if record.origin:
-                self._restore_image(volume, record.origin, pin=record.passing)
-            else:
-                self._images.create_blank(image, record.size)
-        if record.origin and record.passing:
+                if record.origin:
+                    self._restore_image(volume, record.origin, pin=record.passing)
+                else:
+                    self._images.create_blank(image, record.size)
+            # Before the snapshot goes that a migration took: an image that is not "made" can be made again.
+            origin = record.origin if record.passing else None
+            record = self.records.change(volume, origin=origin, made=True)
+        if record.origin:
             self.own_repository.adopt(record.origin.lineage)
             self.own_repository.delete(record.origin)
-        self.records.change(volume, origin=None, passing=False, made=True)
+            self.records.change(volume, origin=None, passing=False)
         return image
 
     def _restore_image(self, volume: str, snapshot: SnapshotRef, *, pin: bool) -> None:
@@ -152,6 +156,21 @@ class Volumes:
         os.replace(scratch, image)
         sync_folder(image.parent)
         self.records.change(volume, size=size)
+
+    def record_lone_images(self) -> None:
+        """Make volumes of images that have no record and are the only name of their file.
+
+        Such a file was to be managed, and was renamed and not linked, before a cut.
+        """
+        for volume in self.records.unrecorded():
+            image = self.records.image_path(volume)
+            with self._lock(volume), contextlib.suppress(FileNotFoundError, NotFoundError):
+                if self._find_record(volume) is None and image.stat().st_nlink == 1:
+                    self.records.write(volume, VolumeRecord(volume_size(image), made=True))
+
+    def hold_reference(self, name: str) -> AbstractContextManager[object]:
+        """Return the lock of taking over what has this name, which one caller at a time does."""
+        return self._lock(f"manage-{name}")
 
     def clone(self, source: str, volume: str, size: int) -> None:
         """Create a volume with the present content of another one; nothing goes through the store."""
@@ -195,8 +214,12 @@ class Volumes:
     # In use.
 
     def attach(self, volume: str) -> Path:
-        """Return the path of the volume's block device; make the image first if it is not made yet."""
+        """Return the path of the volume's block device; make the image first if it is not made yet.
+
+        Raises RefusedError while the volume is being migrated away.
+        """
         with self._lock(volume):
+            self._refuse_moving(volume)
             return self.exports.attach(volume, self._ensure_image(volume))
 
     def detach(self, volume: str) -> None:
@@ -217,6 +240,7 @@ class Volumes:
 
     def give_back(self, volume: str) -> None:
         """Leave on this host's disk what was to be managed and was not; without an image nothing stays."""
+        self.record_lone_images()
         known = self._find_record(volume)
         if known is not None and known.made:
             self.stop(volume)
@@ -366,6 +390,7 @@ class Volumes:
         image and cannot be attached, so no guest ever sees a blank disk.
         """
         with self._lock(f"snapshots-{volume}"), self._lock(volume):
+            self._refuse_moving(volume)
             self.exports.stop(volume)
             self._adopt_if_image_lost(volume, snapshot.lineage)
             known = self._find_record(volume)
@@ -413,24 +438,50 @@ class Volumes:
     def prepare_migration(self, volume: str, label: str) -> VolumeRecord:
         """Bring a detached volume to where another host can make it; return the record for that host.
 
-        The image is removed once the store has been asked for all that it is to be made from. If anything is
-        missing there, this raises IslandError, and the volume stays as it is. The record stays, so that the
-        image can be made here again if no host takes the volume over. If the image is yet to be made from a
-        snapshot, it is made first, because no other host can know that this snapshot must be kept. A volume
-        that is yet to be blank is removed altogether.
+        Nobody can write to it from before its last snapshot on. The image is removed once the store has been
+        asked for all that it is to be made from. If anything is missing there, this raises IslandError, and
+        the volume stays as it is. The record stays, so that the image can be made here again if no host takes
+        the volume over. If the image is yet to be made from a snapshot, it is made first, because no other
+        host can know that this snapshot must be kept. A volume that is yet to be blank is removed altogether.
+
+        Raises ImageInUseError if its device is open.
         """
         record = self.records.read(volume)
         if not record.made and not record.origin:
             self.delete(volume)
             return record
-        if not record.in_transit:
-            snapshot = self.snapshot(volume, label)
-            self._require_stored(volume, snapshot)
-            self.records.change(volume, origin=snapshot, passing=True, made=False)
+        self._moving.add(volume)
+        try:
+            if not record.in_transit:
+                self._send_away(volume, label)
             with self._lock(volume):
                 self.exports.stop(volume)
                 self.records.image_path(volume).unlink(missing_ok=True)
+        finally:
+            self._moving.discard(volume)
         return self.records.read(volume)
+
+    def _send_away(self, volume: str, label: str) -> None:
+        """Take a snapshot that another host is to make the volume from, and note that it can.
+
+        The snapshot of an earlier attempt does not do: a guest can have written since.
+        """
+        with self._lock(volume):
+            self.exports.detach(volume)
+        tried = self.records.read(volume).label == label
+        self.records.change(volume, label=None)
+        snapshot = self.snapshot(volume, label)
+        self._require_stored(volume, snapshot)
+        for old in self.own_repository.find_by_label(snapshot.lineage, label) if tried else []:
+            if old != snapshot:
+                self.own_repository.delete(old)
+        self.records.change(volume, origin=snapshot, passing=True, made=False)
+
+    def _refuse_moving(self, volume: str) -> None:
+        if volume in self._moving:
+            raise RefusedError(
+                f"volume {volume} is being migrated to another host; try again when it is there"
+            )
 
     def _require_stored(self, volume: str, snapshot: SnapshotRef) -> None:
         """Raise IslandError unless another host can make the volume of a snapshot; a retry takes another."""

@@ -1,6 +1,7 @@
 """The configuration file of the command: its keys, and the options that they give values to.
 
-It is TOML, at $ISLAND_CONFIG, else $XDG_CONFIG_HOME/island/config.toml, else ~/.config/island/config.toml. An
+docs/configuration.md and the man page island-config(5) are made from `TABLES` (scripts/pages.py). The file is
+TOML, at $ISLAND_CONFIG, else $XDG_CONFIG_HOME/island/config.toml, else ~/.config/island/config.toml. An
 option on the command line wins over its variable (ISLAND_...), that over the file, and that over the default:
 click looks them up in this order. Only the command reads the file; the Python API does not.
 """
@@ -11,35 +12,94 @@ import os
 import re
 import stat
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from island_fast.cli.run import FullUsageError
 
-__all__ = ["COMPRESSIONS", "KEEP_RULES", "parse_rate", "read_config"]
+__all__ = ["COMPRESSIONS", "KEEP_RULES", "METERED", "TABLES", "Key", "parse_rate", "read_config"]
 
 COMPRESSIONS = ("zstd", "none")
 """Values of --compression, ISLAND_COMPRESSION and the key compression; the first is the default."""
 
-KEEP_RULES = ("last", "hourly", "daily", "weekly", "monthly", "yearly")
-"""The rules of a retention policy: options --keep-..., variables ISLAND_KEEP_..., keys of [retain]."""
+KEEP_RULES = {
+    "last": "Keep the newest N.",
+    "hourly": "Keep the newest of each of the last N hours that have a snapshot.",
+    "daily": "The same for days.",
+    "weekly": "The same for weeks, which begin on Monday.",
+    "monthly": "The same for months.",
+    "yearly": "The same for years.",
+}
+"""The rules of a retention policy, with their help: options --keep-..., variables ISLAND_KEEP_..., keys of
+[retain]."""
+
+METERED = ("snapshot", "restore", "copy", "verify", "sweep")
+"""The verbs that move data, which have the options --workers and --limit-..."""
 
 _RATE = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([KMG])")
 _BYTES = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
-_METERED = ("snapshot", "restore", "copy", "verify", "sweep")  # the verbs that move data
+_HINT = "see 'man island-config'"
 
 _Wanted = type | tuple[str, ...] | re.Pattern[str]  # a type, one of some texts, or a rate
-_TABLES: Mapping[str, Mapping[str, _Wanted]] = {
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key of the file: the values that it can have, what it does, its default, and an example.
+
+    `wanted` is a type, a tuple of texts, or the pattern of a rate; a number is `least` or more. `example` is
+    in TOML. The option that it gives a value to has the same name, and so has the variable: ISLAND_WORKERS
+    for workers.
+    """
+
+    wanted: _Wanted
+    text: str
+    default: str
+    example: str
+    least: int = 0
+
+    @property
+    def values(self) -> str:
+        """Return the values that the key can have, in words, as an error and the man page say it."""
+        if isinstance(self.wanted, re.Pattern):
+            return 'a rate in quotes: one number and K, M or G, without B, such as "10M"'
+        if isinstance(self.wanted, tuple):
+            return " or ".join(f'"{text}"' for text in self.wanted)
+        return {str: "a text in quotes", int: f"a whole number, {self.least} or more"}[self.wanted]
+
+    def allows(self, value: object) -> bool:
+        """Return whether the key can have this value."""
+        if isinstance(self.wanted, re.Pattern):
+            return isinstance(value, str) and parse_rate(value) is not None
+        if isinstance(self.wanted, tuple):
+            return value in self.wanted
+        return type(value) is self.wanted and not (isinstance(value, int) and value < self.least)
+
+
+TABLES: Mapping[str, Mapping[str, Key]] = {
     "": {
-        "repository": str,
-        "compression": COMPRESSIONS,
-        "workers": int,
-        "limit-upload": _RATE,
-        "limit-download": _RATE,
+        "repository": Key(
+            str,
+            "The repository: an absolute path, a path that begins with ~/, or swift://CONTAINER/PREFIX.",
+            "none",
+            '"/srv/snapshots"',
+        ),
+        "compression": Key(
+            COMPRESSIONS, "The compression of what 'island snapshot' sends.", '"zstd"', '"none"'
+        ),
+        "workers": Key(int, "Use at most this many worker threads.", "automatic", "2", least=1),
+        "limit-upload": Key(
+            _RATE, "Send at most this much per second on average: KiB, MiB or GiB.", "no limit", '"10M"'
+        ),
+        "limit-download": Key(_RATE, "The same for what is fetched.", "no limit", '"1.5G"'),
     },
-    "retain": {f"keep-{rule}": int for rule in KEEP_RULES},
+    "retain": {
+        f"keep-{rule}": Key(int, text, "0, which turns the rule off", str(number))
+        for (rule, text), number in zip(KEEP_RULES.items(), (3, 24, 7, 4, 12, 5), strict=True)
+    },
 }
-_TYPES = {str: "a text in quotes", int: "a whole number, 0 or more", dict: "a table"}
+"""The keys of the file, by the table that they are in: "" is the top of the file."""
 
 
 def parse_rate(text: str) -> float | None:
@@ -90,16 +150,18 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
         found = tomllib.loads(text.decode())
     except ValueError as error:
-        raise FullUsageError(f"{path} is not valid TOML ({error})") from error
+        raise FullUsageError(f"{path} is not valid TOML ({error}); {_HINT}") from error
     values: dict[str, Any] = {}
-    for table, keys in _TABLES.items():
+    for table, keys in TABLES.items():
         held = found.pop(table, {}) if table else {key: found.pop(key) for key in keys if key in found}
-        _check(path, table, held, dict)
+        if not isinstance(held, dict):
+            raise FullUsageError(f"in {path}, {table} must be a table, a line [{table}]; {_HINT}")
         for key, value in held.items():
             name = f"{table}.{key}" if table else key
             if key not in keys:
                 raise _unknown(path, name)
-            _check(path, name, value, keys[key])
+            if not keys[key].allows(value):
+                raise FullUsageError(f"in {path}, {name} must be {keys[key].values}; {_HINT}")
         options = {key.replace("-", "_"): value for key, value in held.items()}
         if "repository" in options:
             options["repository"] = _absolute(path, options["repository"])
@@ -111,7 +173,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     limits = {
         name: values.pop(name) for name in ("workers", "limit_upload", "limit_download") if name in values
     }
-    for verb in _METERED if limits else ():
+    for verb in METERED if limits else ():
         values[verb] = values.get(verb, {}) | limits
     return values
 
@@ -121,29 +183,19 @@ def _absolute(path: Path, repository: str) -> str:
     place = os.path.expanduser(repository) if repository.startswith("~/") else repository
     if not os.path.isabs(place) and "://" not in place:
         raise FullUsageError(
-            f"in {path}, repository must be an absolute path, begin with ~/, or be swift://CONTAINER/PREFIX"
+            f"in {path}, repository must be an absolute path, begin with ~/, or be "
+            f"swift://CONTAINER/PREFIX; {_HINT}"
         )
     return place
 
 
-def _check(path: Path, name: str, value: object, wanted: _Wanted) -> None:
-    """Raise FullUsageError unless the value is of the type that is wanted."""
-    if isinstance(wanted, re.Pattern):
-        right = isinstance(value, str) and parse_rate(value) is not None
-        what = 'a rate in quotes: one number and K, M or G, without B, such as "10M"'
-    elif isinstance(wanted, tuple):
-        right, what = value in wanted, " or ".join(f'"{text}"' for text in wanted)
-    else:
-        right, what = type(value) is wanted and not (isinstance(value, int) and value < 0), _TYPES[wanted]
-    if not right:
-        raise FullUsageError(f"in {path}, {name} must be {what}")
-
-
 def _unknown(path: Path, name: str) -> FullUsageError:
     """Return the error for a key that is not known, or is in the wrong place."""
-    for table, keys in _TABLES.items():
+    for table, keys in TABLES.items():
         if name.rpartition(".")[2] in keys:
             place = f"below a line [{table}]" if table else "at the top of the file, above every [table]"
-            return FullUsageError(f"in {path}, {name} belongs {place}")
-    known = [f"{table}.{key}" if table else key for table, keys in _TABLES.items() for key in keys]
-    return FullUsageError(f"in {path}, {name} is unknown; known are {', '.join(known)}")
+            return FullUsageError(f"in {path}, {name} belongs {place}; {_HINT}")
+    known = "; below a line ".join(
+        f"[{table}]: {', '.join(keys)}" if table else ", ".join(keys) for table, keys in TABLES.items()
+    )
+    return FullUsageError(f"in {path}, {name} is unknown; known are {known}; {_HINT}")

@@ -64,6 +64,7 @@ def copy(
         raise UsageError("name snapshots, or give --volume NAME, or --all")
     if not to:
         raise UsageError("--to names no repository; give a directory's path, or swift://CONTAINER/PREFIX")
+    run.second = to
     run.if_interrupted = lambda: "snapshots that were copied are complete there; run it again to resume"
     with (
         open_repository(run) as repository,

@@ -16,7 +16,7 @@ from island_fast.cli.options import (
     open_repository,
 )
 from island_fast.cli.run import Run
-from island_fast.cli.text import freed
+from island_fast.cli.text import after_grace, freed
 
 if TYPE_CHECKING:
     from island_fast.results import Deleted
@@ -32,7 +32,8 @@ __all__ = ["delete"]
 def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
     """Delete snapshots; all others stay complete.
 
-    If one of them is not found, none is deleted. 'island sweep' frees their space.
+    If one of them is not found, none is deleted. 'island sweep' frees their space, in Swift not before it is
+    24 hours old.
 
     \b
     Example:
@@ -43,14 +44,15 @@ def delete(run: Run, snapshots: tuple[str, ...], dry_run: bool) -> None:
         run.if_interrupted = lambda: "'island list' shows which snapshots still exist"
     with open_repository(run) as repository:
         deleted = repository.delete(snapshots, dry_run=dry_run)
-    run.answer([one.as_json() for one in deleted], _format_deleted(deleted, dry_run))
+    text = _format_deleted(deleted, dry_run, repository.store.grace)
+    run.answer([one.as_json() for one in deleted], text)
 
 
-def _format_deleted(deleted: Sequence[Deleted], dry_run: bool) -> str:
+def _format_deleted(deleted: Sequence[Deleted], dry_run: bool, grace: float) -> str:
     """Return a sentence for each snapshot."""
     did, frees = ("Would delete", "would then free") if dry_run else ("Deleted", "will free")
     return "\n".join(
         f"{did} snapshot {one.snapshot} of volume {one.volume}: 'island sweep' {frees} "
-        f"{freed(one.bytes_freed, one.bytes_unreferenced)}."
+        f"{freed(one.bytes_freed, one.bytes_unreferenced)}{after_grace(grace)}."
         for one in deleted
     )

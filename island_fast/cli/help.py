@@ -34,6 +34,8 @@ WHAT, HOW, REPOSITORY, OUTPUT = "What", "How", "Repository", "Output"
 """The groups of options, in the order of every help: what a verb works on, how, where, and what it prints."""
 
 _NAME_COLUMNS = 26  # names of options that are longer get a line of their own
+_NARROW = 4  # that column, in a terminal that is too narrow for both
+_MARGINS = 4  # before the names, and between them and the texts
 _HARD_HYPHEN, _HARD_SPACE = "\N{NON-BREAKING HYPHEN}", "\N{NO-BREAK SPACE}"
 
 
@@ -90,7 +92,11 @@ class _Formatter(click.HelpFormatter):
 
     def write_groups(self, groups: dict[str, list[tuple[str, str]]], col_max: int) -> None:
         """Write groups of names and texts under headings; all texts begin in one column."""
-        width = min(col_max, max(len(name) for rows in groups.values() for name, _ in rows))
+        rows_of_all = [row for rows in groups.values() for row in rows]
+        width = min(col_max, max(len(name) for name, _ in rows_of_all))
+        longest = max(len(word) for _, text in rows_of_all for word in _harden(text).split(" "))
+        if longest > self.width - _MARGINS - width:
+            width = _NARROW  # so each text begins on a line of its own, where its words have room
         for heading, rows in groups.items():
             with self.section(heading):
                 self.write_dl([(name.ljust(width), text) for name, text in rows], width)

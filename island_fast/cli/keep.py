@@ -30,6 +30,9 @@ def keep(run: Run, snapshots: tuple[str, ...], release: bool) -> None:
     run.if_interrupted = lambda: "'island list' shows which snapshots are marked"
     with open_repository(run) as repository:
         marked = repository.keep(snapshots, release=release)
-    did = "may be deleted again" if release else "is kept until 'island keep --release'"
-    lines = [f"Snapshot {one.snapshot} of volume {one.volume} {did}." for one in marked]
+    lines = []
+    for one in marked:
+        undo = f"'island keep --release {one.volume}@{one.snapshot}'"
+        did = "may be deleted again" if release else f"is kept until you run {undo}"
+        lines.append(f"Snapshot {one.snapshot} of volume {one.volume} {did}.")
     run.answer([one.as_json() for one in marked], "\n".join(lines))

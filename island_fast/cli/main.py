@@ -68,7 +68,7 @@ def _print_version(context: click.Context, parameter: click.Parameter, value: bo
     subcommand_metavar="VERB [ARGS]...",
 )
 @add_common_options
-@option(OUTPUT, "--version", is_flag=True, is_eager=True, expose_value=False, callback=_print_version,
+@option(OUTPUT, "--version", is_flag=True, expose_value=False, callback=_print_version,
         help="Print the version, and what computes digests.")  # fmt: skip
 @click.pass_context
 def island(context: click.Context) -> None:
@@ -92,7 +92,8 @@ def island(context: click.Context) -> None:
       ISLAND_LIMIT_UPLOAD    rates of --limit-upload and --limit-download,
       ISLAND_LIMIT_DOWNLOAD  such as 10M
       ISLAND_KEEP_LAST, ...  values of --keep-last and the other rules of retain
-      ISLAND_CONFIG          configuration file, for what is not set here
+      ISLAND_CONFIG          configuration file, for what is not set here;
+                             see 'man island-config'
                              [default: ~/.config/island/config.toml]
       ISLAND_STATE           folder of local state: locks and caches
       ISLAND_TRUST_SIZES=1   read what claims more memory than there is for it

@@ -59,10 +59,11 @@ _OTHER = "ISLAND_TO_"
 
 
 def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add the options that every verb has."""
+    """Add the options that every verb has. Those that --version answers by are eager, so they come first."""
     for add in (
         option(
-            OUTPUT, "-q", "--quiet", is_flag=True, expose_value=False, callback=_store_option("quiet"),
+            OUTPUT, "-q", "--quiet", is_flag=True, is_eager=True, expose_value=False,
+            callback=_store_option("quiet"),
             help="Print nothing if all is well; list and show print ids.",
         ),
         option(
@@ -71,7 +72,7 @@ def add_common_options(command: Callable[..., Any]) -> Callable[..., Any]:
             help="Report progress as lines of JSON on standard error.",
         ),
         option(
-            OUTPUT, "--json", is_flag=True, expose_value=False, callback=_store_option("json"),
+            OUTPUT, "--json", is_flag=True, is_eager=True, expose_value=False, callback=_store_option("json"),
             help="Print the answer as one JSON value.",
         ),
         option(
@@ -240,7 +241,8 @@ def open_repository(
 
     if not run.location:
         raise UsageError(
-            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY"
+            "no repository is named; give -r PATH or -r swift://CONTAINER/PREFIX, or set ISLAND_REPOSITORY, "
+            "or 'repository' at the top of the configuration file (see 'man island-config')"
         )
     return Repository.open(
         run.location, create=create, create_anew=create_anew, shared=shared, workers=run.workers,

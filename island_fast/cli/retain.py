@@ -12,26 +12,17 @@ from island_fast.cli.config import KEEP_RULES
 from island_fast.cli.help import WHAT, option, verb
 from island_fast.cli.options import add_common_options, dry_run_option, open_repository, volume_option
 from island_fast.cli.run import Run
-from island_fast.cli.text import SHORT_ID, count, printable, size, table
+from island_fast.cli.text import SHORT_ID, after_grace, count, printable, size, table
 
 if TYPE_CHECKING:
     from island_fast.results import Retained
 
 __all__ = ["retain"]
 
-_RULE_HELP = (
-    "Keep the newest N.",
-    "Keep the newest of each of the last N hours that have a snapshot.",
-    "The same for days.",
-    "The same for weeks, which begin on Monday.",
-    "The same for months.",
-    "The same for years.",
-)
-
 
 def _add_keep_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each rule of a policy."""
-    for rule, text in reversed([*zip(KEEP_RULES, _RULE_HELP, strict=True)]):
+    for rule, text in reversed(KEEP_RULES.items()):
         command = option(
             WHAT, f"--keep-{rule}", metavar="N", type=click.IntRange(min=0), default=0,
             envvar=f"ISLAND_KEEP_{rule.upper()}", show_envvar=True, help=text,
@@ -74,7 +65,8 @@ def retain(context: click.Context, /, volume: str | None, dry_run: bool, **keeps
     with open_repository(run) as repository, run.progress() as progress:
         retained = repository.retain(keep, volume=volume, dry_run=dry_run, progress=progress)
         run.note_if_empty(retained, repository, "this host owns no volume")
-    lines = [_format_rules(context, keeps), *_format_retained(retained, dry_run)] if retained else []
+    lines = [_format_rules(context, keeps)] if retained else []
+    lines += _format_retained(retained, dry_run, repository.store.grace)
     run.answer([one.as_json() for one in retained], "\n".join(lines))
     run.finish_with(repository.left_out)
 
@@ -95,7 +87,7 @@ def _format_rules(context: click.Context, keeps: dict[str, int]) -> str:
     return f"Rules: {', '.join(rules)}."
 
 
-def _format_retained(retained: Sequence[Retained], dry_run: bool) -> Iterator[str]:
+def _format_retained(retained: Sequence[Retained], dry_run: bool, grace: float) -> Iterator[str]:
     """Yield a table of each volume's snapshots, and a sentence."""
     deletes, frees = ("would be deleted", "would then free") if dry_run else ("deleted", "will free")
     for one in retained:
@@ -116,7 +108,8 @@ def _format_retained(retained: Sequence[Retained], dry_run: bool) -> Iterator[st
             if one.deleted:
                 yield (
                     f"Volume {one.volume}: {one.kept} of {count(len(one.snapshots), 'snapshot')} kept, "
-                    f"{one.deleted} {deletes}; 'island sweep' {frees} {size(one.bytes_freed)}."
+                    f"{one.deleted} {deletes}; 'island sweep' {frees} {size(one.bytes_freed)}"
+                    f"{after_grace(grace)}."
                 )
             else:
                 yield f"Volume {one.volume}: all {count(one.kept, 'snapshot')} kept."

@@ -18,6 +18,8 @@ import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 import click
@@ -39,10 +41,9 @@ _CREDENTIAL = re.compile(r"(^|_)ST_KEY$|PASSW|SECRET|TOKEN|CREDENTIAL|_PROXY$", 
 _SHORT = 3  # characters; a value that short is part of too many words
 _USER_INFO = re.compile(r"://[^/\s@'\"]*@")
 _QUOTED_COMMAND = re.compile(
-    r"'(island (?:snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b"
-    r"(?! --help)[^'\n]*)'"
+    r"'island (snapshot|restore|copy|list|show|diff|usage|retain|delete|keep|sweep|verify|adopt)\b(?! --help)"
 )
-"""Verbs on a repository, quoted as a command to run."""
+"""The beginning of a quoted command with a verb on a repository."""
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Run:
     in bytes per second; `meters` enforces them, for all stores of the run. `help_asked` says whether --help
     is among the words. `if_interrupted` returns what an interruption leaves, in words; verbs set it. `phase`
     is the last one reported as progress, "" before the first. `answered`: the answer was printed; an error
-    after that says why it is not complete.
+    after that says why it is not complete. `second` is the repository of --to, "" if there is none.
     """
 
     signals: Signals
@@ -70,6 +71,7 @@ class Run:
     if_interrupted: Callable[[], str] = lambda: "nothing was changed"
     phase: str = ""
     answered: bool = False
+    second: str = ""
 
     @contextlib.contextmanager
     def progress(self) -> Iterator[Progress]:
@@ -134,12 +136,21 @@ class Run:
     def complete(self, text: str) -> str:
         """Return `text` with the commands that it quotes as they can be pasted: with this run's --repository.
 
-        What the environment or the configuration file names needs no repetition.
+        What the environment or the configuration file names needs no repetition. With --to, commands are for
+        the repository that the text names.
         """
-        if not self.located or self.location is None:
+        location = self.location if self.located else None
+        if self.second:
+            named = [one for one in (self.second, location) if one and _names(text, one)]
+            location = named[0] if len(named) == 1 else None
+        if location is None:
             return text
-        place = shlex.quote(self.location)
-        return _QUOTED_COMMAND.sub(lambda found: f"'{found[1]} -r {place}'", text)
+        return _QUOTED_COMMAND.sub(lambda found: f"{found[0]} -r {shlex.quote(location)}", text)
+
+
+def _names(text: str, location: str) -> bool:
+    """Return whether a text names a repository, and not only one whose address begins or ends alike."""
+    return re.search(rf"(?<![\w/.-]){re.escape(location.rstrip('/'))}/?(?![\w/-])", text) is not None
 
 
 def enclose(begin: str, between: str, end: str, parts: Iterable[str]) -> Iterator[str]:
@@ -162,8 +173,7 @@ def run_to_exit_code(
 
     `json_asked` says whether --json is among the arguments, in case it fails before they are parsed.
     """
-    with Signals(to_the_end=to_the_end) as signals, _warnings_on_stderr():
-        run = Run(signals)
+    with Signals(to_the_end=to_the_end) as signals, _warnings_on_stderr(run := Run(signals)):
         try:
             try:
                 work(run)
@@ -179,18 +189,22 @@ def run_to_exit_code(
 
 
 class _LogToStderr(logging.Handler):
-    """Prints what the package logs."""
+    """Prints what the package logs during a run."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(logging.WARNING)
+        self._run = run
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        _write_stderr(record.getMessage())
+        self._run.note(record.getMessage())
 
 
 @contextlib.contextmanager
-def _warnings_on_stderr() -> Iterator[None]:
-    """Print the package's warnings on standard error while the body runs."""
+def _warnings_on_stderr(run: Run) -> Iterator[None]:
+    """Print the package's warnings on standard error while the body of a run works."""
     logger = logging.getLogger("island_fast")
-    handler = _LogToStderr(logging.WARNING)
+    handler = _LogToStderr(run)
     logger.addHandler(handler)
     try:
         yield
@@ -251,6 +265,8 @@ def _describe_failure(error: BaseException, run: Run) -> _Failure:
             return _Failure("interrupted", f"interrupted; {run.if_interrupted()}", run.signals.exit_code)
         case _OutputError():
             return _Failure("output", _explain_output_error(error.__cause__))
+        case ImportError() if find_spec("island_fast._diff") is None:
+            return _Failure("not-built", _explain_missing_kernels())
         case OSError():
             return _Failure("system", _explain_os_error(error))
         case MemoryError():
@@ -285,6 +301,15 @@ def _explain_usage_error(error: click.ClickException) -> str:
     command = context.command_path if context else "island"
     see = " See" if text.endswith("?") else "; see"
     return f"{text[:1].lower()}{text[1:]}{see} '{command} --help'"
+
+
+def _explain_missing_kernels() -> str:
+    """Return why source without the compiled module runs: Python's own path begins with this folder."""
+    source, python = Path(__file__).parent.parent, ".".join(map(str, sys.version_info[:2]))
+    return (
+        f"{source} is source without a compiled module for Python {python}; run the installed island in "
+        f"another folder, or build the module with {shlex.join(['pip', 'install', '-e', str(source.parent)])}"
+    )
 
 
 def _explain_os_error(error: OSError) -> str:

@@ -57,7 +57,7 @@ __all__ = ["snapshot"]
         envvar="ISLAND_COMPRESSION", show_envvar=True, help="Compression of what is sent.")  # fmt: skip
 @create_option()
 @option(REPOSITORY, "--shared", is_flag=True,
-        help="If this creates the repository, a directory: let its group restore from it.")  # fmt: skip
+        help="If this creates the repository, in a directory, let its group restore from it.")  # fmt: skip
 @add_limit_options
 @add_common_options
 @click.pass_obj

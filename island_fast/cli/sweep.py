@@ -16,7 +16,7 @@ from island_fast.cli.options import (
     parse_span,
 )
 from island_fast.cli.run import Run
-from island_fast.cli.text import count, size
+from island_fast.cli.text import age, count, size
 
 if TYPE_CHECKING:
     from island_fast.results import Swept
@@ -52,11 +52,12 @@ def sweep(run: Run, grace: float | None, unknown: bool, dry_run: bool) -> None:
     with open_repository(run) as repository, run.progress() as progress:
         swept = repository.sweep(grace=grace, unknown=unknown, dry_run=dry_run, progress=progress)
         run.note_if_empty(swept, repository, "this host owns no volume")
-    run.answer([one.as_json() for one in swept], "\n".join(_format_swept(swept, dry_run)))
+    grace = repository.store.grace if grace is None else grace
+    run.answer([one.as_json() for one in swept], "\n".join(_format_swept(swept, dry_run, grace)))
     run.finish_with(repository.left_out)
 
 
-def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
+def _format_swept(swept: Sequence[Swept], dry_run: bool, grace: float) -> Iterator[str]:
     """Yield a sentence for each volume, in a dry run after a line for every object."""
     remove, rewrite, free = "removed", "rewrote", "freed"
     if dry_run:
@@ -68,9 +69,19 @@ def _format_swept(swept: Sequence[Swept], dry_run: bool) -> Iterator[str]:
         if one.packs_repacked:
             text += f" and {rewrite} {count(one.packs_repacked, 'pack')} ({size(one.bytes_rewritten)})"
         if not one.objects_removed:
-            yield f"Volume {one.volume}: nothing to remove."
+            text = "nothing to remove" + (" yet" if one.objects_waiting else "")
         else:
-            yield f"Volume {one.volume}: {text}; {free} {size(one.bytes_freed)}."
+            text += f"; {free} {size(one.bytes_freed)}"
+        if one.objects_waiting:
+            wait = "waits until it is" if one.objects_waiting == 1 else "wait until they are"
+            waiting = f"{count(one.objects_waiting, 'object')} ({size(one.bytes_waiting)})"
+            text += f"; {waiting} {wait} {age(grace)} old (--grace)"
+        yield f"Volume {one.volume}: {text}."
+        if one.bytes_kept:
+            yield (
+                f"Volume {one.volume}: the store still holds these {size(one.bytes_kept)}, because it keeps "
+                "what is deleted as versions or under a lock, unless others stored as much meanwhile."
+            )
         if one.objects_unknown:
             yield (
                 f"Volume {one.volume}: kept {count(one.objects_unknown, 'object')} "

@@ -14,7 +14,7 @@ SYNONYMS = {
         "prune gc compact vacuum": "'island sweep' frees the space of deleted snapshots",
         "check fsck scrub": "'island verify' verifies what is stored",
         "protect hold lock": "'island keep' marks snapshots that must not be deleted",
-        "repair": "'island verify --heal' repairs what is damaged",
+        "repair": "'island verify --all --heal' repairs what is damaged",
         "mount": "'island restore' writes a snapshot to a file, which can be mounted",
         "extract": "'island restore' writes a snapshot to a file",
         "stats du": "'island usage' shows what snapshots hold and use",

@@ -6,7 +6,19 @@ import sys
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
 
-__all__ = ["SHORT_ID", "count", "duration", "freed", "printable", "sheet", "size", "table", "terminal_width"]
+__all__ = [
+    "SHORT_ID",
+    "after_grace",
+    "age",
+    "count",
+    "duration",
+    "freed",
+    "printable",
+    "sheet",
+    "size",
+    "table",
+    "terminal_width",
+]
 
 SHORT_ID = 12
 """Digits of an id in tables: they name a snapshot as well as all 32 do."""
@@ -33,6 +45,20 @@ def duration(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def age(seconds: float) -> str:
+    """Return an age that was set, such as 24 h, 7 d, 90 min or 1.5 s: in the largest unit that is whole."""
+    for unit, name in ((86400, "d"), (3600, "h"), (60, "min")):
+        number, rest = divmod(seconds, unit)
+        if number > 1 and not rest:
+            return f"{number:.0f} {name}"
+    return f"{seconds:g} s"
+
+
+def after_grace(grace: float) -> str:
+    """Return when a sweep will free what is young, to follow a size; "" for a store without a grace."""
+    return f" once it is {age(grace)} old (--grace)" if grace else ""
 
 
 def count(number: int, what: str) -> str:

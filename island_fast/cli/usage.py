@@ -9,7 +9,7 @@ import click
 from island_fast.cli.help import verb
 from island_fast.cli.options import add_common_options, open_repository, volume_option
 from island_fast.cli.run import Run
-from island_fast.cli.text import size, table
+from island_fast.cli.text import age, size, table
 
 if TYPE_CHECKING:
     from island_fast.results import Usage, VolumeUsage
@@ -48,12 +48,15 @@ def usage(run: Run, volume: str | None) -> None:
     with open_repository(run) as repository, run.progress() as progress:
         used = repository.usage(volume, progress=progress)
         run.note_if_empty(used.volumes, repository, "there are no volumes")
-    run.answer(used.as_json(), _format_usage(used))
+    run.answer(used.as_json(), _format_usage(used, repository.store.grace))
     run.finish_with(repository.left_out)
 
 
-def _format_usage(used: Usage) -> str:
-    """Return a table of volumes, with a row for all of them if there are several."""
+def _format_usage(used: Usage, grace: float) -> str:
+    """Return a table of volumes, with a row for all of them if there are several.
+
+    A line below it says what waits in a store with a grace.
+    """
     header = (
         "VOLUME",
         "SNAPSHOTS",
@@ -68,7 +71,13 @@ def _format_usage(used: Usage) -> str:
     rows = [_row(one) for one in used.volumes]
     if len(rows) > 1:
         rows.append(_row(used.total))
-    return table(header, rows, right=range(1, len(header))) if rows else ""
+    lines = [table(header, rows, right=range(1, len(header)))] if rows else []
+    if grace and used.total.bytes_freed:
+        lines.append(
+            f"'island sweep' frees {size(used.total.bytes_freed)}, each object once it is {age(grace)} old "
+            "(--grace)."
+        )
+    return "\n".join(lines)
 
 
 def _row(one: VolumeUsage) -> tuple[str, ...]:

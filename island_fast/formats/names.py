@@ -43,7 +43,7 @@ def catalog_name(lineage: str, epoch: int, number: int) -> str:
     """
     if not (epoch < 10**6 and number < 10**8):
         raise DamagedObjectError(
-            f"volume {lineage}: the store shows a catalog record {epoch}-{number}, which no catalog has; "
+            f"volume {lineage}: the store lists a catalog record {epoch}-{number}, which cannot exist; "
             "check the store, and the proxies between it and this host"
         )
     return f"{lineage}/catalog/{epoch:06d}-{number:08d}"

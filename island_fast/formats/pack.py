@@ -322,7 +322,7 @@ def unpack_blocks(index: Index, slots: Int64s, stored: Sequence[memoryview], out
 
 
 def _inflate(name: str, zstd: zstandard.ZstdDecompressor, codec: int, stored: memoryview) -> bytes:
-    """Decompress a block; its zstd frame must state the size of a block before any memory is allocated."""
+    """Decompress a block: one zstd frame, which states its size before any memory is allocated."""
     if codec != Codec.ZSTD:
         raise UnsupportedObjectError(
             f"pack {name} uses block codec {codec}, which this island does not know; use a newer one"
@@ -330,6 +330,6 @@ def _inflate(name: str, zstd: zstandard.ZstdDecompressor, codec: int, stored: me
     try:
         if zstandard.frame_content_size(stored) != BLOCK_SIZE:
             return b""
-        return zstd.decompress(stored)
+        return zstd.decompress(stored, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise DamagedObjectError(f"pack {name} holds an unreadable block") from error

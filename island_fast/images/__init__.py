@@ -15,7 +15,8 @@ Terms, for readers of this room:
   (`target.open_target`).
 
 Which file has what: `qcow2_source.py` and `raw_source.py` are the two sources, `backing.py` opens the chain
-of backing files, `inspect.py` shows an image without locking it.
+of backing files, `unchanged.py` asks after the last read whether a file was changed, `device_names.py` knows
+block devices again, `inspect.py` shows an image without locking it.
 
 Rules:
 

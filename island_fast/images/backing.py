@@ -24,6 +24,7 @@ from island_fast.dirtymap import DirtyMap
 from island_fast.errors import RefusedError, UsageError, refuse_one_text
 from island_fast.images.raw_source import RawView, find_raw_data, open_raw
 from island_fast.images.source import scan_progress
+from island_fast.images.unchanged import Unchanged
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import find_allocated
@@ -141,6 +142,7 @@ class Chain:
         self.top: Layer | None = None
         self.device: Path | None = None
         self._seen: set[tuple[int, int]] = set()
+        self._unchanged: list[Unchanged] = []
         self._facts: list[object] = [named.hex() if named else None]
         if len(files) > _MAX_FILES:
             raise UsageError(
@@ -150,6 +152,14 @@ class Chain:
             for number in reversed(range(len(files))):
                 self.top = self._open_layer(files[number], self.top, stack)
             self._stack = stack.pop_all()
+
+    def require_unchanged(self) -> None:
+        """Raise ImageInUseError if a file was changed since it was opened; call it after the last read.
+
+        What nothing was read of may change: libvirt gives a base that guests share new owners and labels.
+        """
+        for one in self._unchanged if self.top and self.top.bytes_read else ():
+            one.require()
 
     def close(self) -> None:
         """Close every file."""
@@ -185,7 +195,9 @@ class Chain:
             raise RefusedError(f"{path} is a symbolic link; name the backing file itself")
         hold_off_writers(fd, str(path))
         refuse_held(path, fd, to_write=False)
-        status = os.fstat(fd)  # again, because only now nobody writes
+        unchanged = Unchanged(path, fd)  # only now, because only now nobody writes
+        self._unchanged.append(unchanged)
+        status = unchanged.status
         if stat.S_ISBLK(status.st_mode):
             self.device = path
         file = (status.st_dev, status.st_ino)
@@ -195,7 +207,9 @@ class Chain:
         beginning = xxhash.xxh3_128_hexdigest(os.pread(fd, _HASHED_BYTES, 0))
         # Programs can set the time of the last write, but only the kernel the time of the last change.
         times = [status.st_mtime_ns, status.st_ctime_ns]
-        self._facts.append([*file, status.st_size, *times, beginning])
+        # What a later change need not show in is never the same again; of devices, the rule knows (`device`).
+        unlike = [] if unchanged.settled or path == self.device else [os.urandom(16).hex()]
+        self._facts.append([*file, status.st_size, *times, beginning, *unlike])
 
 
 def refuse_backing_mismatch(image: Image, backed: bool) -> None:

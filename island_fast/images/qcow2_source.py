@@ -21,6 +21,7 @@ from island_fast.errors import DamagedImageError, ImageInUseError, IslandError, 
 from island_fast.images.backing import Backing, Chain, Layer, refuse_backing_mismatch, with_data_below
 from island_fast.images.pins import pinned_snapshot
 from island_fast.images.source import END, TABLE_DIFF, Base, Change, Source, View, scan_progress
+from island_fast.images.unchanged import Unchanged
 from island_fast.progress import Progress
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.changes import count_shared_copied, find_allocated, find_changed
@@ -135,7 +136,9 @@ class Qcow2Source(Source):
                         "with --qmp, snapshot a libvirt guest with --domain, or stop it first"
                     )
                 refuse_held(path, self.image.fd, to_write=False)
-            self.image.reload()
+            self.reload()
+            as_it_is = unpinned_scan or why is not None
+            self._unchanged = Unchanged(path, self.image.fd) if as_it_is else None
             self._stack = stack.pop_all()
 
     @contextmanager
@@ -159,8 +162,16 @@ class Qcow2Source(Source):
             monitor.close()
 
     def reload(self) -> None:
-        """See Source.reload."""
+        """See Source.reload. RefusedError if the image's backing file is not the one of before."""
+        named = self.image.header.backing_name
         self.image.reload()
+        if self.image.header.backing_name != named:
+            raise RefusedError(f"{self.path} was given another backing file just now; try again")
+
+    @property
+    def fd(self) -> int:
+        """See Source.fd."""
+        return self.image.fd
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -170,6 +181,7 @@ class Qcow2Source(Source):
             "format": "qcow2",
             "qcow2.version": str(header.version),
             "qcow2.cluster_bits": str(header.cluster_bits),
+            "consistency": "crash" if self._used_by_qemu else "offline",
         }
         return facts | ({_BACKING: self._chain.identity} if self._chain.identity else {})
 
@@ -199,7 +211,7 @@ class Qcow2Source(Source):
             )
         else:
             self._qemu_img.snapshot_create(name)
-        self.image.reload()
+        self.reload()
         return self.find_named(name)
 
     def unpin(self, internal: InternalSnapshot) -> None:
@@ -253,6 +265,22 @@ class Qcow2Source(Source):
         if shared:
             return "clusters that the pinned base shares are marked as writable in place"
         return None
+
+    def require_unchanged(self, internals: Sequence[InternalSnapshot]) -> None:
+        """See Source.require_unchanged.
+
+        An internal snapshot that was deleted meanwhile can have been overwritten: its clusters are free then.
+        """
+        self.reload()
+        for internal in internals:
+            if internal not in self.image.snapshots:
+                raise ImageInUseError(
+                    f"internal snapshot {internal.name!r} of {self.path} was deleted or changed while it was "
+                    "read, so this snapshot is not stored; find out what did that, then run this again"
+                )
+        if not internals and self._unchanged is not None:
+            self._unchanged.require()
+        self._chain.require_unchanged()
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""

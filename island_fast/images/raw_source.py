@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from island_fast.dirtymap import BLOCK_SIZE, DirtyMap
 from island_fast.errors import DamagedImageError, RefusedError, UsageError
 from island_fast.files import find_extents
 from island_fast.images.source import Base, Change, Source, View, scan_progress
+from island_fast.images.unchanged import Unchanged
 from island_fast.progress import Progress
 from island_fast.qcow2.header import MAX_VOLUME_SIZE
 from island_fast.qcow2.snapshots import InternalSnapshot, PinnedBase
@@ -80,10 +81,16 @@ class RawSource(Source):
             lock = stack.enter_context(ImageLock(path, hold_off_writers=True, devices=True))
             self._fd = lock.fd
             refuse_held(path, self._fd, to_write=False)
+            self._unchanged = Unchanged(path, self._fd)
             self._size = os.lseek(self._fd, 0, os.SEEK_END)
             if self._size > MAX_VOLUME_SIZE:
                 raise RefusedError(f"{path} has {self._size} bytes, over the limit of 64 TiB")
             self._stack = stack.pop_all()
+
+    @property
+    def fd(self) -> int:
+        """See Source.fd."""
+        return self._fd
 
     @property
     def facts(self) -> Mapping[str, str]:
@@ -122,6 +129,10 @@ class RawSource(Source):
     def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
         """See Source.reason_unsound."""
         return _NO_TABLES
+
+    def require_unchanged(self, internals: Sequence[InternalSnapshot]) -> None:
+        """See Source.require_unchanged."""
+        self._unchanged.require()
 
     def view(self, internal: InternalSnapshot | None) -> View:
         """See Source.view."""

@@ -8,7 +8,7 @@ base to compare with is decided above, in `operations/parent.py`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,11 @@ class Source(ABC):
     path: Path
     _stack: ExitStack
 
+    @property
+    def fd(self) -> int:
+        """The descriptor of the image file or device, which stays the source's; -1 if there is none."""
+        return -1
+
     def __enter__(self) -> Self:
         return self
 
@@ -136,6 +141,13 @@ class Source(ABC):
         """Return why a table diff from `base` would not be sound; None if nothing speaks against it.
 
         `facts` are the properties of the parent. Call this before the new internal snapshot is taken.
+        """
+
+    @abstractmethod
+    def require_unchanged(self, internals: Sequence[InternalSnapshot]) -> None:
+        """Raise ImageInUseError if anything was changed while it was read; call this after the last read.
+
+        `internals` are the internal snapshots that were read; without any, the volume was read as it is.
         """
 
     @abstractmethod

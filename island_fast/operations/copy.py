@@ -98,6 +98,8 @@ class _CopyRun:
         rows = [row for row in every if wanted is None or row.id in wanted]
         with self._far.hold_lock():
             self._check_far()
+            if self._far.exists:
+                self._far.require_standing()  # what this host alone remembers is no second copy
             there, same = self._far.state, self._same()
             answers = [_report_present(self._far, row) for row in rows if row.id in same]
             rows = [row for row in rows if row.id not in same]
@@ -225,7 +227,7 @@ class _CopyRun:
             raise ConflictError(
                 f"volume {far.name} in {far.store.location} belongs to {far.owner_described}; "
                 f"{elsewhere}, or if that is gone, run "
-                f"'island -r {far.store.location} adopt {far.name}' here"
+                f"'island adopt {far.name}' here"
             )
         far.require_owner()
 
@@ -386,7 +388,8 @@ def _report_present(far: Lineage, row: SnapshotRow) -> Copied:
         raise DamagedError(
             f"snapshot {row.id} of volume {far.name} in {far.store.location} is not a copy, but another one "
             f"that has its id, taken at {timestamp(copied.created)} and not at {timestamp(row.created)}; "
-            f"copy to another place, such as {far.store.location}/PREFIX, or delete that one there first"
+            f"copy to another place, such as {far.store.location}/PREFIX, or delete that one there and copy "
+            "this one by its id"
         )
     return Copied(
         snapshot=row.id, volume=far.name, parent=copied.parent, label=copied.label,

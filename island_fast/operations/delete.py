@@ -89,7 +89,7 @@ def _delete_noted(lineage: Lineage, snapshot: str, newest: bool) -> Deleted:
     except IslandError as error:
         if _lacks_room(error) and lineage.store.release_reserve():
             raise StoreFullError(
-                f"no space was left for {lineage.store.location}; some that was kept for this is free now: "
+                f"no space was left for {lineage.store.location}; a reserve kept for this was just freed: "
                 "run the command again at once"
             ) from error
         raise
@@ -127,6 +127,8 @@ def delete_snapshot(lineage: Lineage, snapshot: str, *, note: bool = False, newe
     except StoreRefusedError:
         started.remove(snapshot)
         raise
+    if not note:
+        started.remove(snapshot)  # of a delete that did not get this far: it did not take the snapshot out
     lineage.files.registrations.remove(snapshot)  # a crash may have left it: that id is used up
     return deletion
 

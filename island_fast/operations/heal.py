@@ -144,9 +144,11 @@ def _heal_catalog(lineage: Lineage) -> bool:
     """Start the catalog again from what this host knows of it; return whether it is whole then.
 
     Nobody reads the older records again. This is an adoption by the owner, and it resumes one that was
-    interrupted. ConflictError unless this host is the owner.
+    interrupted. ConflictError unless this host is the owner; DamagedObjectError if the store holds another
+    copy of the repository, with a history of its own.
     """
-    with lineage.hold_lock():
+    lineage.require_known_history()  # before anything is given up
+    with lineage.hold_lock(give_up=True):
         if _find_adopter(lineage) != lineage.writer:
             lineage.require_owner()
         lineage.adopt()
@@ -173,10 +175,11 @@ def _heal_manifest(lineage: Lineage, snapshot: str) -> bool:
     """Write a snapshot's manifest again if this host holds its bytes; return whether it is whole then.
 
     The bytes are those that were written under that name, and no others are ever stored there. ConflictError
-    unless this host owns the lineage.
+    unless this host owns the lineage; DamagedObjectError if the store holds another catalog.
     """
     with lineage.hold_lock():
         lineage.require_owner()
+        lineage.require_standing()
         row = lineage.state.live.get(snapshot)
         if row is None or lineage.read_cached_manifest(row.id, row.attempt, row.checksum) is None:
             return False

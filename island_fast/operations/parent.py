@@ -17,7 +17,13 @@ from island_fast.errors import ConflictError, RefusedError
 from island_fast.formats.catalog import SnapshotRow
 from island_fast.images.pins import pinned_lineage
 from island_fast.images.source import Base, Source
-from island_fast.operations.image_of_volume import accept_image, find_image_file, holds_pin, is_renamed
+from island_fast.operations.image_of_volume import (
+    accept_image,
+    describe_image,
+    holds_pin,
+    is_other_device,
+    is_renamed,
+)
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import Registration
 from island_fast.repository.open import RepositoryBase
@@ -87,11 +93,16 @@ def _pinned_lineage(repository: RepositoryBase, source: Source) -> tuple[Lineage
 
 
 def _remembered_lineage(repository: RepositoryBase, source: Source) -> str | None:
-    """Return the lineage that this host remembers for the image, if there is exactly one."""
-    here = find_image_file(source.path)
+    """Return the lineage that this host remembers for the image, if there is exactly one.
+
+    What a file or device is counts more than its path: two of them can have swapped their names.
+    """
+    here = describe_image(source)
     images = repository.state.images(repository.id)
-    mine = [name for name, known in images.items() if known.path == here.path]
-    mine = mine or [name for name, known in images.items() if is_renamed(known, here)]
+    mine = [name for name, known in images.items() if is_renamed(known, here)]
+    mine = mine or [
+        name for name, known in images.items() if known.path == here.path and not is_other_device(known, here)
+    ]
     return mine[0] if len(mine) == 1 else None
 
 
@@ -163,5 +174,5 @@ def _reason_for_full_scan(source: Source, request: SnapshotRequest) -> str | Non
     if request.full:
         return "a full scan was requested"
     if request.at is None and not request.pin and not source.reason_not_pinnable:
-        return "without a pin, the image as it is cannot be compared with a pinned base"
+        return "a table diff compares two pins, and this snapshot takes none"
     return source.reason_not_pinnable

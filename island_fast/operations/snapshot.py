@@ -27,7 +27,7 @@ from island_fast.formats.manifest import Manifest, build_pack_table
 from island_fast.formats.runs import Runs
 from island_fast.images.pins import pin_name
 from island_fast.images.source import TABLE_DIFF, Change, Source, View
-from island_fast.operations.image_of_volume import accept_image, find_image_file
+from island_fast.operations.image_of_volume import accept_image, describe_image
 from island_fast.operations.parent import ParentChoice, SnapshotRequest, choose_parent
 from island_fast.operations.sample import compare_sample
 from island_fast.progress import Progress
@@ -200,7 +200,7 @@ class _SnapshotRun:
             if note := accept_image(lineage, self._source):
                 self._notes.append(note)
             lineage.require_standing()
-            lineage.files.set_image(find_image_file(self._source.path))
+            lineage.files.set_image(describe_image(self._source))
             before = find_interrupted(lineage)
             self._choice = choose_parent(lineage, self._source, self._request)
             parent = self._choice.parent.id if self._choice.parent else None
@@ -288,6 +288,8 @@ class _SnapshotRun:
             view.read, change.data, writer.known_blocks(whole), writer.pack_writer(), self._progress,
             compress=self._request.compress,
         )  # fmt: skip
+        base = self._choice.base.internal if self._choice.base else None
+        self._source.require_unchanged([] if internal is None else [internal, *([base] if base else [])])
         stored = writer.locate_blocks(sent, parent, change.replaced)
         replaced = subtract_intervals(change.replaced, sent.same.runs())
         pin = internal.identity if internal else self._pin_for_restores(created, view)
@@ -325,8 +327,8 @@ class _SnapshotRun:
             return change
         why = f"block {sample.differing} differs from the parent, which the tables do not show"
         self._notes.append(
-            f"{why}: the image was repaired, or written to by something else than qemu, since snapshot "
-            f"{self._registration.parent}; everything was read, and this snapshot is whole"
+            f"{why}: the image was repaired, or written to by something other than qemu, since snapshot "
+            f"{self._registration.parent}; everything was read, and this snapshot is complete"
         )
         return self._source.find_change(view, None, why, self._progress)
 
@@ -343,6 +345,8 @@ class _SnapshotRun:
             "consistency": "crash",
             **self._source.facts,
         }
+        if self._request.at is not None:
+            facts["consistency"] = "crash"  # a guest may have been running when that one was taken
         return Manifest(
             lineage=self._lineage.name,
             snapshot=self._id,

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import merge_intervals
 from island_fast.errors import UNREADABLE, ConflictError, IslandError, ObjectMissingError, StoreFullError
 from island_fast.formats.catalog import ObjectsSwept, Packs, SnapshotRow
@@ -39,12 +40,17 @@ from island_fast.results import SweepStep, Swept
 from island_fast.stores.base import ObjectInfo
 from island_fast.stores.checked_read import get_checked
 
-__all__ = ["GARBAGE_AGE", "SweepPlan", "plan_sweep", "sweep"]
+__all__ = ["GARBAGE_AGE", "SweepPlan", "Waiting", "plan_sweep", "sweep"]
 
 GARBAGE_AGE = 24 * 3600.0
 """Seconds: an object that no record names is only removed at this age, on any store."""
 
+_MOST = 1 << 17
+"""How many objects that no record names one sweep removes, and how many others it lists: a store can claim
+any number, and each takes memory. The next sweep goes on."""
+
 _UNKNOWN = "no record names it, and this host did not store it"
+_YOUNG = "no snapshot needs it, but it is younger than the grace"
 _ASKED_AGAIN = 60.0  # seconds after which a sweep that still deletes looks again whether its epoch is over
 _LOG = logging.getLogger(__name__)
 
@@ -61,6 +67,7 @@ def sweep(
     error if some could not be repacked for want of room.
     """
     done: list[SweepPlan] = []
+    kept = 0
     errors: list[IslandError] = []
     with lineage.files.lock_sweeps():
         if not dry_run:
@@ -83,6 +90,7 @@ def sweep(
             run = _SweepRun(lineage, plan, progress)
             plan = run.run()
             done.append(plan)
+            kept += run.kept
             if run.lacking is not None and plan.objects:  # what was deleted has made room
                 with lineage.hold_lock():
                     plan = plan_sweep(lineage, grace, accounted, running, unknown)
@@ -91,22 +99,38 @@ def sweep(
                 break
     done = done or [plan]
     removed, rewritten = sum(one.removed for one in done), sum(one.rewritten for one in done)
-    left = done[-1].unknown
+    waiting = done[-1].waiting
     answer = Swept(
         volume=lineage.name,
         objects_removed=sum(one.objects for one in done),
         packs_repacked=sum(len(one.repacked) for one in done),
         bytes_removed=removed,
         bytes_rewritten=rewritten,
-        bytes_freed=removed - rewritten,
-        objects_unknown=len(left),
-        bytes_unknown=sum(info.size for info in left),
+        bytes_kept=kept,
+        bytes_freed=max(0, removed - rewritten - kept),
+        objects_unknown=done[-1].unknown_objects,
+        bytes_unknown=done[-1].unknown_bytes,
+        objects_waiting=len(waiting),
+        bytes_waiting=sum(one.freed for one in waiting),
         steps=(
             *(step for one in done for step in _list_steps(lineage, one)),
-            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in left),
+            *(SweepStep("keep", one.name, one.size, _YOUNG) for one in waiting),
+            *(SweepStep("keep", one.name, one.size, _UNKNOWN) for one in done[-1].unknown),
         ),
     )
     return answer, errors
+
+
+@dataclass(frozen=True, slots=True)
+class Waiting:
+    """An object that a sweep will remove or rewrite when it is old enough.
+
+    `size` is what it takes now, and `freed` what the sweep will free of that.
+    """
+
+    name: str
+    size: int
+    freed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,8 +138,9 @@ class SweepPlan:
     """What a sweep of one lineage will do.
 
     `gone` and `repacked` are rows of `state.packs`; `manifests` are deleted snapshots; `garbage` are objects
-    that no record names. `unknown` are those that stay, because this host cannot account for them either.
-    Sizes are in bytes.
+    that no record names. `unknown` are those that stay, because this host cannot account for them either: the
+    first ones listed, of `unknown_objects`. `waiting` are those that stay only because they are younger than
+    the grace. Sizes are in bytes.
     """
 
     gone: Packs
@@ -123,6 +148,9 @@ class SweepPlan:
     manifests: tuple[SnapshotRow, ...]
     garbage: tuple[ObjectInfo, ...]
     unknown: tuple[ObjectInfo, ...] = ()
+    unknown_objects: int = 0
+    unknown_bytes: int = 0
+    waiting: tuple[Waiting, ...] = ()
 
     @property
     def removed(self) -> int:
@@ -157,24 +185,47 @@ def plan_sweep(
     """
     ages = _Ages(lineage, grace)
     gone, repacked = lineage.state.packs_to_sweep()
-    manifests = lineage.state.dropped.values()
+    old_gone, old_repacked = (ages.mask(lineage.pack_names(packs)) for packs in (gone, repacked))
+    dropped = lineage.state.dropped.values()
+    old_manifests = {row.id for row in dropped if ages.is_old(lineage.manifest_name(row))}
     garbage: list[ObjectInfo] = []
     left: list[ObjectInfo] = []
+    objects = size = 0
     age = max(grace, GARBAGE_AGE)
     for info, snapshot in _find_unnamed(lineage):
         if snapshot in running or info.age < age:
             continue
         if snapshot not in accounted and not unknown:
-            left.append(info)
-        elif _is_confirmed(lineage, info, age):
+            objects, size = objects + 1, size + info.size
+            if len(left) < _MOST:
+                left.append(info)
+        elif len(garbage) < _MOST and _is_confirmed(lineage, info, age):
             garbage.append(info)
     return SweepPlan(
-        gone=gone.rows(ages.mask(lineage.pack_names(gone))),
-        repacked=repacked.rows(ages.mask(lineage.pack_names(repacked))),
-        manifests=tuple(row for row in manifests if ages.is_old(lineage.manifest_name(row))),
+        gone=gone.rows(old_gone),
+        repacked=repacked.rows(old_repacked),
+        manifests=tuple(row for row in dropped if row.id in old_manifests),
         garbage=tuple(sorted(garbage, key=lambda one: one.name)),
         unknown=tuple(sorted(left, key=lambda one: one.name)),
+        unknown_objects=objects,
+        unknown_bytes=size,
+        waiting=(
+            *_list_waiting(lineage, gone.rows(~old_gone), gone.size[~old_gone]),
+            *_list_waiting(lineage, repacked.rows(~old_repacked), repacked.dead[~old_repacked]),
+            *(
+                Waiting(lineage.manifest_name(row), row.manifest_size, row.manifest_size)
+                for row in dropped
+                if row.id not in old_manifests
+            ),
+        ),
     )
+
+
+def _list_waiting(lineage: Lineage, packs: Packs, freed: Int64s) -> Iterator[Waiting]:
+    """Yield packs that are too young, each with what a sweep will free of it."""
+    sizes = zip(packs.size.tolist(), freed.tolist(), strict=True)
+    for name, (size, less) in zip(lineage.pack_names(packs), sizes, strict=True):
+        yield Waiting(name, size, less)
 
 
 def _list_steps(lineage: Lineage, plan: SweepPlan) -> Iterator[SweepStep]:
@@ -232,7 +283,10 @@ def _is_confirmed(lineage: Lineage, listed: ObjectInfo, age: float) -> bool:
 
 
 class _SweepRun:
-    """A plan being carried out. `lacking` is the error if a pack found no room."""
+    """A plan being carried out.
+
+    `lacking` is the error if a pack found no room, `kept` how many bytes the store keeps of what it removed.
+    """
 
     def __init__(self, lineage: Lineage, plan: SweepPlan, progress: Progress) -> None:
         self._lineage = lineage
@@ -240,6 +294,7 @@ class _SweepRun:
         self._progress = progress
         self._done, self._total = 0, plan.removed + plan.rewritten
         self.lacking: StoreFullError | None = None
+        self.kept = 0
 
     def run(self) -> SweepPlan:
         """Rewrite, record, delete; return the plan without the packs that could not be rewritten."""
@@ -266,6 +321,8 @@ class _SweepRun:
         asked = time.monotonic()
         retired = self._lineage.files.deleted_snapshots()
         kept = {manifest_name(self._lineage.name, one.snapshot, one.attempt) for one in retired}
+        store = self._lineage.store
+        held = store.count_bytes() if doomed else None
         for name, size in doomed:
             if time.monotonic() - asked > _ASKED_AGAIN:
                 self._lineage.require_open()
@@ -274,6 +331,9 @@ class _SweepRun:
             self._report(size)
             if name not in kept:  # the base of a table diff may need it
                 self._lineage.files.cache.remove(name)
+        left = store.count_bytes() if held is not None else None
+        if store.keeps_deleted or (held is not None and left is not None and left >= held):
+            self.kept = self._plan.removed
         return self._plan
 
     def _record(self, epoch: int, renamed: Packs) -> None:

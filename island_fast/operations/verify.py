@@ -47,7 +47,8 @@ __all__ = ["VerifyRequest", "select_for_reading", "verify"]
 
 _CATALOG_LOST = (
     "do not delete or sweep anything; the host that owns the volume may hold a copy of its catalog: run "
-    "'island verify --all --heal' there"
+    "'island verify --all --heal' there; if no host does, restore its snapshots with rescue.py, which comes "
+    "with island"
 )
 _INCOMPLETE = (
     "take a snapshot with --full, which stores what differs; this snapshot, and those taken since, stay wrong"
@@ -303,7 +304,7 @@ def _damage(
 
 def _advice(lineage: Lineage, finding: Finding) -> str:
     """Return what can be done about a finding that nobody tried to repair."""
-    command = f"'island verify --heal' on host {lineage.owner_hostname}, which owns the volume,"
+    command = f"'island verify --all --heal' on host {lineage.owner_hostname}, which owns the volume,"
     if finding.key is not None:
         return (
             f"{command} takes what is lost from the volume's image, if that still holds it; snapshots that "

@@ -273,13 +273,16 @@ def _unpack(data: bytes) -> _Fields:
 
 
 def _read_backing_name(fields: _Fields, cluster: bytes) -> bytes | None:
-    """Return the name of the backing file as it is in the first cluster; None without one."""
+    """Return the name of the backing file as it is in the first cluster; None without one.
+
+    An empty name is none: QEMU then opens no backing file.
+    """
     if not fields.backing_offset:
         return None
     end = fields.backing_offset + fields.backing_length
     if fields.backing_length > _BACKING_LIMIT or end > len(cluster):
         raise _bad("the name of its backing file is not inside the first cluster")
-    return cluster[fields.backing_offset : end]
+    return cluster[fields.backing_offset : end] or None
 
 
 def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
@@ -308,7 +311,7 @@ def _refuse_features(fields: _Fields, data: bytes, backed: bool) -> None:
         raise UnsupportedImageError(
             f"the image is encrypted ({method}), which is not supported; decrypt it with qemu-img convert"
         )
-    if fields.backing_offset and not backed:
+    if fields.backing_offset and fields.backing_length and not backed:
         name = escape(data[fields.backing_offset :][: min(fields.backing_length, 128)])
         raise UnsupportedImageError(
             f"the image has a backing file ('{name}'), which is not followed; list it with --backing, or"

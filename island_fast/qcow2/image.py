@@ -7,6 +7,7 @@ content of an internal snapshot still does not change, but the active tables may
 from __future__ import annotations
 
 import os
+import shlex
 import stat
 from dataclasses import dataclass
 from typing import Self
@@ -174,7 +175,8 @@ class Image:
         """
         found = [s for s in self.snapshots if s.name == name]
         if not found:
-            raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see 'island info'")
+            image = shlex.quote(str(self.path))
+            raise NotFoundError(f"{self.path} has no internal snapshot '{name}'; see 'island info {image}'")
         if len(found) > 1:
             raise RefusedError(f"{self.path} has several internal snapshots '{name}'; delete one")
         return found[0]

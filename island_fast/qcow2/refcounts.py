@@ -11,6 +11,7 @@ import numpy as np
 
 from island_fast.arrays import Uint8s
 from island_fast.qcow2.changes import has_compressed
+from island_fast.qcow2.holes import FileData
 from island_fast.qcow2.image import Image
 
 __all__ = ["reason_no_room"]
@@ -42,7 +43,8 @@ def reason_no_room(image: Image) -> str | None:
 def _highest_count(image: Image, bits: int) -> int:
     """Return the highest reference count of a cluster of the file; at most 8 bits each.
 
-    Only as many blocks of counts are read as the clusters of the file need, and none outside the file.
+    Only as many blocks of counts are read as the clusters of the file need, each once, and none that is not
+    stored in the file: a small file can claim to be huge.
     """
     cluster = image.header.cluster_size
     size = image.file_size
@@ -51,8 +53,9 @@ def _highest_count(image: Image, bits: int) -> int:
         image.header.refcount_offset, min(needed * 8, image.header.refcount_clusters * cluster)
     )
     offsets = np.frombuffer(table[: len(table) // 8 * 8], ">u8").astype(np.uint64) & _OFFSET
+    blocks = np.unique(offsets[(offsets != 0) & (offsets < np.uint64(size))]).astype(np.int64)
     highest = 0
-    for offset in offsets[(offsets != 0) & (offsets < np.uint64(size))].tolist():
+    for offset in blocks[FileData(image).holds(blocks, cluster)].tolist():
         counts: Uint8s = np.frombuffer(image.read(offset, cluster), np.uint8)
         for shift in range(0, 8, bits):
             highest = max(

@@ -26,6 +26,7 @@ from island_fast.qemu.monitor import Monitor, printable
 __all__ = ["Disk", "Domain"]
 
 _HERE = (None, "", "localhost", "127.0.0.1", "::1")
+_AGENT_COMMAND_FAILED = 113  # VIR_ERR_AGENT_COMMAND_FAILED; the binding can be older than the daemon
 _NONSENSE = (ValueError, RecursionError, ParseError)
 """Raised for answers that are not valid JSON or XML, or that are nested without end."""
 
@@ -162,13 +163,15 @@ class Domain(Monitor):
     def _is_refusal(self, error: Exception, command: str) -> bool:
         """Return whether `error` is the agent's own error in answer to `command`, passed on by libvirt.
 
-        libvirt has no code for it: "internal error: unable to execute QEMU agent command 'COMMAND': ...",
-        perhaps translated. An agent that is silent or gone has other codes.
+        Its code is VIR_ERR_AGENT_COMMAND_FAILED. An older libvirt, such as 9.0, has no code for it: "internal
+        error: unable to execute QEMU agent command 'COMMAND': ...", perhaps translated. An agent that is
+        silent or gone has other codes.
         """
-        return (
-            isinstance(error, self._libvirt.libvirtError)
-            and error.get_error_code() == self._libvirt.VIR_ERR_INTERNAL_ERROR
-            and f"'{command}'" in str(error)
+        if not isinstance(error, self._libvirt.libvirtError):
+            return False
+        failed = getattr(self._libvirt, "VIR_ERR_AGENT_COMMAND_FAILED", _AGENT_COMMAND_FAILED)
+        return error.get_error_code() in (failed, self._libvirt.VIR_ERR_INTERNAL_ERROR) and (
+            f"'{command}'" in str(error)
         )
 
     def _open_connection(self, connect: str | None) -> object:

@@ -9,6 +9,8 @@ with its own locks, though the block device is the same. So this module asks in 
   file's owner or root, and a local file system.
 - /sys/block, and each loop device itself, show loop devices over the file, over the device, or over another
   part of the same disk.
+- A device can itself stand on others: a partition on its disk, a loop device on a file or a device, a device
+  mapper volume on its slaves. Whoever writes to one of those changes it, too, so they are all asked for.
 - An exclusive open (O_EXCL) of a device fails if it is mounted in any namespace, or part of another device.
   /proc/*/mountinfo shows where it is mounted.
 - /proc/swaps shows that the system swaps to it.
@@ -36,10 +38,10 @@ from pathlib import Path
 from island_fast.errors import ImageInUseError, IslandError
 from island_fast.qemu.programs import descriptor_path
 
-__all__ = ["SYSFS_BLOCK", "read_sysfs", "refuse_held"]
+__all__ = ["SYSFS_BLOCK", "SYSFS_DEVICES", "read_sysfs", "refuse_held"]
 
 SYSFS_BLOCK = Path("/sys/block")
-_SYSFS_DEVICES = Path("/sys/dev/block")
+SYSFS_DEVICES = Path("/sys/dev/block")
 _LOOP_GET_STATUS64, _LOOP_INFO = 0x4C05, 232  # linux/loop.h; bytes of struct loop_info64
 
 _PROC = Path("/proc")
@@ -56,26 +58,47 @@ Device = tuple[int, int]
 class _Wanted:
     """What must not be in use: files by device and inode, block devices by their numbers.
 
-    The devices are all those that share bytes with the one that was asked for: a disk and its partitions. If
-    one of them is a loop device, its file counts, too.
+    `devices` are all those that share bytes with the one that was asked for: a disk and its partitions.
+    `below` are those that they stand on, however far down, and `files` the file that was asked for, or those
+    that the devices stand on. `claimable` are those below that others can use exclusively nevertheless,
+    because a loop device does not.
     """
 
     files: frozenset[tuple[int, int]]
     devices: frozenset[Device]
+    below: frozenset[Device] = frozenset()
+    claimable: frozenset[Device] = frozenset()
 
     @classmethod
     def of(cls, status: os.stat_result) -> _Wanted:
         """Return what shares bytes with a regular file or a block device."""
         if not stat.S_ISBLK(status.st_mode):
             return cls(frozenset([(status.st_dev, status.st_ino)]), frozenset())
+        files: set[tuple[int, int]] = set()
         devices = _overlapping((os.major(status.st_rdev), os.minor(status.st_rdev)))
-        below = [_status(_loop_file(device)) for device in devices]
-        return cls(frozenset((one.st_dev, one.st_ino) for one in below if one), frozenset(devices))
+        seen, claimable, todo = set(devices), set[Device](), list(devices)
+        while todo:
+            device = todo.pop()
+            file, lower = _loop_target(device)
+            if file:
+                files.add(file)
+            if lower:
+                claimable |= _overlapping(lower)
+            for one in ([lower] if lower else []) + _slaves(device):
+                fresh = _overlapping(one) - seen
+                seen |= fresh
+                todo += fresh
+        below = seen - devices
+        return cls(frozenset(files), frozenset(devices), frozenset(below), frozenset(claimable & below))
 
-    def is_hit(self, found: os.stat_result) -> bool:
-        """Return whether a file, or any node of a device, that is in use is one of these."""
+    def is_hit(self, found: os.stat_result, *, near: bool = False) -> bool:
+        """Return whether a file, or any node of a device, that is in use is one of these.
+
+        With `near`, devices that lie below do not count.
+        """
         if stat.S_ISBLK(found.st_mode):
-            return (os.major(found.st_rdev), os.minor(found.st_rdev)) in self.devices
+            number = (os.major(found.st_rdev), os.minor(found.st_rdev))
+            return number in self.devices or (not near and number in self.below)
         return (found.st_dev, found.st_ino) in self.files
 
 
@@ -87,8 +110,8 @@ def refuse_held(
     `path` is for messages alone. With `to_write` the caller is about to write: then a loop device that only
     reads counts, too, and for a block device so does a process that only reads. `claimed`: this process holds
     the device exclusively, by `fd`. `ours` are sessions (setsid(2)) of our own programs, whose use does not
-    count. If some processes could not be examined, a warning is logged for a block device, where nothing else
-    shows its users.
+    count. If some processes could not be examined, a warning is logged, unless a lease shows that nobody
+    writes to the file.
     """
     status = os.fstat(fd)
     device = stat.S_ISBLK(status.st_mode)
@@ -107,6 +130,8 @@ def _find_holder(wanted: _Wanted, fd: int, device: bool, to_write: bool, ours: f
     lease = None if device or ours else _no_writer_by_lease(fd)
     if lease and not to_write:
         return None  # nobody has it open for writing, in whatever way
+    if claimed := _find_claim(wanted):
+        return claimed
     for loop in _find_loops(wanted):
         if to_write or read_sysfs(SYSFS_BLOCK / loop.name / "ro") != "1":
             where = _find_mount(_overlapping(_numbers(loop)))
@@ -125,7 +150,7 @@ def _find_holder(wanted: _Wanted, fd: int, device: bool, to_write: bool, ours: f
             "open for writing in a process of another user, or in use by the kernel; find it with "
             "'fuser' as root and stop that first"
         )
-    if hidden and device:
+    if hidden and lease is None and not ours:
         _LOG.warning(
             "cannot determine whether any of %d processes of other users has %s open; run as root to be sure",
             hidden,
@@ -165,6 +190,18 @@ def _refuse_mounted(path: Path, fd: int, status: os.stat_result) -> None:
         raise ImageInUseError(f"{path} is {what}; unmount it first") from error
 
 
+def _find_claim(wanted: _Wanted) -> str | None:
+    """Return how one of the devices below a loop device is in exclusive use by something else, if one is."""
+    if wanted.claimable and (where := _find_mount(set(wanted.claimable))):
+        return f"on a device that is mounted at {where}; unmount it first"
+    known = wanted.devices | wanted.below
+    for device in sorted(wanted.claimable):
+        for holder in (SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "holders").glob("*"):
+            if _numbers(holder) not in known:
+                return f"on a device that /dev/{holder.name} uses, too; remove that first"
+    return None
+
+
 def _find_swap(wanted: _Wanted) -> str | None:
     """Return the file or device of /proc/swaps that is wanted, if one is."""
     with contextlib.suppress(OSError):
@@ -200,7 +237,7 @@ def _find_mount(devices: set[Device]) -> str | None:
 
 def _overlapping(device: Device) -> set[Device]:
     """Return the devices that share bytes with one: itself, a disk's partitions, a partition's disk."""
-    place = _SYSFS_DEVICES / f"{device[0]}:{device[1]}"
+    place = SYSFS_DEVICES / f"{device[0]}:{device[1]}"
     found = {device}
     near = [place / "../dev"] if (place / "partition").exists() else place.glob("*/dev")
     for entry in near:
@@ -243,36 +280,52 @@ def _find_loops(wanted: _Wanted) -> Iterator[Path]:
     """Iterate over the loop devices over what is wanted, except those that are wanted themselves."""
     for entry in sorted(SYSFS_BLOCK.glob("loop*/loop/backing_file")):
         device = Path("/dev", entry.parts[-3])
-        if _numbers(device) in wanted.devices:
+        number = _numbers(device)
+        if number in wanted.devices | wanted.below:
             continue
-        backing = _status(read_sysfs(entry))
-        if (backing and wanted.is_hit(backing)) or _stands_on(device, wanted):
+        file, below = _loop_target(number)
+        if file in wanted.files or below in wanted.devices | wanted.below:
             yield device
 
 
-def _loop_file(device: Device) -> str | None:
-    """Return the name of the file below a loop device; None for another device."""
-    return read_sysfs(_SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "loop/backing_file") or None
+def _loop_target(device: Device) -> tuple[tuple[int, int] | None, Device | None]:
+    """Return the file (device and inode) or the block device that a loop device stands on; at most one.
 
-
-def _stands_on(device: Path, wanted: _Wanted) -> bool:
-    """Ask a loop device whether its file is wanted: its name may be gone, or of another mount namespace.
-
-    Only root can open the device; False without its rights.
+    The device itself is asked: the name that /sys has may be gone, or of another mount namespace. Only root
+    can open the device; without its rights, the name must do.
     """
+    name = read_sysfs(SYSFS_DEVICES / f"{device[0]}:{device[1]}" / "loop/backing_file")
+    if not name:
+        return None, None
     try:
-        fd = os.open(device, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        place = f"/dev/{os.path.basename(os.path.realpath(SYSFS_DEVICES / f'{device[0]}:{device[1]}'))}"
+        fd = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO))
+        finally:
+            os.close(fd)
     except OSError:
-        return False
-    try:
-        info = fcntl.ioctl(fd, _LOOP_GET_STATUS64, bytes(_LOOP_INFO))
-    except OSError:  # detached meanwhile
-        return False
-    finally:
-        os.close(fd)
+        found = _status(name)
+        if found is None:
+            return None, None
+        if stat.S_ISBLK(found.st_mode):
+            return None, (os.major(found.st_rdev), os.minor(found.st_rdev))
+        return (found.st_dev, found.st_ino), None
     number, inode, below = struct.unpack_from("QQQ", info)
-    on_file = (os.makedev(*_decode_numbers(number)), inode) in wanted.files
-    return on_file or (below != 0 and _decode_numbers(below) in wanted.devices)
+    if below:
+        return None, _decode_numbers(below)
+    return (os.makedev(*_decode_numbers(number)), inode), None
+
+
+def _slaves(device: Device) -> list[Device]:
+    """Return the devices that a device mapper volume stands on; none for another device.
+
+    Those of a RAID do not count: its monitor has them open for writing.
+    """
+    place = SYSFS_DEVICES / f"{device[0]}:{device[1]}"
+    if not (place / "dm").exists():
+        return []
+    return [_parse_numbers(read_sysfs(one / "dev") or "0:0") for one in (place / "slaves").glob("*")]
 
 
 def _decode_numbers(number: int) -> Device:
@@ -310,7 +363,8 @@ def _find_process(wanted: _Wanted, readers: bool, ours: frozenset[int]) -> tuple
         except OSError:  # the process has ended
             continue
         used = any(
-            _leads_to(process / "fd" / one, wanted) and (readers or _is_writable(process, one))
+            (readers and _leads_to(process / "fd" / one, wanted, near=True))
+            or (_leads_to(process / "fd" / one, wanted) and _is_writable(process, one))
             for one in descriptors
         )
         if (used or _is_mapped(process, wanted)) and not (ours and _session(process) in ours):
@@ -318,10 +372,10 @@ def _find_process(wanted: _Wanted, readers: bool, ours: frozenset[int]) -> tuple
     return None, hidden
 
 
-def _leads_to(entry: Path, wanted: _Wanted) -> bool:
+def _leads_to(entry: Path, wanted: _Wanted, *, near: bool = False) -> bool:
     """Return whether an entry of a process's descriptors or mappings is of what is wanted."""
     found = _status(entry)  # None if it was closed meanwhile
-    return found is not None and wanted.is_hit(found)
+    return found is not None and wanted.is_hit(found, near=near)
 
 
 def _is_writable(process: Path, descriptor: str) -> bool:

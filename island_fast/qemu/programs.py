@@ -16,6 +16,7 @@ from island_fast.errors import IslandError
 from island_fast.qemu.interrupts import hold_interrupts
 
 __all__ = [
+    "PACKAGES",
     "TIMEOUT",
     "ProgramResult",
     "RunProgram",
@@ -30,13 +31,15 @@ __all__ = [
 TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image takes about 5
 _CREDENTIALS = re.compile(r"(^|_)(OS|ST|AWS)_|PASSW|SECRET|TOKEN|CREDENTIAL|_KEY$|_PROXY$", re.IGNORECASE)
 _MAX_ERROR = 300  # characters of a program's error output in a message
-_PACKAGES = {  # Debian's packages of programs that a host can lack
+PACKAGES = {  # the daemon is in qemu-system-common up to Debian 12
     "fusermount3": "fuse3",
-    "qemu-img": "qemu-utils",
-    "qemu-storage-daemon": "qemu-system-common",
+    "qemu-img": "qemu-utils (on RHEL qemu-img)",
+    "qemu-nbd": "qemu-utils (on RHEL qemu-img)",
+    "qemu-storage-daemon": "qemu-utils or qemu-system-common (on RHEL qemu-img)",
     "setsid": "util-linux",
     "systemd-run": "systemd",
 }
+"""The packages of programs that a host can lack, in words: Debian's and Ubuntu's, RHEL's if they differ."""
 
 
 ProgramResult = subprocess.CompletedProcess[str]
@@ -130,7 +133,7 @@ def check_run(execute: RunProgram, command: Sequence[str], task: str, *, root: b
     try:
         result = execute(command, root=root)
     except FileNotFoundError as error:
-        package = _PACKAGES.get(program)
+        package = PACKAGES.get(program)
         way_out = f"install the package {package}" if package else "install it"
         raise IslandError(f"the program {program!r}, which would {task}, is missing; {way_out}") from error
     except subprocess.TimeoutExpired as error:

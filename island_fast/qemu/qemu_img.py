@@ -19,7 +19,13 @@ import subprocess
 from collections.abc import Callable, Sequence
 
 from island_fast.errors import ImageInUseError, IslandError, NotFoundError, UsageError
-from island_fast.qemu.programs import ProgramResult, copy_for_program, descriptor_path, run_program
+from island_fast.qemu.programs import (
+    PACKAGES,
+    ProgramResult,
+    copy_for_program,
+    descriptor_path,
+    run_program,
+)
 
 __all__ = ["QemuImg"]
 
@@ -86,7 +92,7 @@ class QemuImg:
         except FileNotFoundError as error:
             raise IslandError(
                 f"the program {self._program!r}, which would {task}, is missing; "
-                f"install the package qemu-utils, or go without a pinned base (--no-pin)"
+                f"install the package {PACKAGES['qemu-img']}, or go without a pinned base (--no-pin)"
             ) from error
         except subprocess.TimeoutExpired as error:
             raise IslandError(

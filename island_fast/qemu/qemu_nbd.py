@@ -24,7 +24,7 @@ from island_fast.errors import ImageInUseError, IslandError
 from island_fast.qemu.block_nodes import file_node, qcow2_node
 from island_fast.qemu.interrupts import hold_interrupts
 from island_fast.qemu.nbd_handshake import Client, shake_hands
-from island_fast.qemu.programs import TIMEOUT, copy_for_program, descriptor_path, error_text
+from island_fast.qemu.programs import PACKAGES, TIMEOUT, copy_for_program, descriptor_path, error_text
 
 __all__ = ["Piece", "WritableImage", "open_for_writing"]
 
@@ -99,7 +99,7 @@ class WritableImage:
         self._lock = threading.Lock()
         if client.flags & (_READ_ONLY | _CAN_FLUSH | _CAN_ZERO) != _CAN_FLUSH | _CAN_ZERO:
             self._socket.close()
-            raise IslandError(f"qemu-nbd cannot write, zero and flush {image}; update qemu-utils")
+            raise IslandError(f"qemu-nbd cannot write, zero and flush {image}; update {PACKAGES['qemu-nbd']}")
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """Write all pieces; on return they are in qemu's caches, not on disk."""
@@ -246,7 +246,7 @@ def _connect_client(
 def _missing_program_error(image: Path) -> IslandError:
     return IslandError(
         f"qemu-nbd, which would write to {image}, or setpriv, which starts it, is missing; install "
-        "qemu-utils and util-linux"
+        f"the packages {PACKAGES['qemu-nbd']} and {PACKAGES['setsid']}"
     )
 
 

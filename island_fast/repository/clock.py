@@ -20,7 +20,7 @@ def read_clock() -> int:
     now = time.time_ns()
     if not 0 <= now < _END * 10**9:
         raise RefusedError(
-            f"the clock of this host is wrong: it shows {now // 10**9} seconds since 1970, and no snapshot "
-            "is of a time before that or after February 2106; set the clock, and run it again"
+            f"the clock of this host is wrong: it shows {now // 10**9} seconds since 1970, and snapshots can "
+            "have times from 1970 to February 2106 only; set the clock, and run it again"
         )
     return now

@@ -1,7 +1,8 @@
 """What this host knows of the health of a lineage's objects: when each was verified, and what is damaged.
 
 It is kept in local state; what is lost of it is read and found again. Objects are known by their names below
-the lineage, so a pack that was written again is another object, of which nothing is known yet.
+the lineage, so a pack that was written again is another object, of which nothing is known yet. Each place of
+a repository has its own notes: of a copy that was made file by file, nothing is known by its original.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 from collections.abc import Iterator, Mapping
 
 import numpy as np
+import xxhash
 
 from island_fast.arrays import Bools, Int64s
 from island_fast.dirtymap import NO_INTERVALS, merge_intervals
@@ -19,7 +21,8 @@ from island_fast.repository.lineage import Lineage
 
 __all__ = ["Health", "has_known_damage"]
 
-_VERIFIED, _DAMAGED = "proved", "damaged"  # names of notes, which are older than the words used here
+# Names of notes, which are older than the words used here. Earlier versions had one of each for all places.
+_VERIFIED, _DAMAGED = "proved", "damaged"
 
 
 class Health:
@@ -78,22 +81,31 @@ class Health:
         return name.removeprefix(self._lineage.name + "/")
 
     def _read(self, note: str) -> dict[str, object]:
+        notes = self._lineage.files.notes
         try:
-            value = json.loads(self._lineage.files.notes.read(note) or b"{}")
+            value = json.loads(notes.read(_at_place(self._lineage, note)) or notes.read(note) or b"{}")
         except ValueError:
             return {}
         return value if isinstance(value, dict) else {}
 
     def _write(self, note: str, value: Mapping[str, object]) -> None:
+        notes, mine = self._lineage.files.notes, _at_place(self._lineage, note)
         if value:
-            self._lineage.files.notes.write(note, json.dumps(value).encode())
+            notes.write(mine, json.dumps(value).encode())
         else:
-            self._lineage.files.notes.remove(note)
+            notes.remove(mine)
+        notes.remove(note)
 
 
 def has_known_damage(lineage: Lineage) -> bool:
     """Return whether this host knows of any damage in the lineage."""
-    return lineage.files.notes.read(_DAMAGED) is not None
+    notes = lineage.files.notes
+    return any(notes.read(note) is not None for note in (_at_place(lineage, _DAMAGED), _DAMAGED))
+
+
+def _at_place(lineage: Lineage, note: str) -> str:
+    """Return the name of a note on the objects at the place of the lineage's store."""
+    return f"{note}-{xxhash.xxh3_64_hexdigest(lineage.store.place.encode())}"
 
 
 def _parse_time(value: object) -> float:

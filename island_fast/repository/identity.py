@@ -115,7 +115,7 @@ class Identity:
             if self._is_copy(entry):
                 _LOG.warning(
                     "local state in %s is a copy of that in %s, which is still there; it gets an identity of "
-                    "its own, and owns no volume until 'island adopt' gives it one",
+                    "its own, and owns no volume until 'island adopt VOLUME' gives it one",
                     self._root, entry.path,
                 )  # fmt: skip
                 return self._make(old=entry)
@@ -129,7 +129,7 @@ class Identity:
         if others:
             _LOG.warning(
                 "local state in %s was made on another machine, %s; this one gets an identity of its own, "
-                "and owns no volume until 'island adopt' gives it one",
+                "and owns no volume until 'island adopt VOLUME' gives it one",
                 self._root, others[0].machine.name,
             )  # fmt: skip
         return self._make(old=None, first=not others)

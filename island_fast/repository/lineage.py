@@ -10,11 +10,13 @@ has not ended meanwhile. Protocol: docs/format.md, "Catalog".
 from __future__ import annotations
 
 import contextlib
+import heapq
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 from island_fast.arrays import Buffer
 from island_fast.errors import (
@@ -45,7 +47,7 @@ from island_fast.formats.catalog import (
     decode_record,
     encode_record,
 )
-from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, seal
+from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers, split_pack_key
 from island_fast.formats.manifest import Manifest, decode
 from island_fast.formats.names import catalog_name, epoch_stem, manifest_name, pack_name, stop_name
@@ -71,11 +73,10 @@ _Look = Callable[[str], ObjectInfo | None]
 
 @dataclass(frozen=True, slots=True)
 class _Fetched:
-    """A record, its checksum, its size in bytes, and whether it came from the store or out of the cache."""
+    """A record, its checksum, and whether it came from the store or out of the cache."""
 
     record: Record
     checksum: str
-    size: int
     stored: bool
 
 
@@ -90,7 +91,6 @@ class _CatalogPosition:
     host: str
     seed: int
     write_features: int
-    size: int
     stored: bool
 
     @property
@@ -183,14 +183,17 @@ class Lineage:
         return self._position
 
     @contextlib.contextmanager
-    def hold_lock(self, *, just_read: bool = False, sure: bool = False) -> Iterator[None]:
+    def hold_lock(
+        self, *, just_read: bool = False, sure: bool = False, give_up: bool = False
+    ) -> Iterator[None]:
         """Hold the lineage's local lock; first settle a record of unknown outcome, and read the catalog.
 
         If it was `just_read`, only what other processes of this host appended since is read, from the cache.
-        If `sure`, the store must confirm that nothing comes after what was read.
+        If `sure`, the store must confirm that nothing comes after what was read. With `give_up`, for those
+        who adopt the lineage, a record of unknown outcome is forgotten if what it follows is gone.
         """
         with self.files.lock():
-            self._settle()
+            self._settle(give_up)
             if just_read and self.exists:
                 self._read_on(lambda name: None)
             else:
@@ -202,9 +205,14 @@ class Lineage:
         """Refresh; first settle a record of unknown outcome, if that can be done now.
 
         Reading needs no writing: if the store does not take the record within seconds, or local state cannot
-        be written, a warning says which change it is.
+        be written, a warning says which change it is. It needs no local state either: what another user keeps
+        there is not this one's to settle.
         """
-        if not self.files.pending.all():
+        try:
+            pending = self.files.pending.all()
+        except OSError:
+            pending = []
+        if not pending:
             self.refresh()
             return
         try:
@@ -224,8 +232,8 @@ class Lineage:
                 record, _ = decode_record(f"{self.name}/catalog/{last}", data, SnapshotNumbers())
                 if record.epoch == at[0] and record.number > at[1]:
                     _LOG.warning(
-                        "volume %s: the outcome of %s is unknown; it is not shown, and may be done by the "
-                        "next command of this host that can write to %s",
+                        "volume %s: the outcome of %s is unknown; it is not shown, and may be carried out by "
+                        "the next command of this host that can write to %s",
                         self.name, _describe(record.event), self.store.location,
                     )  # fmt: skip
 
@@ -353,7 +361,9 @@ class Lineage:
             last = self._find_last(epoch, None)
         if last is not None and not self._replay(epoch, last):
             raise DamagedObjectError(
-                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}"
+                f"volume {self.name}: the catalog has a hole before record {epoch}-{last}; run 'island "
+                "verify --all --heal' on the host that owns the volume, or if that is gone, restore its "
+                "snapshots with rescue.py, which comes with island"
             )
 
     def _require_ended(self, epoch: int) -> None:
@@ -420,13 +430,12 @@ class Lineage:
         name = catalog_name(self.name, epoch, number)
         if (data := self.files.cache.read(name)) is not None:
             with contextlib.suppress(DamagedObjectError):
-                return _Fetched(*decode_record(name, data, self.numbers), len(data), stored=False)
+                return _Fetched(*decode_record(name, data, self.numbers), stored=False)
         if look is not None and look(name) is None:
             return None
 
         def check(data: Buffer) -> tuple[_Fetched, bytes]:
-            copy = bytes(data)
-            return _Fetched(*decode_record(name, data, self.numbers), len(copy), stored=True), copy
+            return _Fetched(*decode_record(name, data, self.numbers), stored=True), bytes(data)
 
         try:
             limit = LIMITS[Kind.RECORD].size
@@ -444,6 +453,8 @@ class Lineage:
         follows = position is None or record.previous == position.checksum or begins
         named = (record.lineage, record.epoch, record.number) == (self.name, epoch, number)
         if not (follows and named and (position is not None or record.state is not None)):
+            if position is not None:
+                self.require_standing()  # what it should follow can be known from another copy
             raise DamagedObjectError(
                 f"volume {self.name}: catalog record {name} does not follow the one before it; "
                 "nothing can be deleted until this is repaired"
@@ -453,7 +464,7 @@ class Lineage:
         self.state = record.apply_to(self.state)
         self._position = _CatalogPosition(
             epoch, number, found.checksum, record.writer, record.host, record.seed, record.write_features,
-            found.size, found.stored,
+            found.stored,
         )  # fmt: skip
 
     def snapshots_added_since(self, number: int) -> set[str] | None:
@@ -495,24 +506,71 @@ class Lineage:
     def require_standing(self) -> None:
         """Raise a DamagedObjectError, with the way out, if the store does not hold the newest known record.
 
-        Then an older copy of the repository was put in its place, or the record was lost: what is appended,
-        or left out as known, would rest on nothing. The size tells another record; the chain of checksums
-        proves the rest to every reader.
+        Then another copy of the repository is in its place, most likely an older one, or the record was lost:
+        what is appended, or left out as known, would rest on nothing. Records of one number often have one
+        size, so the checksum is compared: it stands for all that came before, too.
         """
         at = self._at
         if at.stored:
             return
         name = catalog_name(self.name, *at.place)
-        info = self.store.head(name)
-        if info is None or info.size != at.size:
-            raise self._older_repository_error(name, "is missing from" if info is None else "is another in")
+        try:
+            found = self._read_checksum(name)
+        except UNREADABLE:
+            found = "damaged"
+        if found != at.checksum:
+            raise self._missing_record_error(
+                name, "is missing from" if found is None else "is a different one in"
+            )
         self._position = replace(at, stored=True)
 
-    def _older_repository_error(self, name: str, how: str) -> DamagedObjectError:
+    def require_known_history(self) -> None:
+        """Raise a DamagedObjectError, with the way out, if the store has a history that this host lacks.
+
+        Of the newest records that a listing shows, the first one that can be read must be in the cache. If it
+        is not, what it and those before it name would be garbage after an adoption.
+        """
+        records = (one for one in self._list_catalog() if one[0][1] < _LAST)
+        for _, name in heapq.nlargest(CHECKPOINT_EVERY, records):
+            found = None
+            with contextlib.suppress(*UNREADABLE):
+                found = self._read_checksum(name)
+            if found is None:  # a listing can be late, and the record damaged
+                continue
+            known = None
+            with contextlib.suppress(*UNREADABLE):
+                known = self._checksum(name, self.files.cache.read(name) or b"")
+            if known != found:
+                raise DamagedObjectError(
+                    f"volume {self.name}: {self.store.location} holds record {name}, which this host does "
+                    "not know, as another copy of the repository does, and nothing was changed; put the "
+                    f"right copy back, or {self._way_to_go_on()}"
+                )
+            return
+
+    def _read_checksum(self, name: str) -> str | None:
+        """Return the checksum of a record in the store, in hex; None if there is none."""
+        try:
+            limit = LIMITS[Kind.RECORD].size
+            return get_checked(self.store, name, partial(self._checksum, name), limit=limit, newest=True)
+        except ObjectMissingError:
+            return None
+
+    def _checksum(self, name: str, data: Buffer) -> str:
+        """Return the checksum of the record with these bytes, in hex; raise if they are damaged."""
+        return open_frame(Kind.RECORD, name, data).checksum.hex()
+
+    def _missing_record_error(self, name: str, how: str) -> DamagedObjectError:
         return DamagedObjectError(
             f"volume {self.name}: record {name}, which this host knows, {how} {self.store.location}, as in "
-            "an older copy of the repository, and nothing was changed; put the newer copy back, or if only "
-            "that record was lost, run 'island verify --all --heal'; to go on with the older copy, remove "
+            "an older copy of the repository, or another one, and nothing was changed; put the right copy "
+            "back, or if only that record was lost, run 'island verify --all --heal'; or "
+            f"{self._way_to_go_on()}"
+        )
+
+    def _way_to_go_on(self) -> str:
+        return (
+            "to go on with the copy that is there, remove "
             f"{self.files.folder / 'cache' / 'catalog'} and run 'island adopt {self.name}'"
         )
 
@@ -637,7 +695,8 @@ class Lineage:
             if not self._local_state.made_by_this_host:
                 _LOG.warning(
                     "another host writes volume %s as this one, from a copy of local state; this host gets "
-                    "an identity of its own, and owns no volume until 'island adopt' gives it one", self.name,
+                    "an identity of its own, and owns no volume until 'island adopt VOLUME' gives it one",
+                    self.name,
                 )  # fmt: skip
                 self._local_state.renew_writer()
                 return
@@ -769,7 +828,7 @@ class Lineage:
                 f"volume {self.name} was adopted by another host at the same moment; whether this counts is "
                 f"in 'island list --volume {self.name}'"
             )
-        found = _Fetched(*decode_record(name, data, self.numbers), len(data), stored=True)
+        found = _Fetched(*decode_record(name, data, self.numbers), stored=True)
         self._apply(record.epoch, record.number, found)
         self.files.cache.write(name, data)
         self.files.set_newest_record(StandingOn(record.epoch, record.number, found.checksum))
@@ -820,11 +879,12 @@ class Lineage:
                 self.files.pending.withdraw(name.rpartition("/")[2])
             raise
 
-    def _settle(self) -> None:
+    def _settle(self, give_up: bool = False) -> None:
         """Send records of unknown outcome again, the same bytes under the same names.
 
-        What each of them follows must still be there. If the stop is lost of the epoch that an adoption
-        ended, and its record 0 never arrived, the former owner can have gone on: the adoption is given up.
+        What each of them follows must still be there, unless all of them may be given up. If the stop is lost
+        of the epoch that an adoption ended, and its record 0 never arrived, the former owner can have gone
+        on: that adoption is given up in any case.
         """
         for last, data in self.files.pending.all():
             name = f"{self.name}/catalog/{last}"
@@ -835,8 +895,8 @@ class Lineage:
                 continue
             before = self._name_before(record)
             if before and self.store.head(before) is None and self.store.head(name) is None:
-                if record.number:
-                    raise self._older_repository_error(before, "is missing from")
+                if record.number and not give_up:
+                    raise self._missing_record_error(before, "is missing from")
             else:
                 with (
                     contextlib.suppress(ConflictError),

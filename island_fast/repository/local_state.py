@@ -8,7 +8,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/repository              where the repository is: see known_repositories.py
     <repository id>/<lineage>/lock          held while the catalog is followed or appended to
     <repository id>/<lineage>/sweep         held while the lineage is swept
-    <repository id>/<lineage>/image         the image that the lineage belongs to: path, device, inode
+    <repository id>/<lineage>/image         the image that the lineage belongs to (`ImageFile`)
     <repository id>/<lineage>/newest        the newest record that this host appended
     <repository id>/<lineage>/pending/      record bytes of unknown outcome
     <repository id>/<lineage>/deleting/<id> a snapshot that a delete took out and has not reported yet
@@ -17,7 +17,7 @@ Layout, below `ISLAND_STATE` (else the XDG state folder, for root /var/lib/islan
     <repository id>/<lineage>/cache/catalog/, manifests/, packs/    objects, and fronts of packs
     <repository id>/<lineage>/cache/sent/<id>/<number>              a pack that a snapshot in progress sent
     <repository id>/<lineage>/cache/retired/<id>                    a deleted snapshot whose pin can be left
-    <repository id>/<lineage>/cache/proved, damaged                 see health.py
+    <repository id>/<lineage>/cache/proved-<hash>, damaged-<hash>   see health.py
 """
 
 from __future__ import annotations
@@ -120,8 +120,9 @@ class LocalState:
 
     def lineage_names(self, repository: str) -> list[str]:
         """Return the lineages of `repository` that this host keeps files for."""
-        folder = self.root / repository
-        return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir()) if folder.is_dir() else []
+        with contextlib.suppress(OSError):
+            return sorted(entry.name for entry in os.scandir(self.root / repository) if entry.is_dir())
+        return []
 
     def images(self, repository: str) -> dict[str, ImageFile]:
         """Return the images that this host remembers for the lineages of `repository`."""
@@ -184,14 +185,18 @@ class StandingOn:
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """The image of a lineage: its path, without symbolic links, and the device and inode of the file there.
+    """The image of a lineage: its path, without symbolic links, and what identifies the file or device there.
 
-    Both are 0 if they are not known: of an image that an older version noted, or that is no file.
+    Of a file that is the device and inode, and the time of its creation in nanoseconds; of a block device its
+    number (st_rdev) as `device`, and the name that it keeps. What is not known is 0 or "", such as of an
+    image that an older version noted, or that is no file.
     """
 
     path: str
     device: int = 0
     inode: int = 0
+    born: int = 0
+    name: str = ""
 
 
 class LineageFiles:
@@ -247,7 +252,8 @@ class LineageFiles:
         """Return the image that the lineage belongs to; None if any image can claim it."""
         try:
             value = json.loads((self.folder / "image").read_bytes())
-            return ImageFile(str(value["path"]), int(value.get("device", 0)), int(value.get("inode", 0)))
+            device, inode, born = (int(value.get(key, 0)) for key in ("device", "inode", "born"))
+            return ImageFile(str(value["path"]), device, inode, born, str(value.get("name", "")))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
 
@@ -578,10 +584,10 @@ class Notes:
 
     def names(self, folder: str) -> list[str]:
         """Return the last components of the names of the files in `folder`, sorted."""
-        path = self._folder / folder
-        if not path.is_dir():
+        try:
+            return sorted(name for name in os.listdir(self._folder / folder) if not name.startswith("."))
+        except OSError:
             return []
-        return sorted(p.name for p in path.iterdir() if not p.name.startswith("."))
 
 
 class ObjectCache:

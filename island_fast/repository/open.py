@@ -104,8 +104,8 @@ class RepositoryBase:
                 "its disk or put it back, or give --create to begin another one there"
             )
         raise RefusedError(
-            f"{location} holds another repository than the one in which this host has stored snapshots "
-            "before; mount the right disk, or give --create to use this one, too"
+            f"{location} holds a different repository from the one in which this host has stored snapshots "
+            "before; mount the right disk, or give --create to use this one as well"
         )
 
     def remember(self) -> None:
@@ -197,6 +197,11 @@ class RepositoryBase:
             meta = get_checked(self.store, _NAME, check, limit=limit, newest=True)
         except ObjectMissingError:
             return None
+        except DamagedObjectError as error:
+            raise DamagedObjectError(
+                f"{self.store.location}: {error}; put it back from a copy of the repository, and only that "
+                "object"
+            ) from error
         if not SNAPSHOT_PATTERN.fullmatch(str(meta.get("id"))):
             raise DamagedObjectError(f"{self.store.location}: the object 'repository' is damaged")
         if meta.get("keys"):
@@ -255,7 +260,8 @@ class RepositoryBase:
         """Return the lineage `name`, not yet read; UsageError if that is not a valid name."""
         if not LINEAGE_PATTERN.fullmatch(name) or name == _NAME:
             raise UsageError(
-                f"{name!r} cannot name a volume; use at most 128 of A-Z a-z 0-9 . _ - with --volume"
+                f"{name!r} cannot name a volume; give a name with --volume, of at most 128 of the characters "
+                "A-Z a-z 0-9 . _ -"
             )
         return Lineage(self.store, self.state, self.id, name)
 

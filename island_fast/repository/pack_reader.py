@@ -38,6 +38,7 @@ BATCH = 32  # blocks that are read, hashed, compressed or decoded at a time: 2 M
 T = TypeVar("T")
 
 _INDEXES_KEPT = 64
+_EXCESS = 4  # bytes that are needed, for each that is read only to save a request
 _SPARED = 32  # a pack is fetched whole if at most one slot in this many is not wanted
 _LOG = logging.getLogger(__name__)
 
@@ -122,8 +123,9 @@ class PackReader:
         If nearly all slots are wanted, the whole pack is read and its checksum verified. Else ranges are
         read, merged over gaps <= `gap`; then only the digests can verify the blocks. If the store takes fewer
         ranges at once, further requests are made as long as each saves `Store.request_cost` bytes or more,
-        and the narrowest gaps that are left are read. Ranges are also read from a pack that is not whole any
-        more, because these blocks can be: call `log_damage` once they are verified.
+        and the narrowest gaps that are left are read; if it takes one at a time, at most a quarter more is
+        read than without them. Ranges are also read from a pack that is not whole any more, because these
+        blocks can be: call `log_damage` once they are verified.
         """
         total = self.locate(key).slots
         if slots.size + total // _SPARED >= total:
@@ -173,7 +175,7 @@ class PackReader:
         offsets, lengths = stored_ranges(index, wanted)
         ends = offsets + lengths
         store = self._lineage.store
-        first = _range_starts(offsets[1:] - ends[:-1], gap, store.ranges_at_once, store.request_cost)
+        first = _range_starts(offsets, ends, gap, store.ranges_at_once, store.request_cost)
         last = np.append(first[1:], offsets.size) - 1
         spans = np.stack([offsets[first], ends[last] - offsets[first]], axis=1)
         parts = self._read_ranges(location, [(int(o), int(n)) for o, n in spans])
@@ -265,18 +267,24 @@ class PackReader:
             self.fetched.bytes += size
 
 
-def _range_starts(gaps: Int64s, gap: int, most: int | None, request_cost: int) -> Int64s:
-    """Return which blocks begin a range, with `gaps` bytes between them.
+def _range_starts(offsets: Int64s, ends: Int64s, gap: int, most: int | None, request_cost: int) -> Int64s:
+    """Return which of the blocks that lie from `offsets` to `ends` begin a range.
 
     A range ends at each gap > `gap`. If one request takes at most `most` ranges, the widest gaps come first:
     the first request leaves out `most` - 1 of them, and each further one up to `most`, which must add up to
-    `request_cost` bytes or more.
+    `request_cost` bytes or more. Where each range is a request, also as many more gaps are left out as it
+    takes to keep the others below a share (1 / _EXCESS) of what would be read without them.
     """
+    gaps = offsets[1:] - ends[:-1]
     wide = np.flatnonzero(gaps > gap)
     if most is not None and wide.size >= most:
         wide = wide[np.argsort(-gaps[wide], kind="stable")]
         saved = np.add.reduceat(gaps[wide], np.arange(most - 1, wide.size, most))  # by each further request
-        requests = 1 + int(np.count_nonzero(saved >= request_cost))
+        worth = saved >= request_cost
+        if most == 1:
+            read = np.cumsum(saved[::-1])[::-1]  # of gaps, if only those before are left out
+            worth |= read > (ends[-1] - offsets[0] - read[0]) // _EXCESS
+        requests = 1 + int(np.count_nonzero(worth))
         wide = np.sort(wide[: requests * most - 1])
     return np.append(0, wide + 1)
 

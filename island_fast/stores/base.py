@@ -138,9 +138,6 @@ class Store(ABC):
     range_gap: int
     """The largest gap, in bytes, between two ranges that is cheaper to fetch than to split a request at."""
 
-    ranges_at_once: int | None = None
-    """The most ranges of an object that one request can ask for; None: any number."""
-
     request_cost: int = 512 << 10
     """How many bytes arrive in the time that one more request takes: gaps that add up to less are fetched."""
 
@@ -158,6 +155,19 @@ class Store(ABC):
 
     readers: int = os.cpu_count() or 1
     """How many threads hash and compress what is sent to this store, or compare what is stored in it."""
+
+    @property
+    def ranges_at_once(self) -> int | None:
+        """The most ranges of an object that one request can ask for; None: any number.
+
+        It can become less when the store's answers show that it takes fewer.
+        """
+        return None
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """Whether the store says that it keeps what is deleted, as versions; it can do so without a word."""
+        return False
 
     def use_workers(self, most: int) -> None:
         """Limit `readers`, `uploads` and `downloads` to `most` each, which is at least 1."""
@@ -236,6 +246,13 @@ class Store(ABC):
     @abstractmethod
     def delete(self, name: str) -> None:
         """Remove an object; succeed if it is absent."""
+
+    def count_bytes(self) -> int | None:
+        """Return how many bytes the store holds by its own count, with what it keeps of deleted objects.
+
+        It may be the count of more than this store's prefix. None if the store has none that follows at once.
+        """
+        return None
 
     def use_reserve(self) -> AbstractContextManager[None]:
         """Let puts of the body use the room that the store keeps for what frees room, if it keeps any."""

@@ -323,9 +323,13 @@ class DirectoryStore(Store):
                     self._raise_translated(error)
 
     def folders(self, prefix: str) -> Iterator[str]:
-        """See Store.folders. One can be empty: its last object was just removed, or its first is coming."""
+        """See Store.folders. One can be empty: its last object was just removed, or its first is coming.
+
+        One that somebody moved away and left a link to is among them: what is below can be read by name, and
+        must not be passed over in silence. Nothing is put there.
+        """
         entries = self._scan_folder(check_prefix(prefix))
-        return (e.name for e in entries if is_name(e.name) and e.is_dir(follow_symlinks=False))
+        return (e.name for e in entries if is_name(e.name) and os.path.isdir(e.path))
 
     def _scan_folder(self, prefix: str) -> Iterator[os.DirEntry[str]]:
         """Yield a folder's entries, as the file system lists them; none if it does not exist."""

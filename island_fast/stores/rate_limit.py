@@ -82,7 +82,6 @@ class RateLimitedStore(Store):
         self.location = store.location
         self.grace = store.grace
         self.range_gap = store.range_gap
-        self.ranges_at_once = store.ranges_at_once
         self.request_cost = store.request_cost
         self.uploads = store.uploads
         self.downloads = store.downloads
@@ -92,6 +91,16 @@ class RateLimitedStore(Store):
     def place(self) -> str:
         """See Store.place."""
         return self._store.place
+
+    @property
+    def ranges_at_once(self) -> int | None:
+        """See Store.ranges_at_once."""
+        return self._store.ranges_at_once
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """See Store.keeps_deleted."""
+        return self._store.keeps_deleted
 
     @property
     def known_to_refuse(self) -> bool | None:
@@ -141,6 +150,10 @@ class RateLimitedStore(Store):
     def delete(self, name: str) -> None:
         """See Store.delete."""
         self._store.delete(name)
+
+    def count_bytes(self) -> int | None:
+        """See Store.count_bytes."""
+        return self._store.count_bytes()
 
     def use_reserve(self) -> AbstractContextManager[None]:
         """See Store.use_reserve."""

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -21,6 +22,7 @@ from island_fast.errors import (
     ObjectMissingError,
     StoreError,
     StoreFullError,
+    StoreRefusedError,
     UsageError,
 )
 from island_fast.memory import require_memory
@@ -46,6 +48,7 @@ from island_fast.stores.swift_connection import (
     Connection,
     HttpError,
     SwiftConnectionPool,
+    is_refusal,
     none_if_status,
 )
 from island_fast.stores.swift_pace import PacedBody
@@ -55,6 +58,7 @@ __all__ = ["SwiftStore"]
 _NEWEST = {"X-Newest": "true"}  # asks every replica
 # Requests before a missing object (GET: with X-Newest from the second on) or an invalid answer is believed.
 _LOOKS = 3
+_SINGLE_RANGES = 4  # requests at a time of one caller, where a request can ask for one range only
 _STREAMED = 1 << 20  # any size will do: it keeps swiftclient from reading the body itself
 _CONTAINER = re.compile(r"(?!\.{1,2}\Z)[^/?#\x00-\x1f\x7f]{1,256}")
 
@@ -77,7 +81,6 @@ class SwiftStore(Store):
 
     grace = 86400.0
     range_gap = 64 << 10
-    ranges_at_once = swift_ranges.RANGES_PER_REQUEST
     uploads = 2
     page_size: int | None = None
     known_to_refuse = None
@@ -86,6 +89,8 @@ class SwiftStore(Store):
         self._container = container
         self._prefix = check_prefix(f"{prefix}/" if prefix else "")
         self._pool = SwiftConnectionPool(auth, policy)
+        self._ranges_at_once = swift_ranges.RANGES_PER_REQUEST
+        self._container_head: Mapping[str, str] = {}
         self.location = f"swift://{container}/{prefix}".rstrip("/")
 
     @classmethod
@@ -122,6 +127,29 @@ class SwiftStore(Store):
         """See Store.place. Other accounts, and other clouds, can have a container of the same name."""
         return f"{self._pool.account_url()}/{self._container}/{self._prefix}".rstrip("/")
 
+    @property
+    def ranges_at_once(self) -> int:
+        """See Store.ranges_at_once. 49; 1 once a server has answered several with the first of them only."""
+        return self._ranges_at_once
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """See Store.keeps_deleted. Of versions that were switched on over S3, Ceph's gateway says nothing."""
+        head = self._container_head
+        return head.get("x-versions-enabled", "").lower() == "true" or "x-history-location" in head
+
+    def count_bytes(self) -> int | None:
+        """See Store.count_bytes. Ceph's gateway counts at once; a second count shows that it is one."""
+        if "x-container-bytes-used-actual" not in self._container_head:
+            return None
+        try:
+            head = self._pool.call(
+                f"count {self.location}", lambda connection: connection.head_container(self._container)
+            )
+        except StoreError:  # it is only asked to be reported
+            return None
+        return _parse_number(head, "x-container-bytes-used")
+
     def close(self) -> None:
         """See Store.close."""
         self._pool.close()
@@ -133,9 +161,15 @@ class SwiftStore(Store):
         """Return whether the container exists; it does not only if every replica says so."""
         for headers in ({}, _NEWEST):
             try:
-                connection.head_container(self._container, headers=headers)
+                self._container_head = connection.head_container(self._container, headers=headers)
                 return True
             except HttpError as error:
+                if error.http_status == 403:
+                    raise StoreRefusedError(
+                        f"container {self._container}: Swift refuses (403 {error.http_reason}); it is "
+                        "another account's, or this one has no role for it: choose another name, or ask for "
+                        "a role that can write to the container"
+                    ) from error
                 if error.http_status != 404:
                     raise
         return False
@@ -180,7 +214,7 @@ class SwiftStore(Store):
                     raise
                 if not self._holds(connection, name, content):
                     raise RetryableError("412 for an object that does not exist") from error
-                self._put_once(connection, name, content, only_if_absent=False)
+                self._put_again(connection, name, content)
 
         self._pool.call(f"put {name}", send, writes=True)
 
@@ -209,6 +243,22 @@ class SwiftStore(Store):
             raise RetryableError("404 Not Found") from error
         if answer["status"] != 201:
             raise RetryableError(f"{answer['status']} instead of 201")
+
+    def _put_again(self, connection: Connection, name: str, content: Views) -> None:
+        """Send a PUT for an object that is there, and may be on one replica only; see `_put_once`.
+
+        If Swift refuses it, the object is there all the same: the outcome is unknown.
+        """
+        try:
+            self._put_once(connection, name, content, only_if_absent=False)
+        except HttpError as error:
+            if is_refusal(error.http_status):
+                raise StoreError(
+                    f"put {name}: Swift has the object and refuses to store it on all its disks "
+                    f"({error.http_status} {error.http_reason}), so the outcome is unknown; run it again "
+                    "when it does"
+                ) from error
+            raise
 
     def _try_to_overwrite(self) -> bool:
         """PUT other bytes on a new name that is taken. Two refusals are believed, and one success is."""
@@ -303,27 +353,49 @@ class SwiftStore(Store):
         return self._fetch(name, None, limit, newest=newest).body
 
     def get_ranges(self, name: str, ranges: Sequence[Range]) -> Views:
-        """See Store.get_ranges. One request asks for up to 49 ranges that do not touch each other."""
+        """See Store.get_ranges. One request asks for up to 49 ranges that do not touch each other.
+
+        A server that answers with the first of them only, as Ceph's gateway does, is asked for one range at a
+        time from then on, over several connections.
+        """
         check_ranges(ranges)
+        left = swift_ranges.join_ranges(ranges)
+        needed = sum(left[-1]) if left else 0
         found: list[swift_ranges.Piece] = []
-        for few in swift_ranges.split_ranges(ranges):
-            whole, got = self._fetch_ranges(name, few)
-            if whole:
-                found = got
-                break
-            found += got
+        while left:
+            at_once = self._ranges_at_once
+            if at_once == 1 and len(left) > 1:
+                got = self._fetch_singly(name, left, needed)
+            else:
+                got = self._fetch_ranges(name, left[:at_once], needed)
+            whole = [piece for piece in got if piece.start == 0 and piece.stop >= needed]
+            found = whole[:1] or found + got
+            left = [one for one in left if sum(one) > found[-1].stop]
         return swift_ranges.select_ranges(found, ranges)
 
-    def _fetch_ranges(self, name: str, few: Sequence[Range]) -> tuple[bool, list[swift_ranges.Piece]]:
-        """Get the pieces that contain `few` ranges; return also whether they are the whole object.
+    def _fetch_singly(self, name: str, ranges: Sequence[Range], needed: int) -> list[swift_ranges.Piece]:
+        """Get `ranges`, each by a request of its own, some at a time."""
+        pool = ThreadPoolExecutor(min(len(ranges), _SINGLE_RANGES), thread_name_prefix="island-ranges")
+        try:
+            got = pool.map(lambda one: self._fetch_ranges(name, [one], needed), ranges)
+            return [piece for pieces in got for piece in pieces]
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
 
-        An invalid answer can have been damaged on its way, so the request is repeated twice.
+    def _fetch_ranges(self, name: str, few: Sequence[Range], needed: int) -> list[swift_ranges.Piece]:
+        """Get `few` ranges, or only the first of them if the server sends no more, or the whole object.
+
+        The object has at least `needed` bytes. An invalid answer can have been damaged on its way, so the
+        request is repeated twice.
         """
         for tries_left in reversed(range(_LOOKS)):
             answer = self._fetch(name, swift_ranges.range_header(few), swift_ranges.max_body_size(few))
             try:
-                got = self._parse_answer(name, answer, sum(few[-1]))
-                swift_ranges.select_ranges(got, few)
+                got = self._parse_answer(name, answer, needed)
+                if answer.status == 206 and swift_ranges.is_first_alone(answer.headers, got, few):
+                    self._ranges_at_once = 1
+                    return got
+                views = swift_ranges.select_ranges(got, few)
             except ValueError as error:
                 if not tries_left:
                     raise StoreError(
@@ -332,12 +404,14 @@ class SwiftStore(Store):
                     ) from error
             else:
                 break
-        return answer.status == 200, got
+        if answer.status == 200:
+            return got
+        return [swift_ranges.Piece(one[0], view, None) for one, view in zip(few, views, strict=True)]
 
     def _parse_answer(self, name: str, answer: _Answer, needed: int) -> list[swift_ranges.Piece]:
         """Return the pieces of a range request's answer; ValueError if it is invalid.
 
-        The last range ends at `needed`.
+        DamagedObjectError if the answer shows that the object has less than `needed` bytes.
         """
         if answer.status == 416:
             raise DamagedObjectError(

@@ -29,7 +29,7 @@ from island_fast.stores.retry import RetryableError, RetryPolicy, parse_retry_af
 from island_fast.stores.swift_auth import TIMEOUT, SwiftAuth, Token, silence_logger, walk_causes
 from island_fast.stores.swift_pace import PacedAdapter, TooSlow
 
-__all__ = ["BROKEN", "Connection", "HttpError", "SwiftConnectionPool", "none_if_status"]
+__all__ = ["BROKEN", "Connection", "HttpError", "SwiftConnectionPool", "is_refusal", "none_if_status"]
 
 T = TypeVar("T")
 Connection = Any
@@ -263,6 +263,11 @@ class _TokenExpired(Exception):
     """Swift does not know the token, or not any more."""
 
 
+def is_refusal(status: int | None) -> bool:
+    """Return whether an answer that is no success says that nothing was done, and nothing will be."""
+    return status is not None and status < 500 and status not in (401, *_UNKNOWN)
+
+
 def _error_for_answer(what: str, error: HttpError) -> Exception:
     """Return the exception for an answer that the caller does not expect."""
     status = error.http_status
@@ -271,7 +276,7 @@ def _error_for_answer(what: str, error: HttpError) -> Exception:
         return _TokenExpired()
     if status is None:
         return RetryableError("an unreadable answer")
-    if status in _UNKNOWN or status >= 500:
+    if not is_refusal(status):
         headers = error.http_response_headers or {}
         return RetryableError(shown, parse_retry_after(headers.get("Retry-After", "")))
     hint = "ask its administrator for the reason"

@@ -1,7 +1,8 @@
 """Several ranges of an object in one request: writing its Range header, and parsing the answer.
 
 RFC 9110, sections 14.2 and 14.6. A server can send the ranges as asked, join neighbours, or send the whole
-object; all three are accepted. Anything else is a ValueError that says what is wrong. No I/O.
+object; all three are accepted. Ceph's gateway sends the first range and says nothing of the others, which
+`is_first_alone` recognizes. Anything else is a ValueError that says what is wrong. No I/O.
 """
 
 from __future__ import annotations
@@ -17,11 +18,12 @@ from island_fast.stores.base import Range, Views
 __all__ = [
     "RANGES_PER_REQUEST",
     "Piece",
+    "is_first_alone",
+    "join_ranges",
     "max_body_size",
     "parse_pieces",
     "range_header",
     "select_ranges",
-    "split_ranges",
 ]
 
 RANGES_PER_REQUEST = 49
@@ -48,16 +50,15 @@ class Piece:
         return self.start + self.data.nbytes
 
 
-def split_ranges(ranges: Sequence[Range]) -> list[list[Range]]:
-    """Split ascending disjoint ranges into requests of at most 49; drop empty ones and join touching ones."""
+def join_ranges(ranges: Sequence[Range]) -> list[Range]:
+    """Return ascending disjoint ranges without empty ones, and with touching ones joined."""
     joined: list[Range] = []
     for offset, length in ranges:
         if joined and length and offset == sum(joined[-1]):
             joined[-1] = joined[-1][0], joined[-1][1] + length
         elif length:
             joined.append((offset, length))
-    step = RANGES_PER_REQUEST
-    return [joined[i : i + step] for i in range(0, len(joined), step)]
+    return joined
 
 
 def range_header(ranges: Sequence[Range]) -> str:
@@ -90,6 +91,19 @@ def parse_pieces(headers: Mapping[str, str], body: memoryview) -> list[Piece]:
         if after.start < before.stop or after.total != before.total:
             raise ValueError("its parts overlap or disagree")
     return found
+
+
+def is_first_alone(headers: Mapping[str, str], found: Sequence[Piece], ranges: Sequence[Range]) -> bool:
+    """Return whether a 206 answer to several ranges is that to the first of them, to the byte.
+
+    `found` is what `parse_pieces` returns for it.
+    """
+    several = _BOUNDARY.fullmatch(headers.get("content-type", "").strip())
+    return (
+        not several
+        and len(ranges) > 1
+        and [(piece.start, piece.data.nbytes) for piece in found] == [ranges[0]]
+    )
 
 
 def _parse_content_range(content_range: str) -> tuple[int, int, int | None]:

@@ -108,7 +108,8 @@ def test_compression(island: Island, small: Path, monkeypatch: pytest.MonkeyPatc
             "repositry is unknown; known are repository, compression, workers, limit-upload, ",
         ),
         ("[retain]\nkeep-dayly = 7", "retain.keep-dayly is unknown; known are "),
-        ("keep-daily = 7", "keep-daily belongs below a line [retain]"),
+        ("keep-daily = 7", "keep-daily belongs below a line [retain]; see 'man island-config'"),
+        ("workers = 0", "workers must be a whole number, 1 or more; see 'man island-config'"),
         (
             '[retain]\nrepository = "/srv"',
             "retain.repository belongs at the top of the file, above every [tab",

@@ -117,6 +117,7 @@ def test_a_signal_leaves_what_was_sent_for_the_next(island: Island, tmp_path: Pa
     qemu.compare(image, tmp_path / "out.qcow2", other_format="qcow2")
 
 
+@pytest.mark.uses_swift
 class TestTwoAccounts:
     """Each side has credentials of its own, and none of the other's container."""
 
@@ -167,6 +168,7 @@ class TestTwoAccounts:
         island("restore", first, tmp_path / "older.qcow2")
         qemu.compare(tmp_path / "older.qcow2", tmp_path / "old.qcow2", other_format="qcow2")
 
+    @pytest.mark.swift_only("there, another account's container is refused, and not absent")
     def test_whose_credentials_are_wrong_is_told(
         self, island: Island, clouds: tuple[str, str], disk: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

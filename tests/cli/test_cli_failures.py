@@ -8,12 +8,14 @@ import json
 import os
 import pwd
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import island_fast
 from island_fast.api import Repository
 from island_fast.cli.run import Run, run_to_exit_code
 from island_fast.cli.text import printable
@@ -21,6 +23,8 @@ from tests.cli.conftest import MIB, Island, one_sentence, pins
 from tests.support import qemu
 
 pytestmark = qemu.needs_qemu
+
+PACKAGE = Path(island_fast.__file__).parent
 
 BAD_IMAGES: dict[str, tuple[int, str]] = {
     "missing": (3, "check the path"),
@@ -524,3 +528,21 @@ def test_a_traceback_that_is_asked_for_shows_no_credentials(
         assert "hunter2secret" not in said
         assert "p4ssw0rd" not in said
         monkeypatch.delenv(name)
+
+
+@pytest.mark.parametrize("words", [["--version"], ["list"]])
+def test_source_without_its_compiled_module(words: list[str], island: Island, tmp_path: Path) -> None:
+    """As in the clone after `pip install .`, whose module is in another place: the source hides it."""
+    clone = tmp_path / "my clone"
+    for path in PACKAGE.rglob("*.py"):
+        copied = clone / path.relative_to(PACKAGE.parent)
+        copied.parent.mkdir(parents=True, exist_ok=True)
+        copied.write_bytes(path.read_bytes())
+    command = [sys.executable, "-S", "-m", "island_fast", *words]  # without site, no editable installation
+    places = os.pathsep.join([str(clone), *(path for path in sys.path if path.endswith("-packages"))])
+    environment = {**os.environ, "PYTHONPATH": places}
+    done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True, check=False)
+    sentence = one_sentence(done.stderr)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert f"{clone}/island_fast is source without a compiled module for Python " in sentence
+    assert f"in another folder, or build the module with pip install -e '{clone}'" in sentence

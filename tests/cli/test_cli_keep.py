@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def take(island: Island, disk: Path, *labels: str) -> list[str]:
 def test_what_is_marked_is_not_deleted(island: Island, disk: Path) -> None:
     first, second, third = take(island, disk, "one", "two", "three")
     assert island.text("keep", first) == (
-        f"Snapshot {first} of volume disk is kept until 'island keep --release'.\n"
+        f"Snapshot {first} of volume disk is kept until you run 'island keep --release disk@{first}'.\n"
     )
     assert "is marked to be kept" in island.fails(4, "delete", first)
     assert "is marked to be kept" in island.fails(4, "delete", "--dry-run", first)
@@ -78,9 +79,34 @@ def test_quoted_commands_can_be_pasted(island: Island, disk: Path, monkeypatch: 
     monkeypatch.delenv("ISLAND_REPOSITORY")
     first = island.json("-r", place, "snapshot", disk)["snapshot"]
     island.text("-r", place, "keep", first)
-    assert f"'island keep --release disk@{first} -r {place}'" in island("-r", place, "delete", first).err
+    assert f"'island keep -r {place} --release disk@{first}'" in island("-r", place, "delete", first).err
     monkeypatch.setenv("ISLAND_REPOSITORY", str(place))
     assert f"'island keep --release disk@{first}'" in island("delete", first).err
+
+
+def test_quoted_commands_are_for_the_repository_in_question(
+    island: Island, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    near, far = tmp_path / "the near one", tmp_path / "far"
+    first = island.json("-r", near, "snapshot", disk)["snapshot"]
+    copy = ("-r", near, "copy", "--all", "--to", far)
+    assert island(*copy).code == 0
+    assert f"see 'island list -r '{near}''" in island("-r", near, "show", "ff").err
+    monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "another"))
+    assert island("-r", far, "adopt", "disk").code == 0
+    monkeypatch.setenv("ISLAND_STATE", str(island.state))
+    assert f"run 'island adopt -r {far} disk' here" in island(*copy).err
+    assert f"run 'island adopt -r {far} disk' here" in island("-r", far, "delete", first).err
+
+
+def test_warnings_quote_commands_that_can_be_pasted(
+    island: Island, disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    assert island("-r", here, "snapshot", disk).code == 0
+    shutil.copytree(island.state, tmp_path / "clone")
+    monkeypatch.setenv("ISLAND_STATE", str(tmp_path / "clone"))
+    assert f"until 'island adopt -r {here} VOLUME' gives it one\n" in island("-r", here, "sweep").err
 
 
 def test_a_file_that_is_no_qcow2_is_no_damage(island: Island, tmp_path: Path) -> None:

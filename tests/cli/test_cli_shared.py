@@ -55,6 +55,7 @@ def test_a_member_of_the_group_restores(
             folder.chmod(folder.stat().st_mode | 0o011)
     words = ["restore", taken, "--format", "raw", "-q"]
     island.text(*words, tmp_path / "imported.raw")  # imports what the other user may not be able to read
+    nobodys = (os.environ["ISLAND_STATE"], "/proc/state")  # one that root alone may read, and none
     monkeypatch.setenv("ISLAND_STATE", str(his / "state"))
     groups = os.getgroups()
     try:
@@ -63,6 +64,11 @@ def test_a_member_of_the_group_restores(
         os.seteuid(member)
         assert island.text(*words, his / "disk.raw") == ""
         assert "belongs to host" in island.fails(4, "delete", taken), "reading is all that the group can do"
+        for state in nobodys:
+            monkeypatch.setenv("ISLAND_STATE", state)
+            for verb in ("list", f"show {taken}", "verify --all", "usage", f"diff {taken} {taken}"):
+                island.text(*verb.split())
+            assert "local state" in island.fails(1, "delete", taken)
     finally:
         os.seteuid(0)
         os.setegid(0)

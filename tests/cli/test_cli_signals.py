@@ -192,7 +192,7 @@ def test_a_signal_that_is_ignored_stays_ignored(island: Island, large: Path) -> 
 def test_no_lock_stays_taken() -> None:
     """A signal that comes just when a lock written in Python was taken waits until it can be given back."""
     raise_now = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
-    lock: Any = SimpleNamespace(acquire=None, release=None, __enter__=raise_now, __exit__=None)
+    lock: Any = SimpleNamespace(acquire=None, release=None, locked=None, __enter__=raise_now, __exit__=None)
     steps = []
 
     def work() -> None:

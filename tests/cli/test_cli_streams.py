@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from island_fast.cli import text as text_module
+from island_fast.cli.main import island as command
 from island_fast.cli.progress import pace
 from island_fast.cli.run import Run
 from island_fast.cli.signals import Signals
@@ -96,6 +97,21 @@ def test_bars_on_a_narrow_terminal(island: Island, larger: Path) -> None:
     seen = on_terminal(island, "snapshot", larger, columns=50)
     assert re.search(r"Sending.*\d+% \d+ s left", seen)
     assert "iB/s" not in seen
+
+
+def test_quiet_prints_nothing_if_all_is_well(island: Island, disk: Path, tmp_path: Path) -> None:
+    back, far = tmp_path / "back.qcow2", tmp_path / "far"
+    lines: list[tuple[object, ...]] = [
+        *[("snapshot", disk), ("snapshot", disk, "--label", "two"), ("verify", "--all", "--sample", "100%")],
+        *[("usage",), ("diff", "disk@label:two", "disk@latest"), ("info", disk), ("map", disk)],
+        *[("restore", "disk@latest", back), ("restore", "disk@latest", "--onto", back), ("unpin", back)],
+        *[("copy", "--all", "--to", far), ("keep", "disk@latest"), ("keep", "--release", "disk@latest")],
+        *[("retain", "--keep-last", 1), ("sweep", "--dry-run"), ("sweep",), ("adopt", "disk")],
+        ("delete", "disk@latest"),
+    ]
+    for words in lines:
+        assert island.text(*words, "--quiet") == "", words
+    assert {str(words[0]) for words in lines} == {*command.commands} - {"list", "show", "completion"}
 
 
 def test_quiet_has_no_bars(island: Island, larger: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from tests.cli.conftest import Island, pins
 from tests.support import qemu
 
-pytestmark = qemu.needs_qemu
+pytestmark = [qemu.needs_qemu, pytest.mark.uses_swift]
 
 
 @pytest.fixture
@@ -37,8 +38,32 @@ def test_the_whole_round(
     assert onto["bytes_read"] < 10 << 16, "ranges of a pack"
     qemu.compare(disk, tmp_path / "out", other_format="qcow2")
     island("delete", first["snapshot"])
-    assert island.json("sweep")[0]["objects_removed"] == 0, "what is young stays"
-    assert island.json("sweep", "--grace", "0")[0]["objects_removed"] > 0
+    (swept,) = island.json("sweep")
+    assert swept["objects_removed"] == 0, "what is young stays"
+    (plan,) = island.json("sweep", "--grace", "0", "--dry-run")
+    assert swept["objects_waiting"] == plan["objects_removed"] == len(swept["steps"])
+    assert swept["bytes_waiting"] == plan["bytes_freed"]
+    (swept,) = island.json("sweep", "--grace", "0")
+    assert (swept["objects_removed"], swept["objects_waiting"]) == (plan["objects_removed"], 0)
+
+
+def test_answers_say_what_waits_for_the_grace(
+    island: Island, url: str, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ISLAND_REPOSITORY", url)
+    for _ in range(2):
+        island("snapshot", disk, "--quiet")
+    assert re.search(r"free \d+ B once it is 24 h old \(--grace\)\.\n$", island.text("delete", "disk@latest"))
+    assert re.search(r"free \d.* once it is 24 h old \(--grace\)$", island.text("show", "disk@latest"), re.M)
+    waits = r"Volume disk: nothing to remove yet; 1 object \(\d+ B\) waits until it is {} old \(--grace\)\.\n"
+    assert re.fullmatch(waits.format("24 h"), island.text("sweep"))
+    assert re.fullmatch(waits.format("7 d"), island.text("sweep", "--grace", "7d"))
+    usage = island.text("usage")
+    assert re.search(r"\n'island sweep' frees \d+ B, each object once it is 24 h old \(--grace\)\.\n$", usage)
+    assert island.text("sweep", "--quiet") == ""
+    island("snapshot", disk, "--quiet")
+    text = island.text("retain", "--keep-last", 1)
+    assert re.search(r"'island sweep' will free \d+ B once it is 24 h old \(--grace\)\.\n$", text)
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ SETTINGS = 'security_driver = "none"\nnamespaces = []\ncgroup_controllers = []\n
 
 PLACES = {"RUNTIME_DIR": "run", "CONFIG_HOME": "config", "CACHE_HOME": "cache", "DATA_HOME": "data"}
 DOMAIN = """<domain type='qemu'><name>{name}</name><memory unit='MiB'>256</memory>
-<os><type arch='x86_64' machine='q35'>hvm</type>{more}
+<features><acpi/></features><os><type arch='x86_64' machine='q35'>hvm</type>{more}
 <emulator>{emulator}</emulator>{devices}
 <controller type='usb' model='none'/><memballoon model='none'/></devices></domain>"""
 NO_MORE = "</os><devices>"

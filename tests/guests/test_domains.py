@@ -109,9 +109,8 @@ def test_what_people_read(island: Island, guest: Guest) -> None:
         assert lines[0] == f"disk      vd{part}, {image(guest, part)}"
         assert lines[2] == f"volume    {guest.name}-{part}, 16.0 MiB"
     shown = island.text("show", f"{guest.name}-a@latest")
-    assert (
-        f"guest     domain {guest.name}, disk vda; consistency: crash\ngroup     {found['group']}\n" in shown
-    )
+    assert "\nstate     crash: as after a power cut\n" in shown
+    assert f"\nguest     domain {guest.name}, disk vda\ngroup     {found['group']}\n" in shown
     assert island.text(*words(guest, "-q")) == ""
     assert len(island.json("list")) == 4
 

@@ -6,6 +6,7 @@ file system by virtiofs, and writes to memory; what its processes write to the c
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import subprocess
@@ -16,6 +17,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 GUEST = ROOT / "build/guest"
+# where Debian's packages have them, by version
+KERNELS = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
+BUSYBOX = ("bin/busybox", "usr/bin/busybox")
 VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
 # in the order in which they need each other
 MODULES = (
@@ -55,11 +59,22 @@ def missing() -> str:
 
 
 def kernel() -> Path | None:
-    return next(iter(sorted(GUEST.glob("boot/vmlinuz-*"), reverse=True)), None)
+    found = [path for place in KERNELS for path in GUEST.glob(place)]
+    return max(found, default=None)
 
 
 def virtiofsd() -> str | None:
     return next((path for path in VIRTIOFSD if os.path.exists(path)), None)
+
+
+def virtiofsd_options() -> list[str]:
+    """What shares the root file system: QEMU's own virtiofsd, up to 7.2, has other options than Rust's.
+
+    The latter announces mounts below the root by default; an overlay over them makes no folders (EREMOTE).
+    """
+    if virtiofsd() == VIRTIOFSD[0]:
+        return ["-o", "source=/", "-o", "cache=always", "-o", "sandbox=chroot"]
+    return ["--shared-dir=/", "--cache=always", "--sandbox=chroot", "--no-announce-submounts"]
 
 
 def run(job: str, patience: float) -> str:
@@ -68,16 +83,7 @@ def run(job: str, patience: float) -> str:
         folder = Path(name)
         ramdisk = make_ramdisk(folder, job)
         socket = folder / "files"
-        words = [
-            virtiofsd(),
-            f"--socket-path={socket}",
-            "-o",
-            "source=/",
-            "-o",
-            "cache=always",
-            "-o",
-            "sandbox=chroot",
-        ]
+        words = [virtiofsd(), f"--socket-path={socket}", *virtiofsd_options()]
         with (folder / "log").open("wb") as log, subprocess.Popen(words, stdout=log, stderr=log) as files:
             try:
                 wait_for(socket, files, folder / "log")
@@ -118,10 +124,13 @@ def make_ramdisk(folder: Path, job: str, init: str = INIT, modules: str = MODULE
     top = folder / "ramdisk"
     for place in ("bin", "modules", "proc", "sys", "dev", "lower", "upper", "root"):
         (top / place).mkdir(parents=True)
-    shutil.copy(GUEST / "bin/busybox", top / "bin")
-    for module in GUEST.rglob("*.ko"):
-        if module.stem in modules.split():
-            shutil.copy(module, top / "modules")
+    shutil.copy(next(GUEST / place for place in BUSYBOX if (GUEST / place).exists()), top / "bin")
+    for module in GUEST.rglob("*.ko*"):
+        name, _, packed = module.name.partition(".ko")
+        if name in modules.split():
+            assert packed in ("", ".xz"), module
+            content = module.read_bytes()
+            (top / f"modules/{name}.ko").write_bytes(lzma.decompress(content) if packed else content)
     (top / "init").write_text(init)
     (top / "init").chmod(0o755)
     (top / "job").write_text(job)

@@ -213,8 +213,9 @@ def test_zeros_give_space_back(host: Host) -> None:
         assert full > 32 << 20
         device.write_direct(1 << 20, bytes(30 << 20))
         device.flush()
-        # not all 30 MiB: a cluster whose zeros come in two requests, as the kernel splits them, is kept
-        assert image.stat().st_blocks * 512 < full - (15 << 20)
+        # not all 30 MiB: a cluster whose zeros come in two requests, as the kernel splits them, is kept; with
+        # QEMU 11, whose FUSE takes no more than 64 KiB at once, about half of them are
+        assert image.stat().st_blocks * 512 < full - (10 << 20)
         assert not any(device.read_direct(1 << 20, 30 << 20))
     host.exports.stop(volume)
     check(image)
@@ -422,7 +423,9 @@ def test_losetup_on_a_dead_export_is_refused(root_host: Host) -> None:
     daemon.export()
     os.kill(daemon_of(root_host, volume), signal.SIGKILL)
     assert eventually(lambda: not daemon.is_running())
-    with pytest.raises(IslandError, match="does not respond: Transport endpoint is not connected"):
+    # the export of a QEMU 11 that was killed answers with ECONNABORTED
+    gone = "Transport endpoint is not connected|Software caused connection abort"
+    with pytest.raises(IslandError, match=f"does not respond: ({gone})"):
         LoopDevices(run_program).attach(daemon.disk, SIZE)
     assert root_host.devices() == []
     assert not link.is_symlink()

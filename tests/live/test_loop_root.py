@@ -5,19 +5,22 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import signal
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.attach import loop_root
+from island_fast.cinder.attach import exercise, loop_root
 from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exercise import SIZE as EXERCISED
 from island_fast.cinder.attach.exercise import VOLUME as SELFTEST
 from island_fast.cinder.attach.exports import Exports
+from island_fast.cinder.attach.process_lookup import find_listener, is_alive
 from island_fast.qemu.programs import run_program
 from tests.live.actor import USER
 from tests.live.conftest import Host
@@ -181,6 +184,46 @@ def test_a_device_is_made_once_and_goes_when_nobody_has_it_open(
     assert loop_root.main(["release", str(served.disk)]) == 0
 
 
+@pytest.mark.parametrize("command", ["release", "abandon"])
+@pytest.mark.parametrize("place", ["open folder", "private folder", "below an export"])
+def test_a_device_over_another_file_of_that_name_stays(
+    served: Daemon, tmp_path: Path, capsys: pytest.CaptureFixture[str], place: str, command: str
+) -> None:
+    """Such as one that root has over /var/lib/nova/instances/<uuid>/disk."""
+    folder = folder_of(tmp_path)
+    if place == "open folder":
+        folder.chmod(0o755)
+    disk = folder / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    device = subprocess.check_output(["losetup", "--find", "--show", disk], text=True).strip()
+    try:
+        if place == "below an export":
+            subprocess.run(["mount", "--bind", served.disk, disk], check=True)
+        assert loop_root.devices_over(disk) == [Path(device).name]
+        status = loop_root.main([command, str(disk)])
+        assert status == (1 if place == "open folder" else 0)
+        assert loop_root.devices_over(disk) == [Path(device).name]
+        assert Path("/sys/block", Path(device).name, "loop/autoclear").read_text() == "0\n"
+    finally:
+        if place == "below an export":
+            subprocess.run(["umount", disk], check=True)
+        subprocess.run(["losetup", "--detach", device], check=True)
+
+
+def test_devices_of_a_daemon_that_was_killed_are_abandoned(
+    served: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert loop_root.main(["attach", str(served.disk)]) == 0
+    pid = find_listener(served.control)
+    assert pid
+    os.kill(pid, signal.SIGKILL)
+    while is_alive(pid):
+        time.sleep(0.01)
+    assert loop_root.devices_over(served.disk)
+    assert loop_root.main(["abandon", str(served.disk)]) == 0
+    assert loop_root.devices_over(served.disk) == []
+
+
 def test_a_free_device_that_another_program_takes_first(
     served: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -220,7 +263,7 @@ def test_while_a_device_is_exercised_its_number_is_not_given_to_another_file(
         subprocess.run(["losetup", "--detach", made], check=True)
         return [str(path), made]
 
-    monkeypatch.setattr(loop_root, "exercise", meddle)
+    monkeypatch.setattr(exercise, "exercise", meddle)
     assert loop_root.main(["exercise", str(disk)]) == 0
     seen, made = capsys.readouterr().out.split()
     assert seen == str(device) != made

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from island_fast.api import Repository
 from island_fast.errors import ConflictError, DamagedError, RefusedError, StoreError
+from island_fast.images import device_names
+from island_fast.operations import image_of_volume
 from island_fast.operations.retain import Keep
 from island_fast.repository import identity
 from island_fast.repository.identity import Machine
@@ -125,6 +128,143 @@ def test_a_raw_image_that_is_renamed_stays_its_volumes(repository: Repository, t
         repository.snapshot(raw, image_format="raw")
 
 
+def test_an_image_with_the_inode_of_a_deleted_one_is_another(repository: Repository, tmp_path: Path) -> None:
+    """A file system gives an inode out again at once: to the next guest's image."""
+    for kind in ("raw", "qcow2"):
+        for number in range(64):
+            old, new = (tmp_path / f"{name}-{kind}-{number}" for name in ("old", "new"))
+            qemu.run("qemu-img", "create", "-q", "-f", kind, old, MIB)
+            first = repository.snapshot(old, image_format=kind)
+            inode = old.stat().st_ino
+            old.unlink()
+            qemu.run("qemu-img", "create", "-q", "-f", kind, new, MIB)
+            if new.stat().st_ino == inode:
+                break
+        else:
+            pytest.skip("this file system does not give inodes out again at once")
+        with pytest.raises(RefusedError, match="not known as its image"):
+            repository.snapshot(new, volume=first.volume, image_format=kind)
+        assert repository.snapshot(new, image_format=kind).volume == new.name
+        assert [one.snapshot for one in repository.snapshots(first.volume)] == [first.snapshot]
+
+
+def test_a_note_of_a_file_that_was_replaced_by_one_with_its_inode(
+    repository: Repository, image: Path, tmp_path: Path
+) -> None:
+    for _ in range(64):
+        repository.snapshot(image)
+        inode = image.stat().st_ino
+        image.unlink()
+        qemu.create(image, 4 * MIB)
+        if image.stat().st_ino == inode:
+            break
+    else:
+        pytest.skip("this file system does not give inodes out again at once")
+    assert "is not the file of the last snapshot" in repository.snapshot(image).notes[0]
+
+
+def test_raw_images_that_swap_their_names_keep_their_volumes(repository: Repository, tmp_path: Path) -> None:
+    paths = [tmp_path / "one", tmp_path / "two"]
+    for path in paths:
+        path.write_bytes(path.name.encode() * MIB)
+        repository.snapshot(path, image_format="raw")
+    paths[0].rename(tmp_path / "x")
+    paths[1].rename(paths[0])
+    (tmp_path / "x").rename(paths[1])
+    for path, volume in zip(paths, ("two", "one"), strict=True):
+        taken = repository.snapshot(path, image_format="raw")
+        assert (taken.volume, taken.blocks_changed) == (volume, 0)
+
+
+@pytest.fixture
+def disks(tmp_path: Path) -> Iterator[tuple[Path, Path]]:
+    """Two files of other content, to make loop devices of."""
+    if os.geteuid() or not Path("/dev/loop-control").exists():
+        pytest.skip("a loop device needs root and /dev/loop-control")
+    files = tmp_path / "disk1", tmp_path / "disk2"
+    for number, file in enumerate(files, 1):
+        file.write_bytes(bytes([number]) * MIB)
+    yield files
+    for file in files:
+        for device in qemu.run("losetup", "--noheadings", "--output", "NAME", "-j", file).split():
+            qemu.run("losetup", "--detach", device)
+
+
+def test_a_device_whose_number_is_another_ones_is_not_it(
+    repository: Repository, disks: tuple[Path, Path]
+) -> None:
+    """As at a restart, where /dev/dm-3 becomes another volume."""
+    device = Path(qemu.run("losetup", "--find", "--show", disks[0]).strip())
+    first = repository.snapshot(device, image_format="raw")
+    qemu.run("losetup", "--detach", device)
+    qemu.run("losetup", device, disks[1])
+    for volume in (None, first.volume):
+        with pytest.raises(
+            RefusedError, match=f"{device} is another device .*{disks[0]}, and is .*{disks[1]}"
+        ):
+            repository.snapshot(device, volume=volume, image_format="raw")
+    moved = Path(qemu.run("losetup", "--find", "--show", disks[0]).strip())
+    taken = repository.snapshot(moved, image_format="raw")
+    assert (taken.volume, taken.parent, taken.blocks_changed) == (first.volume, first.snapshot, 0)
+    repository.adopt(first.volume)
+    assert repository.snapshot(device, volume=first.volume, image_format="raw").blocks_changed == 16
+
+
+def test_a_device_without_a_name_is_known_by_its_number(
+    repository: Repository, disks: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(image_of_volume, "find_stable_name", lambda _: "")
+    node = tmp_path / "node"
+    for number, file in enumerate(disks):
+        device = Path(qemu.run("losetup", "--find", "--show", file).strip())
+        os.mknod(node, stat.S_IFBLK | 0o600, device.stat().st_rdev)
+        if number == 0:
+            first = repository.snapshot(node, image_format="raw")
+            assert repository.snapshot(device, volume="node", image_format="raw").parent == first.snapshot
+            repository.snapshot(node, image_format="raw")
+            node.unlink()
+    with pytest.raises(RefusedError, match=r"another device .* it was number 7:\d+, and is number 7:"):
+        repository.snapshot(node, image_format="raw")
+
+
+def test_what_an_older_version_knows_of_a_device_is_enough(
+    repository: Repository, disks: tuple[Path, Path]
+) -> None:
+    device = Path(qemu.run("losetup", "--find", "--show", disks[0]).strip())
+    first = repository.snapshot(device, image_format="raw")
+    note = repository.lineage(first.volume).files.folder / "image"
+    status = device.stat()
+    for value in (
+        f'{{"path": "{device}"}}',
+        f'{{"path": "{device}", "device": {status.st_dev}, "inode": {status.st_ino}}}',
+    ):
+        note.write_text(value)
+        assert repository.snapshot(device, image_format="raw").notes == ()
+        assert f'"name": "loop/backing_file {disks[0]}"' in note.read_text()
+
+
+def test_the_names_that_devices_keep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_names, "SYSFS_DEVICES", tmp_path)
+    for number, (key, value) in enumerate(
+        [
+            ("dm/uuid", "LVM-x"),
+            ("dm/name", "crypt"),
+            ("wwid", "eui.1"),
+            ("device/wwid", "naa.5"),
+            ("serial", "s1"),
+        ]
+    ):
+        file = tmp_path / f"8:{number}" / key
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{value}\n")
+        (tmp_path / f"8:{number}" / "part3").mkdir()
+        (tmp_path / f"8:{number}/part3/partition").write_text("3\n")
+        (tmp_path / f"9:{number}").symlink_to(f"8:{number}/part3")
+        assert device_names.find_stable_name(os.makedev(8, number)) == f"{key} {value}"
+        assert device_names.find_stable_name(os.makedev(9, number)) == f"{key} {value} part 3"
+    assert device_names.find_stable_name(os.makedev(10, 0)) == ""
+
+
 def test_an_image_that_is_replaced_goes_on(repository: Repository, image: Path, tmp_path: Path) -> None:
     first = repository.snapshot(image)
     repository.restore(first.snapshot, tmp_path / "back.qcow2")
@@ -135,7 +275,7 @@ def test_an_image_that_is_replaced_goes_on(repository: Repository, image: Path, 
     (tmp_path / "compact.qcow2").rename(image)
     taken = repository.snapshot(image)
     assert (taken.volume, taken.rule) == ("vol", "full-scan")
-    assert "is another file than at the last snapshot" in taken.notes[0]
+    assert "is not the file of the last snapshot" in taken.notes[0]
     assert repository.snapshot(image).notes == ()
 
 
@@ -380,7 +520,7 @@ def test_another_repository_than_the_known_one_is_not_used_in_silence(image: Pat
     place.rename(tmp_path / "away")
     with Repository.open(place, state=tmp_path / "another", create=True) as repository:
         repository.snapshot(image, volume="theirs")
-    with pytest.raises(RefusedError, match=r"holds another repository.*--create"):
+    with pytest.raises(RefusedError, match=r"holds a different repository.*--create"):
         Repository.open(place, state=state, create=True)
     with Repository.open(place, state=state) as repository:
         assert len(repository.snapshots()) == 1, "it can be read"

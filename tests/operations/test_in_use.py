@@ -10,7 +10,8 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -19,10 +20,13 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import ImageInUseError, IslandError, RefusedError
 from island_fast.images import qcow2_source
+from island_fast.images.backing import Backing, Chain
+from island_fast.images.unchanged import Unchanged
 from island_fast.operations.unpin import unpin
 from island_fast.qcow2.image import Image
 from island_fast.qemu import open_files
 from island_fast.qemu.programs import ProgramResult, run_program
+from island_fast.qemu.qmp import Qmp
 from tests.support import qemu
 from tests.support.daemon import StorageDaemon, needs_storage_daemon
 
@@ -142,6 +146,183 @@ def test_a_backing_file_in_use_is_refused(
     repository.snapshot(top, backing=[f"raw:{raw}"])
 
 
+# What is changed while it is read.
+
+
+def once(work: Callable[[], object]) -> Callable[..., None]:
+    """A progress callback that does something when the first blocks are sent."""
+    done: list[bool] = []
+
+    def progress(phase: str, *_: object) -> None:
+        if phase == "send" and not done:
+            done.append(True)
+            work()
+
+    return progress
+
+
+def write_into(path: Path, offset: int, data: bytes = b"new") -> None:
+    """Write and close at once; the times of writing stay, those of changing cannot."""
+    status = path.stat()
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def changed_while_read(repository: Repository, *words: object, told: str, **options: object) -> None:
+    """Assert that a snapshot fails, that nothing of it is visible, and that the next one is good."""
+    work: Callable[[], object] = options.pop("work")  # type: ignore[assignment]
+    before = repository.snapshots()
+    with pytest.raises(ImageInUseError, match=told):
+        repository.snapshot(*words, progress=once(work), **options)  # type: ignore[arg-type]
+    assert repository.snapshots() == before
+    repository.snapshot(*words, **options)  # type: ignore[arg-type]
+
+
+def test_a_raw_image_that_is_changed_while_it_is_read(repository: Repository, raw: Path) -> None:
+    changed_while_read(
+        repository, raw, volume="vol", image_format="raw",
+        work=lambda: write_into(raw, 0), told=f"{raw} was changed while it was read",
+    )  # fmt: skip
+
+
+def test_an_image_without_a_pin_that_is_changed_while_it_is_read(
+    repository: Repository, tmp_path: Path
+) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.io(image, qemu.write(0, 2 * MIB, 1))
+    changed_while_read(
+        repository, image, pin=False,
+        work=lambda: write_into(image, image.stat().st_size - 512), told="was changed while it was read",
+    )  # fmt: skip
+
+
+def test_a_backing_file_that_is_changed_while_it_is_read(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    changed_while_read(
+        repository, top, backing=[f"raw:{raw}"],
+        work=lambda: write_into(raw, 0), told=f"{raw} was changed while it was read",
+    )  # fmt: skip
+
+
+def test_a_backing_file_of_which_nothing_was_read_may_change(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    """Its owner, for example: libvirt sets it at each start of a guest that has the same base."""
+    os.truncate(raw, 0)
+    os.truncate(raw, 16 * MIB)
+    top = overlay(tmp_path / "top.qcow2", raw, "raw")
+    taken = repository.snapshot(top, backing=[f"raw:{raw}"], progress=once(lambda: raw.chmod(0o600)))
+    assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
+
+
+def test_what_cannot_be_asked_is_reported(
+    repository: Repository, raw: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Without a lease, as on a network file system, and with processes that only root may look into."""
+    monkeypatch.setattr(open_files, "_find_process", lambda *_: (None, 3))
+    repository.snapshot(raw, volume="vol", image_format="raw")
+    assert caplog.text == ""
+    monkeypatch.setattr(open_files, "_no_writer_by_lease", lambda _: None)
+    repository.snapshot(raw, volume="vol", image_format="raw")
+    assert f"any of 3 processes of other users has {raw} open; run as root" in caplog.text
+
+
+@pytest.mark.parametrize("which", ["own", "parent's"])
+def test_a_pin_that_is_deleted_while_it_is_read(repository: Repository, tmp_path: Path, which: str) -> None:
+    """Its clusters are free then, and the guest writes to them."""
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.io(image, qemu.write(0, 2 * MIB, 1))
+    if which == "parent's":
+        repository.snapshot(image)
+        qemu.io(image, qemu.write(0, MIB, 2))
+
+    def delete() -> None:
+        with Image.open(image) as opened:
+            pin = opened.snapshots[0 if which == "parent's" else -1]
+        qemu.run("qemu-img", "snapshot", "-d", pin.name, image)
+        qemu.io(image, qemu.write(0, 2 * MIB, 3))
+
+    changed_while_read(repository, image, work=delete, told="was deleted or changed while it was read")
+    taken = repository.snapshots()[-1]
+    qemu.compare(image, restore(repository, taken.snapshot, tmp_path))
+
+
+@needs_storage_daemon
+def test_a_pin_that_the_guest_s_process_deletes_while_it_is_read(
+    repository: Repository, tmp_path: Path
+) -> None:
+    image = qemu.create(tmp_path / "disk.qcow2", 4 * MIB)
+    qemu.noise(image, 0, 2 * MIB)
+    with StorageDaemon(image) as daemon:
+
+        def delete() -> None:
+            with Image.open(image) as opened, Qmp(daemon.qmp_socket) as qmp:
+                pin = opened.snapshots[-1]
+                qmp.snapshot_delete(qmp.find_node(image), pin.id, pin.name)
+            daemon.write(0, MIB, 3)
+
+        changed_while_read(
+            repository, image, qmp=daemon.qmp_socket, work=delete, told="deleted or changed while it was read"
+        )
+
+
+def test_a_device_that_is_taken_while_it_is_read(repository: Repository, raw: Path) -> None:
+    device = Path(make_loop(raw))
+    holding = contextlib.ExitStack()
+    try:
+        with pytest.raises(ImageInUseError, match="is open in process"), holding:
+            repository.snapshot(
+                device, volume="vol", image_format="raw",
+                progress=once(lambda: holding.enter_context(held(device, "descriptor"))),
+            )  # fmt: skip
+        assert repository.snapshots() == []
+    finally:
+        qemu.run("losetup", "--detach", device)
+
+
+def test_a_backing_file_that_is_changed_within_the_step_of_its_times(
+    repository: Repository, tmp_path: Path
+) -> None:
+    """Old ext4, as ext3 and FAT, counts whole seconds."""
+    disk, folder = tmp_path / "fs", tmp_path / "mounted"
+    disk.write_bytes(bytes(32 * MIB))
+    qemu.run("mkfs.ext4", "-q", "-I", "128", disk)
+    device = make_loop(disk)
+    folder.mkdir()
+    qemu.run("mount", device, folder)
+    try:
+        base = folder / "base"
+        base.write_bytes(b"1" * 4 * MIB)
+        top = overlay(tmp_path / "top.qcow2", base, "raw")
+        wait_for_a_new_second()
+        write_into(base, 3 * MIB, b"2")
+        repository.snapshot(top, volume="vol", backing=[f"raw:{base}"])
+        write_into(base, 3 * MIB, b"3")
+        taken = repository.snapshot(top, volume="vol", backing=[f"raw:{base}"])
+        assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
+        assert repository.snapshot(top, volume="vol", backing=[f"raw:{base}"]).rule == "table-diff"
+    finally:
+        qemu.run("umount", folder)
+        qemu.run("losetup", "--detach", device)
+
+
+def wait_for_a_new_second() -> None:
+    time.sleep(1.005 - time.time() % 1)
+
+
+def test_a_time_in_the_future_shows_no_later_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    with file.open("rb") as opened:
+        assert Unchanged(file, opened.fileno()).settled
+        monkeypatch.setattr(time, "time_ns", lambda: file.stat().st_ctime_ns - 10**10)
+        assert not Unchanged(file, opened.fileno()).settled
+
+
 @pytest.mark.parametrize("kind", ["raw", "qcow2"])
 @pytest.mark.parametrize("how", ["descriptor", "mapped", "loop"])
 def test_a_target_that_is_taken_while_it_is_compared(
@@ -248,6 +429,88 @@ def test_a_disk_is_in_use_with_its_partition_and_a_loop_device_on_it(
         qemu.run("losetup", "--detach", disk)
 
 
+@pytest.mark.parametrize("kind", ["snapshot", "restore"])
+@pytest.mark.parametrize("below", ["loop device", "file"])
+def test_a_device_is_in_use_with_what_it_stands_on(
+    repository: Repository, raw: Path, below: str, kind: str
+) -> None:
+    """A loop device over a loop device over a file."""
+    lower = Path(make_loop(raw))
+    try:
+        upper = Path(make_loop(lower))
+        try:
+            work = {
+                "snapshot": lambda: repository.snapshot(upper, volume="vol", image_format="raw"),
+                "restore": lambda: repository.restore_onto("vol@latest", upper, image_format="raw"),
+            }
+            work["snapshot"]()
+            place = raw if below == "file" else lower
+            for how in ("descriptor", "mapped") if below == "file" else ("descriptor",):
+                with held(place, how) as told, pytest.raises(ImageInUseError, match=told):
+                    work[kind]()
+            for options in ([], ["--read-only"]) if kind == "restore" else ([],):
+                other = make_loop(place, *options)
+                with pytest.raises(ImageInUseError, match=f"in use by {other}"):
+                    work[kind]()
+                qemu.run("losetup", "--detach", other)
+            work[kind]()
+        finally:
+            qemu.run("losetup", "--detach", upper)
+    finally:
+        qemu.run("losetup", "--detach", lower)
+
+
+def test_a_device_is_in_use_with_what_is_mounted_below_it(
+    repository: Repository, raw: Path, tmp_path: Path
+) -> None:
+    lower = Path(make_loop(raw))
+    try:
+        upper = Path(make_loop(lower))
+        folder = tmp_path / "mounted"
+        folder.mkdir()
+        qemu.run("mkfs.ext4", "-q", lower)
+        qemu.run("mount", lower, folder)
+        try:
+            with pytest.raises(ImageInUseError, match=f"{upper} is on a device that is mounted at {folder}"):
+                repository.snapshot(upper, volume="vol", image_format="raw")
+        finally:
+            qemu.run("umount", folder)
+            repository.snapshot(upper, volume="vol", image_format="raw")
+            qemu.run("losetup", "--detach", upper)
+    finally:
+        qemu.run("losetup", "--detach", lower)
+
+
+def test_a_loop_device_over_a_file_whose_name_is_gone(repository: Repository, raw: Path) -> None:
+    one, other = make_loop(raw), make_loop(raw)
+    raw.unlink()
+    try:
+        with pytest.raises(ImageInUseError, match=f"in use by {other}"):
+            repository.snapshot(one, volume="vol", image_format="raw")
+    finally:
+        for device in (one, other):
+            qemu.run("losetup", "--detach", device)
+
+
+def test_the_devices_below_a_device_mapper_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """253:1 on 253:0 on the partition 8:1 of 8:0, which 253:2 is on, too."""
+    monkeypatch.setattr(open_files, "SYSFS_DEVICES", tmp_path)
+    for name in ("253:0/dm", "253:1/dm", "253:2/dm", "8:0/sda1", "253:0/slaves/sda1", "253:1/slaves/dm-0"):
+        (tmp_path / name).mkdir(parents=True)
+    for place, number in (("8:0/sda1", "8:1"), ("253:0/slaves/sda1", "8:1"), ("253:1/slaves/dm-0", "253:0")):
+        (tmp_path / place / "dev").write_text(f"{number}\n")
+    (tmp_path / "8:0/dev").write_text("8:0\n")
+    (tmp_path / "8:0/sda1/partition").write_text("1\n")
+    (tmp_path / "8:1").symlink_to("8:0/sda1")
+    status = os.stat_result((stat.S_IFBLK, *[0] * 9), {"st_rdev": os.makedev(253, 1)})
+    wanted = open_files._Wanted.of(status)
+    assert wanted.devices == {(253, 1)}
+    assert wanted.below == {(253, 0), (8, 1), (8, 0)}
+    disk = os.stat_result((stat.S_IFBLK, *[0] * 9), {"st_rdev": os.makedev(8, 0)})
+    assert wanted.is_hit(disk)
+    assert not wanted.is_hit(disk, near=True)  # who only reads the disk changes nothing
+
+
 # What a name leads to.
 
 
@@ -335,6 +598,11 @@ def test_a_device_as_backing_file_is_always_read(repository: Repository, raw: Pa
         taken = repository.snapshot(top, volume="vol", backing=[f"raw:{device}"])
         assert (taken.rule, taken.blocks_changed) == ("full-scan", 1)
         assert f"{device} is a block device" in taken.reason
+        identities = set()
+        for _ in range(2):
+            with contextlib.closing(Chain([Backing("raw", Path(device))], None)) as chain:
+                identities.add(chain.identity)
+        assert len(identities) == 1  # or nothing could be compared with the snapshot
     finally:
         qemu.run("losetup", "--detach", device)
 

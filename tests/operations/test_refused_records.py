@@ -14,6 +14,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.errors import StoreError, StoreFullError, StoreRefusedError
 from island_fast.operations.retain import Keep
+from island_fast.repository.lineage import Lineage
 from tests.operations.conftest import check
 from tests.support import qemu
 from tests.support.memory_store import MemoryStore
@@ -65,6 +66,21 @@ def ids(repository: Repository) -> list[str]:
 
 REFUSED = StoreRefusedError("403 Forbidden")
 UNKNOWN = StoreError("the answer was lost")
+
+
+def test_what_retain_deleted_is_no_delete_that_is_run_again(
+    repository: Repository, three: list[str], image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The delete ended before its record; the one of today means today's newest snapshot."""
+    with monkeypatch.context() as patch:
+        patch.setattr(Lineage, "append", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            repository.delete(["vol@latest"])
+    newest = repository.snapshot(image).snapshot
+    repository.retain(Keep(last=1))
+    assert ids(repository) == [newest]
+    (deleted,) = repository.delete(["vol@latest"])
+    assert (deleted.snapshot, ids(repository)) == (newest, [])
 
 
 def test_a_refused_delete_never_happens(

@@ -15,6 +15,7 @@ from typing import IO, Any
 import pytest
 
 from island_fast.api import Repository
+from island_fast.cli.sweep import _format_swept
 from island_fast.errors import ConflictError, DamagedError, NotFoundError, StoreError
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.checked_read import READS
@@ -374,3 +375,65 @@ def test_a_sweep_leaves_alone_what_a_running_snapshot_has_sent_however_old(
     taken = repository.snapshot(volume, progress=progress)
     assert [one.objects_removed for one in swept] == [0]
     check(repository, taken.snapshot, qemu.content(volume), tmp_path)
+
+
+def test_a_sweep_counts_what_is_too_young(
+    image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = MemoryStore(grace=86400.0)
+    repository = Repository(store, LocalState(tmp_path / "young"), create=True)
+    first = repository.snapshot(image).snapshot
+    qemu.noise(image, 0, 3 * MIB, 7)
+    repository.snapshot(image)
+    (deleted,) = repository.delete([first])
+    (would,) = repository.sweep(grace=0, dry_run=True)
+    assert would.packs_repacked
+    assert would.bytes_freed == deleted.bytes_freed
+    (swept,) = repository.sweep()
+    assert (swept.objects_removed, swept.objects_waiting) == (0, would.objects_removed)
+    assert swept.bytes_waiting == would.bytes_freed
+    assert {one.action for one in swept.steps} == {"keep"}
+    assert [one.object for one in swept.steps] == [one.object for one in would.steps]
+    (swept,) = repository.sweep(grace=0)
+    assert (swept.bytes_freed, swept.objects_waiting, swept.bytes_waiting) == (would.bytes_freed, 0, 0)
+
+
+class KeepingStore(MemoryStore):
+    """A store with a count of its bytes; with `keeps`, of deleted ones too. `late`: others store much."""
+
+    keeps = says = late = False
+
+    def count_bytes(self) -> int | None:
+        if self.says:
+            return None
+        return self.sent if self.keeps else sum(len(one.data) for one in self.objects.values())
+
+    def delete(self, name: str) -> None:
+        super().delete(name)
+        if self.late:
+            self.objects["others"] = Stored(bytes(64 * MIB), self.now)
+
+    @property
+    def keeps_deleted(self) -> bool:
+        return self.says
+
+
+@pytest.mark.parametrize("how", ["", "keeps", "says", "late"])
+def test_a_sweep_reports_what_the_store_keeps(tmp_path: Path, image: Path, how: str) -> None:
+    """As the store says, or as its own count shows."""
+    store = KeepingStore()
+    if how:
+        setattr(store, how, True)
+    repository = Repository(store, LocalState(tmp_path / "state"), create=True)
+    first = repository.snapshot(image).snapshot
+    qemu.noise(image, 0, 4 * MIB, 2)
+    repository.snapshot(image)
+    repository.delete([first])
+    (swept,) = repository.sweep()
+    assert swept.bytes_removed > 4 * MIB
+    assert swept.bytes_kept == (swept.bytes_removed if how else 0)
+    assert swept.bytes_freed == swept.bytes_removed - swept.bytes_kept
+    text = "\n".join(_format_swept([swept], dry_run=False, grace=86400))
+    assert ("keeps what is deleted" in text) is bool(how)
+    (again,) = repository.sweep()
+    assert (again.bytes_removed, again.bytes_kept) == (0, 0)

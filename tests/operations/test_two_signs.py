@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from island_fast.api import Repository
-from island_fast.errors import ConflictError, DamagedError
+from island_fast.errors import ConflictError, DamagedError, StoreError
+from island_fast.formats.catalog import decode_record, encode_record
+from island_fast.formats.keys import SnapshotNumbers
+from island_fast.operations import sweep
 from island_fast.repository.lineage import Lineage
 from island_fast.repository.local_state import LocalState
 from island_fast.stores.base import ObjectInfo
@@ -185,6 +189,21 @@ def test_what_others_stored_is_reported_and_goes_only_when_that_is_asked_for(
     assert not store.objects.keys() & set(strange)
 
 
+def test_a_store_that_lists_any_number_of_objects_costs_bounded_memory(
+    store: MemoryStore, repository: Repository, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store of ten million took gigabytes."""
+    monkeypatch.setattr(sweep, "_MOST", 3)
+    repository.snapshot(image)
+    for number in range(7):
+        store.put(f"vol/packs/{'c' * 32}/0-{number:08d}", [b"of somebody else"])
+    store.now += 2 * DAY
+    (swept,) = repository.sweep()
+    assert (swept.objects_unknown, swept.bytes_unknown, len(swept.steps)) == (7, 7 * 16, 3)
+    removed = [repository.sweep(unknown=True)[0].objects_removed for _ in range(4)]
+    assert removed == [3, 3, 1, 0]
+
+
 def test_what_a_snapshot_of_this_host_left_is_garbage_when_its_registration_is_long_gone(
     store: MemoryStore, repository: Repository, image: Path
 ) -> None:
@@ -250,8 +269,21 @@ def _swept(host: Repository) -> None:
         raise error
 
 
+def _of_the_same_size(name: str, data: bytes) -> bytes:
+    """Return another record for the same name, as another copy of the repository can have it."""
+    numbers = SnapshotNumbers()
+    record, _ = decode_record(name, data, numbers)
+    for later in range(1, 10_000):
+        other, _ = encode_record(name, replace(record, time=record.time + later), numbers)
+        if len(other) == len(data):
+            return other
+    raise AssertionError
+
+
 @pytest.mark.parametrize("deed", DEEDS)
-@pytest.mark.parametrize("older", ["yesterday's copy", "newest record lost", "another record"])
+@pytest.mark.parametrize(
+    "older", ["yesterday's copy", "newest record lost", "another record", "another record of the same size"]
+)
 def test_nothing_is_appended_to_a_repository_older_than_local_state(
     store: MemoryStore, repository: Repository, image: Path, deed: str, older: str
 ) -> None:
@@ -265,11 +297,13 @@ def test_nothing_is_appended_to_a_repository_older_than_local_state(
         store.objects = dict(yesterday)
     elif older == "newest record lost":
         del store.objects[newest]
-    else:
+    elif older == "another record":
         store.objects[newest] = Stored(today[newest].data + b" ", 0.0)
+    else:
+        store.objects[newest] = Stored(_of_the_same_size(newest, today[newest].data), 0.0)
     before = dict(store.objects)
     pins = qemu.info(image)["snapshots"]
-    with pytest.raises(DamagedError, match="put the newer copy back") as raised:
+    with pytest.raises(DamagedError, match="put the right copy back") as raised:
         DEEDS[deed](again(store, repository), image)
     assert raised.value.exit_code == 6
     assert store.objects == before
@@ -303,6 +337,112 @@ def test_the_way_out_of_a_lost_record_puts_the_catalog_right(
     assert again(store, repository).verify(heal=True)
     taken = again(store, repository).snapshot(image)
     check(again(store, repository), taken.snapshot, qemu.content(image), tmp_path)
+
+
+@pytest.fixture
+def copies(store: MemoryStore, repository: Repository, image: Path) -> tuple[dict[str, Stored], str]:
+    """Two copies of a repository that this host used in turn: the one that it left, and what only it holds.
+
+    The store has the other one, which the host goes on with as it was told to.
+    """
+    repository.snapshot(image)
+    began = dict(store.objects)
+    qemu.noise(image, 0, MIB, 2)
+    taken = repository.snapshot(image).snapshot
+    left, store.objects = store.objects, began
+    shutil.rmtree(repository.lineage("vol").files.folder / "cache" / "catalog")
+    again(store, repository).adopt("vol")
+    again(store, repository).snapshot(image, full=True)
+    return left, taken
+
+
+def _pending(store: MemoryStore) -> bytes:
+    """Return a record that was about to be appended to what the store holds."""
+    name, numbers = "vol/catalog/000001-00000001", SnapshotNumbers()
+    record, _ = decode_record(name, store.objects[name].data, numbers)
+    return encode_record("vol/catalog/000001-00000009", replace(record, number=9), numbers)[0]
+
+
+def test_healing_does_not_replace_a_history_that_this_host_does_not_know(
+    store: MemoryStore, repository: Repository, copies: tuple[dict[str, Stored], str], tmp_path: Path
+) -> None:
+    """What the state knows and the store lacks could be repaired from the image. None of it may be."""
+    pending = repository.lineage("vol").files.pending
+    pending.add("000001-00000009", _pending(store))
+    store.objects, taken = copies
+    before = dict(store.objects)
+    found = again(store, repository).verify(heal=True)
+    assert found.damages
+    assert not any(one.mended for one in found.damages)
+    assert any("another copy of the repository" in one.remedy for one in found.damages)
+    assert store.objects == before
+    assert pending.all(), "it can still be settled where it belongs"
+    fresh = Repository(store, LocalState(tmp_path / "fresh"))
+    assert taken in {one.snapshot for one in fresh.snapshots()}
+
+
+def test_a_copy_that_went_on_by_itself_is_named_with_the_way_out(
+    store: MemoryStore, repository: Repository, copies: tuple[dict[str, Stored], str], image: Path
+) -> None:
+    """Its records do not follow those that this host knows, which is no damage of theirs."""
+    store.objects, _ = copies
+    other = Repository(store, LocalState(repository.state.root.with_name("other")))
+    other.adopt("vol")
+    for _ in range(2):
+        other.snapshot(image, volume="vol", full=True)
+    with pytest.raises(DamagedError, match=r"put the right copy back.*remove .*cache/catalog"):
+        again(store, repository).snapshots("vol")
+    shutil.rmtree(repository.lineage("vol").files.folder / "cache" / "catalog")
+    assert len(again(store, repository).snapshots("vol")) == 4
+
+
+@pytest.mark.parametrize("way", ["adopt", "heal"])
+def test_a_record_of_unknown_outcome_does_not_lock_an_older_copy(
+    store: MemoryStore,
+    repository: Repository,
+    image: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    way: str,
+) -> None:
+    """What it follows is gone for good, so it can never be settled."""
+    repository.snapshot(image)
+    yesterday = dict(store.objects)
+    qemu.noise(image, 0, MIB, 2)
+    repository.snapshot(image)
+    with monkeypatch.context() as patch:
+        patch.setattr(Lineage, "_send", lambda *_, **__: (_ for _ in ()).throw(StoreError("lost")))
+        with pytest.raises(StoreError):
+            repository.snapshot(image)
+    store.objects = yesterday
+    files = repository.lineage("vol").files
+    with pytest.raises(DamagedError, match="put the right copy back"):
+        again(store, repository).adopt("vol")
+    assert files.pending.all(), "nothing is given up before the way out is taken"
+    if way == "adopt":
+        shutil.rmtree(files.folder / "cache" / "catalog")
+        again(store, repository).adopt("vol")
+    else:
+        again(store, repository).verify(heal=True)
+    taken = again(store, repository).snapshot(image)
+    check(again(store, repository), taken.snapshot, qemu.content(image), tmp_path)
+    assert not Repository(store, LocalState(tmp_path / "fresh")).verify(taken.snapshot, sample=1.0).damages
+
+
+def test_what_a_second_copy_held_once_is_not_reported_as_there(
+    store: MemoryStore, repository: Repository, image: Path
+) -> None:
+    """There is nothing to send, as far as this host remembers the far repository."""
+    far = MemoryStore(location="far")
+    repository.snapshot(image)
+    repository.copy(Repository(far, repository.state, create=True))
+    yesterday = dict(far.objects)
+    qemu.noise(image, 0, MIB, 2)
+    repository.snapshot(image)
+    repository.copy(Repository(far, repository.state))
+    far.objects = yesterday
+    assert repository.copy(Repository(far, repository.state)) == []
+    assert "put the right copy back" in str(repository.left_out[0])
 
 
 def test_nothing_inherits_from_a_snapshot_whose_manifest_is_gone(

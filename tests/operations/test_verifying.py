@@ -323,7 +323,7 @@ def test_the_object_repository(history: History, missing: bool) -> None:
         del history.store.objects["repository"]
     else:
         history.spoil("repository", flip(80))
-    with pytest.raises(DamagedError, match="repository"):
+    with pytest.raises(DamagedError, match=r"repository.*put it back from a copy"):
         history.stranger()
 
 
@@ -415,11 +415,36 @@ def test_which_objects_are_due(sample: float | None, since: float | None, names:
 
 def test_notes_that_are_damaged_count_as_none(history: History) -> None:
     history.repository.verify(sample=1.0)
-    (notes,) = (history.folder / "owner").glob("*/vol/cache/proved")
+    (notes,) = (history.folder / "owner").glob("*/vol/cache/proved-*")
     for text in (b"", b"[]", b'{"packs/x": "y"}', b"\xff"):
         notes.write_bytes(text)
         found = history.opened("owner").verify()
         assert found.objects_unproved == len(history.names("packs")) + len(history.names("manifests"))
+
+
+def test_a_copy_file_by_file_is_read_for_itself(history: History) -> None:
+    """Both have one id, and so one folder of local state."""
+    history.repository.verify(sample=1.0)
+    mirror = NamedCalls()
+    mirror.location, mirror.objects = "mirror", dict(history.store.objects)
+    name = history.names("packs")[0]
+    damaged = bytearray(mirror.objects[name].data)
+    damaged[-1] ^= 1
+    mirror.objects[name] = Stored(bytes(damaged), 0.0)
+    state = LocalState(history.folder / "owner")
+    assert only(Repository(mirror, state).verify(since=1000.0)).object == name
+    found = history.opened("owner").verify()
+    assert (found.damages, found.objects_unproved) == ((), 0)
+    assert only(Repository(mirror, state).verify()).object == name, "what is right there is not right here"
+
+
+def test_notes_of_an_earlier_version_are_taken_over(history: History) -> None:
+    history.repository.verify(sample=1.0)
+    (notes,) = (history.folder / "owner").glob("*/vol/cache/proved-*")
+    notes.rename(notes.with_name("proved"))
+    assert history.opened("owner").verify().objects_unproved == 0
+    assert not notes.with_name("proved").exists()
+    assert history.opened("owner").verify().objects_unproved == 0
 
 
 # Beside others.

@@ -12,6 +12,7 @@ import pytest
 import xxhash
 
 from island_fast.api import Repository
+from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import (
     ConflictError,
     DamagedError,
@@ -19,6 +20,7 @@ from island_fast.errors import (
     IslandError,
     UnsupportedObjectError,
 )
+from island_fast.formats import frame
 from island_fast.formats.catalog import (
     Packs,
     Record,
@@ -31,6 +33,15 @@ from island_fast.formats.catalog import (
 from island_fast.formats.frame import Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.keys import SnapshotNumbers
 from island_fast.formats.manifest import Manifest, build_pack_table, decode, encode
+from island_fast.formats.pack import (
+    PackHeader,
+    compress_blocks,
+    digest_blocks,
+    open_pack,
+    seal_pack,
+    stored_ranges,
+    unpack_blocks,
+)
 from island_fast.formats.runs import Runs
 from island_fast.operations.restore import RestoreTarget, restore
 from island_fast.operations.sweep import plan_sweep
@@ -242,3 +253,35 @@ def test_a_pin_of_another_size_is_left_out_of_a_restored_image(tmp_path: Path) -
         restore(found, odd, RestoreTarget(target, "qcow2", pin=True), silent)
         assert "snapshots" not in qemu.info(target)
         assert qemu.content(target) == qemu.content(image)
+
+
+# Bytes after the end of a zstd frame.
+
+
+def test_a_section_has_nothing_after_its_zstd_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = frame._encode_section
+
+    def longer(section: Section) -> tuple[list[bytes], frame.Codec]:
+        parts, codec = real(section)
+        return ([bytes(parts[0]) + b"extra"] if codec == frame.Codec.ZSTD else list(map(bytes, parts))), codec
+
+    monkeypatch.setattr(frame, "_encode_section", longer)
+    parts, _ = seal(Kind.STOP, "s", [Section(1, [json_bytes({"text": "a" * 5000})])])
+    with pytest.raises(DamagedObjectError, match="unreadable section"):
+        open_frame(Kind.STOP, "s", b"".join(parts)).json()
+
+
+def test_a_block_has_nothing_after_its_zstd_frame() -> None:
+    blocks = np.zeros((1, BLOCK_SIZE), np.uint8)
+    stored, lengths, codecs = compress_blocks(blocks, np.array([0]))
+    header, out = PackHeader("vol", A, 0, 7), np.empty((1, BLOCK_SIZE), np.uint8)
+    for extra in (b"", b"extra"):
+        data = [*stored, extra]
+        parts, _ = seal_pack("p", header, data, lengths + len(extra), codecs, digest_blocks(blocks, 7))
+        index, whole = open_pack("p", b"".join(parts))
+        (offset,), (length,) = stored_ranges(index, np.array([0]))
+        if not extra:
+            unpack_blocks(index, np.array([0]), [whole[offset : offset + length]], out)
+            continue
+        with pytest.raises(DamagedObjectError, match="unreadable block"):
+            unpack_blocks(index, np.array([0]), [whole[offset : offset + length]], out)

@@ -69,6 +69,7 @@ def test_the_same_bytes_again_are_a_success_in_other_parts_too(store: Store):
     assert store.get("name") == b"content"
 
 
+@pytest.mark.fails_with_ceph("the gateway refuses no PUT")
 @pytest.mark.parametrize("other", [b"contenT", b"conten", b"content.", b""])
 def test_other_bytes_conflict_and_change_nothing(store: Store, other: bytes):
     store.put("name", [b"content"])
@@ -101,6 +102,7 @@ def test_an_object_of_many_parts(store: Store):
     store.put("pack", blocks)
 
 
+@pytest.mark.fails_with_ceph("the gateway refuses no PUT")
 def test_an_empty_object(store: Store):
     store.put("empty", [])
     store.put("empty", [b"", b""])

@@ -203,6 +203,7 @@ def test_a_catalogue_without_an_object_store(
         open_store(container)
 
 
+@pytest.mark.swift_only("there it may read every container of its account")
 def test_a_user_who_may_only_look_on(container: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("ST_USER", "test:reader")
     monkeypatch.setenv("ST_KEY", "reading")

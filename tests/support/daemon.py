@@ -37,7 +37,7 @@ needs_qemu = pytest.mark.skipif(
 )
 needs_storage_daemon = pytest.mark.skipif(
     shutil.which(STORAGE_DAEMON) is None or shutil.which("qemu-io") is None,
-    reason=f"{STORAGE_DAEMON} (Debian 12: package qemu-system-common) or qemu-io is not installed",
+    reason=f"{STORAGE_DAEMON} (package qemu-utils or qemu-system-common) or qemu-io is not installed",
 )
 
 

@@ -40,6 +40,7 @@ class Fault:
     truncate  bytes of the answer's body that are sent before the connection is cut
     corrupt   offset of the byte in the answer's body in which a bit is flipped
     whole     -: the Range header is removed, so that the whole object is sent
+    first     -: only the first range of the Range header stays, as with Ceph's gateway
 
     With a `share` less than 1, each request is hit with that probability. The same order of requests always
     gives the same hits.
@@ -193,6 +194,11 @@ class FaultFilter:
 
     def _whole(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
         del env["HTTP_RANGE"]
+        return self.app(env, start)
+
+    def _first(self, fault: Fault, env: dict[str, Any], start: Any) -> Iterable[bytes]:
+        if "HTTP_RANGE" in env:
+            env["HTTP_RANGE"] = env["HTTP_RANGE"].partition(",")[0]
         return self.app(env, start)
 
     def _carry_out(self, env: dict[str, Any]) -> None:

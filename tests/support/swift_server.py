@@ -46,6 +46,7 @@ class SwiftServer:
     times. Servers have names such as "proxy" and "object-1".
     """
 
+    patience = 10.0  # seconds that a request of the tests themselves may take
     user = "test:tester"
     key = secrets.token_hex(16)  # random, so that a test that searches for it finds leaks
     other = ("other:keeper", secrets.token_hex(16))  # user and key of a second account
@@ -89,7 +90,7 @@ class SwiftServer:
     def _start(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="swift-", dir=_find_folder_with_xattrs()))
         names = ["proxy", *(f"{kind}-{n}" for n in range(1, self.nodes + 1) for kind in KINDS)]
-        self.ports = dict(zip(names, _find_free_ports(len(names)), strict=True))
+        self.ports = dict(zip(names, find_free_ports(len(names)), strict=True))
         _write_conf(self.root / "swift.conf", _SWIFT_CONF)
         rings = json.dumps([self.nodes, self.replicas, self.ports])
         subprocess.run([sys.executable, _PROGRAM, "rings", self.root, rings], check=True)
@@ -205,7 +206,7 @@ class SwiftServer:
         self._control("DELETE", server, CONTROL)
 
     def _control(self, method: str, name: str, path: str, body: str = "") -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports[name], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports[name], timeout=self.patience)
         try:
             connection.request(method, path, body)
             return connection.getresponse().read()
@@ -270,7 +271,7 @@ class SwiftServer:
     def _request(
         self, method: str, path: str, headers: Mapping[str, str], body: bytes | None = None
     ) -> tuple[int, Mapping[str, str]]:
-        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=10)
+        connection = http.client.HTTPConnection("127.0.0.1", self.ports["proxy"], timeout=self.patience)
         try:
             connection.request(method, path, body, dict(headers))
             answer = connection.getresponse()
@@ -296,7 +297,7 @@ def _find_folder_with_xattrs() -> str:
     raise StartError("Swift needs a directory with extended attributes; set TMPDIR to one")
 
 
-def _find_free_ports(count: int) -> list[int]:
+def find_free_ports(count: int) -> list[int]:
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [s.getsockname()[1] for s in sockets]
     for s in sockets:

@@ -11,22 +11,14 @@ import os
 import random
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import NoReturn
 
 from island_fast.cinder.attach.block_device import BlockDevice
 from island_fast.errors import DamagedError
 
-__all__ = [
-    "BENCH_OPTIONS",
-    "BLOCK",
-    "DAMAGED",
-    "SIZE",
-    "VOLUME",
-    "digest",
-    "exercise",
-    "read_digests",
-    "run_bench",
-]
+__all__ = ["BLOCK", "DAMAGED", "SIZE", "TESTS", "VOLUME", "digest", "exercise", "fits_test", "run_test"]
 
 VOLUME = "5e1f7e57-0000-4000-8000-000000000000"
 """The volume of every self-test. No other volume's device is ever exercised."""
@@ -36,12 +28,37 @@ BLOCK = 1 << 16
 """The bytes that each digest is of."""
 DAMAGED = 4
 """The exit status if data differs from what was written."""
-BENCH_OPTIONS = re.compile(r"-c [0-9]{1,9} -d [0-9]{1,4} -s [0-9]{1,8} -S [0-9]{1,9}")
-"""What `run_bench` takes: number, depth, length and step of the requests."""
+TESTS = ("exercise", "digest", "bench")
+"""The commands that both of root's programs have for the device of the self-test."""
 
+# number, depth, length and step of the requests
+_BENCH_OPTIONS = re.compile(r"-c [0-9]{1,9} -d [0-9]{1,4} -s [0-9]{1,8} -S [0-9]{1,9}")
 _STEPS = 400
 _LONGEST = 256 << 10  # bytes of one request
 _SECTOR = 512  # bytes
+
+
+def fits_test(command: str, options: Sequence[str], volume: str) -> bool:
+    """Return whether `command` is one of TESTS, takes these options, and may be used on this volume."""
+    if command not in TESTS or volume != VOLUME:
+        return False
+    return _BENCH_OPTIONS.fullmatch(" ".join(options)) is not None if command == "bench" else not options
+
+
+def run_test(
+    command: str, own_device: AbstractContextManager[tuple[Path, int]], options: Sequence[str]
+) -> int:
+    """Run one of TESTS on the device, and a descriptor of it, that `own_device` yields; print the digests.
+
+    The device stays that of the self-test while it is used. Returns the exit status; `bench` does not return.
+    Raises DamagedError if the device holds other data than was written.
+    """
+    with own_device as (path, device):
+        if command == "bench":
+            os.set_inheritable(device, True)
+            _become_bench(path, options)
+        print(*(exercise(path) if command == "exercise" else _read_digests(path)))
+    return 0
 
 
 def exercise(path: Path) -> list[str]:
@@ -62,7 +79,7 @@ def exercise(path: Path) -> list[str]:
     return digest(model)
 
 
-def read_digests(path: Path) -> list[str]:
+def _read_digests(path: Path) -> list[str]:
     """Return the digests of a device's content."""
     with BlockDevice(path) as device:
         return digest(device.read(0, SIZE))
@@ -75,7 +92,7 @@ def digest(data: bytes | bytearray) -> list[str]:
     return [hashlib.sha256(part).hexdigest()[:16] for part in parts]
 
 
-def run_bench(path: Path, options: Sequence[str]) -> None:
+def _become_bench(path: Path, options: Sequence[str]) -> NoReturn:
     """Become `qemu-img bench`, which overwrites the device; `options` say how much of it, and how."""
     command = ["qemu-img", "bench", *options, "-w", "--pattern", "165", "-t", "none", "-f", "raw", str(path)]
     os.execvp(command[0], command)

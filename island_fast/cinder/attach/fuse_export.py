@@ -16,7 +16,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["open_export", "open_folder"]
+__all__ = ["find_mounts", "open_export", "open_folder"]
 
 _OPENAT2 = 437  # the same on every architecture; the C library has no function for it
 _OPEN_HOW = struct.Struct("QQQ")  # linux/openat2.h: flags, mode, resolve
@@ -60,6 +60,18 @@ def open_folder(path: Path) -> Iterator[int]:
         os.close(folder)
 
 
+def find_mounts(file: Path) -> set[tuple[int, int]]:
+    """Return the numbers of the FUSE file systems that daemons mounted at FOLDER/disk, also of dead ones.
+
+    Raises PermissionError as `open_folder` does.
+    """
+    with open_folder(file.parent) as folder:
+        owner = os.fstat(folder).st_uid
+    lines = (line.split() for line in _read_mounts())
+    mounts = (words for words in lines if words[4] == str(file) and _is_export(words, owner))
+    return {(int(major), int(minor)) for major, _, minor in (words[2].partition(":") for words in mounts)}
+
+
 def _open(folder: int, name: Path, flags: int, resolve: int) -> int:
     """Open a path with openat2(2), which follows no links on the way."""
     how = _OPEN_HOW.pack(flags | os.O_CLOEXEC, 0, resolve)
@@ -78,21 +90,33 @@ def _open(folder: int, name: Path, flags: int, resolve: int) -> int:
 def _check(file: Path, folder: os.stat_result, place: int) -> None:
     """Raise PermissionError unless `place` is the root of a FUSE mount of its folder's owner."""
     mount = _mount_of(place)
-    options = dict(option.partition("=")[::2] for option in mount[-1].split(","))
-    if mount[mount.index("-") + 1] != "fuse" or not stat.S_ISREG(os.fstat(place).st_mode):
+    if not _is_fuse(mount) or not stat.S_ISREG(os.fstat(place).st_mode):
         raise PermissionError(errno.EPERM, f"{file} is not the export of a volume's daemon")
     if mount[4] != str(file):
         raise PermissionError(errno.EPERM, f"{file} is not where its file system is mounted, {mount[4]}")
-    if options.get("user_id") != str(folder.st_uid):
+    if not _is_export(mount, folder.st_uid):
         raise PermissionError(errno.EPERM, f"{file} is exported by another user than the owner of its folder")
+
+
+def _is_fuse(mount: list[str]) -> bool:
+    return mount[mount.index("-") + 1] == "fuse"
+
+
+def _is_export(mount: list[str], owner: int) -> bool:
+    """Return whether a line of mountinfo is of a FUSE file system that this user mounted."""
+    return _is_fuse(mount) and f"user_id={owner}" in mount[-1].split(",")
 
 
 def _mount_of(fd: int) -> list[str]:
     """Return the words of the line of /proc/self/mountinfo for the mount that a descriptor is on."""
     text = Path(f"/proc/self/fdinfo/{fd}").read_text()
     number = next(line.split()[1] for line in text.splitlines() if line.startswith("mnt_id:"))
-    for line in Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines():
+    for line in _read_mounts():
         words = line.split()
         if words[0] == number:
             return words
     raise PermissionError(errno.EPERM, "the file is on a mount that this process cannot see")
+
+
+def _read_mounts() -> list[str]:
+    return Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()

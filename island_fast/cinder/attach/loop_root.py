@@ -12,8 +12,9 @@ and for the volume of the self-test alone (`exercise.py`; exit status 4 if data 
     island-loop bench FILE OPTIONS    run qemu-img bench on its device
 
 FILE is a path FOLDER/VOLUME/disk, which no link may be part of: `fuse_export.py` opens it, and the kernel is
-given that descriptor and no name. Devices are found by the file that they stand on, so no command takes a
-device's number. losetup cannot replace this command, because it opens what a name leads to.
+given that descriptor and no name. Devices are found by the file that they stand on, which must be a daemon's
+export, so no command takes a device's number. losetup cannot replace this command, because it opens what a
+name leads to.
 
 A device is buffered, because direct I/O over the FUSE export of QEMU 7.2 corrupts data. The ioctls
 are those of linux/loop.h. Errors go to standard error. Exit status 1: it failed; 2: wrong usage.
@@ -32,15 +33,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from island_fast.cinder.attach.exercise import (
-    BENCH_OPTIONS,
-    DAMAGED,
-    VOLUME,
-    exercise,
-    read_digests,
-    run_bench,
-)
-from island_fast.cinder.attach.fuse_export import open_export
+from island_fast.cinder.attach.exercise import DAMAGED, TESTS, fits_test, run_test
+from island_fast.cinder.attach.fuse_export import find_mounts, open_export
 from island_fast.errors import DamagedError
 
 __all__ = ["HELD", "devices_over", "main"]
@@ -88,8 +82,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     try:
-        if command == "bench":
-            _bench(Path(file), more)
+        if command in TESTS:
+            return run_test(command, _own_device(Path(file)), more)
         return _COMMANDS[command](Path(file))
     except DamagedError as error:
         print(error, file=sys.stderr)
@@ -103,9 +97,7 @@ def _fits(command: str, more: Sequence[str], volume: str) -> bool:
     """Return whether a command takes these words, and may be used on this volume."""
     if command in ("attach", "grow", "release", "abandon"):
         return not more
-    if command in ("exercise", "digest"):
-        return not more and volume == VOLUME
-    return command == "bench" and volume == VOLUME and BENCH_OPTIONS.fullmatch(" ".join(more)) is not None
+    return fits_test(command, more, volume)
 
 
 def _attach(file: Path) -> int:
@@ -169,12 +161,35 @@ def _open_devices(file: Path, export: os.stat_result) -> Iterator[tuple[str, int
 
 def _stands_on(device: int, export: os.stat_result) -> bool:
     try:
-        number, inode = _read_info(device)[:2]
+        found = _read_file(device)
     except OSError:  # its file is dead, or it went meanwhile
         return False
-    minor = number & 0xFF | number >> 12 & 0xFFF00  # the kernel's huge_encode_dev
-    wanted = os.major(export.st_dev), os.minor(export.st_dev), export.st_ino
-    return (number >> 8 & 0xFFF, minor, inode) == wanted
+    return found == (os.major(export.st_dev), os.minor(export.st_dev), export.st_ino)
+
+
+def _read_file(device: int) -> tuple[int, int, int]:
+    """Return the file that a device stands on: the numbers of its file system, and its inode."""
+    number, inode = _read_info(device)[:2]
+    return number >> 8 & 0xFFF, number & 0xFF | number >> 12 & 0xFFF00, inode  # the kernel's huge_encode_dev
+
+
+def _open_own_devices(file: Path) -> Iterator[tuple[str, int]]:
+    """Yield the name and a descriptor of each device over an export of this name, its daemon alive or dead.
+
+    A device over anything else of that name, such as a server's disk in Nova's folder, is not ours to remove.
+    """
+    mounts = find_mounts(file)
+    for name in devices_over(file) if mounts else ():
+        device = _open(name, os.O_RDONLY)
+        try:
+            try:
+                own = _read_file(device)[:2] in mounts
+            except OSError as error:  # no file system but FUSE loses its files
+                own = error.errno != errno.ENXIO
+            if own:
+                yield name, device
+        finally:
+            os.close(device)
 
 
 def _read_info(device: int) -> list[int]:
@@ -201,17 +216,15 @@ def _release(file: Path) -> int:
     So this detaches it, looks whether it goes, and if it does not, makes it stay again.
     """
     deadline = time.monotonic() + _RELEASE_TIMEOUT
-    for name in devices_over(file):
-        device = _open(name, os.O_RDONLY)
-        try:
-            while _is_held(device):
-                if time.monotonic() > deadline:
-                    _set_autoclear(device, False)
-                    return HELD
-                time.sleep(_STEP)
-        finally:
-            os.close(device)
-    while devices_over(file):
+    names = []
+    for name, device in _open_own_devices(file):
+        names.append(name)
+        while _is_held(device):
+            if time.monotonic() > deadline:
+                _set_autoclear(device, False)
+                return HELD
+            time.sleep(_STEP)
+    while set(names) & set(devices_over(file)):
         if time.monotonic() > deadline + _RELEASE_TIMEOUT:
             raise OSError(errno.EBUSY, "the kernel does not remove it")
         time.sleep(_STEP)
@@ -231,13 +244,9 @@ def _is_held(device: int) -> bool:
 
 
 def _abandon(file: Path) -> int:
-    for name in devices_over(file):
+    for _, device in _open_own_devices(file):
         with contextlib.suppress(OSError):  # it went meanwhile
-            device = _open(name, os.O_RDONLY)
-            try:
-                fcntl.ioctl(device, _CLR_FD)
-            finally:
-                os.close(device)
+            fcntl.ioctl(device, _CLR_FD)
     return 0
 
 
@@ -251,31 +260,11 @@ def _own_device(file: Path) -> Iterator[tuple[Path, int]]:
     raise OSError(errno.ENODEV, "the volume of the self-test has no device")
 
 
-def _exercise(file: Path) -> int:
-    with _own_device(file) as (path, _):
-        print(*exercise(path))
-    return 0
-
-
-def _digest(file: Path) -> int:
-    with _own_device(file) as (path, _):
-        print(*read_digests(path))
-    return 0
-
-
-def _bench(file: Path, options: Sequence[str]) -> None:
-    with _own_device(file) as (path, device):
-        os.set_inheritable(device, True)
-        run_bench(path, options)
-
-
 _COMMANDS: dict[str, Callable[[Path], int]] = {
     "attach": _attach,
     "grow": _grow,
     "release": _release,
     "abandon": _abandon,
-    "exercise": _exercise,
-    "digest": _digest,
 }
 
 

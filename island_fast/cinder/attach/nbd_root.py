@@ -35,14 +35,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from island_fast.cinder.attach.exercise import (
-    BENCH_OPTIONS,
-    DAMAGED,
-    VOLUME,
-    exercise,
-    read_digests,
-    run_bench,
-)
+from island_fast.cinder.attach.exercise import DAMAGED, TESTS, fits_test, run_test
 from island_fast.cinder.attach.fuse_export import open_folder
 from island_fast.cinder.attach.nbd_netlink import NbdNetlink
 from island_fast.errors import DamagedError
@@ -97,8 +90,8 @@ def main(words: Sequence[str] | None = None) -> int:
         print(_USAGE, file=sys.stderr)
         return 2
     try:
-        if command == "bench":
-            _bench(Path(backing), more)
+        if command in TESTS:
+            return run_test(command, _own_device(Path(backing)), more)
         return _COMMANDS[command](Path(backing), *map(int, more))
     except DamagedError as error:
         print(error, file=sys.stderr)
@@ -114,9 +107,7 @@ def _fits(command: str, more: Sequence[str], volume: str) -> bool:
         return len(more) == 1 and re.fullmatch(r"[1-9][0-9]{0,18}", more[0]) is not None
     if command in ("release", "abandon", "loosen"):
         return not more
-    if command in ("exercise", "digest"):
-        return not more and volume == VOLUME
-    return command == "bench" and volume == VOLUME and BENCH_OPTIONS.fullmatch(" ".join(more)) is not None
+    return fits_test(command, more, volume)
 
 
 def _connect(backing: Path, size: int) -> int:
@@ -218,24 +209,6 @@ def _own_device(backing: Path) -> Iterator[tuple[Path, int]]:
     raise OSError(errno.ENODEV, "the volume of the self-test has no device")
 
 
-def _exercise(backing: Path) -> int:
-    with _own_device(backing) as (path, _):
-        print(*exercise(path))
-    return 0
-
-
-def _digest(backing: Path) -> int:
-    with _own_device(backing) as (path, _):
-        print(*read_digests(path))
-    return 0
-
-
-def _bench(backing: Path, options: Sequence[str]) -> None:
-    with _own_device(backing) as (path, device):
-        os.set_inheritable(device, True)
-        run_bench(path, options)
-
-
 @contextlib.contextmanager
 def _connect_to_daemon(backing: Path, size: int) -> Iterator[Client]:
     """Connect to the daemon's NBD server; yield the connection, which closes when the body ends.
@@ -281,8 +254,6 @@ _COMMANDS: dict[str, Callable[..., int]] = {
     "abandon": _abandon,
     "loosen": _loosen,
     "resume": _resume,
-    "exercise": _exercise,
-    "digest": _digest,
 }
 
 

@@ -31,7 +31,7 @@ from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
 from island_fast.qcow2.image import Image
 from island_fast.qemu.open_files import read_sysfs
-from island_fast.qemu.programs import ProgramResult, RunProgram, check_run, error_text
+from island_fast.qemu.programs import PACKAGES, ProgramResult, RunProgram, check_run, error_text
 
 __all__ = ["VOLUME", "check_data_path", "choose_kind", "measure_speed"]
 
@@ -67,7 +67,7 @@ def check_data_path(run: Path, links: Path, images: Path, execute: RunProgram, k
     Raises IslandError that names what is missing on this host, or DamagedError if any data differs from what
     was written. Nothing is left. `run`, `links`, `execute` and `kind` are those of `Exports`.
     """
-    _check_host(links, kind)
+    _check_host(links, kind, execute)
     exports = Exports(run, links, execute, kind)
     exports.stop(VOLUME)
     with _create_image(images, "qcow2", SIZE, execute) as image:
@@ -130,22 +130,21 @@ def _create_image(images: Path, suffix: str, size: int, execute: RunProgram) -> 
         image.unlink(missing_ok=True)
 
 
-def _check_host(links: Path, kind: str) -> None:
+def _check_host(links: Path, kind: str, execute: RunProgram) -> None:
     """Raise IslandError for the first thing that is missing. Missing rights are found when they are used."""
-    programs = [
-        ("qemu-storage-daemon", "qemu-system-common"),
-        ("qemu-img", "qemu-utils"),
-        ("systemd-run", "systemd") if SYSTEMD.is_dir() else ("setsid", "util-linux"),
-    ]
+    programs = ["qemu-storage-daemon", "qemu-img", "systemd-run" if SYSTEMD.is_dir() else "setsid"]
     if kind == "nbd":
         check_kernel()
-        programs.append(("island-nbd", "island-fast"))
+        programs.append("island-nbd")
     else:
         _check_nodes()
-        programs += [("fusermount3", "fuse3"), ("island-loop", "island-fast")]
-    for program, package in programs:
+        programs += ["fusermount3", "island-loop"]
+    for program in programs:
         if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
+            package = PACKAGES.get(program, "island-fast")
             raise IslandError(f"the program {program} is missing; install the package {package}")
+    if kind != "nbd":
+        _check_fuse(execute)
     if kind != "nbd" and os.geteuid() != 0 and "user_allow_other" not in _read_lines(_FUSE_CONF):
         raise IslandError(
             f"root cannot open the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
@@ -155,6 +154,16 @@ def _check_host(links: Path, kind: str) -> None:
         raise IslandError(
             f"the folder of links {str(links)!r} is on {file_system} and outlives a reboot, after which its "
             "links lead to other volumes' disks; put it on a tmpfs, below /run"
+        )
+
+
+def _check_fuse(execute: RunProgram) -> None:
+    """Raise IslandError if QEMU was built without its FUSE export: then its help does not mention it."""
+    helped = check_run(execute, ["qemu-storage-daemon", "--help"], "list the kinds of its exports")
+    if "[type=]fuse" not in helped:
+        raise IslandError(
+            "qemu-storage-daemon was built without FUSE exports here, as RHEL's is; only kernel NBD is left: "
+            "load the module nbd with max_part=0"
         )
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -57,13 +60,25 @@ def cut_off(place: Any, name: str, *, after: bool) -> Callable[..., Any]:
     return work
 
 
+def without_links(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system where a file has one name."""
+
+    def link(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "link", link)
+
+
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("place, name", STEPS, ids=[name for _, name in STEPS])
 @pytest.mark.parametrize("same", [True, False], ids=["same", "another"])
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no links"])
 def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
-    host: Host, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, same: bool
+    host: Host, monkeypatch: pytest.MonkeyPatch, place: Any, name: str, after: bool, same: bool, links: bool
 ) -> None:
     loose(host, b"content")
+    if not links:
+        without_links(monkeypatch)
     manageable, first = ManageableVolumes(host.volumes), new_id()
     with monkeypatch.context() as patched:
         patched.setattr(place, name, cut_off(place, name, after=after))
@@ -81,6 +96,48 @@ def test_a_file_can_be_managed_again_wherever_it_was_cut_off(
     assert [entry.name for entry in host.volumes.records.folder.iterdir() if any(entry.iterdir())] == [volume]
     assert host.volumes.records.image_path(volume).stat().st_nlink == 1
     assert host.volumes.records.read(volume).size == GIB
+
+
+def test_of_two_calls_at_once_one_takes_a_file_over(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the second would take the first one's for what a cut left."""
+    loose(host, b"content")
+    first, second = new_id(), new_id()
+    real, errors, others = VolumeRecords.write, [], []
+
+    def manage_second() -> None:
+        try:
+            ManageableVolumes(host.volumes).manage(second, LOOSE)
+        except NotFoundError as error:
+            errors.append(error)
+
+    def write(self: VolumeRecords, volume: str, record: VolumeRecord) -> None:
+        if not others:
+            others.append(threading.Thread(target=manage_second))
+            others[0].start()
+            others[0].join(1.0)
+        real(self, volume, record)
+
+    monkeypatch.setattr(VolumeRecords, "write", write)
+    ManageableVolumes(host.volumes).manage(first, LOOSE)
+    others[0].join()
+    assert len(errors) == 1
+    assert host.volumes.records.volumes() == [first]
+    assert content(host, first, 7) == b"content"
+
+
+def test_a_file_that_was_renamed_and_not_recorded_is_given_back(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its new name is the only one that it has."""
+    loose(host, b"content")
+    volume = new_id()
+    without_links(monkeypatch)
+    with monkeypatch.context() as patched:
+        patched.setattr(VolumeRecords, "write", cut_off(VolumeRecords, "write", after=False))
+        with pytest.raises(CutError):
+            ManageableVolumes(host.volumes).manage(volume, LOOSE)
+    host.volumes.give_back(volume)
+    assert content(host, volume, 7) == b"content"
 
 
 def test_a_volume_whose_renaming_was_cut_off_can_be_managed_again(
@@ -137,6 +194,8 @@ def test_a_volume_over_the_limit_is_refused_before_it_exists(host: Host) -> None
         with pytest.raises(RefusedError, match=r"65537 GiB cannot be snapshotted.* at most 65536 GiB"):
             call()
     assert host.volumes.records.volumes() == before
+    host.volumes.records.write(volume, VolumeRecord(size, made=True))  # of an earlier version
+    host.volumes.adopt_record(volume, VolumeRecord(size, made=True))
 
 
 def test_a_folder_of_volumes_belongs_to_one_service(host: Host, tmp_path: Path) -> None:

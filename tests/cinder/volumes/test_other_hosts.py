@@ -11,7 +11,7 @@ import pytest
 from island_fast.cinder.island_command import IslandCommand
 from island_fast.cinder.manage import ManageableVolumes
 from island_fast.cinder.records import VolumeRecord
-from island_fast.errors import IslandError, NotFoundError, RefusedError
+from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError
 from tests.cinder.volumes.conftest import MIB, Host, new_id, write
 from tests.cinder.volumes.test_volumes import SIZE, content, made
 from tests.support import qemu
@@ -160,3 +160,112 @@ def test_an_image_stays_until_the_store_has_what_it_was_said_to_have(
         path.write_bytes(data)
     assert host.volumes.prepare_migration(volume, "passing").in_transit
     assert content(host, volume, 7) == b"content"
+
+
+class CutError(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_a_migration_that_is_tried_again_has_what_was_written_since(
+    new_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first attempt was killed when its snapshot was stored, and the server was started again."""
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+
+    def cut(*_: object) -> None:
+        raise CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IslandCommand, "require_stored", cut)
+        with pytest.raises(CutError):
+            here.volumes.prepare_migration(volume, "passing")
+    write(here.volumes.attach(volume), MIB, b"changed")
+    here.volumes.detach(volume)
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    assert content(there, volume, 7) == b"changed"
+    assert there.repositories[""].list_snapshots(volume) == []
+
+
+def test_a_volume_whose_device_is_open_does_not_depart(new_host: Callable[..., Host]) -> None:
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    device = here.volumes.attach(volume)
+    with device.open("r+b", buffering=0) as guest:
+        for _ in range(2):
+            with pytest.raises(ImageInUseError):
+                here.volumes.prepare_migration(volume, "passing")
+        guest.seek(MIB)
+        guest.write(b"changed".ljust(4096, b"."))
+        os.fsync(guest.fileno())
+    assert here.volumes.records.read(volume).made
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    assert content(there, volume, 7) == b"changed"
+
+
+def test_a_volume_that_departs_is_neither_attached_nor_reverted(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    volume = made(host, b"content")
+    kept = host.volumes.snapshot(volume, "kept")
+    real = IslandCommand.snapshot
+
+    def snapshot(self: IslandCommand, *words: object) -> object:
+        with pytest.raises(RefusedError, match="is being migrated to another host"):
+            host.volumes.attach(volume)
+        return real(self, *words)  # type: ignore[arg-type]
+
+    def require_stored(*_: object) -> None:
+        with pytest.raises(RefusedError, match="is being migrated to another host"):
+            host.volumes.revert(volume, VolumeRecord(SIZE, volume), kept)
+
+    monkeypatch.setattr(IslandCommand, "snapshot", snapshot)
+    monkeypatch.setattr(IslandCommand, "require_stored", require_stored)
+    assert host.volumes.prepare_migration(volume, "passing").in_transit
+    assert content(host, volume, 7) == b"content"
+
+
+def test_an_image_that_a_cut_left_behind_is_not_what_a_volume_is_made_of(
+    new_host: Callable[..., Host],
+) -> None:
+    """The volume went to another host, was written to there, and came back."""
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    image = here.volumes.records.image_path(volume)
+    here.exports.stop(volume)
+    old = image.read_bytes()
+    record = here.volumes.prepare_migration(volume, "passing")
+    image.write_bytes(old)  # the cut was before its removal
+    assert here.volumes.prepare_migration(volume, "passing") == record
+    assert not image.exists()
+    image.write_bytes(old)
+    there.volumes.adopt_record(volume, record)
+    write(there.volumes.attach(volume), MIB, b"changed")
+    there.volumes.detach(volume)
+    here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
+    assert content(here, volume, 7) == b"changed"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_an_image_is_a_volume_before_the_snapshot_goes_that_brought_it(
+    new_host: Callable[..., Host], monkeypatch: pytest.MonkeyPatch, after: bool
+) -> None:
+    """A cut right beside the deletion, and then the volume is migrated on."""
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    real = IslandCommand.delete
+
+    def delete(self: IslandCommand, *words: object) -> None:
+        if after:
+            real(self, *words)  # type: ignore[arg-type]
+        raise CutError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(IslandCommand, "delete", delete)
+        with pytest.raises(CutError):
+            there.volumes.attach(volume)
+    assert there.volumes.records.read(volume).made
+    here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
+    assert content(here, volume, 7) == b"content"
+    assert here.repositories[""].list_snapshots(volume) == []

@@ -7,7 +7,7 @@ content and a rewrite of the same content differs. Contents are numbers of a sma
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -141,6 +141,9 @@ class MemorySource(Source):
 
     def reason_unsound(self, base: Base, facts: Mapping[str, str]) -> str | None:
         return None
+
+    def require_unchanged(self, internals: Sequence[InternalSnapshot]) -> None:
+        assert all(one in self.internal_snapshots for one in internals)
 
     def view(self, internal: InternalSnapshot | None) -> MemoryView:
         if internal is None:

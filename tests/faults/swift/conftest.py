@@ -24,6 +24,7 @@ from island_fast.results import Deleted, SnapshotTaken, Swept
 from island_fast.stores import swift as swift_store_module
 from island_fast.stores.retry import RetryPolicy
 from island_fast.stores.swift import SwiftStore
+from tests.conftest import make_swift_server
 from tests.support import qemu
 from tests.support.swift_server import SwiftServer
 
@@ -36,9 +37,9 @@ BRIEF = RetryPolicy(total=1.5, first=0.02, longest=0.15)
 
 
 @pytest.fixture(scope="module")
-def swift_server() -> Iterator[SwiftServer]:
+def swift_server(request: pytest.FixtureRequest) -> Iterator[SwiftServer]:
     """Three nodes, three replicas of everything; the tests' other one has one of each."""
-    with SwiftServer(nodes=3, replicas=3) as server:
+    with make_swift_server(request.config, nodes=3) as server:
         yield server
 
 

@@ -17,7 +17,7 @@ from tests.support import qemu
 from tests.support.swift_faults import Fault
 from tests.support.swift_server import SwiftServer
 
-pytestmark = qemu.needs_qemu
+pytestmark = [qemu.needs_qemu, pytest.mark.swift_only("it is about replicas on Swift's disks")]
 NODES = ["object-1", "object-2", "object-3"]
 
 

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from island_fast.api import Repository
+from island_fast.arrays import Int64s
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.repository.local_state import LocalState
 from island_fast.repository.pack_reader import _range_starts
-from island_fast.stores.base import MAX_OBJECT, Range, Views
+from island_fast.stores.base import MAX_OBJECT, Range, Store, Views
 from island_fast.stores.directory import DirectoryStore
+from island_fast.stores.swift import SwiftStore
 from tests.conftest import OpenSwift
 from tests.operations.cost.conftest import INCREMENTS, History, select_kind
+from tests.support.ceph_server import CephServer
 from tests.support.memory_store import MemoryStore
+from tests.support.swift_faults import Fault
 from tests.support.swift_server import SwiftServer
 
 
@@ -56,6 +63,7 @@ def test_in_a_directory_it_moves_the_bytes_that_are_needed(history: History, tmp
     assert targets[0].read_bytes() == targets[1].read_bytes()
 
 
+@pytest.mark.swift_only("it counts requests for several ranges")
 def test_in_swift_each_live_pack_is_one_request(
     history: History, swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path
 ) -> None:
@@ -100,11 +108,17 @@ def test_a_store_that_takes_few_ranges_is_asked_once_too(
     assert (tmp_path / "few.raw").read_bytes() == (tmp_path / "flat.raw").read_bytes()
 
 
+def place_blocks(gaps: Sequence[int] | Int64s, size: int) -> tuple[Int64s, Int64s]:
+    """The offsets and the ends of blocks of `size` bytes with these gaps between them."""
+    offsets = np.append(0, np.cumsum(np.array(gaps, np.int64) + size))
+    return offsets, offsets + size
+
+
 @pytest.mark.parametrize("most", [1, 2, 3, 7, 49, None])
 @pytest.mark.parametrize("gap", [0, 10])
 def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None) -> None:
     gaps = np.random.default_rng(gap).integers(0, 60, 80)
-    starts = _range_starts(gaps, gap, most, 1 << 20)
+    starts = _range_starts(*place_blocks(gaps, 1 << 16), gap, most, 1 << 20)
     assert starts[0] == 0
     assert most is None or len(starts) <= most
     split, joined = gaps[starts[1:] - 1], np.delete(gaps, starts[1:] - 1)
@@ -131,11 +145,12 @@ def test_ranges_are_few_and_split_at_the_widest_gaps(gap: int, most: int | None)
     ],
 )
 def test_a_further_request_is_made_for_bytes_enough(gaps: list[int], cost: int, ranges: int) -> None:
-    starts = _range_starts(np.array(gaps, np.int64), 1, 49, cost)
+    starts = _range_starts(*place_blocks(gaps, 1), 1, 49, cost)
     assert len(starts) == ranges
     assert (np.diff(starts) > 0).all()
 
 
+@pytest.mark.swift_only("it counts requests for several ranges")
 def test_spread_blocks_of_a_pack_are_fetched_from_swift_without_the_rest(
     swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path
 ) -> None:
@@ -155,6 +170,90 @@ def test_spread_blocks_of_a_pack_are_fetched_from_swift_without_the_rest(
     assert [request["RANGE"].count(",") + 1 for request in asked] == [49, 3]
     needed = 256 * BLOCK_SIZE
     assert needed <= restored.bytes_read <= 1.01 * needed
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 900), st.integers(1, 70)), min_size=1, max_size=100),
+    st.integers(0, 100),
+    st.integers(100, 2000),
+)
+def test_where_each_range_is_a_request_a_quarter_more_is_read_at_most(
+    blocks: list[tuple[int, int]], gap: int, cost: int
+) -> None:
+    """`blocks` are gaps, and the lengths of blocks after them."""
+    gaps, lengths = np.array(blocks, np.int64).T
+    ends = np.cumsum(gaps + lengths)
+    offsets = ends - lengths
+
+    def count_read(starts: Int64s) -> int:
+        return int((ends[np.append(starts[1:], ends.size) - 1] - offsets[starts]).sum())
+
+    starts = _range_starts(offsets, ends, gap, 1, cost)
+    without = count_read(_range_starts(offsets, ends, gap, None, cost))
+    assert count_read(starts) <= 1.25 * without
+    left_out = (offsets[1:] - ends[:-1])[starts[1:] - 1]
+    fetched = np.delete(offsets[1:] - ends[:-1], starts[1:] - 1)
+    assert fetched.max(initial=0) <= max(gap, left_out.min(initial=1000))
+    if left_out.size and left_out.min() < cost:
+        assert count_read(starts) + left_out.min() > 1.25 * without, "there is a request that need not be"
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A restore by a host that knows nothing: its file, the bytes fetched, the requests for packs."""
+
+    path: Path
+    bytes: int
+    requests: int
+
+
+@pytest.mark.parametrize("step", [None, 8, 3])
+def test_a_store_that_sends_the_first_range_only_costs_few_more_bytes(
+    history: History, swift: SwiftServer, swift_store: OpenSwift, tmp_path: Path, step: int | None
+) -> None:
+    """A restore after 100 increments, and one that needs every `step`-th block of a pack, beside Swift's.
+
+    With --ceph the store is a real gateway, which no fault has to make what it is.
+    """
+
+    def restore(name: str, server: SwiftServer, store: Store) -> Restored:
+        if step is None:
+            history.copy_into(store)
+        else:
+            taker = Repository(store, LocalState(tmp_path / f"taker-{name}"), create=True)
+            take_every(step, taker, tmp_path)
+        repository = Repository(store, LocalState(tmp_path / f"stranger-{name}"))
+        target = tmp_path / f"{name}.raw"
+        server.calm()
+        if name == "first" and not isinstance(server, CephServer):
+            server.inject(Fault("first", method="GET", path="/packs/", times=10_000))
+        result = repository.restore("vol@latest", target, image_format="raw")
+        return Restored(target, result.bytes_read, server.count("GET", "/packs/"))
+
+    with SwiftServer() as other, pytest.MonkeyPatch.context() as patch:
+        for key, value in other.environment().items():
+            patch.setenv(key, value)
+        other.create_container("box")
+        with SwiftStore.open("box/repository") as store:
+            plain = restore("plain", other, store)
+    first = restore("first", swift, swift_store())
+    print(
+        f"step {step}: {plain.requests} and {first.requests} requests, {plain.bytes} and {first.bytes} bytes"
+    )
+    assert first.path.read_bytes() == plain.path.read_bytes()
+    assert first.bytes <= 1.25 * plain.bytes
+    assert first.requests <= (2 * plain.requests if step is None else 256 // step + 4)
+
+
+def take_every(step: int, repository: Repository, folder: Path) -> None:
+    """Take two snapshots; the second needs every `step`-th block of the first one's pack."""
+    content = np.random.default_rng(1).integers(0, 256, (256, BLOCK_SIZE), np.uint8)
+    volume = folder / "vol.raw"
+    volume.write_bytes(content)
+    repository.snapshot(volume, image_format="raw")
+    content[np.arange(256) % step != 0] ^= 1
+    volume.write_bytes(content)
+    repository.snapshot(volume, image_format="raw")
 
 
 def test_the_history_is_long(history: History) -> None:

@@ -101,6 +101,13 @@ def test_another_magic_is_no_damage():
         parse_header(bytes(header(magic=b"QFI\0")), FILE_SIZE)
 
 
+@pytest.mark.parametrize("backed", [True, False])
+def test_an_empty_name_is_no_backing_file(backed: bool):
+    """As for QEMU, which shows zeros then."""
+    data = header(backing_offset=512, backing_length=0)
+    assert parse_header(data, 1 << 20, backed=backed).backing_name is None
+
+
 def test_backing_name_is_quoted_safely_and_shortly():
     data = bytearray(header(backing_offset=512, backing_length=1 << 30))
     data[512:1536] = b"\n" * 1024

@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from island_fast.qcow2.image import Image
@@ -65,3 +66,30 @@ def test_a_hostile_table_of_counts_costs_no_more_than_the_file(tmp_path: Path) -
         image.read = lambda offset, length: reads.append(length) or real(offset, length)  # type: ignore[assignment, func-returns-value]
         assert reason_no_room(image) is None
     assert sum(reads) <= path.stat().st_size
+
+
+@pytest.mark.parametrize("where", ["one place", "holes"])
+def test_a_small_file_that_claims_to_be_huge_costs_little(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """Its table names a block of counts for each 16 MiB of 8 TiB: one for all, or ones not stored."""
+    image = qemu.create(tmp_path / "huge.qcow2", 1 << 20, refcount_bits=8, cluster_size=4096)
+    blocks, clusters = 1 << 19, 1 << 10
+    places = np.full(blocks, 4096) if where == "one place" else (np.arange(blocks) + (1 << 20)) * 4096
+    with image.open("r+b") as file:
+        table = -(-image.stat().st_size // 4096) * 4096
+        file.seek(table)
+        file.write(places.astype(">u8").tobytes())
+        file.truncate(8 << 40)
+        file.seek(48)
+        file.write(struct.pack(">QI", table, clusters))
+    read, real = [], Image.read
+
+    def count(self: Image, offset: int, length: int) -> bytes:
+        read.append(length)
+        return real(self, offset, length)
+
+    monkeypatch.setattr(Image, "read", count)
+    with Image.open(image) as opened:
+        reason_no_room(opened)
+    assert sum(read) < 16 << 20

@@ -24,7 +24,7 @@ def sysfs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     other = devices / "sda/sda-bsg"  # has numbers, of a character device, and is no partition
     other.mkdir()
     (other / "dev").write_text("8:99\n")
-    monkeypatch.setattr(open_files, "_SYSFS_DEVICES", links)
+    monkeypatch.setattr(open_files, "SYSFS_DEVICES", links)
     return devices
 
 

@@ -202,10 +202,23 @@ def test_names_that_the_store_does_not_give_are_passed_over(store: DirectoryStor
     (root / "lost+found").mkdir(mode=0)
     (root / "holiday photo.jpg").write_bytes(b"x")
     os.mkfifo(root / "pipe")
-    os.symlink("/etc", root / "etc")
     os.symlink("one", root / "same")
+    os.symlink("nowhere", root / "broken")
+    os.symlink("round", root / "round")
     assert [info.name for info in store.list("")] == ["one"]
     assert list(store.folders("")) == []
+
+
+def test_a_folder_that_was_moved_away_and_left_a_link_is_not_passed_over(
+    store: DirectoryStore, root: Path, tmp_path: Path
+):
+    """Whoever lists, verifies or copies everything must not leave a volume out in silence."""
+    store.put("vol/one", [b"1"])
+    (root / "vol").rename(tmp_path / "elsewhere")
+    (root / "vol").symlink_to(tmp_path / "elsewhere")
+    assert list(store.folders("")) == ["vol"]
+    assert [info.name for info in store.list("vol/")] == ["vol/one"]
+    assert store.get("vol/one") == b"1"
 
 
 def test_links_and_pipes_in_place_of_an_object_are_refused(store: DirectoryStore, root: Path):
