@@ -15,7 +15,7 @@ MIB = 1 << 20
 INFO = {
     "image", "format", "version", "volume_size", "file_size", "cluster_size", "compression", "backing_file",
     "features", "in_use", "internal_snapshots", "bitmaps", "bitmap_trouble", "volume", "pinned_base",
-    "next_rule", "next_reason",
+    "next_rule", "next_reason", "refuses_overwrites",
 }  # fmt: skip
 
 
@@ -93,6 +93,8 @@ def test_info_says_what_the_next_snapshot_does(island, disk):
     )  # fmt: skip
     assert [one["pin_of"] for one in after["internal_snapshots"]] == [taken["snapshot"]]
     assert "table-diff" in island.text("info", disk)
+    assert after["refuses_overwrites"] is True
+    assert "refused by the store" in island.text("info", disk)
     other = qemu.create(disk.parent / "other.qcow2", MIB)
     assert "island adopt disk" in island.json("info", other, "--volume", "disk")["next_reason"]
 

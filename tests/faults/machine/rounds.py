@@ -200,7 +200,7 @@ def beginnings() -> None:
             for what in ("an adoption" if epoch else BEGINNING, *HELD_UP):
                 _begin_twice(epoch, (Fault(process.INTRUSION, "record", skip, what=what),))
         # What was not sent is sent again when its claim is over, and another's record is under way.
-        _begin_twice(epoch, (Fault(process.OUTAGE, "record", first_record),), 95, held_up(first_record))
+        _begin_twice(epoch, (Fault(process.CRASH_BEFORE, "record", first_record),), 95, held_up(1))
 
 
 def _begin_twice(
@@ -219,7 +219,7 @@ def _begin_twice(
         if not any(fault.what in HELD_UP for fault in faults):  # the other one is there already
             _begin_at(life, volume, epoch, 0, meeting)
         life.look_again()
-        for number in (0, 1):
+        for number in (1, 0):  # which also sends again what is pending
             life.run(life.hosts[number], "list", volume, lambda r: r.snapshots(), ())
         life.everything = True
         life.look_again()
