@@ -202,6 +202,9 @@ class SwiftStore(Store):
             nonlocal unsure
             # A broken connection can mean: stored, or refused so early that our sending broke it.
             stored = (unsure or looks) and self._holds(connection, name, content)
+            if stored and not unsure:
+                self._put_again(connection, name, content)
+                return
             unsure = True
             try:
                 self._put_once(connection, name, content, only_if_absent=not stored)
