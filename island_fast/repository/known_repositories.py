@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from island_fast.files import make_folders, open_private, write_durably
 from island_fast.formats.names import SNAPSHOT_PATTERN
@@ -102,4 +103,4 @@ class KnownRepositories:
             path.unlink(missing_ok=True)
 
     def _begun(self, place: str) -> Path:
-        return self._root / "begun" / hashlib.sha256(place.encode()).hexdigest()
+        return self._root / "begun" / xxhash.xxh3_128_hexdigest(place.encode())

@@ -41,8 +41,9 @@ KEYS = {
     "delete": ["snapshot", "volume", "bytes_unreferenced", "bytes_freed"],
     "sweep": [
         *["volume", "objects_removed", "packs_repacked"],
-        *["bytes_removed", "bytes_rewritten", "bytes_freed", "objects_unknown", "bytes_unknown"],
-        *["objects_waiting", "bytes_waiting", "steps"],
+        *["bytes_removed", "bytes_rewritten", "bytes_kept", "bytes_freed"],
+        *["objects_unknown", "bytes_unknown", "objects_waiting", "bytes_waiting"],
+        "steps",
     ],
     "copy": [
         *["snapshot", "volume", "parent", "label", "volume_size", "copied", "blocks_sent", "blocks_kept"],

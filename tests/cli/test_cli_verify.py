@@ -58,7 +58,7 @@ def test_damage_is_told_until_it_is_mended(island: Island, disk: Path, tmp_path:
     lines = done.out.splitlines()
     assert lines[0].startswith(f"damaged: {name} (rot): ")
     assert lines[1] == f"  volume disk, snapshot {taken} lacks 64.0 KiB at byte {3 * MIB - 65536}"
-    assert "island verify --heal" in lines[2]
+    assert "'island verify --all --heal'" in lines[2]
     told = island("verify", "--all", "--json")
     assert told.code == 6
     (damage,) = json.loads(told.out)["damages"]
