@@ -39,7 +39,7 @@ def only(found: Verified) -> Damage:
 
 
 def missing(blocks: list[int], patch: pytest.MonkeyPatch) -> None:
-    """From now on the scan and the table diff miss these blocks, and so does the sample that tests the latter."""
+    """From now on the scan and the table diff miss these blocks, and so does the sample that tests it."""
     real = Qcow2Source.find_change
 
     def change(self: Qcow2Source, *arguments: object) -> Change:
