@@ -479,7 +479,7 @@ def test_another_hosts_volume_is_refused(
     repository.state = mine
     qemu.noise(image, 0, BLOCK, 2)
     repository.snapshot(image)
-    with pytest.raises(ConflictError, match=r"belongs to host .*'island -r far adopt vol'"):
+    with pytest.raises(ConflictError, match=r"belongs to host .*'island adopt vol'"):
         repository.copy(far, ["vol@latest"])
     far.adopt("vol")
     assert [a.copied for a in repository.copy(far)] == [False, True]
