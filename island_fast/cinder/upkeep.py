@@ -13,7 +13,7 @@ from island_fast.errors import IslandError
 __all__ = ["Upkeep"]
 
 _LOG = logging.getLogger(__name__)
-_RETRY_AFTER = 60.0  # seconds after pins could not be dropped
+_RETRY_AFTER = 60.0  # seconds after a volume's pins could not be dropped
 
 
 class Upkeep:
@@ -28,12 +28,12 @@ class Upkeep:
         self._volumes = volumes
         self._reserve = reserve
         self._dead: set[str] = set()
-        self._failed_at = -_RETRY_AFTER
+        self._failed_at: dict[str, float] = {}  # by volume: when its pins could not be dropped
 
     def check_volumes(self) -> None:
         """Log every daemon that died, and drop pins before guests run out of space."""
         self._log_dead_daemons()
-        if self._has_less_free_than(self._reserve) and time.monotonic() - self._failed_at > _RETRY_AFTER:
+        if self._has_less_free_than(self._reserve):
             self._drop_pins()
 
     def _log_dead_daemons(self) -> None:
@@ -56,15 +56,22 @@ class Upkeep:
         return disk.f_bavail < disk.f_blocks * share
 
     def _drop_pins(self) -> None:
+        """Drop all pins; a volume whose pins could not be dropped a moment ago holds up no other."""
         abort_snapshot = self._has_less_free_than(self._reserve / 2)
+        now = time.monotonic()
+        self._failed_at = {one: at for one, at in self._failed_at.items() if now - at <= _RETRY_AFTER}
         for volume in self._volumes.volumes_with_pins():
+            if volume in self._failed_at:
+                continue
             try:
                 dropped = self._volumes.drop_pins(volume, abort_snapshot=abort_snapshot)
             except IslandError as error:
+                if not self._volumes.records.image_path(volume).exists():
+                    continue  # it was deleted meanwhile
                 _LOG.error(
                     "space is short, and the pins of volume %s could not be dropped: %s", volume, error
                 )
-                self._failed_at = time.monotonic()
+                self._failed_at[volume] = now
                 continue
             if dropped:
                 _LOG.warning(
