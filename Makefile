@@ -21,7 +21,7 @@ ready: $(VENV)/.tested  ## install everything that the tests need
 	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
 
 test: ready  ## run all tests, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
-	$(BIN)/pytest -n 2 --no-loadscope-reorder $(TESTS)
+	$(BIN)/pytest -n 3 --no-loadscope-reorder $(TESTS)
 
 quick: $(VENV)/.tested  ## run the unit and property tests and the rules of the code: seconds
 	$(BIN)/pytest -q tests/unit tests/property tests/test_source.py

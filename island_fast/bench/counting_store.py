@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 
 from island_fast.arrays import Buffer
 from island_fast.stores.base import MAX_OBJECT, ObjectInfo, Range, Store, Views
@@ -29,9 +30,19 @@ class CountingStore(Store):
         self._late = late
 
     @property
+    def place(self) -> str:
+        """See Store.place."""
+        return self._store.place
+
+    @property
     def ranges_at_once(self) -> int | None:
         """See Store.ranges_at_once."""
         return self._store.ranges_at_once
+
+    @property
+    def keeps_deleted(self) -> bool:
+        """See Store.keeps_deleted."""
+        return self._store.keeps_deleted
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """See Store.put."""
@@ -53,6 +64,11 @@ class CountingStore(Store):
         self.requests += 1
         return self._store.head(name)
 
+    def peek(self, name: str) -> ObjectInfo | None:
+        """See Store.peek."""
+        self.requests += 1
+        return self._store.peek(name)
+
     def list(self, prefix: str) -> Iterator[ObjectInfo]:
         """See Store.list."""
         self.requests += 1
@@ -67,6 +83,22 @@ class CountingStore(Store):
         """See Store.delete."""
         self.requests += 1
         self._store.delete(name)
+
+    def count_bytes(self) -> int | None:
+        """See Store.count_bytes."""
+        return self._store.count_bytes()
+
+    def use_reserve(self) -> AbstractContextManager[None]:
+        """See Store.use_reserve."""
+        return self._store.use_reserve()
+
+    def release_reserve(self) -> bool:
+        """See Store.release_reserve."""
+        return self._store.release_reserve()
+
+    def hurry(self) -> AbstractContextManager[None]:
+        """See Store.hurry."""
+        return self._store.hurry()
 
     def close(self) -> None:
         """See Store.close."""
