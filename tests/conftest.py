@@ -22,7 +22,7 @@ from tests.support.swift_server import SwiftServer
 
 IMPATIENT = RetryPolicy(total=5.0, first=0.01, longest=0.1)
 
-CINDER = "tests/cinder/"
+CINDER = "tests/cinder/test_"  # the files that share Cinder's services
 
 os.environ["ISLAND_CONFIG"] = os.devnull  # one's own configuration is no part of the tests
 os.environ["PATH"] += (
