@@ -25,6 +25,7 @@ rules:
 | `swift_ranges.py` | several ranges of an object in one request |
 | `retry.py` | the retry loop and its limits |
 | `checked_read.py` | reads that are repeated while they return damaged bytes |
+| `forwarding.py` | a store in front of another one, which passes everything on |
 | `rate_limit.py` | a store around another one that limits bytes per second |
 
 Imports `arrays`, `errors` and `files` of this package. swiftclient, keystoneauth1 and openstacksdk are
