@@ -84,11 +84,20 @@ class NbdNetlink:
         self._configure(index, name, timeouts)
 
     def reconnect(self, index: int, name: str, client: Client) -> None:
-        """Replace a broken connection of the device by the client's, and set the device's size.
+        """Replace a broken connection of the device by the client's.
 
         If the old connection is not broken, the kernel keeps it and reports no error.
         """
-        self._configure(index, name, b"".join([*_size_attributes(client.size), _socket_attribute(client)]))
+        self._configure(index, name, _socket_attribute(client))
+
+    def set_size(self, index: int, name: str, size: int) -> None:
+        """Set the device's size in bytes.
+
+        Since Linux 6.9 the kernel waits for all requests under way before it sets a new size, and sets it
+        before it takes a connection that the same command brings. So this is a command of its own, for a
+        connection that is alive.
+        """
+        self._configure(index, name, b"".join(_size_attributes(size)))
 
     def _find_family(self) -> int:
         """Return the driver's number in netlink, which knows it only in the host's network namespace."""
