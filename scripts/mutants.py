@@ -291,6 +291,7 @@ MISTAKES: dict[str, list[Edit]] = {
     ],
     "a young claim counts no more": [
         ("repository/claims.py", "EXPIRES = 5400.0", "EXPIRES = 1800.0"),
+        ("repository/claims.py", "_USED = EXPIRES - _LATE - PUTS_END", "_USED = 600.0"),
     ],
     "a winner withdraws although its record may be under way": [
         ("repository/lineage.py", "            if not self._is_pending(epoch):\n", "            if True:\n"),

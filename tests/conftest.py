@@ -50,8 +50,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("--ceph"):
             if mark := item.get_closest_marker("swift_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not with Ceph: {mark.args[0]}"))
-            if mark := item.get_closest_marker("fails_with_ceph"):
-                item.add_marker(pytest.mark.xfail(reason=mark.args[0], strict=True))
         elif item.get_closest_marker("ceph_only"):
             item.add_marker(pytest.mark.skip(reason="with Ceph only: make ceph"))
 
@@ -121,7 +119,7 @@ def swift_store(swift: SwiftServer) -> Iterator[OpenSwift]:
         container = f"box-{secrets.token_hex(4)}"
         swift.create_container(container)
         opened.append(SwiftStore.open(f"{container}/{prefix}", patience))
-        opened[-1].known_to_refuse = True  # as a repository knows it; else each PUT begins with a HEAD
+        opened[-1].known_to_refuse = not isinstance(swift, CephServer)  # as a repository knows it
         swift.calm()
         return opened[-1]
 
