@@ -23,7 +23,7 @@ from cinder import context as cinder_context
 from cinder import exception, interface, objects
 from cinder.common import constants
 from cinder.image import image_utils
-from cinder.volume import driver, volume_utils
+from cinder.volume import configuration, driver, volume_utils
 from oslo_concurrency import lockutils, processutils
 from oslo_config import cfg
 from oslo_log import log as logging
@@ -55,6 +55,9 @@ _CHECK_EVERY = 5.0  # seconds
 _FORGET_EVERY = 10.0  # seconds
 _ROOTWRAP_REFUSES = range(96, 100)  # exit statuses: no such program, bad configuration, no command, no filter
 
+# In [backend_defaults] they exist from now on, whether there is a service or not: cinderlib looks there.
+configuration.Configuration([*VOLUME_OPTIONS, *STORE_OPTIONS], configuration.SHARED_CONF_GROUP)
+
 
 @interface.volumedriver
 class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
@@ -65,6 +68,8 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if "db" in kwargs:  # cinderlib's own, of which Cinder's class takes no notice
+            self.db = kwargs["db"]
         self.configuration.append_config_values([*VOLUME_OPTIONS, *STORE_OPTIONS])
         self._volumes: Volumes
         self._manageable: ManageableVolumes
@@ -303,7 +308,8 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
     def _find_dependants(self, ref: SnapshotRef) -> list[str]:
         """Return the volumes that are yet to be made from a snapshot, those of a lost host included."""
         made = {name for name, record in self._volumes.records.read_undamaged() if record.made}
-        return sorted({*self._volumes.find_dependants(ref), *find_names_by_location(f"from:{ref}") - made})
+        recorded = find_names_by_location(self.db, self.host, f"from:{ref}")
+        return sorted({*self._volumes.find_dependants(ref), *recorded - made})
 
     def revert_to_snapshot(self, context: Any, volume: Any, snapshot: Any) -> None:
         """Give a volume the content of one of its own snapshots."""

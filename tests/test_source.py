@@ -49,7 +49,7 @@ CINDER = ["driver.py", "cinder/options.py", "cinder/errors.py", "cinder/database
 ONLY = {
     "swiftclient": ["stores/"],
     "swift": ["bench/"],
-    "keystoneauth1": ["stores/", "cinder/options.py"],
+    "keystoneauth1": ["stores/"],
     "openstack": ["stores/"],
     "cinder": [*CINDER, "bench/peers/"],
     "oslo_config": CINDER,

@@ -36,7 +36,15 @@ def _find_rows(admin: context.RequestContext, name: str) -> list[Any]:
     return [row for row in rows if row.name_id == name]
 
 
-def find_names_by_location(location: str) -> set[str]:
-    """Return the `name_id` of each volume that has this `provider_location`."""
+def find_names_by_location(db: Any, host: str, location: str) -> set[str]:  # noqa: ANN401
+    """Return the `name_id` of each volume that has this `provider_location`.
+
+    `db` is the database that the driver of `host` was given. That of cinderlib has the volumes of this host
+    and no others.
+    """
     admin = context.get_admin_context()
-    return {row.name_id for row in objects.VolumeList.get_all(admin, filters={"provider_location": location})}
+    if hasattr(db, "volume_get_all"):
+        rows = objects.VolumeList.get_all(admin, filters={"provider_location": location})
+    else:
+        rows = db.volume_get_all_by_host(admin, host)
+    return {row.name_id for row in rows if row.provider_location == location}

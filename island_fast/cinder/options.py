@@ -7,11 +7,9 @@ every OpenStack service uses.
 
 from __future__ import annotations
 
-import copy
 import os
 from typing import Any
 
-from keystoneauth1 import loading
 from oslo_config import cfg
 
 from island_fast.cinder.island_command import IslandCommand
@@ -70,26 +68,32 @@ VOLUME_OPTIONS = [
     ),
 ]
 
-_PLUGINS = ("password", "v3applicationcredential", "v1password")
-_SESSION = ("cafile", "certfile", "keyfile", "insecure")
-_ADAPTER = ("region_name", "valid_interfaces", "endpoint_override")
+_CREDENTIALS = [
+    cfg.StrOpt("auth_url", help="Address of Keystone, or of TempAuth for v1password."),
+    cfg.StrOpt("username", deprecated_name="user_name", help="Name of the user."),
+    cfg.StrOpt("user_id", help="Id of the user."),
+    cfg.StrOpt("user_domain_name", help="Name of the user's domain."),
+    cfg.StrOpt("user_domain_id", help="Id of the user's domain."),
+    cfg.StrOpt("password", secret=True, help="Password of the user."),
+    cfg.StrOpt("application_credential_id", help="Id of the application credential."),
+    cfg.StrOpt("application_credential_name", help="Name of the application credential."),
+    cfg.StrOpt("application_credential_secret", secret=True, help="Secret of the application credential."),
+    cfg.StrOpt("project_name", deprecated_name="tenant_name", help="Name of the project to sign in to."),
+    cfg.StrOpt("project_id", deprecated_name="tenant_id", help="Id of the project to sign in to."),
+    cfg.StrOpt("project_domain_name", help="Name of the project's domain."),
+    cfg.StrOpt("project_domain_id", help="Id of the project's domain."),
+    cfg.StrOpt("default_domain_name", help="Name of the domain of both the user and the project."),
+    cfg.StrOpt("default_domain_id", help="Id of the domain of both the user and the project."),
+    cfg.StrOpt("domain_name", help="Name of the domain to sign in to instead of a project."),
+    cfg.StrOpt("domain_id", help="Id of the domain to sign in to instead of a project."),
+    cfg.StrOpt("system_scope", help="What to sign in to instead of a project: all."),
+    cfg.StrOpt("trust_id", help="Id of the trust to sign in with."),
+]
+"""What keystoneauth's plugins for signing in take, under its names.
 
-
-def _sign_in_options() -> list[cfg.Opt]:
-    """Return keystoneauth's options for the supported ways to sign in, each option once."""
-    found: dict[str, cfg.Opt] = {}
-    groups = [
-        [one for one in loading.get_auth_common_conf_options() if one.dest == "auth_type"],
-        *(loading.get_auth_plugin_conf_options(name) for name in _PLUGINS),
-        [one for one in loading.get_session_conf_options() if one.dest in _SESSION],
-        [one for one in loading.get_adapter_conf_options(include_deprecated=False) if one.dest in _ADAPTER],
-    ]
-    for option in (one for group in groups for one in group):
-        named = copy.copy(option)
-        named.name = option.dest  # Cinder looks up options by name, and names must not have dashes
-        found.setdefault(option.dest, named)
-    return list(found.values())
-
+These, and the others of `STORE_OPTIONS`, are written out here because the driver also runs where keystoneauth
+cannot be asked for them: cinderlib puts an empty module in its place.
+"""
 
 STORE_OPTIONS = [
     cfg.StrOpt(
@@ -100,7 +104,19 @@ STORE_OPTIONS = [
         "island_cloud",
         help="Name of a cloud in clouds.yaml to sign in to, instead of the options of keystoneauth.",
     ),
-    *_sign_in_options(),
+    cfg.StrOpt(
+        "auth_type",
+        deprecated_name="auth_plugin",
+        help="How to sign in: password (the default), v3applicationcredential or v1password (TempAuth).",
+    ),
+    *_CREDENTIALS,
+    cfg.StrOpt("region_name", help="Region of the store in Keystone's catalogue."),
+    cfg.ListOpt("valid_interfaces", help="Interface of the store in the catalogue; the first one counts."),
+    cfg.StrOpt("endpoint_override", help="Address of the store, used instead of the catalogue's."),
+    cfg.StrOpt("cafile", help="File with the certificates of the authorities that are trusted."),
+    cfg.StrOpt("certfile", help="File with this client's certificate."),
+    cfg.StrOpt("keyfile", help="File with the key of this client's certificate."),
+    cfg.BoolOpt("insecure", default=False, help="Do not verify the certificates of Keystone and the store."),
 ]
 
 
@@ -132,8 +148,7 @@ def _sign_in_environment(options: Any) -> dict[str, str]:
     if kind == "v1password":
         names = {"ST_AUTH": "auth_url", "ST_USER": "username", "ST_KEY": "password"}
     else:
-        plugin = loading.get_auth_plugin_conf_options(kind)
-        names = {f"OS_{one.dest.upper()}": one.dest for one in plugin}
+        names = {f"OS_{one.dest.upper()}": one.dest for one in _CREDENTIALS}
     names |= {"OS_REGION_NAME": "region_name", "OS_STORAGE_URL": "endpoint_override"}
     names |= {"OS_CACERT": "cafile", "OS_CERT": "certfile", "OS_KEY": "keyfile", "OS_INSECURE": "insecure"}
     values = {name: _to_text(getattr(options, dest, None)) for name, dest in names.items()}

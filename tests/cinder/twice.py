@@ -99,7 +99,7 @@ def main(conf, host):
     cfg.CONF(["--config-file", conf], project="cinder")
     logging.setup(cfg.CONF, "cinder")
     options = configuration.Configuration(manager.volume_backend_opts, config_group="island")
-    driver = IslandDriver(configuration=options, host=f"{host}@island", db=None)
+    driver = IslandDriver(configuration=options, host=f"{host}@island")
     driver.do_setup(None)
     driver.check_for_setup_error()
     walk(Calls(driver), {"host": host, "ip": "127.0.0.1"})
