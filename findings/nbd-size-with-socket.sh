@@ -12,14 +12,15 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 for program in gcc cpio xz qemu-system-x86_64; do command -v "$program" >/dev/null || exit 77; done
 mkdir -p "$folder/lists/partial" "$folder/cache/archives/partial"
-mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' | awk '$1 == "Debian" { print $2; exit }')
+mirror=$(apt-get indextargets --format '$(ORIGIN) $(REPO_URI)' 'Created-By: Packages' |
+    awk '$1 == "Debian" { print $2; exit }')
 for suite in bookworm bookworm-security trixie trixie-security; do
     case $suite in *-security) place=${mirror%/}-security ;; *) place=${mirror%/} ;; esac
     echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $place $suite main"
 done >"$folder/sources"
 apt() {
-    apt-get -qq -o Dir::Etc::sourcelist="$folder/sources" -o Dir::Etc::sourceparts=- -o Dir::State::lists="$folder/lists" \
-        -o Dir::Cache="$folder/cache" -o APT::Sandbox::User=root "$@" >/dev/null 2>&1
+    apt-get -qq -o Dir::Etc::sourcelist="$folder/sources" -o Dir::Etc::sourceparts=- \
+        -o Dir::State::lists="$folder/lists" -o Dir::Cache="$folder/cache" -o APT::Sandbox::User=root "$@" >/dev/null 2>&1
 }
 apt update || exit 77
 cd "$folder"

@@ -20,7 +20,8 @@ GUEST = ROOT / "build/guest"
 # where Debian's packages have them, by version
 KERNELS = ("boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
 BUSYBOX = ("bin/busybox", "usr/bin/busybox")
-VIRTIOFSD = ("/usr/lib/qemu/virtiofsd", "/usr/libexec/virtiofsd")
+# Rust's, and QEMU's own of up to 7.2; Debian 13 has the former under both names
+VIRTIOFSD = ("/usr/libexec/virtiofsd", "/usr/lib/qemu/virtiofsd")
 # in the order in which they need each other
 MODULES = (
     "virtio_ring virtio virtio_pci_legacy_dev virtio_pci_modern_dev virtio_pci fuse virtiofs overlay nbd"
@@ -68,11 +69,11 @@ def virtiofsd() -> str | None:
 
 
 def virtiofsd_options() -> list[str]:
-    """What shares the root file system: QEMU's own virtiofsd, up to 7.2, has other options than Rust's.
+    """What shares the root file system: QEMU's own virtiofsd has other options than Rust's.
 
     The latter announces mounts below the root by default; an overlay over them makes no folders (EREMOTE).
     """
-    if virtiofsd() == VIRTIOFSD[0]:
+    if virtiofsd() == VIRTIOFSD[1]:
         return ["-o", "source=/", "-o", "cache=always", "-o", "sandbox=chroot"]
     return ["--shared-dir=/", "--cache=always", "--sandbox=chroot", "--no-announce-submounts"]
 
