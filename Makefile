@@ -53,6 +53,7 @@ versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or 
 
 bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
 	@scripts/install_packages qemu daemon fuse fio peers
+	@$(BIN)/python -m scripts.peers || echo 'measuring the versions that are installed'
 	@$(BIN)/python -m island_fast.bench $(BENCH)
 
 kernels: $(VENV)/.tested  ## run the benchmarks of kernels and formats
