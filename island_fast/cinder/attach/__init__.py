@@ -3,8 +3,8 @@
 Terms:
 
     daemon    a qemu-storage-daemon, the only process that opens the image. It outlives cinder-volume
-    export    the volume as the daemon offers it: a VDUSE or an NBD export, or a file (FUSE). Internal snapshots
-              need none
+    export    the volume as the daemon offers it: a VDUSE or an NBD export, or a file (FUSE). Internal
+              snapshots need none
     device    a kernel block device over the export: a virtio disk, a kernel NBD device, or a loop device
     kind      "vduse", "nbd" or "loop"; a daemon keeps the kind that it was started for
     backing   the path by which the kernel knows what a device stands on, so devices are found by backing
@@ -18,12 +18,12 @@ Where things are:
     daemon.py         one volume's daemon; `process_lookup.py` finds it without waiting for it
     loop_devices.py   loop devices; `mounts.py` lists and removes FUSE mounts. The steps that need root are
                       in `loop_root.py`, the command `island-loop`, which opens exports by `fuse_export.py`
-    vduse_devices.py  VDUSE disks. The steps that need root are in `vduse_root.py`, the command `island-vduse`,
-                      which speaks to the kernel by `vduse_control.py` and `vdpa_netlink.py`, and asks
-                      `openers.py` who has a disk open; `stand_in.py` has the scripts for a daemon that dies
+    vduse_devices.py  VDUSE disks. The steps that need root are in `vduse_root.py`, the command
+                      `island-vduse`, which speaks to the kernel by `vduse_control.py` and `vdpa_netlink.py`,
+                      and asks `openers.py` who has a disk open; `stand_in.py` is for daemons that die
     nbd_devices.py    kernel NBD devices. The steps that need root are in `nbd_root.py`, the command
-                      `island-nbd`, which speaks to the kernel by `nbd_netlink.py`. Both
-                      netlinks are `generic_netlink.py`
+                      `island-nbd`, which speaks to the kernel by `nbd_netlink.py`. Both netlinks are
+                      made of `generic_netlink.py`
     selftest.py       does the path keep data right (written by root: `exercise.py`, `block_device.py`); is it
                       fast (`speed.py`); does the host's udev leave it alone (`udev.py`)
 

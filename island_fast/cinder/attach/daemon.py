@@ -95,12 +95,7 @@ class Daemon:
         self.socket = folder / "nbd"
         self.vduse = folder / "vduse"
         self._execute = execute
-        longest = stand_in_socket(self.vduse / ("0" * 2 * _TOKEN_BYTES))
-        if len(os.fsencode(longest)) > _MAX_SOCKET_PATH:
-            raise UsageError(
-                f"the path {str(longest)!r} has over {_MAX_SOCKET_PATH} bytes, too long for a socket; "
-                f"choose a shorter folder for the sockets"
-            )
+        _require_short(self.monitor)
 
     def is_running(self) -> bool:
         """Return whether a process listens on the control socket, without waiting for its answer."""
@@ -113,6 +108,8 @@ class Daemon:
         or another error of an image, if the image must not be served (it is encrypted, or has a backing file
         or an external data file), and ImageInUseError if another process has it open.
         """
+        if kind == "vduse":
+            _require_short(stand_in_socket(self.vduse / ("0" * 2 * _TOKEN_BYTES)))
         with Image.open(image) as opened:
             size, cluster = opened.header.size, opened.header.cluster_size
         for stale in (self.control, self.monitor, self._pid_file):
@@ -301,10 +298,12 @@ class Daemon:
                 )
             time.sleep(_STEP)
 
+    def end_stand_in(self, backing: Path) -> None:
+        """End the stand-in for a backing, if there is one; its device goes with it, unless it has a disk."""
+        self._quit(stand_in_socket(backing))
+
     def forget_vduse(self, backing: Path) -> None:
-        """Remove what belongs to a VDUSE export whose device is gone, also its stand-in."""
-        if find_listener(stand_in_socket(backing)) is not None:
-            self._quit(stand_in_socket(backing))
+        """Remove the files about a VDUSE export whose device is gone."""
         if self.backing() == backing:
             (self.vduse / TOKEN).unlink()
         requests = self.vduse / f"vduse-blk-{device_name(backing)}"  # made by QEMU
@@ -521,6 +520,15 @@ class Daemon:
             return error_text(self._log_file.read_bytes()[-_LOG_TAIL:].decode(errors="backslashreplace"))
         except OSError:
             return "it has no log"
+
+
+def _require_short(socket: Path) -> None:
+    """Raise UsageError if a path is too long for a socket."""
+    if len(os.fsencode(socket)) > _MAX_SOCKET_PATH:
+        raise UsageError(
+            f"the path {str(socket)!r} has over {_MAX_SOCKET_PATH} bytes, too long for a socket; "
+            f"choose a shorter folder for the sockets"
+        )
 
 
 def _replace(file: Path, text: str) -> None:

@@ -328,6 +328,8 @@ class Exports:
                 self._vduses.remove(backing)
             except ImageInUseError:
                 continue
+            daemon.end_stand_in(backing)
+            self._vduses.remove(backing)  # if the stand-in did not
             daemon.forget_vduse(backing)
 
     def _find_device(self, daemon: Daemon) -> Path | None:
