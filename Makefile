@@ -7,7 +7,7 @@ LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 WITH_SWIFT := tests/stores tests/faults tests/operations tests/cli
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help ready test quick check ceph cinderlib fuzz machine mutants versions bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test quick check ceph cinderlib attached fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -37,6 +37,10 @@ ceph: $(VENV)/.tested  ## run the tests of Swift with a real Ceph gateway: ten m
 cinderlib: $(VENV)/.tested  ## run cinderlib's own functional suite on the Cinder driver, as root: two minutes
 	@scripts/install_packages qemu daemon fuse
 	@$(BIN)/python scripts/cinderlib_suite.py
+
+attached: $(VENV)/.tested  ## run the tests of VDUSE disks in a virtual machine: half an hour; ROUNDS=60 is of kills while a user writes
+	@scripts/install_packages qemu daemon vm mkfs fuse guest vduse
+	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py)
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)

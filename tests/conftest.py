@@ -38,6 +38,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests of Swift, and those alone, with a real Ceph gateway",
     )
+    parser.addoption(
+        "--attached", action="store_true", help="run the tests of VDUSE disks too, in a virtual machine"
+    )
+    parser.addoption(
+        "--rounds", type=int, default=8, help="rounds of kills while a user writes to a VDUSE disk"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -47,6 +53,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if not _uses_swift(item)])
         items[:] = [item for item in items if _uses_swift(item)]
     for item in items:
+        if item.get_closest_marker("attached") and not config.getoption("--attached"):
+            item.add_marker(pytest.mark.skip(reason="with --attached only: make attached"))
         if config.getoption("--ceph"):
             if mark := item.get_closest_marker("swift_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not with Ceph: {mark.args[0]}"))

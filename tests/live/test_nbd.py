@@ -213,6 +213,15 @@ def test_a_kernel_without_the_driver_is_named(
     [
         ("loop_root", []),
         (
+            "vduse_root",
+            [
+                "island_fast.cinder.attach.openers",
+                "island_fast.cinder.attach.generic_netlink",
+                "island_fast.cinder.attach.vdpa_netlink",
+                "island_fast.cinder.attach.vduse_control",
+            ],
+        ),
+        (
             "nbd_root",
             [
                 "island_fast.cinder.attach.generic_netlink",

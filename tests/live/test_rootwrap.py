@@ -42,8 +42,12 @@ def nbd(command: str, *more: str, path: str = f"/run/island/{VOLUME}/nbd/0123456
     return ["island-nbd", command, path, *more]
 
 
+def vduse(command: str, *more: str, path: str = f"/run/island/{VOLUME}/vduse/0123456789abcdef") -> list[str]:
+    return ["island-vduse", command, path, *more]
+
+
 def unit(
-    *, name: str = VOLUME, user: str = "cinder", script: str = f"/run/island/{VOLUME}/start"
+    *, name: str = f"{VOLUME}-0123abcd", user: str = "cinder", script: str = f"/run/island/{VOLUME}/start"
 ) -> list[str]:
     flags = ["--quiet", "--collect", f"--unit=island-{name}", f"--uid={user}", "--gid=cinder"]
     return ["systemd-run", *flags, "--", "/bin/sh", script]
@@ -68,6 +72,12 @@ def unit(
         nbd("release"),
         nbd("abandon"),
         nbd("loosen"),
+        vduse("create"),
+        vduse("attach"),
+        vduse("release"),
+        vduse("exercise", path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
+        vduse("digest", path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
+        vduse("bench", *BENCH, path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
         unit(),
     ],
 )
@@ -104,6 +114,18 @@ def test_what_the_driver_needs_is_allowed(command: list[str]) -> None:
         nbd("release", path=f"/run/../{VOLUME}/nbd/0123456789abcdef"),
         nbd("release", path=f"/run/island/{VOLUME}/nbd/../../secret"),
         ["nbd-client", "-d", "/dev/nbd0"],
+        vduse("abandon"),
+        vduse("exercise"),
+        vduse("bench", *BENCH),
+        vduse("release", "4096"),
+        vduse("release", path="/dev/vda"),
+        vduse("release", path=f"island-{VOLUME}-0123456789abcdef"),
+        vduse("release", path=f"/run/island/{VOLUME}/vduse/../../secret"),
+        vduse("attach", path=f"/run/../{VOLUME}/vduse/0123456789abcdef"),
+        vduse("create", path=f"/run/island/{VOLUME}/nbd/0123456789abcdef"),
+        ["vdpa", "dev", "del", "stranger"],
+        ["setfacl", "-m", "u:cinder:rw", "/dev/vduse/control"],
+        unit(name=VOLUME),
         unit(user="root"),
         unit(user="0"),
         unit(name="ssh"),
@@ -153,7 +175,9 @@ def test_under_systemd_each_daemon_is_a_unit_of_its_own(
     one = Daemon(root_host.run / volume, execute)
     one.start(image, "loop")
     assert one.is_running()
-    assert asked == [(unit(name=volume, script=f"{root_host.run / volume}/start"), True)]
+    name = asked[0][0][3].removeprefix("--unit=island-")
+    assert name.startswith(f"{volume}-")
+    assert asked == [(unit(name=name, script=f"{root_host.run / volume}/start"), True)]
     assert allowed(asked[0][0])
     one.quit()
     assert not one.is_running()
