@@ -66,7 +66,8 @@ def _uses_swift(item: pytest.Item) -> bool:
     """Whether a test asks for the Swift server, as far as its fixtures, parameters and markers show it."""
     called = getattr(item, "callspec", None)
     asked = [*getattr(item, "fixturenames", ()), *(called.params.values() if called else ())]
-    return "swift_server" in asked or "swift" in asked or item.get_closest_marker("uses_swift") is not None
+    known = any(name in asked for name in ("swift_server", "swift", "services"))
+    return known or item.get_closest_marker("uses_swift") is not None
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cinder.services import Services
+from tests.conftest import make_swift_server
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -23,12 +24,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def services() -> Iterator[Services]:
-    """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own."""
+def services(request: pytest.FixtureRequest) -> Iterator[Services]:
+    """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own.
+
+    With `--ceph` there is a Ceph in place of Swift.
+    """
     if os.geteuid() != 0:
         pytest.skip("only root can make the user that Cinder's services run as")
     for program in ("rabbitmq-server", "sudo"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; `make test` does it")
-    with Services() as running:
+    with Services(lambda: make_swift_server(request.config)) as running:
         yield running
