@@ -257,7 +257,7 @@ class Daemon:
         _replace(
             self.folder / PREPARED, self._program_script(image.resolve(), size, cluster, "vduse", export)
         )
-        self._pid_file.unlink()
+        self._pid_file.unlink(missing_ok=True)
         self._quit(self.control)
         self._wait_until_listening(image)
         self._wait_until_confirmed(image)
