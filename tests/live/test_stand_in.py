@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from island_fast.cinder.attach.process_lookup import is_alive
 from island_fast.cinder.attach.stand_in import PREPARED, TOKEN, stand_in_script, watch_script
 from island_fast.qemu.qmp import Qmp
 from tests.live.test_attach import eventually
@@ -77,8 +78,27 @@ def test_a_signal_to_end_does_not_end_the_watch(watched: Watched) -> None:
     assert watched.watcher.poll() is None
     assert not watched.stood_in.exists()
     os.kill(watched.pid("first"), signal.SIGKILL)
+    assert watched.watcher.wait(60) == 137
+    assert watched.stood_in.exists()
+
+
+def test_a_stand_in_does_not_hold_up_a_shutdown(watched: Watched) -> None:
+    """systemd waits for all that it asked to end; what runs after that is cinder-volume's to start."""
+    (watched.folder / "vduse" / BACKING).write_text(f"echo $$ >{watched.stood_in}\nexec sleep 600\n")
+    watched.watcher.send_signal(signal.SIGTERM)
+    os.kill(watched.pid("first"), signal.SIGTERM)
+    assert watched.watcher.wait(60) == 0
+    assert eventually(lambda: not is_alive(int(watched.stood_in.read_text())))
+
+
+def test_a_daemon_that_could_not_flush_has_no_successor(watched: Watched) -> None:
+    watched.write(PREPARED, "second")
+    with watched.log.open("a") as log:
+        log.write("qemu-storage-daemon: Failed to flush the L2 block cache: No space left on device\n")
+    os.kill(watched.pid("first"), signal.SIGTERM)
     assert watched.watcher.wait(60) == 0
     assert watched.stood_in.exists()
+    assert not (watched.folder / "second").exists()
 
 
 def test_a_prepared_restart_follows_a_clean_end_alone(watched: Watched) -> None:

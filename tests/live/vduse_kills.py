@@ -45,7 +45,7 @@ def rounds_of_kills(host: Host) -> None:
 
 def _run_round(host: Host, victim: str, dice: random.Random) -> str:
     volume, image = host.volume(SIZE)
-    link = host.exports.attach(volume, image)
+    link = _attach(host, volume, image)
     with User(link) as user:
         assert eventually(lambda: user.flushed > 3)
         after = _kill(host, volume, image, victim, dice)
@@ -88,12 +88,12 @@ def _kill(host: Host, volume: str, image: Path, victim: str, dice: random.Random
             "attaches": ("attach", volume, image),
         }
         _kill_service(host, calls[victim.split()[-1]], wait)
-        host.exports.attach(volume, image)  # what the next service does
+        _attach(host, volume, image)  # what the next service does
     elif victim == "helper that attaches":
         other, second = host.volume(SIZE)
         with _helper_that_dies(wait), contextlib.suppress(IslandError):
             host.exports.attach(other, second)
-        _read_last(host.exports.attach(other, second))
+        _read_last(_attach(host, other, second))
         host.exports.stop(other)
         second.unlink()
     else:
@@ -101,12 +101,20 @@ def _kill(host: Host, volume: str, image: Path, victim: str, dice: random.Random
         def detach() -> None:
             with _helper_that_dies(wait), contextlib.suppress(IslandError):
                 host.exports.detach(volume)
-            _read_last(host.exports.attach(volume, image))
+            _read_last(_attach(host, volume, image))
             with _helper_that_dies(wait / 4), contextlib.suppress(IslandError):
                 host.exports.stop(volume)
 
         return detach
     return None
+
+
+def _attach(host: Host, volume: str, image: Path) -> Path:
+    """Attach; once more if that fails, for on an emulated machine QEMU 7.2 can die while it starts."""
+    try:
+        return host.exports.attach(volume, image)
+    except IslandError:
+        return host.exports.attach(volume, image)
 
 
 def _read_last(link: Path) -> None:

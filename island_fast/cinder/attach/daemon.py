@@ -257,7 +257,7 @@ class Daemon:
         _replace(
             self.folder / PREPARED, self._program_script(image.resolve(), size, cluster, "vduse", export)
         )
-        self._pid_file.unlink()
+        self._pid_file.unlink(missing_ok=True)
         self._quit(self.control)
         self._wait_until_listening(image)
         self._wait_until_confirmed(image)
@@ -463,8 +463,9 @@ class Daemon:
             check_run(self._execute, ["setsid", "--fork", *run], task)
             return
         user, group = _user_and_group()
-        # a number, for the shell of a daemon that died can still be the stand-in for it
-        name = f"--unit=island-{self.volume}-{secrets.token_hex(4)}"
+        name = f"--unit=island-{self.volume}"
+        if self._is_for_vduse():  # the shell of a daemon that died can still be the stand-in for it
+            name += f"-{secrets.token_hex(4)}"
         unit = ["--quiet", "--collect", name, f"--uid={user}", f"--gid={group}"]
         check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)
 

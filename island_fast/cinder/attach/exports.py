@@ -189,7 +189,7 @@ class Exports:
             if device is not None and devices is self._loops:
                 self._loops.grow(device, daemon.disk, size)
             elif device is not None:
-                self._vduses.wait_for_size(device, size)
+                self._ensure_size(daemon, device)
 
     def state(self, volume: str) -> State:
         """Return the volume's present state. Never waits, neither for the daemon nor for anything else."""
@@ -242,10 +242,15 @@ class Exports:
         self._remove_left(daemon)
         backing = daemon.backing()
         device = self._find_device(daemon) or self._devices_for(backing).attach(backing, daemon.size())
-        if backing.parent == daemon.vduse and not self._vduses.has_size(device, daemon.size()):
-            daemon.announce_size()
-            self._vduses.wait_for_size(device, daemon.size())
+        if backing.parent == daemon.vduse:
+            self._ensure_size(daemon, device)
         return self._point_link(daemon.volume, device)
+
+    def _ensure_size(self, daemon: Daemon, device: Path) -> None:
+        """Make sure that the kernel gives a VDUSE disk the size of its volume."""
+        if not self._vduses.has_size(device, daemon.size()):
+            daemon.announce_size()
+        self._vduses.wait_for_size(device, daemon.size())
 
     def _grow_nbd(self, daemon: Daemon, device: Path, size: int) -> None:
         """Enlarge the volume and its NBD device.

@@ -51,8 +51,9 @@ def export_options(backing: Path, node: str) -> dict[str, object]:
 def watch_script(folder: Path, program: Path, log: Path) -> str:
     """Return the shell script that runs `program`, a script that becomes the daemon, and watches it.
 
-    A signal to end is for the daemon, which gets it too. A daemon that ended serves nothing only if the
-    volume was not exported any more; then this ends.
+    A signal to end is for the daemon, which gets it too; after it, a stand-in stays for seconds only, so that
+    a host can shut down. If the volume is not exported any more when the daemon ends, this ends too. A daemon
+    that could not flush its tables when it quit gets a stand-in and no successor; only QEMU's log says so.
     """
     vduse, prepared = shlex.quote(str(folder / "vduse")), shlex.quote(str(folder / PREPARED))
     daemon = shlex.quote(str(program))
@@ -60,7 +61,8 @@ def watch_script(folder: Path, program: Path, log: Path) -> str:
 exec </dev/null >{shlex.quote(str(log))} 2>&1
 umask 077
 cd /
-trap : HUP INT TERM
+asked=
+trap 'asked=1' HUP INT TERM
 run() {{
     /bin/sh {daemon} &
     child=$!
@@ -77,14 +79,21 @@ while :; do
         status=$?
     done
     served || exit "$status"
-    [ "$status" = 0 ] && [ -e {prepared} ] || break
+    [ "$status" = 0 ] && [ -e {prepared} ] && ! grep -q "Failed to flush" {shlex.quote(str(log))} || break
     mv {prepared} {daemon}
     run
     echo "$token $child" >{vduse}/{TOKEN}.new
     mv {vduse}/{TOKEN}.new {vduse}/{TOKEN}
 done
 echo "the daemon ended with status $status; every request is answered with an error now" >&2
-exec /bin/sh {vduse}/"$token"
+[ -n "$asked" ] || exec /bin/sh {vduse}/"$token"
+/bin/sh {vduse}/"$token" &
+child=$!
+for _ in 1 2 3 4 5 6 7 8 9 10; do
+    ! kill -0 "$child" 2>/dev/null || sleep 1
+done
+kill "$child" 2>/dev/null
+exit "$status"
 """
 
 
