@@ -18,7 +18,7 @@ help:  ## list these targets
 
 ready: $(VENV)/.tested  ## install everything that the tests need
 	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd udev fio peers libvirt
-	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
+	@scripts/install_packages guest || echo 'skipping the tests of frozen guests'
 
 test: ready  ## run all tests, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
 	$(BIN)/pytest -n 3 --no-loadscope-reorder $(TESTS)
@@ -38,9 +38,9 @@ cinderlib: $(VENV)/.tested  ## run cinderlib's own functional suite on the Cinde
 	@scripts/install_packages qemu daemon fuse
 	@$(BIN)/python scripts/cinderlib_suite.py
 
-attached: $(VENV)/.tested  ## run the tests of VDUSE disks in a virtual machine: half an hour; ROUNDS=60 is of kills while a user writes
+attached: $(VENV)/.tested  ## run the tests of VDUSE and NBD devices in virtual machines: half an hour; ROUNDS=60 is of kills while a user writes
 	@scripts/install_packages qemu daemon vm mkfs fuse guest vduse
-	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py)
+	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py tests/live/test_nbd.py)
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)

@@ -39,7 +39,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests of Swift, and those alone, with a real Ceph gateway",
     )
     parser.addoption(
-        "--attached", action="store_true", help="run the tests of VDUSE disks too, in a virtual machine"
+        "--attached", action="store_true", help="run tests of VDUSE and NBD devices too, in virtual machines"
     )
     parser.addoption(
         "--rounds", type=int, default=8, help="rounds of kills while a user writes to a VDUSE disk"
