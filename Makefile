@@ -55,7 +55,7 @@ versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or 
 	@scripts/install_packages debootstrap
 	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(TESTS)
 
-bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
+bench: $(VENV)/.tested  ## compare speed with restic, Borg, Cinder and qemu: half an hour; BENCH="--quick": minutes
 	@scripts/install_packages qemu daemon fuse fio peers
 	@$(BIN)/python -m scripts.peers || echo 'measuring the versions that are installed'
 	@$(BIN)/python -m island_fast.bench $(BENCH)

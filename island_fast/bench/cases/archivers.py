@@ -26,6 +26,7 @@ from island_fast.bench.timing import (
     describe_costs,
     flush_to_disk,
     make_row,
+    run,
     run_pairs,
     warm_page_cache,
 )
@@ -45,7 +46,9 @@ Make = Callable[[Path], Archiver]
 
 @dataclass(slots=True)
 class _Match:
-    """island and one peer on one volume. Each first snapshot begins with two empty repositories.
+    """island and one peer on one volume. Each first snapshot begins with two new repositories.
+
+    Making them is not timed: that of island is made by a snapshot of another, empty volume.
 
     `make` makes the peer for a folder; `clear` empties the stores of both if they are not in that folder and
     in island's. `where` says in the names of rows where the stores are.
@@ -81,11 +84,15 @@ class _Match:
             self.island("unpin", volume.image)
 
     def _begin(self) -> None:
-        """Begin again with empty repositories."""
+        """Begin again with new repositories."""
         self._end()
         self.island("unpin", self.volume.image)
         self.island.remove()
         self.clear()
+        empty = self.context.scratch / "empty.qcow2"
+        if not empty.exists():
+            run(["qemu-img", "create", "-q", "-f", "qcow2", empty, "1M"])
+        self.island("snapshot", empty, "--no-pin")
         self.peer = self.make(self._folder)
         self.peer.prepare()
         warm_page_cache(self.volume.raw)
@@ -192,6 +199,7 @@ def _reach_far(
         return
     with tempfile.TemporaryDirectory(prefix="island-bench-", dir=find_folder_in_memory()) as made:
         store = Path(made) / "store"
+        store.mkdir()
         serve = serve_borg(program) if name == "borg" else serve_rest(store)
         with serve as near, slow_link(near, round_trip) as port:
 
@@ -201,7 +209,7 @@ def _reach_far(
                 return Borg2(folder, program, location=f"http://127.0.0.1:{port}/")
 
             def clear() -> None:
-                for path in store.iterdir() if store.exists() else ():
+                for path in store.iterdir():
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
             yield make, clear
