@@ -38,6 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests of Swift, and those alone, with a real Ceph gateway",
     )
+    parser.addoption(
+        "--native-threads",
+        action="store_true",
+        help="run Cinder's services without eventlet, as Cinder 29 and later can, but for its API",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -23,12 +23,12 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def services() -> Iterator[Services]:
+def services(request: pytest.FixtureRequest) -> Iterator[Services]:
     """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own."""
     if os.geteuid() != 0:
         pytest.skip("only root can make the user that Cinder's services run as")
     for program in ("rabbitmq-server", "sudo"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; `make test` does it")
-    with Services() as running:
+    with Services(native_threads=request.config.getoption("--native-threads")) as running:
         yield running

@@ -30,8 +30,8 @@ class Services:
     RabbitMQ (not its queues) and Glance.
     """
 
-    def __init__(self) -> None:
-        self.account = Account()
+    def __init__(self, *, native_threads: bool = False) -> None:
+        self.account = Account(native_threads=native_threads)
         self._stack = ExitStack()
         self._regions: dict[str, Region] = {}
         self._swifts: dict[str, SwiftServer] = {}
