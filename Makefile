@@ -51,9 +51,9 @@ machine: $(VENV)/.tested  ## run random histories with crashes and faults, for M
 mutants: $(VENV)/.tested  ## plant mistakes one at a time, and check that random histories find each: half an hour
 	$(BIN)/python scripts/mutants.py
 
-versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or sid; TESTS="tests/unit" chooses
+versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or sid; TESTS="tests/unit" chooses; WITH="cinder==26.*" replaces
 	@scripts/install_packages debootstrap
-	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(TESTS)
+	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(if $(WITH),--with '$(WITH)') $(TESTS)
 
 bench: $(VENV)/.tested  ## compare speed with restic, Borg, Cinder and qemu: half an hour; BENCH="--quick": minutes
 	@scripts/install_packages qemu daemon fuse fio peers

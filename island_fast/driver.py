@@ -387,7 +387,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
             if record.in_transit:
                 hosts = find_hosts(name)
                 if hosts and here not in hosts:
-                    self._volumes.records.remove(name)
+                    self._volumes.forget(name, record)
 
     @property
     def _location_info(self) -> str:

@@ -2,6 +2,7 @@
 
     scripts/versions.py SUITE [WORD...]            a suite is trixie or sid; words are for pytest: tests/unit
     scripts/versions.py SUITE --target TARGET      make this target there instead, such as wheels
+    scripts/versions.py SUITE --with REQUIREMENT   test with this instead of what was installed: cinder==26.*
 
 Needs root and debootstrap. The chroot is build/versions/SUITE, of 4 GiB; it is made once and kept, with the
 packages and the virtual environment in it, until `make clean`. What runs there is a clone of the last commit
@@ -24,6 +25,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 TREE = Path(__file__).resolve().parent.parent
+OTHERS = ".others"  # in a virtual environment in which not everything is what `make` would install
 CLONE = "srv/island"  # below the chroot; others than root may read it
 
 # What the README asks for, and what this machine's place as a checkout and a sandbox asks for.
@@ -64,6 +66,7 @@ def main() -> None:
     )
     parser.add_argument("suite")
     parser.add_argument("--target", default="test")
+    parser.add_argument("--with", dest="other")
     chosen, words = parser.parse_known_args()
     suite = chosen.suite
     if os.geteuid() != 0:
@@ -79,6 +82,7 @@ def main() -> None:
         make_chroot(suite, top)
     copy_settings(top)
     commit = clone(top / CLONE)
+    forget_others(top / CLONE / ".venv")
     if chosen.target != "test":
         run(top, ["make", chosen.target], network=True)
         return
@@ -86,8 +90,18 @@ def main() -> None:
     if not words:
         run(top, ["make", "demo"], network=True)
     run(top, ["make", "ready"], network=True)
+    if chosen.other:
+        (top / CLONE / ".venv" / OTHERS).touch()
+        run(top, [".venv/bin/pip", "install", "-q", "--upgrade", chosen.other], network=True)
     report_versions(top)
     run(top, ["make", "test", f"TESTS={' '.join(words)}"])
+
+
+def forget_others(environment: Path) -> None:
+    """Have `make` install again what an earlier run has replaced."""
+    if (environment / OTHERS).exists():
+        (environment / ".tested").unlink(missing_ok=True)
+        (environment / OTHERS).unlink()
 
 
 def make_chroot(suite: str, top: Path) -> None:

@@ -44,6 +44,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--rounds", type=int, default=8, help="rounds of kills while a user writes to a VDUSE disk"
     )
+    parser.addoption(
+        "--native-threads",
+        action="store_true",
+        help="run Cinder's services without eventlet, as Cinder 29 and later can, but for its API",
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

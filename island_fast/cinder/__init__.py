@@ -25,6 +25,8 @@ Rules:
 
 - Long work (snapshot, restore, delete, sweep) runs in a process of its own, the command `island`. So a
   service on eventlet keeps responding, and this room never imports `operations/` or `api.py`.
+- Nothing here knows whether a service runs on eventlet or on native threads: locks, threads and regular calls
+  are those of oslo, which knows.
 - Every call can be repeated: it leaves alone what an earlier call has done.
 - Only `options.py`, `errors.py`, `database.py` and `driver.py` import Cinder or oslo.
 

@@ -1,7 +1,8 @@
-"""Run a program from a service on eventlet, without stopping the service's other work.
+"""Run a program from a service of Cinder's, without stopping the service's other work.
 
-Such a service stands still while it waits for a pipe or a process, except in ways that eventlet has patched.
-So this module waits for nothing but time: the program writes to files, which are read now and then.
+A service on eventlet stands still while it waits for a pipe or a process, except in ways that eventlet has
+patched. So this module waits for nothing but time: the program writes to files, which are read now and then.
+On native threads, on which a service can run since Cinder 29, only the calling thread waits.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ def run_child(
     a store that does not answer. It also gets SIGTERM when this process ends. Raises OSError if the program
     does not start.
     """
+    # The kernel sends the signal when the thread ends that started the program; this one waits for it.
     command = ["setpriv", "--pdeathsig", "TERM", *command]
     with (
         tempfile.TemporaryFile() as stdout,

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -94,11 +95,13 @@ class VolumeRecord:
 class VolumeRecords:
     """The records of a host's volumes, in one folder, which the first write creates.
 
-    Nothing here locks: `Volumes` makes sure that one call at a time works on a volume.
+    `Volumes` makes sure that one call at a time works on a volume's image. But a volume can grow while it is
+    snapshotted, so `change` is the way to alter a record of which another call may alter another field.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._changing = threading.Lock()
 
     def refuse_other_owner(self, service: str) -> None:
         """Raise RefusedError if the folder belongs to another service than the one of this name."""
@@ -205,12 +208,13 @@ class VolumeRecords:
                 os.unlink(entry.path)
 
     def change(self, volume: str, **changes: object) -> VolumeRecord:
-        """Replace fields of a record, and return the new record."""
-        record = self.read(volume)
-        changed = replace(record, **changes)  # type: ignore[arg-type]
-        if changed != record:
-            self.write(volume, changed)
-        return changed
+        """Replace fields of a record, and return the new record; of two threads, none undoes the other's."""
+        with self._changing:
+            record = self.read(volume)
+            changed = replace(record, **changes)  # type: ignore[arg-type]
+            if changed != record:
+                self.write(volume, changed)
+            return changed
 
     def remove(self, volume: str) -> None:
         """Remove the volume's image, then the rest of its folder; do nothing if there is no folder."""

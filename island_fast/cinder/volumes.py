@@ -104,14 +104,14 @@ class Volumes:
         A record is older if it names another origin: the host had the volume once, and it was migrated away.
         Raises NotFoundError if Cinder says that there was an image, which then must be lost.
         """
-        known = self._find_record(volume)
-        if known is None and record.made:
-            raise NotFoundError(
-                f"volume {volume} has no image on this host, its host or its files were lost; revert it to "
-                "its newest snapshot, or create a volume from one"
-            )
-        if known is not None and record.origin and not known.made and known.origin != record.origin:
-            with self._lock(volume):
+        with self._lock(volume):  # before the look: a call that had the lock may have made the image
+            known = self._find_record(volume)
+            if known is None and record.made:
+                raise NotFoundError(
+                    f"volume {volume} has no image on this host, its host or its files were lost; revert it "
+                    "to its newest snapshot, or create a volume from one"
+                )
+            if known is not None and record.origin and not known.made and known.origin != record.origin:
                 # A cut can have left the image that the volume had when it was migrated away.
                 self.records.image_path(volume).unlink(missing_ok=True)
                 self.records.write(volume, record)
@@ -493,6 +493,12 @@ class Volumes:
             if old != snapshot:
                 self.own_repository.delete(old)
         self.records.change(volume, origin=snapshot, passing=True, made=False)
+
+    def forget(self, volume: str, record: VolumeRecord) -> None:
+        """Remove what this host has of a volume that another one took over, unless its record has changed."""
+        with self._lock(volume):
+            if self._find_record(volume) == record:
+                self.records.remove(volume)
 
     def _refuse_moving(self, volume: str) -> None:
         if volume in self._moving:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-PATIENCE = 60.0  # seconds that anything may take on a machine that is busy with something else
+PATIENCE = 120.0  # seconds that anything may take on a machine that is busy with something else
 
 
 class Program:
@@ -63,15 +63,17 @@ class Program:
                 extra_groups=None if user is None else [],
             )
 
-    def stop(self, patience: float = PATIENCE) -> None:
-        """Ask it to end, and wait until it has; one that does not is killed."""
-        if self.running:
-            self._signal(signal.SIGTERM)
-            try:
-                assert self._process is not None
-                self._process.wait(patience)
-            except subprocess.TimeoutExpired:
-                self.kill()
+    def stop(self, patience: float = PATIENCE) -> int | None:
+        """Ask it to end, and wait until it has; one that does not is killed. Its exit status, if it ran."""
+        if not self.running:
+            return None
+        self._signal(signal.SIGTERM)
+        assert self._process is not None
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self.kill()
+        return self._process.returncode
 
     def kill(self) -> None:
         """End it and its group (its workers) at once. What has a session of its own lives on."""

@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from tests.cinder.account import Account
+from tests.cinder.account import NATIVE_THREADS, Account
 from tests.cinder.images import Glance
 from tests.cinder.programs import Program, free_ports, wait_for, write_conf
 from tests.cinder.rabbit import Rabbit
@@ -54,6 +54,8 @@ class Region:
             ]
             log = self.folder / f"{name}.log"
             env = self.account.environment()
+            if kind == "api":  # the server of its own that it starts here needs eventlet
+                env = {name: value for name, value in env.items() if name not in NATIVE_THREADS}
             self._programs[name] = Program(name, command, log, env, self.account.ids)
         return self._programs[name]
 

@@ -30,9 +30,11 @@ class Services:
     `make_swift` makes instead; both regions share RabbitMQ (not its queues) and Glance.
     """
 
-    def __init__(self, make_swift: Callable[[], SwiftServer] = SwiftServer) -> None:
+    def __init__(
+        self, make_swift: Callable[[], SwiftServer] = SwiftServer, *, native_threads: bool = False
+    ) -> None:
         self._make_swift = make_swift
-        self.account = Account()
+        self.account = Account(native_threads=native_threads)
         self._stack = ExitStack()
         self._regions: dict[str, Region] = {}
         self._swifts: dict[str, SwiftServer] = {}

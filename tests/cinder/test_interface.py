@@ -125,7 +125,9 @@ def test_answers_that_cinder_relies_on() -> None:
 def test_cinders_own_compliance_suite() -> None:
     done = python("-c", COMPLIANCE)
     assert done.returncode == 0, done.stderr
-    assert int(done.stderr.split("Ran ")[1].split()[0]) > 100, done.stderr
+    assert int(done.stderr.split("Ran ")[1].split()[0]) > 70, (
+        done.stderr
+    )  # a test for each driver; Cinder 26 has 78
 
 
 def test_every_option_has_a_help_text_and_secrets_are_secret() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,6 +61,38 @@ def test_a_volume_that_came_back_is_made_from_what_it_became(new_host: Callable[
     here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
     assert content(here, volume, 7) == b"changed"
     assert here.repositories[""].list_snapshots(volume) == []
+
+
+def test_of_two_calls_for_a_volume_that_came_back_one_makes_it(new_host: Callable[..., Host]) -> None:
+    """The other one waits for the lock meanwhile, and must not go by what it knew before."""
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    there.volumes.adopt_record(volume, here.volumes.prepare_migration(volume, "passing"))
+    write(there.volumes.attach(volume), MIB, b"changed")
+    there.volumes.detach(volume)
+    record = there.volumes.prepare_migration(volume, "passing")
+    with ThreadPoolExecutor(1) as pool:
+        with here.volumes._lock(volume):
+            second = pool.submit(here.volumes.adopt_record, volume, record)
+            time.sleep(0.3)  # it has come as far as it can
+            here.volumes.records.image_path(volume).unlink(missing_ok=True)
+            here.volumes.records.write(volume, record)
+            here.volumes._ensure_image(volume)
+        second.result()
+    assert content(here, volume, 7) == b"changed"
+
+
+def test_a_volume_that_came_back_meanwhile_is_not_forgotten(new_host: Callable[..., Host]) -> None:
+    here, there = new_host(), new_host()
+    volume = made(here, b"content")
+    departed = here.volumes.prepare_migration(volume, "passing")
+    there.volumes.adopt_record(volume, departed)
+    there.volumes.ensure_image(volume)
+    here.volumes.adopt_record(volume, there.volumes.prepare_migration(volume, "passing"))
+    here.volumes.forget(volume, departed)
+    assert content(here, volume, 7) == b"content"
+    there.volumes.forget(volume, there.volumes.records.read(volume))
+    assert there.volumes.records.volumes() == []
 
 
 def test_a_volume_departs_without_the_snapshot_that_it_was_to_be_made_from(

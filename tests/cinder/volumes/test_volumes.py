@@ -370,3 +370,20 @@ def test_a_damaged_record_stands_in_the_way_of_its_own_volume_alone(host: Host) 
     host.volumes.delete(damaged)
     host.volumes.delete_snapshot(volume, snapshot)
     assert host.volumes.records.volumes() == [volume]
+
+
+def test_changes_of_one_record_by_two_threads_are_both_kept(host: Host) -> None:
+    """A snapshot notes its label while the volume grows."""
+    volume, records = made(host), host.volumes.records
+
+    def change(field: str, values: list[object]) -> None:
+        for value in values:
+            records.change(volume, **{field: value})
+            assert getattr(records.read(volume), field) == value
+
+    with ThreadPoolExecutor(2) as pool:
+        labels = pool.submit(change, "label", [str(number) for number in range(100)])
+        sizes = pool.submit(change, "size", [SIZE + number for number in range(100)])
+        labels.result()
+        sizes.result()
+    assert records.read(volume) == VolumeRecord(SIZE + 99, label="99")
