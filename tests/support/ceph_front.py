@@ -1,15 +1,16 @@
 """The front of the tests' Ceph: a process that injects faults into requests, and forwards the others.
 
-`ceph_server.py` starts this as a program: `ceph_front.py PORT GATEWAY_PORT...`. Of several gateways each gets
-a request in turn. The faults are those of the tests' Swift (`swift_faults.py`, in the same folder). It
-imports nothing from the tests.
+`ceph_server.py` starts this as a program: `ceph_front.py PORT GATEWAY_PORT...`. Of several gateways chance
+takes one for each request: in strict turns, the second of two requests would always meet the same one. The
+faults are those of the tests' Swift (`swift_faults.py`, in the same folder). It imports nothing from the
+tests.
 """
 
 from __future__ import annotations
 
 import ctypes
 import http.client
-import itertools
+import random
 import signal
 import socket
 import sys
@@ -24,14 +25,14 @@ _OURS = ("connection", "transfer-encoding", "expect", "keep-alive", "date", "con
 
 
 def make_forwarder(ports: Sequence[int]) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
-    """Return a WSGI application that sends each request on to the next of `ports`, on a new connection."""
-    turns = itertools.cycle(ports)
+    """Return a WSGI application that sends each request on to one of `ports`, on a new connection."""
+    chance = random.Random(0)
 
     def forward(env: dict[str, Any], start: Any) -> Iterable[bytes]:
         if env["PATH_INFO"] == "/healthcheck":
             start("200 OK", [("Content-Length", "2")])
             return [b"OK"]
-        gateway = http.client.HTTPConnection("127.0.0.1", next(turns))
+        gateway = http.client.HTTPConnection("127.0.0.1", chance.choice(ports))
         try:
             _send(gateway, env)
             answer = gateway.getresponse()

@@ -40,7 +40,7 @@ class CephServer(SwiftServer):
     """The processes, configuration and data of a Ceph, all below one temporary directory.
 
     The server "proxy" is the front with the faults; "mon", "osd", "gateway" and with several `gateways`
-    "gateway-2" and so on are behind it, and each gateway gets a request in turn. The test user is the same as
+    "gateway-2" and so on are behind it, and chance takes one for each request. The test user is the same as
     in Swift. `s3_key` and `s3_secret` are its credentials for S3 at `s3_address`. `options` are settings of
     the gateways.
     """

@@ -1,4 +1,4 @@
-"""Whole verbs on two gateways of one Ceph, which get the requests of each host in turn: `make ceph`.
+"""Whole verbs on two gateways of one Ceph, between which chance decides for each request: `make ceph`.
 
 What one of them was asked, the other must know at once: claims rely on it. Both keep metadata of containers.
 """
