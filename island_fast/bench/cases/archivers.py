@@ -65,7 +65,6 @@ class _Match:
 
     def measure(self, *, increments: bool) -> Iterator[Row]:
         """Yield the rows of the first snapshot, of increments if asked for, and of restores."""
-        volume = self.volume
         try:
             found = run_pairs(self.pairs, self._take_snapshot, self._back_up, self._begin)
             yield self._make_row("first snapshot, zstd", found, _REACH)
@@ -81,7 +80,7 @@ class _Match:
             yield self._make_row("restore to raw", found, _REACH)
         finally:
             self._end()
-            self.island("unpin", volume.image)
+        self.island("unpin", self.volume.image)
 
     def _begin(self) -> None:
         """Begin again with new repositories."""
