@@ -7,7 +7,7 @@ LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 WITH_SWIFT := tests/stores tests/faults tests/operations tests/cli
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help ready test quick check ceph cinderlib fuzz machine mutants versions bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test quick check ceph cinderlib attached fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -18,7 +18,7 @@ help:  ## list these targets
 
 ready: $(VENV)/.tested  ## install everything that the tests need
 	@scripts/install_packages qemu daemon vm mkfs fuse rabbit systemd udev fio peers libvirt
-	@scripts/install_packages guest || echo 'skipping the tests of NBD devices and of frozen guests'
+	@scripts/install_packages guest || echo 'skipping the tests of frozen guests'
 
 test: ready  ## run all tests, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
 	$(BIN)/pytest -n 3 --no-loadscope-reorder $(TESTS)
@@ -38,6 +38,10 @@ cinderlib: $(VENV)/.tested  ## run cinderlib's own functional suite on the Cinde
 	@scripts/install_packages qemu daemon fuse
 	@$(BIN)/python scripts/cinderlib_suite.py
 
+attached: $(VENV)/.tested  ## run the tests of VDUSE and NBD devices in virtual machines: half an hour; ROUNDS=60 is of kills while a user writes
+	@scripts/install_packages qemu daemon vm mkfs fuse guest vduse
+	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py tests/live/test_nbd.py)
+
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
 	$(BIN)/python scripts/fuzz.py $(or $(FUZZ_SECONDS),600)
 
@@ -51,8 +55,9 @@ versions:  ## run demo and test on another Debian, in a chroot: SUITE=trixie or 
 	@scripts/install_packages debootstrap
 	@$(PYTHON) scripts/versions.py $(SUITE) $(if $(TARGET),--target $(TARGET)) $(if $(WITH),--with '$(WITH)') $(TESTS)
 
-bench: $(VENV)/.tested  ## compare speed with restic, borg, Cinder and qemu: a quarter of an hour; BENCH="--quick": a minute
+bench: $(VENV)/.tested  ## compare speed with restic, Borg, Cinder and qemu: half an hour; BENCH="--quick": minutes
 	@scripts/install_packages qemu daemon fuse fio peers
+	@$(BIN)/python -m scripts.peers || echo 'measuring the versions that are installed'
 	@$(BIN)/python -m island_fast.bench $(BENCH)
 
 kernels: $(VENV)/.tested  ## run the benchmarks of kernels and formats

@@ -115,6 +115,7 @@ class IslandDriver(driver.VolumeDriver):  # type: ignore[misc]
                 lambda name: lockutils.lock(f"island-{name}"),
                 lazy=self.configuration.island_lazy_images,
             )
+            self._volumes.renew_daemons()
             self._manageable = ManageableVolumes(self._volumes, is_managed)
         LOG.info("volumes are attached through devices of kind %s", kind)
 

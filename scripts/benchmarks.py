@@ -29,11 +29,9 @@ def make_tables(report: Report) -> str:
 
 def _describe(report: Report) -> Iterator[str]:
     machine = "; ".join(f"{key} {value}" for key, value in report.machine.items())
-    versions = "; ".join(
-        f"{name} {version.removeprefix(f'{name} ')}" for name, version in report.versions.items()
-    )
-    yield f"Measured on {report.started[:10]}: {machine}.\n"
-    yield f"Versions: {versions}."
+    yield f"Measured on {report.started[:10]} against {report.describe_peers()}.\n"
+    ours = "; ".join(f"{name} {report.versions[name]}" for name in ("island", "python", "numpy"))
+    yield f"{ours}; {machine}."
 
 
 def _make_row_table(rows: tuple[Row, ...]) -> Iterator[str]:

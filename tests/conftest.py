@@ -43,6 +43,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run Cinder's services without eventlet, as Cinder 29 and later can, but for its API",
     )
+    parser.addoption(
+        "--attached", action="store_true", help="run tests of VDUSE and NBD devices too, in virtual machines"
+    )
+    parser.addoption(
+        "--rounds", type=int, default=8, help="rounds of kills while a user writes to a VDUSE disk"
+    )
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,11 +58,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if not _uses_swift(item)])
         items[:] = [item for item in items if _uses_swift(item)]
     for item in items:
+        if item.get_closest_marker("attached") and not config.getoption("--attached"):
+            item.add_marker(pytest.mark.skip(reason="with --attached only: make attached"))
         if config.getoption("--ceph"):
             if mark := item.get_closest_marker("swift_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not with Ceph: {mark.args[0]}"))
-            if mark := item.get_closest_marker("fails_with_ceph"):
-                item.add_marker(pytest.mark.xfail(reason=mark.args[0], strict=True))
         elif item.get_closest_marker("ceph_only"):
             item.add_marker(pytest.mark.skip(reason="with Ceph only: make ceph"))
 
@@ -65,7 +71,8 @@ def _uses_swift(item: pytest.Item) -> bool:
     """Whether a test asks for the Swift server, as far as its fixtures, parameters and markers show it."""
     called = getattr(item, "callspec", None)
     asked = [*getattr(item, "fixturenames", ()), *(called.params.values() if called else ())]
-    return "swift_server" in asked or "swift" in asked or item.get_closest_marker("uses_swift") is not None
+    known = any(name in asked for name in ("swift_server", "swift", "services"))
+    return known or item.get_closest_marker("uses_swift") is not None
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -126,7 +133,7 @@ def swift_store(swift: SwiftServer) -> Iterator[OpenSwift]:
         container = f"box-{secrets.token_hex(4)}"
         swift.create_container(container)
         opened.append(SwiftStore.open(f"{container}/{prefix}", patience))
-        opened[-1].known_to_refuse = True  # as a repository knows it; else each PUT begins with a HEAD
+        opened[-1].known_to_refuse = not isinstance(swift, CephServer)  # as a repository knows it
         swift.calm()
         return opened[-1]
 

@@ -9,7 +9,7 @@
     report     the rows and counters of one run, with the machine and the versions
     baseline   an earlier report, which `--compare` compares with
 
-`runner` runs the cases, `timing` measures processes, `table` and `plot` show a report, `compare` compares
-two. `volume`, `synthetic_volume` and `synthetic_image` make the data. The bench imports any other room, and
-no other room imports it.
+`runner` runs the cases, `timing` measures processes, `slow_link` delays what goes to a store, `table` and
+`plot` show a report, `compare` compares two. `volume`, `synthetic_volume` and `synthetic_image` make the
+data. The bench imports any other room, and no other room imports it.
 """

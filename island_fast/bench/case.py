@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from island_fast.bench.peers.all_peers import Found
 from island_fast.bench.report import Counter, LeftOut, Row
 
 __all__ = ["FULL_SCALE", "GIB", "MIB", "QUICK_SCALE", "Case", "Context", "Scale", "Size"]
@@ -45,8 +46,8 @@ QUICK_SCALE = Scale(Size(256 * MIB, 64 * MIB, 2), None)
 class Context:
     """What the runner gives to each case.
 
-    `scratch` is an empty folder for this case only, which the runner removes afterwards. `versions` has the
-    peers that were asked for and are installed, by name. `show_progress` shows one line of progress. All
+    `scratch` is an empty folder for this case only, which the runner removes afterwards. `peers` has those
+    that were asked for and are installed, by name. `show_progress` shows one line of progress. All
     random data must come from `seed`.
     """
 
@@ -54,12 +55,12 @@ class Context:
     scale: Scale
     quick: bool
     seed: int
-    versions: Mapping[str, str]
+    peers: Mapping[str, Found]
     show_progress: Callable[[str], None]
 
     def has_peer(self, peer: str) -> bool:
         """Return whether a peer was asked for and is installed."""
-        return peer in self.versions
+        return peer in self.peers
 
     def target_unless_quick(self, value: float) -> float | None:
         """Return the target for a ratio; None with --quick, where most of the time is starting processes."""

@@ -71,8 +71,8 @@ def _draw_heading_and_foot(figure: Figure, height: float, report: Report) -> Non
     cores = f"{report.machine['cores']} cores" if "cores" in report.machine else ""
     quick = "small volumes (--quick)" if report.parameters.get("quick") else ""
     foot = ";  ".join(filter(None, [where, cores, report.started[:10], quick]))
-    heading = f"island {version}, compared with other tools"
-    figure.text(0.012, 1 - 0.12 / height, heading, fontsize=14, weight="bold", va="top", color=_DARK)
+    heading = f"island {version}, compared with {report.describe_peers() or 'other tools'}"
+    figure.text(0.012, 1 - 0.12 / height, heading, fontsize=11, weight="bold", va="top", color=_DARK)
     figure.text(0.012, 0.32 / height, _LEGEND, fontsize=8.5, va="center", color=_DARK)
     figure.text(0.012, 0.14 / height, foot, fontsize=8.5, va="center", color=_GREY)
 

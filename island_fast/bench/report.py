@@ -11,6 +11,8 @@ from island_fast.errors import DamagedError, NotFoundError
 
 __all__ = ["Counter", "LeftOut", "Report", "Row", "Spread", "load_report"]
 
+_OURS = ("island", "python", "numpy")
+
 FORMAT = 1
 """Version of the JSON; a report with another one is refused."""
 
@@ -109,6 +111,11 @@ class Report:
     rows: tuple[Row, ...]
     counters: tuple[Counter, ...]
     left_out: tuple[LeftOut, ...]
+
+    def describe_peers(self) -> str:
+        """Return the peers with their versions, such as "restic 0.19.1, borg 1.4.5"."""
+        peers = {name: version for name, version in self.versions.items() if name not in _OURS}
+        return ", ".join(f"{name} {version}" for name, version in peers.items())
 
     def to_json(self) -> str:
         """Return the report as JSON text, which `from_json` reads."""

@@ -17,7 +17,7 @@ import numpy as np
 from island_fast import __version__
 from island_fast._diff import HASH_KERNEL
 from island_fast.bench.case import FULL_SCALE, GIB, QUICK_SCALE, Case, Context, Scale
-from island_fast.bench.peers.all_peers import PEERS
+from island_fast.bench.peers.all_peers import PEERS, Found
 from island_fast.bench.report import Counter, LeftOut, Report, Row
 from island_fast.errors import IslandError, UsageError
 
@@ -50,10 +50,10 @@ def measure(plan: Plan, show_progress: Callable[[str], None]) -> Report:
     started = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     load = os.getloadavg()[0]
     left_out: list[LeftOut] = []
-    versions: dict[str, str] = {}
+    peers: dict[str, Found] = {}
     for name in plan.peers:
-        if version := PEERS[name].find_version():
-            versions[name] = version
+        if found := PEERS[name].find():
+            peers[name] = found
         else:
             left_out.append(LeftOut(name, f"it is not installed; run: {PEERS[name].install}"))
     scale = plan.scale or (QUICK_SCALE if plan.quick else FULL_SCALE)
@@ -63,18 +63,18 @@ def measure(plan: Plan, show_progress: Callable[[str], None]) -> Report:
         show_progress("touching the free memory")
         _touch_free_memory()
     for case in plan.cases:
-        reason = _reason_to_leave_out(case, plan, scale, versions)
+        reason = _reason_to_leave_out(case, plan, scale, peers)
         if reason:
             left_out.append(LeftOut(case.name, reason))
             continue
         show_progress(case.name)
-        for found in _run_case(case, plan, scale, versions, show_progress):
-            if isinstance(found, Row):
-                rows.append(found)
-            elif isinstance(found, Counter):
-                counters.append(found)
+        for result in _run_case(case, plan, scale, peers, show_progress):
+            if isinstance(result, Row):
+                rows.append(result)
+            elif isinstance(result, Counter):
+                counters.append(result)
             else:
-                left_out.append(found)
+                left_out.append(result)
     return Report(
         started,
         {**_describe_machine(), "load": f"{load:.1f} at the start, {os.getloadavg()[0]:.1f} at the end"},
@@ -82,7 +82,7 @@ def measure(plan: Plan, show_progress: Callable[[str], None]) -> Report:
             "island": f"{__version__}, digests by {HASH_KERNEL}",
             "python": platform.python_version(),
             "numpy": np.__version__,
-            **versions,
+            **{name: one.version for name, one in peers.items()},
         },
         _describe_parameters(plan, scale),
         tuple(_group_by_work(rows)),
@@ -104,12 +104,12 @@ def _touch_free_memory() -> None:
 
 
 def _run_case(
-    case: Case, plan: Plan, scale: Scale, versions: Mapping[str, str], show_progress: Callable[[str], None]
+    case: Case, plan: Plan, scale: Scale, peers: Mapping[str, Found], show_progress: Callable[[str], None]
 ) -> Iterator[Row | Counter | LeftOut]:
     """Run one case in a new folder. If it fails, the results that it has yielded so far are kept."""
     with tempfile.TemporaryDirectory(prefix="island-bench-", ignore_cleanup_errors=True) as scratch:
         try:
-            yield from case.run(Context(Path(scratch), scale, plan.quick, plan.seed, versions, show_progress))
+            yield from case.run(Context(Path(scratch), scale, plan.quick, plan.seed, peers, show_progress))
         except (IslandError, OSError) as error:
             yield LeftOut(case.name, str(error), failed=True)
 
@@ -120,9 +120,9 @@ def _group_by_work(rows: Sequence[Row]) -> list[Row]:
     return sorted(rows, key=lambda row: names.index(row.work))
 
 
-def _reason_to_leave_out(case: Case, plan: Plan, scale: Scale, versions: Mapping[str, str]) -> str:
+def _reason_to_leave_out(case: Case, plan: Plan, scale: Scale, peers: Mapping[str, Found]) -> str:
     """Return why a case cannot run; "" if it can."""
-    missing = [name for name in case.needs if name not in versions]
+    missing = [name for name in case.needs if name not in peers]
     if missing:
         return f"it needs {' and '.join(missing)}"
     if case.swift and not plan.swift:

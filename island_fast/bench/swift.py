@@ -23,19 +23,19 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from island_fast.bench.island_command import make_child_environment
 from island_fast.bench.swift_process import KINDS
 from island_fast.errors import IslandError, NotFoundError
 
-__all__ = ["Account", "run_swift", "use_account"]
+__all__ = ["Account", "find_folder_in_memory", "run_swift", "use_account"]
 
 _USER = "bench:bench"
 _KEY = secrets.token_hex(16)
-_TIMEOUT = 30.0  # seconds until a server answers
+_TIMEOUT = 180.0  # seconds until a server answers; on a busy machine that takes long
 
 Conf = Mapping[str, Mapping[str, str]]
 
@@ -49,6 +49,28 @@ class Account:
     path: str
     token: str
 
+    def through(self, port: int) -> Account:
+        """Return the same account for clients that reach it by another port, such as that of a proxy."""
+        return replace(self, variables={**self.variables, "ST_AUTH": _make_auth_url(port)})
+
+    def remove_objects(self, container: str) -> None:
+        """Remove what is in a container, if it exists. Raises IslandError if an object cannot be removed."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=_TIMEOUT)
+        headers = {"X-Auth-Token": self.token}
+        with contextlib.closing(connection):
+            while True:
+                connection.request("GET", f"{self.path}/{container}", headers=headers)
+                answer = connection.getresponse()
+                names = answer.read().decode().splitlines()
+                if answer.status != 200:  # 204 if it is empty, 404 if there is none
+                    return
+                for name in names:
+                    connection.request("DELETE", f"{self.path}/{container}/{quote(name)}", headers=headers)
+                    answer = connection.getresponse()
+                    answer.read()
+                    if answer.status not in (204, 404):  # a listing can be behind
+                        raise IslandError(f"the bench's Swift refused to remove an object ({answer.status})")
+
 
 @contextlib.contextmanager
 def run_swift(container: str) -> Iterator[Account]:
@@ -58,7 +80,7 @@ def run_swift(container: str) -> Iterator[Account]:
     """
     if importlib.util.find_spec("swift") is None:
         raise NotFoundError("the package swift is not installed; run: pip install swift")
-    root = Path(tempfile.mkdtemp(prefix="island-bench-swift-", dir=_find_folder()))
+    root = Path(tempfile.mkdtemp(prefix="island-bench-swift-", dir=find_folder_in_memory()))
     running: list[subprocess.Popen[bytes]] = []
     try:
         ports = _find_free_ports()
@@ -97,8 +119,8 @@ def use_account(account: Account) -> Iterator[None]:
         os.environ.update(before)
 
 
-def _find_folder() -> str:
-    """Return a folder whose files can have extended attributes as large as those of Swift."""
+def find_folder_in_memory() -> str:
+    """Return a folder, in memory if possible, whose files can have attributes as large as those of Swift."""
     for folder in ("/dev/shm", tempfile.gettempdir()):
         with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as probe:
             os.setxattr(probe.name, "user.swift.metadata", b"x" * 2000)
@@ -200,9 +222,13 @@ def _request(port: int, method: str, path: str, headers: dict[str, str]) -> http
             return answer
 
 
+def _make_auth_url(port: int) -> str:
+    return f"http://127.0.0.1:{port}/auth/v1.0"
+
+
 def _sign_in(port: int) -> Account:
     headers = _request(port, "GET", "/auth/v1.0", {"X-Auth-User": _USER, "X-Auth-Key": _KEY}).headers
-    variables = {"ST_AUTH": f"http://127.0.0.1:{port}/auth/v1.0", "ST_USER": _USER, "ST_KEY": _KEY}
+    variables = {"ST_AUTH": _make_auth_url(port), "ST_USER": _USER, "ST_KEY": _KEY}
     path = urlsplit(headers["X-Storage-Url"] or "").path
     return Account(variables, port, path, headers["X-Auth-Token"] or "")
 

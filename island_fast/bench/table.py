@@ -32,7 +32,8 @@ def format_target(reach: float | None, better: str) -> str:
 
 def print_report(report: Report, console: Console) -> None:
     """Print a report as tables, with what was left out, and notes."""
-    console.print(f"island {report.versions['island']}, {report.started}", highlight=False)
+    against = f", against {peers}" if (peers := report.describe_peers()) else ""
+    console.print(f"island {report.versions['island']}{against}, {report.started}", highlight=False)
     console.print("; ".join(_describe_volumes(report)), highlight=False)
     console.print("; ".join(f"{key} {value}" for key, value in report.machine.items()), highlight=False)
     if report.rows:

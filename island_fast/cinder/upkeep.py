@@ -1,4 +1,4 @@
-"""What a running service does regularly: report daemons that died, keep space free, sweep."""
+"""What a running service does regularly: report dead daemons and remove what they left, keep space, sweep."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from island_fast.errors import IslandError
 __all__ = ["Upkeep"]
 
 _LOG = logging.getLogger(__name__)
-_RETRY_AFTER = 60.0  # seconds after a volume's pins could not be dropped
+_RETRY_AFTER = 60.0  # seconds after a volume's pins could not be dropped, or what its daemon left was open
 
 
 class Upkeep:
@@ -29,10 +29,12 @@ class Upkeep:
         self._reserve = reserve
         self._dead: set[str] = set()
         self._failed_at: dict[str, float] = {}  # by volume: when its pins could not be dropped
+        self._cared_at: dict[str, float] = {}  # by volume: when its daemon's disk was last looked after
 
     def check_volumes(self) -> None:
-        """Log every daemon that died, and drop pins before guests run out of space."""
+        """Log every daemon that died, care for its disk, and drop pins before guests run out of space."""
         self._log_dead_daemons()
+        self._care_for_left_disks()
         if self._has_less_free_than(self._reserve):
             self._drop_pins()
 
@@ -46,6 +48,21 @@ class Upkeep:
                 volume,
             )
         self._dead = dead
+
+    def _care_for_left_disks(self) -> None:
+        """Look after the disks of dead daemons: at once, and then again until nobody has them open."""
+        exports, now = self._volumes.exports, time.monotonic()
+        left = {volume for volume in exports.volumes() if exports.needs_care(volume)}
+        self._cared_at = {one: at for one, at in self._cared_at.items() if one in left}
+        for volume in sorted(left):
+            if now - self._cared_at.get(volume, -_RETRY_AFTER) < _RETRY_AFTER:
+                continue
+            self._cared_at[volume] = now
+            try:
+                exports.care(volume)
+            except IslandError as error:
+                _LOG.error("what the dead daemon of volume %s left could not be removed: %s", volume, error)
+                del self._cared_at[volume]
 
     def _has_less_free_than(self, share: float) -> bool:
         try:

@@ -252,6 +252,23 @@ class Volumes:
         with self._lock(volume):
             self.exports.stop(volume)
 
+    def renew_daemons(self) -> None:
+        """Restart the daemons whose program was replaced since they started, where devices can wait for that.
+
+        That of a volume with a running snapshot stays as it is. A failure is logged.
+        """
+        for volume in self.exports.volumes():
+            image = self.records.image_path(volume)
+            with self._lock(volume):
+                if not self.exports.runs_older_program(volume) or is_snapshot_running(image):
+                    continue
+                try:
+                    self.exports.restart(volume, image)
+                except IslandError as error:
+                    _LOG.error("the daemon of volume %s runs an older QEMU and stays: %s", volume, error)
+                else:
+                    _LOG.info("the daemon of volume %s runs the QEMU that is installed now", volume)
+
     def _stop_if_idle(self, volume: str) -> None:
         """End the daemon if nobody uses it: not a device, not this process, and no running snapshot.
 

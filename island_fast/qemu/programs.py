@@ -32,6 +32,7 @@ TIMEOUT = 1800.0  # seconds; an internal snapshot of a scattered 1 TiB image tak
 _CREDENTIALS = re.compile(r"(^|_)(OS|ST|AWS)_|PASSW|SECRET|TOKEN|CREDENTIAL|_KEY$|_PROXY$", re.IGNORECASE)
 _MAX_ERROR = 300  # characters of a program's error output in a message
 PACKAGES = {  # the daemon is in qemu-system-common up to Debian 12
+    "flock": "util-linux",
     "fusermount3": "fuse3",
     "qemu-img": "qemu-utils (on RHEL qemu-img)",
     "qemu-nbd": "qemu-utils (on RHEL qemu-img)",

@@ -17,7 +17,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from island_fast.errors import (
     UNREADABLE,
@@ -30,7 +30,7 @@ from island_fast.errors import (
 from island_fast.formats.frame import LIMITS, Kind, Section, json_bytes, open_frame, seal
 from island_fast.formats.names import claim_name, parse_claim
 from island_fast.repository.clock import read_clock
-from island_fast.stores.base import ObjectInfo, Store
+from island_fast.stores.base import PUTS_END, ObjectInfo, Store
 from island_fast.stores.checked_read import get_checked
 
 __all__ = ["Claim"]
@@ -38,7 +38,8 @@ __all__ = ["Claim"]
 EXPIRES = 5400.0
 """Seconds after which a claim counts no more."""
 
-_USED = 600.0  # seconds; later than this its maker sends nothing that it has claimed
+_LATE = 3600.0  # seconds after which a PUT that was given up has arrived, or never will
+_USED = EXPIRES - _LATE - PUTS_END  # seconds; later than this its maker sends nothing that it has claimed
 _PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds, before further tries
 
 
@@ -46,8 +47,9 @@ class Claim:
     """A claim of this host on the names that begin with `stem`. One process has it at a time.
 
     `stem` is that of an epoch of a lineage, or "repository". `doing` says what its winner does, such as
-    "adopting volume v". Earlier claims of `writer` are no rivals: the caller holds a lock that keeps other
-    processes of this host away, and what they may have sent is in local state, to be sent again as it was.
+    "adopting volume v". Earlier claims of `writer` are no rivals: whoever makes one holds a lock that keeps
+    away others with that id, and what they may have sent is in local state, to be sent again as it was. It is
+    the writer id of this host, or for "repository" the id that is to be in it.
     """
 
     def __init__(self, store: Store, stem: str, writer: str, doing: str) -> None:
@@ -90,14 +92,20 @@ class Claim:
                 return False
         raise self._rival_error(rivals[0])
 
-    def confirm(self) -> None:
-        """Raise a ConflictError unless the claim is there, and so young that what it is for may be sent."""
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        """Let the body send what the claim is for, by puts that end in time.
+
+        ConflictError, and nothing is sent, unless the claim is there and young enough.
+        """
         info = self._store.head(self._name)
         if info is None or info.age > _USED:
             raise ConflictError(
                 f"{self._doing} took too long on {self._store.location}, and another host can do it by now; "
                 "nothing was changed, run the command again"
             )
+        with self._store.bound_puts():
+            yield
 
     def withdraw(self) -> None:
         """Remove the claim: what it was for was not sent, for certain, and will not be."""
@@ -124,8 +132,8 @@ class Claim:
             stem, writer, _ = parse_claim(info.name) or ("", "", "")
             if info.name == self._name:
                 seen = True
-            elif stem and stem < self._stem:
-                self._leftovers.append(info.name)
+            elif stem and stem[: stem.rfind("/") + 1] == self._folder and stem < self._stem:
+                self._leftovers.append(info.name)  # on an earlier epoch
             elif stem == self._stem:
                 if writer == self._writer or (info.age >= EXPIRES and self._is_over(info.name)):
                     self._leftovers.append(info.name)

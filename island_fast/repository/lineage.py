@@ -816,9 +816,11 @@ class Lineage:
         name = catalog_name(self.name, record.epoch, record.number)
         data, _ = encode_record(name, record, self.numbers)
         frees = isinstance(record.event, ObjectsSwept) or (record.epoch > 0 and record.number == 0)
-        if self._claim is not None:
-            self._claim.confirm()
-        with self.store.use_reserve() if frees else contextlib.nullcontext():
+        with contextlib.ExitStack() as around:
+            if self._claim is not None:
+                around.enter_context(self._claim.use())
+            if frees:
+                around.enter_context(self.store.use_reserve())
             self.files.pending.add(name.rpartition("/")[2], data)
             self._send(name, data, sent_before=False)
         if self._has_ended(record.epoch, self.store.peek):
@@ -911,9 +913,8 @@ class Lineage:
         claim = None
         if not record.number and not self.store.refuses_overwrites() and not self.store.peek(name):
             claim = self._win_claim(record.epoch)
-        if claim is not None:
-            claim.confirm()
-        self._send(name, data, sent_before=True)
+        with claim.use() if claim is not None else contextlib.nullcontext():
+            self._send(name, data, sent_before=True)
         if claim is not None:
             claim.fulfil()
 

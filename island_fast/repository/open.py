@@ -74,7 +74,8 @@ class RepositoryBase:
         if store.known_to_refuse is None:
             store.on_answer = self._keep_answer
             if self._id is not None:
-                store.known_to_refuse = state.repositories.refuses(self._id, store.place)
+                known = state.repositories.refuses(self._id, store.place)
+                store.known_to_refuse = None if known and store.seems_to_overwrite else known
         if self._id is None and self._has_volumes():
             raise DamagedError(
                 f"the object 'repository' is missing from {store.location}, which holds volumes: without it "
@@ -243,10 +244,10 @@ class RepositoryBase:
     def _put_claimed(self, begun: Mapping[str, Any]) -> None:
         """Write the object `repository` as the only creator, unless another was faster."""
         doing = f"making the repository {self.store.location}"
-        claim = Claim(self.store, _NAME, self.state.writer, doing)
+        claim = Claim(self.store, _NAME, begun["id"], doing)
         if self._read_id() is None and claim.win(lambda: self._read_id() is not None):
-            claim.confirm()
-            self._put_repository(begun)
+            with claim.use():
+                self._put_repository(begun)
             claim.fulfil()
 
     def _put_repository(self, meta: Mapping[str, Any]) -> None:

@@ -20,6 +20,7 @@ from island_fast.errors import DamagedObjectError, UsageError
 __all__ = [
     "MAX_OBJECT",
     "PROBE",
+    "PUTS_END",
     "ObjectInfo",
     "Range",
     "Store",
@@ -42,6 +43,9 @@ MAX_OBJECT = 1 << 30
 
 PROBE = "probe-"
 """With 32 hex digits after it: the name that a store is asked with whether it `refuses_overwrites`."""
+
+PUTS_END = 1200.0
+"""Seconds after which a put with `bound_puts` has ended, with all of its attempts."""
 
 _MAX_NAME = 600  # Swift allows 1024 bytes for prefix and name together
 _COMPONENT = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9._-]{1,200}"
@@ -149,6 +153,14 @@ class Store(ABC):
 
     known_to_refuse: bool | None = True
     """What `refuses_overwrites` returns, as far as it is known; None: the store was not asked yet."""
+
+    @property
+    def seems_to_overwrite(self) -> bool:
+        """Whether the store looks like one that refuses no PUT.
+
+        Then it is asked again, although it is known to refuse: it can have taken the place of another one.
+        """
+        return False
 
     on_answer: Callable[[bool], None] = staticmethod(lambda refuses: None)
     """Called with what `refuses_overwrites` found out."""
@@ -264,6 +276,13 @@ class Store(ABC):
 
     def hurry(self) -> AbstractContextManager[None]:
         """Give up requests of the body within seconds: they may as well be made later. Not thread-safe."""
+        return nullcontext()
+
+    def bound_puts(self) -> AbstractContextManager[None]:
+        """Have each put of the body end within PUTS_END seconds, however large its object is.
+
+        It is for what must not arrive later than others wait for. Not thread-safe.
+        """
         return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - a store without connections has nothing to do here

@@ -51,6 +51,11 @@ class ForwardingStore(Store):
     def known_to_refuse(self, known: bool | None) -> None:
         self._store.known_to_refuse = known
 
+    @property
+    def seems_to_overwrite(self) -> bool:
+        """See Store.seems_to_overwrite."""
+        return self._store.seems_to_overwrite
+
     def _try_to_overwrite(self) -> bool:
         return self._store.refuses_overwrites()
 
@@ -101,6 +106,10 @@ class ForwardingStore(Store):
     def hurry(self) -> AbstractContextManager[None]:
         """See Store.hurry."""
         return self._store.hurry()
+
+    def bound_puts(self) -> AbstractContextManager[None]:
+        """See Store.bound_puts."""
+        return self._store.bound_puts()
 
     def close(self) -> None:
         """See Store.close."""

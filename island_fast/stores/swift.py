@@ -122,6 +122,10 @@ class SwiftStore(Store):
         """See Store.hurry."""
         return self._pool.hurry()
 
+    def bound_puts(self) -> contextlib.AbstractContextManager[None]:
+        """See Store.bound_puts."""
+        return self._pool.bound_bodies()
+
     @property
     def place(self) -> str:
         """See Store.place. Other accounts, and other clouds, can have a container of the same name."""
@@ -138,9 +142,14 @@ class SwiftStore(Store):
         head = self._container_head
         return head.get("x-versions-enabled", "").lower() == "true" or "x-history-location" in head
 
+    @property
+    def seems_to_overwrite(self) -> bool:
+        """See Store.seems_to_overwrite. A second count of the container's bytes shows Ceph's gateway."""
+        return "x-container-bytes-used-actual" in self._container_head
+
     def count_bytes(self) -> int | None:
-        """See Store.count_bytes. Ceph's gateway counts at once; a second count shows that it is one."""
-        if "x-container-bytes-used-actual" not in self._container_head:
+        """See Store.count_bytes. Ceph's gateway counts at once."""
+        if not self.seems_to_overwrite:
             return None
         try:
             head = self._pool.call(

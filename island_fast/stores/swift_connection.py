@@ -25,6 +25,7 @@ from swiftclient.exceptions import ClientException as HttpError
 
 from island_fast import __version__
 from island_fast.errors import NotFoundError, StoreError, StoreRefusedError
+from island_fast.stores.base import PUTS_END
 from island_fast.stores.retry import RetryableError, RetryPolicy, parse_retry_after, retry
 from island_fast.stores.swift_auth import TIMEOUT, SwiftAuth, Token, silence_logger, walk_causes
 from island_fast.stores.swift_pace import PacedAdapter, TooSlow
@@ -47,6 +48,8 @@ _MAX_LISTING = 16 << 20  # bytes of a whole answer: 10 000 rows of a listing, wi
 _MAX_ERROR = 64 << 10  # bytes that are read of an answer that is no success
 _OPENING = 20.0  # seconds; nobody should wait minutes to learn that a host name is wrong
 _HURRY = 5.0  # seconds
+_ATTEMPTS = 300.0  # seconds
+_BODY = PUTS_END - _ATTEMPTS - 7 * TIMEOUT  # seconds
 _UNSENT = (urllib3.exceptions.NewConnectionError, urllib3.exceptions.ConnectTimeoutError)
 
 
@@ -62,6 +65,7 @@ class SwiftConnectionPool:
 
     def __init__(self, auth: SwiftAuth, policy: RetryPolicy) -> None:
         self.policy = policy
+        self._pace_of_answers = policy
         self._auth = auth
         self._lock = threading.Lock()
         self._idle: list[Connection] = []
@@ -130,6 +134,22 @@ class SwiftConnectionPool:
         """Give up within seconds while the body runs. Not thread-safe."""
         usual = self.policy
         self.policy = replace(usual, total=min(usual.total, _HURRY))
+        try:
+            yield
+        finally:
+            self.policy = usual
+
+    @contextmanager
+    def bound_bodies(self) -> Iterator[None]:
+        """Give each body that is sent while this context lasts _BODY seconds, whatever its size.
+
+        Each call of the context ends within PUTS_END seconds then. Its last attempt begins within _ATTEMPTS
+        seconds. Besides its body it waits for TIMEOUT seconds at most six times: to connect and for an answer
+        when it signs in, looks, and stores. Not thread-safe.
+        """
+        usual = self.policy
+        total = min(usual.total, _ATTEMPTS)
+        self.policy = replace(usual, total=total, allowance=_BODY, rate=math.inf)
         try:
             yield
         finally:
@@ -208,7 +228,7 @@ class SwiftConnectionPool:
             connection.close()
         connection.url, connection.token = token.url, token.value
         if connection.http_conn is None:
-            connection.http_conn = _make_http(connection, self.policy)
+            connection.http_conn = _make_http(connection, self._pace_of_answers)
         return connection
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.cinder.services import Services
+from tests.conftest import make_swift_server
 
 
 @pytest.hookimpl(hookwrapper=True)
@@ -24,11 +25,15 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def services(request: pytest.FixtureRequest) -> Iterator[Services]:
-    """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own."""
+    """RabbitMQ, Cinder, Glance and Swift on loopback, Cinder's services as a user of their own.
+
+    With `--ceph` there is a Ceph in place of Swift.
+    """
     if os.geteuid() != 0:
         pytest.skip("only root can make the user that Cinder's services run as")
     for program in ("rabbitmq-server", "sudo"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; `make test` does it")
-    with Services(native_threads=request.config.getoption("--native-threads")) as running:
+    native = request.config.getoption("--native-threads")
+    with Services(lambda: make_swift_server(request.config), native_threads=native) as running:
         yield running

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Self
 
@@ -26,11 +26,14 @@ __all__ = ["BACKEND", "DRIVER", "REGIONS", "Services"]
 class Services:
     """Everything, each part started by the first test that needs it, and ended with this context.
 
-    Needs root: services run as a user of their own. A region is one Cinder and one Swift; both regions share
-    RabbitMQ (not its queues) and Glance.
+    Needs root: services run as a user of their own. A region is one Cinder and one Swift, or what
+    `make_swift` makes instead; both regions share RabbitMQ (not its queues) and Glance.
     """
 
-    def __init__(self, *, native_threads: bool = False) -> None:
+    def __init__(
+        self, make_swift: Callable[[], SwiftServer] = SwiftServer, *, native_threads: bool = False
+    ) -> None:
+        self._make_swift = make_swift
         self.account = Account(native_threads=native_threads)
         self._stack = ExitStack()
         self._regions: dict[str, Region] = {}
@@ -65,7 +68,7 @@ class Services:
     def swift(self, region: str = "one") -> SwiftServer:
         """The region's Swift, with the container of its repository."""
         if region not in self._swifts:
-            self._swifts[region] = self._stack.enter_context(SwiftServer())
+            self._swifts[region] = self._stack.enter_context(self._make_swift())
             self._containers[region] = f"box-{secrets.token_hex(4)}"
             self._swifts[region].create_container(self._containers[region])
         return self._swifts[region]

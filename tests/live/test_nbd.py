@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from tests.live import machine
 from tests.live.actor import USER
 from tests.live.conftest import SIZE, Host
 from tests.live.guest import MARK
+from tests.live.test_attach import eventually
 
 CASES = [
     "nbd_cases::it_is_right_and_is_chosen nobody",
@@ -42,12 +44,13 @@ CASES = [
 def said() -> str:
     """All that the machine's console saw."""
     if reason := machine.missing():
-        pytest.skip(reason)
+        pytest.fail(reason)  # it was asked for
     console = machine.run(machine.python_job("tests.live.guest", CASES, {"ISLAND_LIVE_KIND": "nbd"}), 800)
     (machine.GUEST / "console").write_text(console)
     return console
 
 
+@pytest.mark.attached
 @pytest.mark.timeout(900)  # for the first of them, which starts the machine
 @pytest.mark.parametrize("case", CASES)
 def test_on_a_kernel_with_nbd(said: str, case: str) -> None:
@@ -162,12 +165,48 @@ def test_root_s_program_connects_to_the_folder_s_owner_alone(
     assert f"has {SIZE} bytes" in capsys.readouterr().err
 
 
+def test_a_size_is_set_only_over_a_connection_that_answers(
+    served: Daemon, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Linux 6.9 and later waits for all requests before it sets a size: over a broken one, they fail."""
+    done: list[str] = []
+    monkeypatch.setattr(nbd_root, "devices_over", lambda _: ["nbd0"])
+    monkeypatch.setattr(nbd_root, "NbdNetlink", lambda: Recorder(done))
+    monkeypatch.setattr(nbd_root, "_OFFER_EVERY", 0.01)
+
+    def read(_: str, answers: list[str]) -> None:
+        assert eventually(lambda: done.count("reconnect") > 2)
+        done.append("answered")
+        answers.append("")
+
+    monkeypatch.setattr(nbd_root, "_read_first_page", read)
+    assert nbd_root.main(["resume", str(served.backing()), str(SIZE)]) == 0
+    assert [step for step in done if step != "reconnect"] == ["answered", "set_size", "set_timeouts"]
+    assert done[-2:] == ["set_size", "set_timeouts"]
+
+
+class Recorder:
+    """Stands for the kernel's NBD driver, which takes everything."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_: self._done.append(name)
+
+
 def test_a_kernel_without_the_driver_is_named(
     served: Daemon, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(nbd_netlink, "_DRIVER", b"none-such")
+    monkeypatch.setattr(nbd_netlink, "_DRIVER", "none-such")
     assert nbd_root.main(["connect", str(served.backing()), str(SIZE)]) == 1
-    assert "module nbd is not loaded, or" in capsys.readouterr().err
+    assert "module none-such is not loaded, or" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -175,8 +214,22 @@ def test_a_kernel_without_the_driver_is_named(
     [
         ("loop_root", []),
         (
+            "vduse_root",
+            [
+                "island_fast.cinder.attach.openers",
+                "island_fast.cinder.attach.generic_netlink",
+                "island_fast.cinder.attach.vdpa_netlink",
+                "island_fast.cinder.attach.vduse_control",
+            ],
+        ),
+        (
             "nbd_root",
-            ["island_fast.qemu", "island_fast.qemu.nbd_handshake", "island_fast.cinder.attach.nbd_netlink"],
+            [
+                "island_fast.cinder.attach.generic_netlink",
+                "island_fast.qemu",
+                "island_fast.qemu.nbd_handshake",
+                "island_fast.cinder.attach.nbd_netlink",
+            ],
         ),
     ],
 )

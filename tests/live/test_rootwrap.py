@@ -42,6 +42,10 @@ def nbd(command: str, *more: str, path: str = f"/run/island/{VOLUME}/nbd/0123456
     return ["island-nbd", command, path, *more]
 
 
+def vduse(command: str, *more: str, path: str = f"/run/island/{VOLUME}/vduse/0123456789abcdef") -> list[str]:
+    return ["island-vduse", command, path, *more]
+
+
 def unit(
     *, name: str = VOLUME, user: str = "cinder", script: str = f"/run/island/{VOLUME}/start"
 ) -> list[str]:
@@ -68,7 +72,14 @@ def unit(
         nbd("release"),
         nbd("abandon"),
         nbd("loosen"),
+        vduse("create"),
+        vduse("attach"),
+        vduse("release"),
+        vduse("exercise", path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
+        vduse("digest", path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
+        vduse("bench", *BENCH, path=f"/run/island/{SELFTEST}/vduse/0123456789abcdef"),
         unit(),
+        unit(name=f"{VOLUME}-0123abcd"),
     ],
 )
 def test_what_the_driver_needs_is_allowed(command: list[str]) -> None:
@@ -104,6 +115,18 @@ def test_what_the_driver_needs_is_allowed(command: list[str]) -> None:
         nbd("release", path=f"/run/../{VOLUME}/nbd/0123456789abcdef"),
         nbd("release", path=f"/run/island/{VOLUME}/nbd/../../secret"),
         ["nbd-client", "-d", "/dev/nbd0"],
+        vduse("abandon"),
+        vduse("exercise"),
+        vduse("bench", *BENCH),
+        vduse("release", "4096"),
+        vduse("release", path="/dev/vda"),
+        vduse("release", path=f"island-{VOLUME}-0123456789abcdef"),
+        vduse("release", path=f"/run/island/{VOLUME}/vduse/../../secret"),
+        vduse("attach", path=f"/run/../{VOLUME}/vduse/0123456789abcdef"),
+        vduse("create", path=f"/run/island/{VOLUME}/nbd/0123456789abcdef"),
+        ["vdpa", "dev", "del", "stranger"],
+        ["setfacl", "-m", "u:cinder:rw", "/dev/vduse/control"],
+        unit(name=f"{VOLUME}-ssh"),
         unit(user="root"),
         unit(user="0"),
         unit(name="ssh"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.attach import daemon, nbd_devices, selftest
+from island_fast.cinder.attach import daemon, nbd_devices, selftest, vduse_devices
 from island_fast.cinder.attach.block_device import BlockDevice
 from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.selftest import VOLUME, check_data_path, choose_kind
@@ -187,11 +187,11 @@ def test_the_best_kind_is_chosen_or_all_reasons_given(
     root_host: Host, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(nbd_devices, "_MODULE", tmp_path / "none")  # test_nbd.py has a kernel that has it
+    monkeypatch.setattr(vduse_devices, "_CONTROL", tmp_path / "none")  # and test_vduse.py this
     places = root_host.run, root_host.links, root_host.images
     assert choose_kind(*places, run_program) == "loop"
     root_host.run.chmod(0o755)
-    with pytest.raises(
-        IslandError, match=r"no kind of block device .*\(nbd: the module .*; loop: other users have access to"
-    ):
+    reasons = r"\(vduse: there is no .*; nbd: the module .*; loop: other users have access to"
+    with pytest.raises(IslandError, match=rf"no kind of block device .*{reasons}"):
         choose_kind(*places, run_program)
     root_host.run.chmod(0o700)

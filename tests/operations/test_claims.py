@@ -21,6 +21,7 @@ from island_fast.formats.catalog import CLAIMED
 from island_fast.formats.names import claim_name, epoch_stem, parse_claim
 from island_fast.repository import claims
 from island_fast.repository.local_state import LocalState
+from island_fast.stores.base import PUTS_END
 from tests.support.memory_store import MemoryStore
 
 MIB = 1 << 20
@@ -123,6 +124,31 @@ def test_two_hosts_make_one_volume_at_the_same_moment(
         holds(reader, snapshot, name.encode(), tmp_path)
     assert {one.snapshot for one in reader.snapshots("vol")} == set(taken.values())
     assert reader.verify().damages == ()
+    assert not claims_in(store)
+
+
+def test_one_host_makes_one_repository_by_two_addresses(
+    store: MemoryStore, host: Open, image: Path, tmp_path: Path
+) -> None:
+    """What was sent by the first is not known at the second, so the host waits for its own claim."""
+    held: list[tuple[str, bytes]] = []
+
+    def lose(name: str, data: bytes) -> None:
+        if name == "repository":
+            held.append((name, data))
+            raise StoreError("the outcome is unknown")
+
+    store.before_put = lose
+    with pytest.raises(StoreError):
+        take(host("a"), image)
+    store.before_put = lambda name, data: None
+    second = MemoryStore(refuses=False, location="another address")
+    second.objects = store.objects
+    with pytest.raises(RefusedError, match="making the repository another address"):
+        take(Repository(second, LocalState(tmp_path / "a"), create=True), image)
+    snapshot = take(host("a"), image)
+    store.overwrite(*held[0])
+    holds(host("c"), snapshot, b"a", tmp_path)
     assert not claims_in(store)
 
 
@@ -246,6 +272,32 @@ def test_who_was_too_slow_sends_nothing(
     assert not [name for name in store.objects if name.startswith("vol/")]
 
 
+def test_what_is_claimed_is_sent_by_puts_that_end_in_time(
+    store: MemoryStore, host: Open, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Others wait for as long as these puts may take, and for no large object on a slow line."""
+    bounded: list[bool] = [False]
+    unbounded: list[str] = []
+
+    @contextlib.contextmanager
+    def bound_puts() -> Iterator[None]:
+        bounded[0] = True
+        yield
+        bounded[0] = False
+
+    def look(name: str, data: bytes) -> None:
+        if not bounded[0]:
+            unbounded.append(name.rpartition("/")[2])
+
+    monkeypatch.setattr(store, "bound_puts", bound_puts)
+    store.before_put = look
+    take(host("a"), image)
+    host("b").adopt("vol")
+    assert {"repository", "000000-00000000", "000001-00000000"}.isdisjoint(unbounded)
+    assert "000000-00000001" in unbounded, "nobody waits for the others"
+    assert claims._USED + PUTS_END + HOUR == claims.EXPIRES
+
+
 def test_a_first_record_of_unknown_outcome_is_sent_again_with_a_new_claim(
     store: MemoryStore, host: Open, image: Path, tmp_path: Path
 ) -> None:
@@ -343,6 +395,39 @@ def test_the_store_is_asked_once_by_each_host(store: MemoryStore, host: Open, im
     with host("b") as repository:
         take(repository, image)
     assert store.asked == 2
+
+
+def test_a_store_that_took_the_place_of_one_that_refuses_is_asked_again(
+    store: MemoryStore, host: Open, image: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A cloud that moved from Swift to Ceph can have kept its address."""
+    store._refuses = True
+    with host("a") as repository:
+        take(repository, image)
+    assert store.asked == 1
+    store._refuses = False
+    with host("a") as repository:
+        assert repository.refuses_overwrites, "what is known of a store that looks the same is believed"
+    monkeypatch.setattr(MemoryStore, "seems_to_overwrite", True)
+    with host("a") as repository:
+        assert repository.refuses_overwrites is None
+        take(repository, image)
+        assert repository.refuses_overwrites is False
+    with host("a") as repository:
+        take(repository, image)
+    assert store.asked == 2
+
+
+def test_only_what_is_on_earlier_epochs_of_one_volume_is_left_over(store: MemoryStore) -> None:
+    """Who makes a repository lists all of it, and other hosts may have claims there."""
+    others = [claim_name(stem, "ab" * 16, "cd" * 16) for stem in ("a/catalog/000000", "z/catalog/000000")]
+    for name in others:
+        store.put(name, [b"x"])
+    store.put("a/packs/1", [b"x"])
+    claim = claims.Claim(store, "repository", "12" * 16, "making it")
+    assert claim.win(lambda: False)
+    claim.fulfil()
+    assert sorted(store.objects) == sorted([*others, "a/packs/1"])
 
 
 def test_an_outage_is_no_answer(store: MemoryStore, host: Open, image: Path) -> None:

@@ -9,6 +9,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -54,6 +55,25 @@ def test_a_body_that_drips_is_left_and_fetched_again(
     swift.inject(DRIP)
     assert read(store)
     assert swift.count("GET") > silence_logger
+
+
+@pytest.mark.parametrize("bounded", [True, False])
+def test_a_put_that_must_end_in_time_is_no_slower_for_its_size(
+    swift: SwiftServer, swift_store: OpenSwift, monkeypatch: pytest.MonkeyPatch, bounded: bool
+):
+    """The server reads so slowly that the whole takes seconds, which the rate allows."""
+    monkeypatch.setattr(swift_connection, "_BODY", 0.3)
+    store = swift_store(patience=RetryPolicy(total=0.5, first=0.01, longest=0.1, allowance=60.0))
+    swift.inject(Fault("sip", 0.01, method="PUT", times=1000))
+    with store.bound_puts() if bounded else nullcontext():
+        if bounded:
+            with pytest.raises(StoreError, match=r"sent too slowly.*outcome is unknown"):
+                store.put("object", [BIG])
+        else:
+            store.put("object", [BIG])
+    swift.calm()
+    assert (store.head("object") is None) is bounded
+    assert store._pool.policy.allowance == 60.0
 
 
 def test_a_store_that_only_drips_is_told_as_such(swift: SwiftServer, swift_store: OpenSwift):

@@ -1,17 +1,19 @@
 """The front of the tests' Ceph: a process that injects faults into requests, and forwards the others.
 
-`ceph_server.py` starts this as a program: `ceph_front.py PORT GATEWAY_PORT`. The faults are those of the
-tests' Swift (`swift_faults.py`, in the same folder). It imports nothing from the tests.
+`ceph_server.py` starts this as a program: `ceph_front.py PORT GATEWAY_PORT...`. Of several gateways each gets
+a request in turn. The faults are those of the tests' Swift (`swift_faults.py`, in the same folder). It
+imports nothing from the tests.
 """
 
 from __future__ import annotations
 
 import ctypes
 import http.client
+import itertools
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import eventlet
@@ -21,14 +23,15 @@ _PIECE = 64 << 10  # bytes that are forwarded at a time
 _OURS = ("connection", "transfer-encoding", "expect", "keep-alive", "date", "content-length", "range")
 
 
-def make_forwarder(port: int) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
-    """Return a WSGI application that sends each request on to `port`, on a connection of its own."""
+def make_forwarder(ports: Sequence[int]) -> Callable[[dict[str, Any], Any], Iterable[bytes]]:
+    """Return a WSGI application that sends each request on to the next of `ports`, on a new connection."""
+    turns = itertools.cycle(ports)
 
     def forward(env: dict[str, Any], start: Any) -> Iterable[bytes]:
         if env["PATH_INFO"] == "/healthcheck":
             start("200 OK", [("Content-Length", "2")])
             return [b"OK"]
-        gateway = http.client.HTTPConnection("127.0.0.1", port)
+        gateway = http.client.HTTPConnection("127.0.0.1", next(turns))
         try:
             _send(gateway, env)
             answer = gateway.getresponse()
@@ -73,14 +76,14 @@ def _receive(gateway: http.client.HTTPConnection, answer: http.client.HTTPRespon
         gateway.close()
 
 
-def _serve(port: int, gateway_port: int) -> None:
+def _serve(port: int, *gateway_ports: int) -> None:
     """Serve until the process that started this one ends."""
     pr_set_pdeathsig = 1
     ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
     from eventlet import wsgi
 
     listening = eventlet.listen(("127.0.0.1", port), backlog=256)
-    wsgi.server(listening, FaultFilter(make_forwarder(gateway_port)), log_output=False)
+    wsgi.server(listening, FaultFilter(make_forwarder(gateway_ports)), log_output=False)
 
 
 if __name__ == "__main__":

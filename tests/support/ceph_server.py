@@ -3,14 +3,15 @@
     with CephServer() as ceph:
         os.environ.update(ceph.environment())
 
-One mon, one osd that keeps everything in memory, one radosgw, no cephx: about ten seconds. It can stand in
-for a `SwiftServer` of one node. Programs are this machine's, or those of the root folder that the environment
-variable CEPH_ROOT names (see `make ceph`).
+One mon, one osd that keeps everything in memory, a radosgw or several, no cephx: about ten seconds. It can
+stand in for a `SwiftServer` of one node. Programs are this machine's, or those of the root folder that the
+environment variable CEPH_ROOT names (see `make ceph`).
 """
 
 from __future__ import annotations
 
 import http.client
+import json
 import os
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 
 from tests.support.swift_server import StartError, SwiftServer, find_free_ports
@@ -37,21 +39,25 @@ def missing() -> str:
 class CephServer(SwiftServer):
     """The processes, configuration and data of a Ceph, all below one temporary directory.
 
-    The server "proxy" is the front with the faults; "mon", "osd" and "gateway" are behind it. The test user
-    is the same as in Swift. `s3_key` and `s3_secret` are its credentials for S3 at `s3_address`.
+    The server "proxy" is the front with the faults; "mon", "osd", "gateway" and with several `gateways`
+    "gateway-2" and so on are behind it, and each gateway gets a request in turn. The test user is the same as
+    in Swift. `s3_key` and `s3_secret` are its credentials for S3 at `s3_address`. `options` are settings of
+    the gateways.
     """
 
     patience = 60.0  # for half a minute after a gateway was killed, others wait for it to confirm changes
     s3_key = "tester"
     s3_secret = uuid.uuid4().hex
 
-    def __init__(self) -> None:
+    def __init__(self, gateways: int = 1, options: Mapping[str, str] | None = None) -> None:
         super().__init__()
         self._system = os.environ.get("CEPH_ROOT", "")
+        self._gateways = ["gateway", *(f"gateway-{number}" for number in range(2, gateways + 1))]
+        self._options = options or {}
 
     @property
     def s3_address(self) -> tuple[str, int]:
-        """Host and port of the gateway itself, without faults."""
+        """Host and port of the first gateway itself, without faults."""
         return "127.0.0.1", self.ports["gateway"]
 
     @property
@@ -87,8 +93,17 @@ class CephServer(SwiftServer):
         self._wait_until_ready(name)
 
     def set_option(self, name: str, value: object) -> None:
-        """Change a setting of the running gateway, such as rgw_swift_token_expiration."""
-        self._run("ceph", "daemon", f"{self._inside}/client.rgw.a.asok", "config", "set", name, str(value))
+        """Change a setting of the running gateways, such as rgw_swift_token_expiration."""
+        for gateway in self._gateways:
+            self._ask_gateway(gateway, "config", "set", name, str(value))
+
+    def count_served(self) -> list[int]:
+        """Return how many requests each gateway has had since it was started."""
+        dumps = [json.loads(self._ask_gateway(gateway, "perf", "dump")) for gateway in self._gateways]
+        return [int(dump["rgw"]["req"]) for dump in dumps]
+
+    def _ask_gateway(self, name: str, *command: str) -> str:
+        return self._run("ceph", "daemon", f"{self._inside}/client.rgw.{name}.asok", *command)
 
     def version(self) -> str:
         """Return the version, such as 16.2.15."""
@@ -99,11 +114,12 @@ class CephServer(SwiftServer):
             raise StartError(lacking)
         folder = f"{self._system}/tmp" if self._system else tempfile.gettempdir()
         self.root = Path(tempfile.mkdtemp(prefix="ceph-", dir=folder))
-        self.ports = dict(zip(("proxy", "gateway", "mon", "mon-v1"), find_free_ports(4), strict=True))
+        names = ["proxy", "mon", "mon-v1", *self._gateways]
+        self.ports = dict(zip(names, find_free_ports(len(names)), strict=True))
         address = f"v2:127.0.0.1:{self.ports['mon']},v1:127.0.0.1:{self.ports['mon-v1']}"
         fsid, osd = str(uuid.uuid4()), str(uuid.uuid4())
         self._write_conf(fsid, address)
-        for name in ("mon", "osd", "gateway"):
+        for name in ("mon", "osd", *self._gateways):
             (self.root / name).mkdir()
         monmap = f"{self._inside}/monmap"
         self._run("monmaptool", "--create", "--fsid", fsid, "--addv", "a", f"[{address}]", monmap)
@@ -112,8 +128,9 @@ class CephServer(SwiftServer):
         self._run("ceph", "osd", "new", osd)
         self._run("ceph-osd", "-i", "0", "--mkfs", "--osd-uuid", osd)
         self.start_server("osd")
-        self.start_server("gateway")
-        self._wait_until_ready("gateway")
+        for name in self._gateways:
+            self.start_server(name)
+            self._wait_until_ready(name)
         self._make_user(self.user, self.key, "--access-key", self.s3_key, "--secret-key", self.s3_secret)
         self._make_user(*self.other)
         self.restart_server("proxy")
@@ -150,11 +167,17 @@ class CephServer(SwiftServer):
                 "admin socket": f"{inside}/$name.asok",
             },
             "client": {
-                "rgw frontends": f"beast endpoint=127.0.0.1:{self.ports['gateway']}",
-                "rgw data": f"{inside}/gateway",
                 # Quotas are enforced by numbers that would be ten minutes old.
                 "rgw bucket quota ttl": "0",
                 "rgw user quota bucket sync interval": "0",
+                **self._options,
+            },
+            **{
+                f"client.rgw.{name}": {
+                    "rgw frontends": f"beast endpoint=127.0.0.1:{self.ports[name]}",
+                    "rgw data": f"{inside}/{name}",
+                }
+                for name in self._gateways
             },
         }
         with open(self.root / "ceph.conf", "w") as file:
@@ -162,14 +185,14 @@ class CephServer(SwiftServer):
                 file.write(f"[{name}]\n" + "".join(f"{key} = {value}\n" for key, value in settings.items()))
 
     def start_server(self, name: str) -> None:
-        """Start one of "mon", "osd", "gateway" and "proxy". It can take seconds until it answers."""
+        """Start one of the servers. It can take seconds until it answers."""
         daemons = {
             "mon": ("ceph-mon", "-f", "-i", "a"),
             "osd": ("ceph-osd", "-f", "-i", "0"),
-            "gateway": ("radosgw", "-f", "-n", "client.rgw.a"),
+            **{name: ("radosgw", "-f", "-n", f"client.rgw.{name}") for name in self._gateways},
         }
         if name == "proxy":
-            ports = [str(self.ports[one]) for one in ("proxy", "gateway")]
+            ports = [str(self.ports[one]) for one in ("proxy", *self._gateways)]
             command = [sys.executable, str(_FRONT), *ports]
         else:
             command = ["setpriv", "--pdeathsig", "KILL", *self._command(*daemons[name])]
@@ -193,8 +216,8 @@ class CephServer(SwiftServer):
 
     def mend(self) -> None:
         """Start every server that is not running, and remove all faults."""
-        for name in ("mon", "osd", "gateway", "proxy"):
-            if self._running[name].poll() is not None:
+        for name in ("mon", "osd", *self._gateways, "proxy"):
+            if name not in self._running or self._running[name].poll() is not None:
                 self.restart_server(name)
         self.calm()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from island_fast.bench.case import MIB, Case, Context, Size
 from island_fast.bench.island_command import Island
-from island_fast.bench.peers.archivers import Archiver, Borg, Restic
+from island_fast.bench.peers.archivers import Archiver, Borg, Borg2, Restic
 from island_fast.bench.peers.bitmap import DirtyBitmap
 from island_fast.bench.peers.cinder import Cinder
 from island_fast.bench.report import Row
@@ -27,9 +27,14 @@ from island_fast.errors import DamagedError
 
 __all__ = ["CASES"]
 
-_ARCHIVERS: dict[str, Callable[[Path], Archiver]] = {"restic": Restic, "borg": Borg, "cinder": Cinder}
-_SMALL_REACH = {"restic": 12.0, "borg": 9.0, "cinder": 30.0}
-_LARGE_REACH = {"restic": 20.0, "borg": 15.0, "cinder": 50.0}
+_ARCHIVERS: dict[str, Callable[[Path, str], Archiver]] = {
+    "restic": Restic,
+    "borg": Borg,
+    "borg2": Borg2,
+    "cinder": lambda folder, _program: Cinder(folder),
+}
+_SMALL_REACH = {"restic": 12.0, "borg": 9.0, "borg2": 9.0, "cinder": 30.0}
+_LARGE_REACH = {"restic": 25.0, "borg": 25.0, "borg2": 25.0, "cinder": 50.0}
 _BITMAP_REACH = 1.2
 _STORED_REACH = 0.75
 _CINDERS_TIME = "for Cinder only the driver's call is timed, in a process that keeps running"
@@ -83,6 +88,7 @@ class _Bench:
     def measure_pairs(self, peer: Archiver) -> list[tuple[_Run, _Run]]:
         """Measure increments of both on the same states, after the peer has stored a first, full copy."""
         self.context.show_progress(f"{self.name}, against {peer.name}")
+        peer.prepare()
         peer.back_up(self.volume.raw)
 
         def theirs() -> _Run:
@@ -176,7 +182,7 @@ def _measure_increments(context: Context, size: Size | None, reach: dict[str, fl
     bench = _Bench.make(context, size)
     for name, make in _ARCHIVERS.items():
         if context.has_peer(name):
-            peer = make(context.scratch / name)
+            peer = make(context.scratch / name, context.peers[name].program)
             try:
                 yield from bench.measure_peer(peer, context.target_unless_quick(reach[name]))
                 if size is context.scale.small:  # restoring the large volume from Cinder takes minutes

@@ -35,17 +35,21 @@ class Cinder:
     _process: subprocess.Popen[bytes] | None = None
     _errors: IO[bytes] = field(default_factory=tempfile.TemporaryFile)
 
+    def prepare(self) -> None:
+        """See Archiver."""
+        self.folder.mkdir()
+
     def back_up(self, raw: Path) -> Measurement:
         """See Archiver. The first backup is not compressed."""
         parent = f"{self._taken:08}" if self._taken else None
         self._taken += 1
         return self._request("back-up", f"{self._taken:08}", str(raw), parent)
 
-    def restore(self, raw: Path, target: Path) -> None:
+    def restore(self, raw: Path, target: Path) -> Measurement:
         """See Archiver."""
         with open(target, "wb") as made:
             made.truncate(os.path.getsize(raw))
-        self._request("restore", f"{self._taken:08}", str(target))
+        return self._request("restore", f"{self._taken:08}", str(target))
 
     def measure_stored(self) -> int:
         """See Archiver."""
@@ -59,7 +63,6 @@ class Cinder:
         self._errors.close()
 
     def _start(self) -> subprocess.Popen[bytes]:
-        self.folder.mkdir()
         # -P: that file is next to a module with the same name as the package.
         return subprocess.Popen(
             [sys.executable, "-P", str(_PROCESS), str(self.folder)],

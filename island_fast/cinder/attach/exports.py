@@ -21,13 +21,16 @@ from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.loop_devices import LoopDevices
 from island_fast.cinder.attach.mounts import is_mounted, unmount_dead
 from island_fast.cinder.attach.nbd_devices import NbdDevices
-from island_fast.errors import IslandError, NotFoundError, RefusedError, UsageError
+from island_fast.cinder.attach.vduse_control import device_name, is_on_bus, node_of
+from island_fast.cinder.attach.vduse_devices import VduseDevices
+from island_fast.errors import ImageInUseError, IslandError, NotFoundError, RefusedError, UsageError
 from island_fast.files import make_folders
 from island_fast.qemu.programs import TIMEOUT, ProgramResult, RunProgram
 
 __all__ = ["KINDS", "Exports", "State"]
 
-KINDS = ("nbd", "loop")
+KINDS = ("vduse", "nbd", "loop")
+"""The kinds of devices, the best first."""
 
 _VOLUME = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _PLAIN_PATH = re.compile(r"(/[A-Za-z0-9_-][A-Za-z0-9_.-]*)+")
@@ -48,7 +51,7 @@ class Exports:
 
     `run` gets a private folder for each volume (sockets, log, mount point), `links` one link for each
     attached volume. A reboot must remove `links` (tmpfs): device numbers are assigned anew then, and an old
-    link could lead to another volume's disk. `kind`, "nbd" or "loop", is what new daemons are started for;
+    link could lead to another volume's disk. `kind`, one of KINDS, is what new daemons are started for;
     running ones keep their kind. `execute` runs programs, also as root. Every call can be repeated, even
     after it was interrupted.
     """
@@ -58,7 +61,11 @@ class Exports:
             raise UsageError(f"{kind!r} is not a kind of block device; use {' or '.join(KINDS)}")
         self._run, self._links = _resolve_plain(run), _resolve_plain(links)
         self._execute, self._kind = execute, kind
-        self._loops, self._nbds = LoopDevices(execute), NbdDevices(execute)
+        self._loops, self._nbds, self._vduses = (
+            LoopDevices(execute),
+            NbdDevices(execute),
+            VduseDevices(execute),
+        )
 
     def attach(self, volume: str, image: Path) -> Path:
         """Serve the volume, make its device and link, and return the link; repair what is broken of them.
@@ -97,7 +104,52 @@ class Exports:
                 self._link_path(volume).unlink(missing_ok=True)
             else:
                 self._detach(daemon, end=True)
+                if daemon.left_backings():
+                    daemon.stopped_mark.touch()
+                else:
+                    shutil.rmtree(daemon.folder)
+
+    def restart(self, volume: str, image: Path) -> None:
+        """Replace the daemon by a new process of the program that is installed now; its device stays.
+
+        Requests wait meanwhile. Raises RefusedError, and changes nothing, if the device is not of kind vduse.
+        """
+        with self._lock_if_present(volume) as daemon:
+            if daemon is None or not daemon.is_running():
+                raise NotFoundError(f"volume {volume} is not served here; attach it first")
+            daemon.restart(image)
+
+    def runs_older_program(self, volume: str) -> bool:
+        """Return whether a volume's daemon can be restarted, and its program was replaced meanwhile."""
+        daemon = self._daemon_of(volume)
+        return daemon.backing().parent == daemon.vduse and daemon.runs_older_program()
+
+    def needs_care(self, volume: str) -> bool:
+        """Return whether a daemon of the volume died, and left a disk of kind vduse. Never waits."""
+        daemon = self._daemon_of(volume)
+        present = daemon.backing()
+        dead = present.parent == daemon.vduse and not daemon.is_running()
+        return bool(daemon.left_backings()) or (dead and node_of(device_name(present)) is not None)
+
+    def care(self, volume: str) -> None:
+        """Look after the disks of kind vduse that dead daemons left: requests get errors, disks are removed.
+
+        A disk that is open stays, for whoever has it open must get errors from it: call this again. Does
+        nothing while another process changes something of the volume.
+        """
+        daemon = self._daemon_of(volume)
+        fd = _try_lock(daemon.folder)
+        if fd is None:
+            return
+        try:
+            present = daemon.backing()
+            if present.parent == daemon.vduse and not daemon.is_running() and is_on_bus(device_name(present)):
+                daemon.start_stand_in(present)
+            self._remove_left(daemon)
+            if daemon.stopped_mark.exists() and not daemon.left_backings():
                 shutil.rmtree(daemon.folder)
+        finally:
+            os.close(fd)
 
     def take_internal_snapshot(self, volume: str, name: str) -> None:
         """Take an internal snapshot of a volume that is served; on return it is in the image."""
@@ -129,12 +181,15 @@ class Exports:
             if daemon is None or not daemon.is_running():
                 raise NotFoundError(f"volume {volume} is not served here; attach it first")
             device = self._find_device(daemon)
-            if device is not None and daemon.backing() != daemon.disk:
+            devices = self._devices_for(daemon.backing())
+            if device is not None and devices is self._nbds:
                 self._grow_nbd(daemon, device, size)
                 return
             daemon.grow(size)
-            if device is not None:
+            if device is not None and devices is self._loops:
                 self._loops.grow(device, daemon.disk, size)
+            elif device is not None:
+                self._ensure_size(daemon, device)
 
     def state(self, volume: str) -> State:
         """Return the volume's present state. Never waits, neither for the daemon nor for anything else."""
@@ -177,15 +232,25 @@ class Exports:
             daemon.check_serves(image)
         else:
             self._remove_leftovers(daemon)
+            daemon.stopped_mark.unlink(missing_ok=True)
             daemon.start(image, self._kind)
 
     def _attach(self, daemon: Daemon, image: Path) -> Path:
         self._ensure_running(daemon, image)
         self._finish_growing(daemon)
         daemon.export()
+        self._remove_left(daemon)
         backing = daemon.backing()
         device = self._find_device(daemon) or self._devices_for(backing).attach(backing, daemon.size())
+        if backing.parent == daemon.vduse:
+            self._ensure_size(daemon, device)
         return self._point_link(daemon.volume, device)
+
+    def _ensure_size(self, daemon: Daemon, device: Path) -> None:
+        """Make sure that the kernel gives a VDUSE disk the size of its volume."""
+        if not self._vduses.has_size(device, daemon.size()):
+            daemon.announce_size()
+        self._vduses.wait_for_size(device, daemon.size())
 
     def _grow_nbd(self, daemon: Daemon, device: Path, size: int) -> None:
         """Enlarge the volume and its NBD device.
@@ -237,14 +302,15 @@ class Exports:
         The link goes first, so that nobody can open the device by it any more.
         """
         self._link_path(daemon.volume).unlink(missing_ok=True)
-        device = self._find_device(daemon)
+        device, backing = self._find_device(daemon), daemon.backing()
         if device is not None:
             try:
-                backing = daemon.backing()
                 self._devices_for(backing).release(device, backing)
             except BaseException:
                 self._point_link(daemon.volume, device)
                 raise
+        elif backing.parent == daemon.vduse:
+            self._vduses.remove(backing)
         daemon.unexport()
 
     def _remove_leftovers(self, daemon: Daemon) -> None:
@@ -254,14 +320,31 @@ class Exports:
             self._loops.abandon(daemon.disk)
         unmount_dead(daemon.disk, self._execute)
         self._nbds.abandon(daemon.backing())
+        daemon.abandon_vduse()
+        self._remove_left(daemon)
         daemon.forget_export()
+
+    def _remove_left(self, daemon: Daemon) -> None:
+        """Remove the VDUSE disks that dead daemons left, except those that are open: those give errors."""
+        for backing in daemon.left_backings():
+            if is_on_bus(device_name(backing)):
+                daemon.start_stand_in(backing)
+            try:
+                self._vduses.remove(backing)
+            except ImageInUseError:
+                continue
+            daemon.end_stand_in(backing)
+            self._vduses.remove(backing)  # if the stand-in did not
+            daemon.forget_vduse(backing)
 
     def _find_device(self, daemon: Daemon) -> Path | None:
         backing = daemon.backing()
         return next(iter(self._devices_for(backing).find(backing)), None)
 
-    def _devices_for(self, backing: Path) -> LoopDevices | NbdDevices:
+    def _devices_for(self, backing: Path) -> LoopDevices | NbdDevices | VduseDevices:
         """Return the devices of the kind that a backing belongs to."""
+        if backing.parent.name == "vduse":
+            return self._vduses
         return self._nbds if backing.parent.name == "nbd" else self._loops
 
     def _point_link(self, volume: str, device: Path) -> Path:

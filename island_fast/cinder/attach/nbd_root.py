@@ -158,7 +158,7 @@ def _count_requests(name: str) -> int:
 
 
 def _resume(backing: Path, size: int) -> int:
-    """Offer new connections until a request is answered.
+    """Offer new connections until a request is answered, then set the size.
 
     The kernel does not report whether it took one, and takes none before it has seen that the old one is
     broken.
@@ -174,6 +174,8 @@ def _resume(backing: Path, size: int) -> int:
                 if reader.ident is None:
                     reader.start()
                 reader.join(_OFFER_EVERY)
+            if answers == [""]:
+                netlink.set_size(_index_of(name), str(backing), size)
             netlink.set_timeouts(_index_of(name), str(backing), _REQUEST_TIMEOUT, 0)
         if answers != [""]:
             raise OSError(errno.EIO, f"/dev/{name} did not come back: {answers or 'no answer'}")

@@ -26,6 +26,7 @@ from island_fast.cinder.attach.mounts import file_system_type
 from island_fast.cinder.attach.nbd_devices import check_kernel
 from island_fast.cinder.attach.speed import Speed, describe_slowness, measure
 from island_fast.cinder.attach.udev import require_rule
+from island_fast.cinder.attach.vduse_devices import check_vduse_kernel
 from island_fast.dirtymap import BLOCK_SIZE
 from island_fast.errors import DamagedError, IslandError
 from island_fast.qcow2.block_reader import PointReader
@@ -133,7 +134,10 @@ def _create_image(images: Path, suffix: str, size: int, execute: RunProgram) -> 
 def _check_host(links: Path, kind: str, execute: RunProgram) -> None:
     """Raise IslandError for the first thing that is missing. Missing rights are found when they are used."""
     programs = ["qemu-storage-daemon", "qemu-img", "systemd-run" if SYSTEMD.is_dir() else "setsid"]
-    if kind == "nbd":
+    if kind == "vduse":
+        check_vduse_kernel()
+        programs += ["flock", "island-vduse"]
+    elif kind == "nbd":
         check_kernel()
         programs.append("island-nbd")
     else:
@@ -143,9 +147,13 @@ def _check_host(links: Path, kind: str, execute: RunProgram) -> None:
         if shutil.which(program, path=os.environ.get("PATH", os.defpath) + _SBIN) is None:
             package = PACKAGES.get(program, "island-fast")
             raise IslandError(f"the program {program} is missing; install the package {package}")
-    if kind != "nbd":
+    if kind == "vduse":
+        helped = check_run(execute, ["qemu-storage-daemon", "--help"], "list the kinds of its exports")
+        if "[type=]vduse-blk" not in helped:
+            raise IslandError("qemu-storage-daemon was built without VDUSE exports, which QEMU has since 7.1")
+    if kind == "loop":
         _check_fuse(execute)
-    if kind != "nbd" and os.geteuid() != 0 and "user_allow_other" not in _read_lines(_FUSE_CONF):
+    if kind == "loop" and os.geteuid() != 0 and "user_allow_other" not in _read_lines(_FUSE_CONF):
         raise IslandError(
             f"root cannot open the exports of this user; add a line user_allow_other to {_FUSE_CONF}"
         )

@@ -34,6 +34,7 @@ _GROWTH = 64  # how many times longer a run can be than the one before it
 _TOOK = re.compile(r"Run completed in (\d+\.\d+) seconds")
 _ADVICE = {
     "loop": "FUSE and a loop device do one request at a time, so load the module nbd if the kernel has it",
+    "vduse": "its requests go to one thread of the daemon, so check whether this host's processors are busy",
     "nbd": "its requests go through a socket to one thread, so check whether this host's processors are busy",
 }
 

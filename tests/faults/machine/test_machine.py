@@ -42,7 +42,7 @@ def test_nothing_is_lost_and_space_comes_back() -> None:
     print(f"MACHINE_SEED={SEED}")
     COUNTS.clear()
     tour()
-    march()
+    march(lucks=(1,))
     interruptions()
     refusals()
     old_states()

@@ -18,7 +18,7 @@ import pytest
 from island_fast.api import Repository
 from island_fast.formats.names import catalog_name
 from island_fast.progress import Progress, silent
-from island_fast.repository import pack_writer
+from island_fast.repository import claims, pack_writer
 from island_fast.repository.local_state import LocalState
 from island_fast.results import Deleted, SnapshotTaken, Swept
 from island_fast.stores import swift as swift_store_module
@@ -34,6 +34,7 @@ VOLUME = 8 << 20
 PATIENT = RetryPolicy(total=100.0, first=0.02, longest=0.15)
 BRIEF = RetryPolicy(total=1.5, first=0.02, longest=0.15)
 """Only where the store cannot answer at all: a loaded machine needs longer than this for what goes well."""
+_AGED = 2 * 86400.0  # seconds
 
 
 @pytest.fixture(scope="module")
@@ -142,10 +143,15 @@ def life(swift: SwiftServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def aged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every object is two days older than it is: no sweep spares one for its youth."""
+    """Every object is two days older than it is: no sweep spares one for its youth.
+
+    Claims count for two days more, for those that are seconds old must not be over.
+    """
     real = swift_store_module._age
 
     def older(now: datetime | None, then: datetime | None) -> float:
-        return real(now, then) + (2 * 86400.0 if now and then else 0.0)
+        return real(now, then) + (_AGED if now and then else 0.0)
 
     monkeypatch.setattr(swift_store_module, "_age", older)
+    monkeypatch.setattr(claims, "EXPIRES", claims.EXPIRES + _AGED)
+    monkeypatch.setattr(claims, "_USED", claims._USED + _AGED)

@@ -28,7 +28,10 @@ def test_what_has_half_of_the_speed_is_not_complained_of() -> None:
     assert describe_slowness(speeds(0.5, 0.7, 12.0), "loop") == ""
 
 
-@pytest.mark.parametrize("kind, way_out", [("loop", "load the module nbd"), ("nbd", "processors are busy")])
+@pytest.mark.parametrize(
+    "kind, way_out",
+    [("loop", "load the module nbd"), ("nbd", "processors are busy"), ("vduse", "processors")],
+)
 def test_what_has_less_is_named_with_its_figures_and_a_way_out(kind: str, way_out: str) -> None:
     said = describe_slowness(speeds(0.9, 0.499, 0.02), kind)
     assert f"kind {kind} reach less than 0.5" in said
@@ -121,10 +124,10 @@ def test_a_fast_device_is_told_without_a_warning(
     monkeypatch: pytest.MonkeyPatch, sound: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(selftest, "measure_speed", lambda *_: speeds(0.9, 0.8, 0.7))
-    assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
+    assert selftest.choose_kind(*PLACES, lambda *_: None) == "vduse"  # type: ignore[arg-type]
     assert [level for level, _ in told(sound)] == ["INFO"]
     assert (
-        "kind nbd, compared with qemu's own qcow2: 1 MiB writes in order: 900/s against 1000/s (0.90)"
+        "kind vduse, compared with qemu's own qcow2: 1 MiB writes in order: 900/s against 1000/s (0.90)"
         in told(sound)[0][1]
     )
 
@@ -133,8 +136,8 @@ def test_a_slow_device_is_warned_of_and_chosen(
     monkeypatch: pytest.MonkeyPatch, sound: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(selftest, "measure_speed", lambda *_: speeds(0.9, 0.8, 0.2))
-    assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
-    assert told(sound)[0] == ("WARNING", describe_slowness(speeds(0.9, 0.8, 0.2), "nbd"))
+    assert selftest.choose_kind(*PLACES, lambda *_: None) == "vduse"  # type: ignore[arg-type]
+    assert told(sound)[0] == ("WARNING", describe_slowness(speeds(0.9, 0.8, 0.2), "vduse"))
 
 
 def test_a_speed_that_cannot_be_measured_stops_nothing(
@@ -144,7 +147,7 @@ def test_a_speed_that_cannot_be_measured_stops_nothing(
         raise IslandError("qemu-img could not measure")
 
     monkeypatch.setattr(selftest, "measure_speed", fails)
-    assert selftest.choose_kind(*PLACES, lambda *_: None) == "nbd"  # type: ignore[arg-type]
+    assert selftest.choose_kind(*PLACES, lambda *_: None) == "vduse"  # type: ignore[arg-type]
     assert told(sound) == [
-        ("WARNING", "the speed of devices of kind nbd could not be measured: qemu-img could not measure")
+        ("WARNING", "the speed of devices of kind vduse could not be measured: qemu-img could not measure")
     ]

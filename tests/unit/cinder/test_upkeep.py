@@ -60,3 +60,33 @@ def test_a_volume_whose_pins_cannot_be_dropped_holds_up_no_other(
     errors = [one.getMessage() for one in caplog.records if one.levelno == logging.ERROR]
     assert len(errors) == 2, "of a volume that was deleted meanwhile nothing is reported"
     assert all("pins of volume stuck could not be dropped" in one for one in errors)
+
+
+def test_a_disk_that_a_dead_daemon_left_is_cared_for_at_once_and_then_each_minute(
+    volumes: Volumes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    now, cared, left = 1000.0, list[str](), {"open", "hung"}
+
+    def care(volume: str) -> None:
+        cared.append(volume)
+        if volume == "hung":
+            raise IslandError("no process answers")
+
+    volumes.exports = SimpleNamespace(
+        volumes=lambda: ["hung", "open", "well"],
+        state=lambda _: None,
+        needs_care=left.__contains__,
+        care=care,
+    )
+    monkeypatch.setattr(upkeep.time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=100, f_blocks=100))
+    kept = Upkeep(volumes, 0.1)  # type: ignore[arg-type]
+    kept.check_volumes()
+    assert cared == ["hung", "open"]
+    kept.check_volumes()
+    assert cared[2:] == ["hung"], "what failed is tried at every look; what is open is not"
+    now += 61
+    left.remove("hung")
+    kept.check_volumes()
+    assert cared[3:] == ["open"]
+    assert "what the dead daemon of volume hung left could not be removed: no process answers" in caplog.text
