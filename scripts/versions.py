@@ -2,7 +2,7 @@
 
     scripts/versions.py SUITE [WORD...]            a suite is trixie or sid; words are for pytest: tests/unit
     scripts/versions.py SUITE --target TARGET      make this target there instead, such as wheels
-    scripts/versions.py SUITE --with REQUIREMENT   test with this instead of what was installed: cinder==26.*
+    scripts/versions.py SUITE --with REQUIREMENTS  test with these instead: "cinder==26.* oslo.utils<9"
 
 Needs root and debootstrap. The chroot is build/versions/SUITE, of 4 GiB; it is made once and kept, with the
 packages and the virtual environment in it, until `make clean`. What runs there is a clone of the last commit
@@ -92,7 +92,7 @@ def main() -> None:
     run(top, ["make", "ready"], network=True)
     if chosen.other:
         (top / CLONE / ".venv" / OTHERS).touch()
-        run(top, [".venv/bin/pip", "install", "-q", "--upgrade", chosen.other], network=True)
+        run(top, [".venv/bin/pip", "install", "-q", "--upgrade", *chosen.other.split()], network=True)
     report_versions(top)
     run(top, ["make", "test", f"TESTS={' '.join(words)}"])
 

@@ -39,15 +39,15 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="run the tests of Swift, and those alone, with a real Ceph gateway",
     )
     parser.addoption(
+        "--native-threads",
+        action="store_true",
+        help="run Cinder's services without eventlet, as Cinder 29 and later can, but for its API",
+    )
+    parser.addoption(
         "--attached", action="store_true", help="run tests of VDUSE and NBD devices too, in virtual machines"
     )
     parser.addoption(
         "--rounds", type=int, default=8, help="rounds of kills while a user writes to a VDUSE disk"
-    )
-    parser.addoption(
-        "--native-threads",
-        action="store_true",
-        help="run Cinder's services without eventlet, as Cinder 29 and later can, but for its API",
     )
 
 

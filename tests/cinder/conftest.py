@@ -34,6 +34,6 @@ def services(request: pytest.FixtureRequest) -> Iterator[Services]:
     for program in ("rabbitmq-server", "sudo"):
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed; `make test` does it")
-    native_threads = request.config.getoption("--native-threads")
-    with Services(lambda: make_swift_server(request.config), native_threads=native_threads) as running:
+    native = request.config.getoption("--native-threads")
+    with Services(lambda: make_swift_server(request.config), native_threads=native) as running:
         yield running

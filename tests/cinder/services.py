@@ -10,7 +10,7 @@ from typing import Self
 from tests.cinder.account import Account
 from tests.cinder.cloud import Cloud
 from tests.cinder.images import Glance
-from tests.cinder.programs import wait_for
+from tests.cinder.programs import PATIENCE, wait_for
 from tests.cinder.rabbit import Rabbit
 from tests.cinder.region import BACKEND, Region, Sections
 from tests.support.swift_server import SwiftServer
@@ -147,7 +147,9 @@ class Services:
             assert _FAILED not in said, volume.complaints()
             return _READY in said
 
-        wait_for(f"the driver of {host} is ready", ready, volume.complaints)
+        wait_for(
+            f"the driver of {host} is ready", ready, volume.complaints, 2 * PATIENCE
+        )  # it measures first
 
     def start_backup(self, region: str = "one", host: str = "hosta") -> None:
         """Start a host's backup service if it does not run, and return when it can be given work."""

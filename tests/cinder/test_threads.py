@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -15,13 +15,13 @@ from tests.cinder.services import Services
 
 _HOSTS = {"eventlet": "hosta", "native": "hostv"}
 _MIB = 1 << 20
-_COUNT = 3
+_COUNT = 2
 
 
 @pytest.mark.parametrize("threads", ["eventlet", "native"])
 def test_calls_at_once_do_not_disturb_each_other(services: Services, threads: str) -> None:
     """Each of several volumes is attached, snapshotted twice, cloned and grown while the others are."""
-    if threads == "native" and importlib.util.find_spec("cinder.monkey_patch") is None:
+    if threads == "native" and int(version("cinder").partition(".")[0]) < 29:
         pytest.skip("Cinder before 29 runs on eventlet only")
     host = _HOSTS[threads]
     program = services.region().service(f"volume-{host}")
@@ -56,8 +56,8 @@ def live(cloud: Cloud, host: str, volume: Any) -> None:
         cloud.await_snapshot(one, "available")
     cloud.extend(volume, 2)
     assert guest.size(attached.device) == 2 * guest.GIB
-    copies = [cloud.create_volume(snapshot_id=one.id) for one in [*snapshots, *waiting]]
-    for copy, content in zip([*copies, clone], [*contents, latest, latest, latest], strict=True):
+    copies = [cloud.create_volume(snapshot_id=one.id) for one in [*snapshots, waiting[0]]]
+    for copy, content in zip([*copies, clone], [*contents, latest, latest], strict=True):
         there = cloud.attach(copy, cloud.connector(host))
         assert guest.read(there.device, 0, _MIB) == content
         cloud.detach(there, copy)
