@@ -50,7 +50,7 @@ def run_check(host: Host, execute: RunProgram = run_program) -> None:
 
 
 def test_direct_io_over_fuse_is_found_out(root_host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is refused everywhere; QEMU 7.2 also corrupts data with it, 10.0 and 11.1 do not."""
+    """It is refused everywhere; QEMU 7.2 and 8.2 also corrupt data with it, 10.0 and 11.1 do not."""
 
     def direct(command: Sequence[str], /, **how: bool) -> subprocess.CompletedProcess[str]:
         done = run_program(command, **how)
