@@ -35,7 +35,7 @@ ceph: $(VENV)/.tested  ## run the tests of Swift with a real Ceph gateway: ten m
 	CEPH_ROOT=$(if $(SUITE),$(CURDIR)/build/ceph/$(SUITE)) $(BIN)/pytest --ceph $(or $(TESTS),$(WITH_SWIFT))
 
 attached: $(VENV)/.tested  ## run the tests of VDUSE disks in a virtual machine: half an hour; ROUNDS=60 is of kills while a user writes
-	@scripts/install_packages qemu daemon vm mkfs fuse guest vduse
+	@scripts/install_packages qemu daemon vm mkfs fuse udev guest vduse
 	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py)
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)
