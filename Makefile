@@ -39,7 +39,7 @@ cinderlib: $(VENV)/.tested  ## run cinderlib's own functional suite on the Cinde
 	@$(BIN)/python scripts/cinderlib_suite.py
 
 attached: $(VENV)/.tested  ## run the tests of VDUSE and NBD devices in virtual machines: half an hour; ROUNDS=60 is of kills while a user writes
-	@scripts/install_packages qemu daemon vm mkfs fuse guest vduse
+	@scripts/install_packages qemu daemon vm mkfs fuse udev guest vduse
 	$(BIN)/pytest --attached $(if $(ROUNDS),--rounds $(ROUNDS)) $(or $(TESTS),tests/live/test_vduse.py tests/live/test_nbd.py)
 
 fuzz: $(VENV)/.tested  ## feed malformed images to the reader, for FUZZ_SECONDS (600)

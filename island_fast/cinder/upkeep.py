@@ -55,7 +55,8 @@ class Upkeep:
         left = {volume for volume in exports.volumes() if exports.needs_care(volume)}
         self._cared_at = {one: at for one, at in self._cared_at.items() if one in left}
         for volume in sorted(left):
-            if now - self._cared_at.get(volume, -_RETRY_AFTER) < _RETRY_AFTER:
+            looked = now - self._cared_at.get(volume, -_RETRY_AFTER) < _RETRY_AFTER
+            if looked and not exports.hangs(volume):
                 continue
             self._cared_at[volume] = now
             try:

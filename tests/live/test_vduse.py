@@ -30,6 +30,7 @@ CASES = [
     "vduse_cases::what_a_crash_of_the_service_leaves_is_used_or_removed",
     "vduse_cases::another_driver_that_took_the_device_gives_it_back",
     "vduse_cases::another_program_s_device_is_left_alone",
+    "vduse_cases::the_host_s_udev_leaves_it_alone",
 ]
 KILLS = "vduse_kills::rounds_of_kills nobody"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -17,6 +18,7 @@ import pytest
 from island_fast.cinder.attach.block_device import BlockDevice
 from island_fast.cinder.attach.daemon import Daemon
 from island_fast.cinder.attach.exports import Exports, State
+from island_fast.cinder.attach.udev import RULE, require_rule
 from island_fast.cinder.attach.vduse_control import create, destroy, device_name
 from island_fast.cinder.attach.vduse_devices import VduseDevices
 from island_fast.errors import ImageInUseError
@@ -24,6 +26,7 @@ from island_fast.qemu.programs import run_program
 from tests.live.conftest import SIZE, Host
 from tests.live.test_attach import check, daemon_of, eventually, make_file_system, mounted, run
 from tests.live.test_snapshots import Writer, newest
+from tests.live.test_udev import UDEVD
 
 BUS = Path("/sys/bus/vdpa")
 
@@ -292,6 +295,33 @@ def another_program_s_device_is_left_alone(host: Host) -> None:
         assert disk.exists()
     finally:
         assert destroy("stranger")
+
+
+def the_host_s_udev_leaves_it_alone(host: Host) -> None:
+    """A real udevd with our rule; the machine is the test's own."""
+    assert UDEVD is not None, "udev is not installed (scripts/install_packages udev)"
+    rules = Path("/etc/udev/rules.d")
+    rules.mkdir(parents=True, exist_ok=True)
+    shutil.copy(RULE, rules)
+    volume, image = host.volume()
+    with subprocess.Popen([UDEVD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as udevd:
+        try:
+            assert eventually(Path("/run/udev/control").exists)
+            link = host.exports.attach(volume, image)
+            disk = link.resolve()
+            make_file_system(link)
+            entry = f"/sys/block/{disk.name}"
+            run("udevadm", "trigger", "--action=change", "--settle", entry)
+            require_rule(disk)
+            shown = run("udevadm", "info", "--query=property", entry)
+            assert "ID_FS_TYPE=island_volume" in shown
+            links = [one for one in Path("/dev/disk").rglob("*") if one.resolve() == disk]
+            assert [one for one in links if "by-diskseq" not in str(one)] == []
+            host.exports.detach(volume)  # udev opens a disk that changes, for a moment alone
+        finally:
+            udevd.terminate()
+            udevd.wait(60)
+            shutil.rmtree("/run/udev")
 
 
 # --- what the cases share ---

@@ -298,6 +298,10 @@ class Daemon:
                 )
             time.sleep(_STEP)
 
+    def lacks_stand_in(self, backing: Path) -> bool:
+        """Return whether nobody answers the requests for a dead daemon's backing. Never waits."""
+        return is_on_bus(device_name(backing)) and find_listener(stand_in_socket(backing)) is None
+
     def end_stand_in(self, backing: Path) -> None:
         """End the stand-in for a backing, if there is one; its device goes with it, unless it has a disk."""
         self._quit(stand_in_socket(backing))
@@ -464,7 +468,7 @@ class Daemon:
             return
         user, group = _user_and_group()
         name = f"--unit=island-{self.volume}"
-        if self._is_for_vduse():  # the shell of a daemon that died can still be the stand-in for it
+        if self.vduse.is_dir():  # the shell of a daemon that died can still be the stand-in for it
             name += f"-{secrets.token_hex(4)}"
         unit = ["--quiet", "--collect", name, f"--uid={user}", f"--gid={group}"]
         check_run(self._execute, ["systemd-run", *unit, "--", *run], task, root=True)

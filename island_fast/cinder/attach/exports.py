@@ -131,6 +131,14 @@ class Exports:
         dead = present.parent == daemon.vduse and not daemon.is_running()
         return bool(daemon.left_backings()) or (dead and node_of(device_name(present)) is not None)
 
+    def hangs(self, volume: str) -> bool:
+        """Return whether a disk that a dead daemon left answers nothing, so that `care` must not wait."""
+        daemon = self._daemon_of(volume)
+        left, present = daemon.left_backings(), daemon.backing()
+        if present.parent == daemon.vduse and not daemon.is_running():
+            left.append(present)
+        return any(map(daemon.lacks_stand_in, left))
+
     def care(self, volume: str) -> None:
         """Look after the disks of kind vduse that dead daemons left: requests get errors, disks are removed.
 

@@ -65,7 +65,7 @@ def test_a_volume_whose_pins_cannot_be_dropped_holds_up_no_other(
 def test_a_disk_that_a_dead_daemon_left_is_cared_for_at_once_and_then_each_minute(
     volumes: Volumes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now, cared, left = 1000.0, list[str](), {"open", "hung"}
+    now, cared, left, hangs = 1000.0, list[str](), {"open", "hung"}, set[str]()
 
     def care(volume: str) -> None:
         cared.append(volume)
@@ -76,6 +76,7 @@ def test_a_disk_that_a_dead_daemon_left_is_cared_for_at_once_and_then_each_minut
         volumes=lambda: ["hung", "open", "well"],
         state=lambda _: None,
         needs_care=left.__contains__,
+        hangs=hangs.__contains__,
         care=care,
     )
     monkeypatch.setattr(upkeep.time, "monotonic", lambda: now)
@@ -89,4 +90,7 @@ def test_a_disk_that_a_dead_daemon_left_is_cared_for_at_once_and_then_each_minut
     left.remove("hung")
     kept.check_volumes()
     assert cared[3:] == ["open"]
+    hangs.add("open")
+    kept.check_volumes()
+    assert cared[4:] == ["open"], "a disk that answers nothing does not wait for a minute to pass"
     assert "what the dead daemon of volume hung left could not be removed: no process answers" in caplog.text
