@@ -153,7 +153,7 @@ class Region:
             "osapi_volume_workers": 1,
             "my_ip": "127.0.0.1",
             "transport_url": self._rabbit.url(self.name),
-            "rpc_response_timeout": 60,
+            "rpc_response_timeout": 120,
             "enabled_backends": BACKEND,
             "default_volume_type": BACKEND,
             "storage_availability_zone": "nova",
