@@ -6,14 +6,17 @@ import json
 import os
 import signal
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from island_fast.cinder.attach.process_lookup import is_alive
-from island_fast.cinder.attach.stand_in import PREPARED, TOKEN, stand_in_script, watch_script
+from island_fast.cinder.attach.daemon import Daemon
+from island_fast.cinder.attach.process_lookup import find_listener, is_alive
+from island_fast.cinder.attach.stand_in import PREPARED, TOKEN, stand_in_script, stand_in_socket, watch_script
+from island_fast.qemu.programs import run_program
 from island_fast.qemu.qmp import Qmp
 from tests.live.test_attach import eventually
 from tests.support.daemon import needs_storage_daemon
@@ -170,3 +173,20 @@ def test_every_request_fails_and_a_flush_from_the_first_on(tmp_path: Path, enlar
     finally:
         process.kill()
         process.wait()
+
+
+@needs_storage_daemon
+def test_one_that_dies_while_it_starts_is_started_again() -> None:
+    with tempfile.TemporaryDirectory(prefix="island-stand-in-") as name:  # sockets want short paths
+        daemon = Daemon(Path(name) / "0b0c9a4e-7c9c-4b55-a6a1-3a0d6a1d5a4e", run_program)
+        backing = daemon.vduse / BACKING
+        backing.parent.mkdir(parents=True)
+        script = as_nbd(stand_in_script(backing, Path(name) / "log"), Path(name) / "nbd")
+        backing.write_text(f"! mkdir {name}/died || exit 1\n{script}")
+        daemon.start_stand_in(backing)
+        try:
+            assert (Path(name) / "died").is_dir()
+            assert fails(Path(name) / "nbd", "flush")
+        finally:
+            daemon.end_stand_in(backing)
+        assert find_listener(stand_in_socket(backing)) is None

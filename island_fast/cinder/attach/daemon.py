@@ -73,6 +73,8 @@ _TOKEN_BYTES = 8
 _MAX_SOCKET_PATH = 107  # bytes, unix(7)
 _START_TIMEOUT = 60.0  # seconds until the program runs; repairing the image, if need be, comes after
 _STEP = 0.05  # seconds between two looks
+_LAUNCH_AGAIN = 5.0  # seconds after a stand-in was started
+_LOOK_AGAIN = 0.2  # seconds between two looks at a stand-in, for a starting qemu bears few clients
 _LOG_TAIL = 4096  # bytes
 
 
@@ -283,20 +285,20 @@ class Daemon:
     def start_stand_in(self, backing: Path) -> None:
         """Have another process answer the requests for a dead daemon's backing with errors, if none does.
 
-        On return it does.
+        On return it does. One that dies while it starts is started again; of two, the second ends at once.
         """
-        deadline = time.monotonic() + _START_TIMEOUT
-        started = False
+        deadline, launched = time.monotonic() + _START_TIMEOUT, -_LAUNCH_AGAIN
         while not self._has_stand_in(backing):
-            if not started and find_listener(stand_in_socket(backing)) is None:
+            now = time.monotonic()
+            if now - launched > _LAUNCH_AGAIN and find_listener(stand_in_socket(backing)) is None:
                 self._launch(f". {shlex.quote(str(backing))}\n")
-                started = True
-            if time.monotonic() > deadline:
+                launched = now
+            if now > deadline:
                 raise IslandError(
                     f"nothing answers for the daemon of volume {self.volume}, which died, so its device "
                     f"hangs; see the log {str(self._log_file)!r}"
                 )
-            time.sleep(_STEP)
+            time.sleep(_LOOK_AGAIN)
 
     def lacks_stand_in(self, backing: Path) -> bool:
         """Return whether nobody answers the requests for a dead daemon's backing. Never waits."""
