@@ -7,6 +7,7 @@ import fcntl
 import os
 import re
 import subprocess
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -113,6 +114,9 @@ def run_program(
             raise
         except (KeyboardInterrupt, SystemExit) as error:
             interrupt = error
+            # It can have come right after Popen took the lock with which one thread waits, which then stays
+            # taken: who waits again would wait for ever. No other thread has this process.
+            process._waitpid_lock = threading.Lock()  # type: ignore[attr-defined]
     if interrupt is not None:
         raise interrupt
     return subprocess.CompletedProcess(command, process.returncode, output, error_output)

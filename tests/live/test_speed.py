@@ -59,14 +59,12 @@ def test_a_device_that_is_slow_is_warned_of(
     """Fifty requests a second by qemu's own throttle, below the node that is exported."""
     throttle = {"driver": "throttle", "throttle-group": "slow", "file": VOLUME_NODE}
     monkeypatch.setattr(daemon, "front_node", lambda: {**front_node(), "image": throttle})
-    write = Daemon._write_script
+    program = Daemon._program_script
 
-    def write_throttled(self: Daemon, *how: object) -> None:
-        write(self, *how)  # type: ignore[arg-type]
-        text = self._script_file.read_text()
-        self._script_file.write_text(text.replace("--blockdev", f"--object {SLOW} --blockdev", 1))
+    def program_throttled(self: Daemon, *how: object) -> str:
+        return program(self, *how).replace("--blockdev", f"--object {SLOW} --blockdev", 1)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Daemon, "_write_script", write_throttled)
+    monkeypatch.setattr(Daemon, "_program_script", program_throttled)
     monkeypatch.setattr(selftest, "check_data_path", lambda *_: None)  # hundreds of requests
     monkeypatch.setattr(
         speed, "_RUN", 0.5

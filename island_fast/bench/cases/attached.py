@@ -35,7 +35,7 @@ from island_fast.qemu.programs import run_program
 
 __all__ = ["CASES"]
 
-_NAMES = {"loop": "loop over FUSE", "nbd": "kernel NBD"}
+_NAMES = {"vduse": "VDUSE", "nbd": "kernel NBD", "loop": "loop over FUSE"}
 _CLUSTER = 65536
 _LINKS = "/dev/shm"  # whose links do not survive a reboot
 

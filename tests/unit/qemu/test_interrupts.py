@@ -144,6 +144,38 @@ def test_in_other_threads_nothing_changes() -> None:
     assert found == [signal.default_int_handler]
 
 
+@pytest.mark.timeout(30)
+def test_a_signal_in_the_moment_before_waiting_can_be_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Popen takes a lock to wait, and a signal right after that leaves it taken."""
+
+    class Lock:
+        def __init__(self) -> None:
+            self.lock, self.came = threading.Lock(), False
+
+        def acquire(self, blocking: bool = True) -> bool:
+            taken = self.lock.acquire(blocking)
+            if not self.came:
+                self.came = True
+                raise KeyboardInterrupt
+            return taken
+
+        def release(self) -> None:
+            self.lock.release()
+
+    started: list[subprocess.Popen[str]] = []
+
+    class Process(subprocess.Popen[str]):
+        def __init__(self, *args: object, **more: object) -> None:
+            super().__init__(*args, **more)  # type: ignore[call-overload]
+            self._waitpid_lock = Lock()
+            started.append(self)
+
+    monkeypatch.setattr("island_fast.qemu.programs.subprocess.Popen", Process)
+    with pytest.raises(KeyboardInterrupt):
+        run_program(["true"], timeout=20)
+    assert started[0].returncode == 0
+
+
 def test_a_flood_of_signals_loses_neither_handlers_nor_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whenever one comes, the handler is back afterwards, and the program has ended or never began."""
     # One can come in a __del__, and another in pytest's own hook for that, which then fails the test.
