@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run the tests of Swift, and those alone, with a real Ceph gateway",
     )
+    parser.addoption("--long", action="store_true", help="run the tests that take minutes too")
     parser.addoption(
         "--native-threads",
         action="store_true",
@@ -60,6 +61,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("attached") and not config.getoption("--attached"):
             item.add_marker(pytest.mark.skip(reason="with --attached only: make attached"))
+        if item.get_closest_marker("long") and not config.getoption("--long"):
+            item.add_marker(pytest.mark.skip(reason="with --long only: make long"))
         if config.getoption("--ceph"):
             if mark := item.get_closest_marker("swift_only"):
                 item.add_marker(pytest.mark.skip(reason=f"not with Ceph: {mark.args[0]}"))

@@ -144,6 +144,7 @@ def test_a_slow_link_to_nothing_ends_the_connection(echo: int) -> None:
         assert client.recv(1) == b""
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)  # on a machine that is busy with other work
 @pytest.mark.parametrize("peer", ["restic", "borg", "borg2"])
 def test_with_delay_every_archiver_has_its_rows(peer: str) -> None:

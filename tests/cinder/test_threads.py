@@ -18,6 +18,7 @@ _MIB = 1 << 20
 _COUNT = 2
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("threads", ["eventlet", "native"])
 def test_calls_at_once_do_not_disturb_each_other(services: Services, threads: str) -> None:
     """Each of several volumes is attached, snapshotted twice, cloned and grown while the others are."""

@@ -24,7 +24,7 @@ from tests.faults.crash.starts import STARTS, Start
 from tests.faults.crash.watched import AFTER, BEFORE, ELSEWHERE, UNNAMED
 from tests.support import qemu
 
-pytestmark = qemu.needs_qemu
+pytestmark = [qemu.needs_qemu, pytest.mark.long]
 
 Point = tuple[int, str]
 

@@ -1,4 +1,4 @@
-"""The state machine, for less than a minute, and what it once found, step by step.
+"""The state machine, for some minutes at most, and what it once found, step by step.
 
 MACHINE_SEED=n .venv/bin/pytest tests/faults/machine runs other lives; `make machine` runs as many as wanted.
 """
@@ -38,11 +38,13 @@ def machine() -> Iterator[Machine]:
     life.world.close()
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)  # on a machine that is busy with other work
 def test_nothing_is_lost_and_space_comes_back() -> None:
     print(f"MACHINE_SEED={SEED}")
     COUNTS.clear()
     tour()
-    march(lucks=(1,))
+    march()
     interruptions()
     refusals()
     old_states()
