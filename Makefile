@@ -7,7 +7,7 @@ LOGGED := > $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
 WITH_SWIFT := tests/stores tests/faults tests/operations tests/cli
 SOURCES := pyproject.toml setup.py island_fast/_diff.pyx island_fast/_l2.pxi
 
-.PHONY: demo help ready test quick check long ceph cinderlib attached fuzz machine mutants versions bench kernels pause wheels docs pages clean
+.PHONY: demo help ready test long quick check ceph cinderlib attached fuzz machine mutants versions bench kernels pause wheels docs pages clean
 
 demo: $(VENV)/.installed  ## take and restore snapshots of a real volume, and show what each cost: a minute
 	@scripts/install_packages qemu mkfs
@@ -23,7 +23,7 @@ ready: $(VENV)/.tested  ## install everything that the tests need
 test: ready  ## run all tests but the long ones, with a real qemu and a real Swift: under 20 minutes; TESTS="tests/live -n 1" chooses
 	$(BIN)/pytest -n 3 --no-loadscope-reorder $(TESTS)
 
-long: ready  ## run the tests that take minutes: kills at every call of the store, random lives, many calls at once; ten minutes
+long: ready  ## run the tests that take minutes: kills at every call of the store, random lives, many calls at once; five minutes
 	$(BIN)/pytest -n 3 --no-loadscope-reorder --long -m long $(TESTS)
 
 quick: $(VENV)/.tested  ## run the unit and property tests and the rules of the code: seconds
